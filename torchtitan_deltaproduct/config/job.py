@@ -1,0 +1,125 @@
+"""The tables of a training TOML: torchtitan 0.2.2's job config, and ours.
+
+`JobConfig` is what the loader (`config.load`) fills and what the trainer reads. A field that torchtitan defines keeps
+torchtitan's name and meaning; where its default is a trap for this model (see docs of the field) ours differs. Every
+field carries its own doc string with unit and range: `config.load` quotes it in error messages.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchtitan.config import job_config as titan
+
+from .architecture import DeltaProductArgs
+
+
+@dataclass
+class Model(DeltaProductArgs, titan.Model):
+    name: str = "deltaproduct"
+    """Always `deltaproduct`."""
+    flavor: str = ""
+    """A free label for logs and the run folder, for example `213M-n2`."""
+    hf_assets_path: str = ""
+    """Folder with tokenizer.json; empty: the tokenizer recorded in the prepared data's manifest."""
+
+
+@dataclass
+class Data:
+    kind: Literal["prepared", "streaming"] = "prepared"
+    """`prepared`: memory-mapped token shards (`python -m torchtitan_deltaproduct.data.prepare`).
+    `streaming`: a Hugging Face dataset, tokenised on the fly."""
+    paths: list[str] = field(default_factory=list)
+    """Prepared folders to train on; several make a mixture."""
+    weights: list[float] = field(default_factory=list)
+    """Share of samples drawn from each of `paths` (any positive scale); empty: in proportion to their tokens."""
+    seed: int = 0
+    """Seed of the sample order. The order is a function of (data, seed, sample index) and of nothing else."""
+    shuffle: bool = True
+    """Visit windows in a new pseudo-random order each epoch; False: in file order."""
+    reset_state_at_documents: bool = False
+    """Start every document of a packed window from an empty recurrent and convolution state."""
+    dataset: str = ""
+    """streaming: name on the Hugging Face hub, or a local folder or file `datasets` can read."""
+    dataset_config: str = ""
+    """streaming: configuration (subset) name of the hub dataset; empty: the default one."""
+    split: str = "train"
+    """streaming: split to train on."""
+    text_field: str = "text"
+    """streaming: column that holds the text."""
+    shuffle_buffer: int = 0
+    """streaming: documents in the shuffle buffer; 0: file order."""
+    num_workers: int = 0
+    """Worker processes of the loader; 0 loads in the training process (prepared data needs no more)."""
+    prefetch_factor: int = 2
+    """Batches each worker prepares ahead."""
+
+
+@dataclass
+class Training(titan.Training):
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of parameters and activations in forward and backward; master weights stay in `dtype`.
+    `auto`: bfloat16 on CUDA, float32 on CPU."""
+    max_skipped_steps: int = 10
+    """Stop after this many steps in a row were skipped for a non-finite loss or gradient (at least 1)."""
+
+
+@dataclass
+class Optimizer(titan.Optimizer):
+    lr: float = 3e-4
+    weight_decay: float = 0.01
+    """AdamW weight decay of matrices; norms, biases, A_log, dt_bias, convolutions and embeddings take none."""
+    implementation: Literal["auto", "for-loop", "foreach", "fused"] = "auto"
+    """`auto`: fused on CUDA, foreach on CPU."""
+
+
+@dataclass
+class Validation(titan.Validation):
+    paths: list[str] = field(default_factory=list)
+    """Prepared folders to validate on, in file order: the same windows every time."""
+    seq_len: int = 0
+    """Window length in tokens; 0: as in training."""
+    steps: int = -1
+    """Batches of the global validation batch to read; -1: every window of the set once."""
+
+
+@dataclass
+class Checkpoint(titan.Checkpoint):
+    enable: bool = True
+    last_save_model_only: bool = False
+    """True saves only weights at the end: such a run cannot be continued. Ours defaults to False."""
+    keep_latest_k: int = 3
+    """Complete checkpoints kept, newest first; 0: keep all; 1 is not allowed."""
+
+
+@dataclass
+class Metrics(titan.Metrics):
+    log_freq: int = 10
+    """Steps between console lines; metrics.jsonl has a record for every step."""
+    enable_tensorboard: bool = True
+    peak_flops: float = 0.0
+    """Peak FLOP/s of one device for MFU; 0: looked up by device name, and MFU is left out if it is unknown."""
+
+
+@dataclass
+class Comm(titan.Comm):
+    train_timeout_seconds: int = 1800
+    """Timeout of collectives after the first step, in seconds; must outlast validation and a recompilation."""
+
+
+@dataclass
+class Debug(titan.Debug):
+    seed: int = 42
+    """Seed of the initial weights."""
+
+
+@dataclass
+class JobConfig(titan.JobConfig):
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+    comm: Comm = field(default_factory=Comm)
+    debug: Debug = field(default_factory=Debug)

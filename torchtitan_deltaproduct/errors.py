@@ -1,0 +1,42 @@
+"""Errors a user can cause.
+
+Each message has one to three lines: what was found, what was expected, how to fix it. Entry points wrap their
+`main` in `exit_on_user_error`, which prints the message without a traceback and exits with code 2:
+
+    if __name__ == "__main__":
+        exit_on_user_error(main)
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Base of every error whose cause and cure lie with the user; never raised for a bug of ours."""
+
+
+class ConfigError(UserError):
+    """A TOML file or command-line override that cannot be run as written."""
+
+
+class DataError(UserError):
+    """Input text, prepared shards or a tokenizer that are missing, damaged or do not fit together."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, damaged or belongs to another model."""
+
+
+def exit_on_user_error(main: Callable[[], int | None]) -> None:
+    """Runs `main` and exits: with its return value, or with 2 after printing a `UserError`.
+
+    Only rank 0 of a torchrun job prints, so that the message appears once.
+    """
+    try:
+        code = main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    sys.exit(code or 0)
