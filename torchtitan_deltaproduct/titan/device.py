@@ -1,0 +1,106 @@
+"""Which device a run uses, and how torchtitan learns of it.
+
+The rule: CUDA if a device is visible, else CPU with gloo. torchtitan 0.2.2 falls back to "cuda" on a machine without
+an accelerator, and binds the name by value in five modules; `install` rebinds those and its lookup of peak FLOP/s,
+which calls `lspci` and scores an unknown device as an A100.
+
+    device_type, reason = select_device()
+    install(device_type, peak_flops=0.0)
+"""
+
+import contextlib
+import logging
+import os
+import types
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Dense bf16 peak of one device, FLOP/s, from the vendors' datasheets; the longest matching name wins.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H20": 148e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "MI250X": 191.5e12,
+    "MI300X": 1300e12,
+    "MI355X": 2500e12,
+}
+
+
+def select_device() -> tuple[str, str]:
+    """Returns the device type to run on and the reason, for the log."""
+    if torch.cuda.is_available():
+        return "cuda", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)} visible"
+    return "cpu", "no CUDA device is visible"
+
+
+def peak_flops(device_name: str) -> float:
+    """Dense bf16 peak of the named device in FLOP/s; 0.0 where it is not known (a CPU, say)."""
+    matches = [name for name in PEAK_FLOPS if name.lower() in device_name.lower()]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else 0.0
+
+
+class CpuModule(types.ModuleType):
+    """`torch.cpu` with what torchtitan expects of a device module: name, capacity, and peak memory of this process."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.cpu")
+
+    def __getattr__(self, name: str):
+        return getattr(torch.cpu, name)
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_name(self, device=None) -> str:
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return "CPU"
+
+    def get_device_properties(self, device=None) -> types.SimpleNamespace:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return types.SimpleNamespace(name=self.get_device_name(), total_memory=total)
+
+    def memory_stats(self, device=None) -> dict[str, int]:
+        peak = 0
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            peak = 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+        stats = {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
+        return stats | {"num_alloc_retries": 0, "num_ooms": 0}
+
+    def reset_peak_memory_stats(self, device=None) -> None:
+        # 5 resets the peak resident size (proc(5)); a container may forbid it, and the peak then covers the whole run.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def empty_cache(self) -> None:
+        pass
+
+
+def install(device_type: str, peak: float = 0.0) -> None:
+    """Makes torchtitan use `device_type` everywhere, and `peak` FLOP/s for MFU (0.0: look it up by device name)."""
+    from torchtitan.components import metrics
+    from torchtitan.distributed import parallel_dims
+    from torchtitan.distributed import utils as dist_utils
+    from torchtitan.tools import profiling, utils
+
+    module = CpuModule() if device_type == "cpu" else getattr(torch, device_type)
+    for holder in (utils, parallel_dims, dist_utils, metrics, profiling):
+        if hasattr(holder, "device_type"):
+            holder.device_type = device_type
+        if hasattr(holder, "device_module"):
+            holder.device_module = module
+    utils.get_peak_flops = lambda name: peak or peak_flops(name)

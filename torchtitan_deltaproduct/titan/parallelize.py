@@ -1,0 +1,99 @@
+"""Activation checkpointing, torch.compile and data parallelism over a model on the meta device.
+
+The order is torchtitan's: checkpoint each block, compile each block, then shard. Data parallelism always goes through
+`fully_shard`: FSDP on a 1-D mesh, HSDP on a 2-D mesh, DDP as HSDP with shards of one rank. So every layout has one
+mixed-precision policy and one gradient reduction, a plain sum: the trainer divides the loss by the global number of
+tokens, and a mean over ranks (DDP's and FSDP's default) would divide a second time.
+
+Tensor, pipeline and context parallelism have their place between the steps of `parallelize`.
+"""
+
+import logging
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.tools import utils
+
+from ..config.job import JobConfig
+from ..ops import SAVE_FOR_SELECTIVE_AC
+
+logger = logging.getLogger(__name__)
+
+# Selective checkpointing per op keeps these outputs and recomputes the rest: matrix products (every other one, by
+# torchtitan's policy), the operator, and what arrives over the network.
+OPS_TO_SAVE = {
+    torch.ops.aten.mm.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch._higher_order_ops.inductor_compiled_code,
+    *SAVE_FOR_SELECTIVE_AC,
+}
+
+
+def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+    """Applies what `job_config` asks for to `model` (on the meta device) and returns it."""
+    compile_model = job_config.compile.enable and "model" in job_config.compile.components
+    if job_config.activation_checkpoint.mode != "none":
+        apply_ac(
+            model,
+            job_config.activation_checkpoint,
+            model_compile_enabled=compile_model,
+            op_sac_save_list=OPS_TO_SAVE,
+            base_folder=job_config.job.dump_folder,
+        )
+    if compile_model:
+        for name, block in model.layers.named_children():
+            compiled = torch.compile(block, backend=job_config.compile.backend, fullgraph=True)
+            model.layers.register_module(name, compiled)
+    mesh, reason = data_parallel_mesh(parallel_dims, job_config)
+    if mesh is not None:
+        shard(model, mesh, job_config)
+    logger.info("data parallelism: %s", reason)
+    return model
+
+
+def data_parallel_mesh(parallel_dims: ParallelDims, job_config: JobConfig) -> tuple[DeviceMesh | None, str]:
+    """The mesh to shard over, and the reason; no mesh for one process in full precision."""
+    replicate, fsdp = parallel_dims.dp_replicate, parallel_dims.dp_shard
+    param_dtype = job_config.training.mixed_precision_param
+    if fsdp > 1 and replicate > 1:
+        return parallel_dims.get_mesh(["dp_replicate", "fsdp"]), f"HSDP, {replicate} replicas of {fsdp} shards"
+    if fsdp > 1:
+        return parallel_dims.get_mesh("fsdp"), f"FSDP2 over {fsdp} ranks"
+    # torchtitan gives a mesh dimension of one rank a fake backend, so these two build their own.
+    if replicate > 1:
+        mesh = init_device_mesh(utils.device_type, (replicate, 1), mesh_dim_names=("dp_replicate", "fsdp"))
+        return mesh, f"DDP over {replicate} ranks (HSDP with shards of one rank)"
+    if param_dtype != job_config.training.dtype or job_config.training.enable_cpu_offload:
+        mesh = init_device_mesh(utils.device_type, (1,), mesh_dim_names=("fsdp",))
+        return mesh, f"none; FSDP2 on one rank for {param_dtype} mixed precision"
+    return None, "none, one process"
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
+    """Shards `model` in place, one FSDP group a block and one for what surrounds the blocks."""
+    training, policy = job_config.training, job_config.parallelism.fsdp_reshard_after_forward
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+            reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+        ),
+    }
+    if training.enable_cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy()
+    for block in model.layers.values():
+        fully_shard(block, **options, reshard_after_forward=policy != "never")
+    # A tied weight must belong to one group, and a group is one module: embedding and head stay with the root then.
+    if not model.args.tie_word_embeddings:
+        fully_shard(model.tok_embeddings, **options, reshard_after_forward=policy != "never")
+        fully_shard([model.norm, model.output], **options, reshard_after_forward=policy == "always")
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
