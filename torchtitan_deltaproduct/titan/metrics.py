@@ -1,0 +1,189 @@
+"""What a run tells: one console line, one `metrics.jsonl` record a step, the same names in TensorBoard and wandb.
+
+    {"step": 20, "loss": 5.1, "lr": 0.0003, "grad_norm": 0.8, "tokens": 327680, "tokens_per_second": 9000.0, ...}
+    {"step": 20, "validation_loss": 5.2, "validation_bits_per_byte": 1.9, "validation_perplexity": 181.3, ...}
+
+`metrics.jsonl` and the TensorBoard folder belong to the run, not to a launch: on a restart at step s, what a killed run
+logged beyond s is dropped, so that the files read as if the run had never stopped.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torchtitan.components import metrics as stock
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools import utils
+
+from ..config.job import JobConfig
+
+logger = logging.getLogger(__name__)
+
+# Fields that describe the machine, not the training: left out when two runs are compared.
+TIMING_FIELDS = {"time", "tokens_per_second", "mfu", "memory_gib", "data_seconds", "seconds"}
+
+
+def truncate_records(path: Path, last_step: int) -> int:
+    """Drops the records of `path` past `last_step`, and a line a kill cut short; returns how many went."""
+    if not path.exists():
+        return 0
+    kept, dropped = [], 0
+    for line in path.read_text().splitlines():
+        try:
+            keep = json.loads(line)["step"] <= last_step
+        except (ValueError, KeyError, TypeError):
+            keep = False
+        kept.append(line) if keep else None
+        dropped += not keep
+    if dropped:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
+    return dropped
+
+
+class TensorBoard(stock.BaseLogger):
+    """Scalars in one folder across restarts; `purge_step` hides what a killed run wrote past the resumed step."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def log(self, metrics: dict, step: int) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def wandb_logger(job_config: JobConfig, folder: Path) -> stock.BaseLogger:
+    """torchtitan's wandb logger, continuing the run whose id is kept in `folder/wandb_id`."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        path.write_text(os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex())
+    os.environ["WANDB_RUN_ID"] = path.read_text().strip()
+    os.environ.setdefault("WANDB_RESUME", "allow")
+    os.environ.setdefault("WANDB_PROJECT", "torchtitan-deltaproduct")
+    return stock.WandBLogger(str(folder), job_config)
+
+
+class MetricsProcessor(stock.MetricsProcessor):
+    """Collects a step's numbers and writes them; only rank 0 writes. Call `open(step)` once the step is known."""
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+        # The parent's __init__ would open a TensorBoard folder named after the minute of the launch.
+        self.job_config = job_config
+        self.parallel_dims = parallel_dims
+        self.logger = stock.LoggerContainer()
+        self.color = utils.NoColor() if job_config.metrics.disable_color_printing else utils.Color()
+        self.device_memory_monitor = stock.build_device_memory_monitor()
+        name = self.device_memory_monitor.device_name
+        self.gpu_peak_flops = job_config.metrics.peak_flops or utils.get_peak_flops(name)
+        self.num_flops_per_token = -1
+        self.optimizers = self.lr_schedulers = self.model_parts = None
+        self.ntokens_since_last_log = 0
+        self.data_loading_times: list[float] = []
+        self.is_writer = torch.distributed.get_rank() == 0
+        self.records = None
+        self.eta_rate = None
+
+    def open(self, step: int) -> None:
+        """Opens the run's files to continue after `step` and starts the clock."""
+        folder = Path(self.job_config.job.dump_folder)
+        if self.is_writer:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "metrics.jsonl"
+            dropped = truncate_records(path, step)
+            if dropped:
+                logger.info("metrics.jsonl: dropped %d records past step %d, which this run repeats", dropped, step)
+            self.records = path.open("a", buffering=1)
+            if self.job_config.metrics.enable_tensorboard:
+                self.logger.add_logger(TensorBoard(folder / self.job_config.metrics.save_tb_folder, step))
+            if self.job_config.metrics.enable_wandb:
+                self.logger.add_logger(wandb_logger(self.job_config, folder))
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last record (validation, a save) out of the next one's speed."""
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self.time_last_log = time.perf_counter()
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Adds speed and memory to one step's `values` and writes the record; the console line when it is due."""
+        seconds = max(time.perf_counter() - self.time_last_log, 1e-9)
+        # The loader counts this rank's tokens; every data-parallel rank has as many.
+        ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+        speed = self.ntokens_since_last_log * ranks / seconds
+        values = values | {
+            "tokens_per_second": round(speed, 1),
+            "seconds": round(seconds, 4),
+            "data_seconds": round(sum(self.data_loading_times), 4),
+            "memory_gib": round(self.device_memory_monitor.get_peak_stats().max_reserved_gib, 3),
+        }
+        if self.gpu_peak_flops:
+            world = self.parallel_dims.world_size
+            values["mfu"] = self.num_flops_per_token * speed / (world * self.gpu_peak_flops)
+        self.write(step, values)
+        # A slow average for the ETA that leaves out the first step, which compiles and warms up.
+        if step > 1:
+            self.eta_rate = seconds if self.eta_rate is None else 0.95 * self.eta_rate + 0.05 * seconds
+        if self.should_log(step):
+            logger.info(self.step_line(step, values))
+        self.restart_clock()
+
+    def step_line(self, step: int, values: dict[str, float]) -> str:
+        """The console line of one step."""
+        c, total = self.color, self.job_config.training.steps
+        eta = "" if self.eta_rate is None else f"  eta {clock(self.eta_rate * (total - step))}"
+        mfu = f"  {c.magenta}mfu {100 * values['mfu']:.1f}%" if "mfu" in values else ""
+        return (
+            f"{c.red}step {step:>{len(str(total))}}/{total}  {c.green}loss {values['loss']:7.4f}  "
+            f"{c.orange}grad_norm {values['grad_norm']:6.3f}  {c.reset}lr {values['lr']:.2e}  "
+            f"{c.blue}tok/s {values['tokens_per_second']:,.0f}{mfu}  "
+            f"{c.turquoise}mem {values['memory_gib']:.2f} GiB{c.reset}{eta}"
+        )
+
+    def log_validation(self, step: int, values: dict[str, float]) -> None:
+        """Writes a validation record and its console line; `values` without the `validation_` prefix."""
+        self.write(step, {f"validation_{name}": value for name, value in values.items()})
+        c = self.color
+        logger.info(
+            f"{c.yellow}validation at step {step}  {c.green}loss {values['loss']:.4f}  "
+            f"{c.reset}perplexity {values['perplexity']:,.2f}  bits/byte {values['bits_per_byte']:.4f}  "
+            f"({values['tokens']:,.0f} tokens in {values['seconds']:.1f} s)"
+        )
+        self.restart_clock()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One record to metrics.jsonl, TensorBoard and wandb (rank 0)."""
+        if not self.is_writer:
+            return
+        # NaN is not JSON: a record of a skipped step carries null.
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self.records.write(json.dumps({"step": step} | finite | {"time": round(time.time(), 3)}) + "\n")
+        self.logger.log({k: v for k, v in values.items() if math.isfinite(v)}, step)
+
+    def close(self) -> None:
+        self.logger.close()
+        if self.records is not None:
+            self.records.close()
+
+
+def clock(seconds: float) -> str:
+    """`3725` -> `1:02:05`."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def build_metrics_processor(
+    job_config: JobConfig, parallel_dims: ParallelDims, model_args=None, tag: str | None = None
+) -> MetricsProcessor:
+    """The signature TrainSpec asks for."""
+    return MetricsProcessor(job_config, parallel_dims)

@@ -1,0 +1,80 @@
+"""The TrainSpec of DeltaProduct: torchtitan's plug-in contract, filled in.
+
+torchtitan looks a model up by `model.name` and its arguments by `model.flavor`; our arguments are the `[model]` table
+itself, so `register` makes the spec for one job config.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+from torch import nn
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.protocols import train_spec as registry
+from torchtitan.protocols.model import BaseModelArgs
+
+from ..config.architecture import DeltaProductArgs
+from ..config.job import JobConfig
+from ..data import build_loader
+from ..models import DeltaProductLM, counts
+from .metrics import build_metrics_processor
+from .optimizer import build_optimizers
+from .parallelize import parallelize
+from .validator import build_validator
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """The `[model]` table and the seed of the weights, in the shape torchtitan's Trainer expects."""
+
+    architecture: DeltaProductArgs = field(default_factory=DeltaProductArgs)
+    seed: int = 42
+
+    def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
+        names = DeltaProductArgs.__dataclass_fields__
+        self.architecture = DeltaProductArgs(**{k: v for k, v in asdict(job_config.model).items() if k in names})
+        self.seed = job_config.debug.seed
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters, and FLOPs per token of a training step (forward and backward)."""
+        return counts.total_parameters(self.architecture), counts.training_flops_per_token(self.architecture)
+
+
+def build_model(args: ModelArgs) -> DeltaProductLM:
+    return DeltaProductLM(args.architecture, seed=args.seed)
+
+
+def build_training_loader(dp_world_size: int, dp_rank: int, tokenizer, job_config: JobConfig):
+    """The loader of `[data]`, told the global batch so that any number of ranks sees the same one."""
+    return build_loader(
+        job_config.data,
+        seq_len=job_config.training.seq_len,
+        local_batch_size=job_config.training.local_batch_size,
+        global_batch_size=global_batch_size(job_config, dp_world_size),
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+    )
+
+
+def global_batch_size(job_config: JobConfig, dp_world_size: int) -> int:
+    """Samples per optimizer step over all ranks."""
+    asked = job_config.training.global_batch_size
+    return asked if asked > 0 else job_config.training.local_batch_size * dp_world_size
+
+
+def register(job_config: JobConfig) -> None:
+    """Makes `job_config.model` the model torchtitan builds."""
+    spec = registry.TrainSpec(
+        model_cls=build_model,
+        model_args={job_config.model.flavor: ModelArgs()},
+        parallelize_fn=parallelize,
+        pipelining_fn=None,
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_lr_schedulers,
+        build_dataloader_fn=build_training_loader,
+        build_tokenizer_fn=None,
+        build_loss_fn=build_cross_entropy_loss,
+        build_validator_fn=build_validator,
+        build_metrics_processor_fn=build_metrics_processor,
+    )
+    registry._extra_train_specs.pop(job_config.model.name, None)
+    registry.register_train_spec(job_config.model.name, spec)
