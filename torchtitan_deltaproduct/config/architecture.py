@@ -1,8 +1,8 @@
 """The architecture of a DeltaProduct language model, as the `[model]` table of a TOML spells it.
 
 Field names are those of flash-linear-attention's `GatedDeltaProductConfig`. DeltaNet is `num_householder = 1`
-without the forget gate, Gated DeltaNet the same with it: settings, not classes. This module imports nothing but
-the standard library, so that a notebook can use it:
+without the forget gate, Gated DeltaNet the same with it: settings, not classes. This module needs only the standard
+library, so that a notebook can use it:
 
     args = DeltaProductArgs(hidden_size=256, num_hidden_layers=4, num_heads=4, head_dim=64)
 """
@@ -28,7 +28,7 @@ class DeltaProductArgs:
     num_householder: int = 2
     """n_h: generalized Householder factors per token. 1 is DeltaNet."""
     allow_neg_eigval: bool = True
-    """True: beta in (0, 2), transition eigenvalues in [-1, 1]; False: beta in (0, 1), eigenvalues in [0, 1]."""
+    """True: beta in (0, 2), transition eigenvalues in [-1, 1]; False: beta in (0, 1), eigenvalues [0, 1]."""
     use_forget_gate: bool = False
     """A scalar decay per token and head (Gated DeltaProduct)."""
     use_output_gate: bool = False
@@ -46,8 +46,8 @@ class DeltaProductArgs:
     tie_word_embeddings: bool = True
     """Share the embedding with the output head."""
     init_scheme: Literal["normal", "paper"] = "normal"
-    """`normal`: N(0, initializer_range) everywhere, as fla. `paper`: mixer projections Xavier-uniform with gain
-    2^-2.5, the rest N(0, initializer_range); the paper used initializer_range = 0.006."""
+    """`normal`: N(0, initializer_range) everywhere, as fla. `paper`: mixer projections Xavier-uniform with
+    gain 2^-2.5, the rest N(0, initializer_range); the paper used initializer_range = 0.006."""
     initializer_range: float = 0.02
     """Standard deviation of the normal draws."""
     op_backend: Literal["auto", "recurrent", "chunk", "fla"] = "auto"

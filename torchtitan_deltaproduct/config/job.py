@@ -1,11 +1,13 @@
 """The tables of a training TOML: torchtitan 0.2.2's job config, and ours.
 
-`JobConfig` is what the loader (`config.load`) fills and what the trainer reads. A field that torchtitan defines keeps
-torchtitan's name and meaning; where its default is a trap for this model (see docs of the field) ours differs. Every
-field carries its own doc string with unit and range: `config.load` quotes it in error messages.
+`JobConfig` is what the loader (`config.load`) fills and what the trainer reads. A field that torchtitan defines
+keeps torchtitan's name and meaning; where its default is a trap for this model (see docs of the field) ours differs.
+Every field carries its own doc string with unit and range: `config.load` quotes it in error messages. A new field
+also needs a class in `config.compare`, and a range in `config.check` where not every value is one.
 """
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from torchtitan.config import job_config as titan
@@ -65,9 +67,16 @@ class Training(titan.Training):
 
 @dataclass
 class Optimizer(titan.Optimizer):
+    name: Literal["AdamW", "Adam"] = "AdamW"
+    """Optimizer to use."""
     lr: float = 3e-4
+    """Peak learning rate; `[lr_scheduler]` multiplies it by a factor in [0, 1]."""
+    beta1: float = 0.9
+    """Decay of the running mean of gradients, in [0, 1)."""
+    beta2: float = 0.95
+    """Decay of the running mean of squared gradients, in [0, 1)."""
     weight_decay: float = 0.01
-    """AdamW weight decay of matrices; norms, biases, A_log, dt_bias, convolutions and embeddings take none."""
+    """AdamW weight decay of matrices; norms, biases, A_log, dt_bias, convolutions, embeddings take none."""
     implementation: Literal["auto", "for-loop", "foreach", "fused"] = "auto"
     """`auto`: fused on CUDA, foreach on CPU."""
 
@@ -97,13 +106,19 @@ class Metrics(titan.Metrics):
     """Steps between console lines; metrics.jsonl has a record for every step."""
     enable_tensorboard: bool = True
     peak_flops: float = 0.0
-    """Peak FLOP/s of one device for MFU; 0: looked up by device name, and MFU is left out if it is unknown."""
+    """Peak FLOP/s of one device for MFU; 0: looked up by device name, MFU is left out where that is unknown."""
 
 
 @dataclass
 class Comm(titan.Comm):
     train_timeout_seconds: int = 1800
-    """Timeout of collectives after the first step, in seconds; must outlast validation and a recompilation."""
+    """Timeout of collectives after the first step, in seconds: longer than validation or a recompilation."""
+
+
+@dataclass
+class Compile(titan.Compile):
+    backend: str = "inductor"
+    """Backend of torch.compile."""
 
 
 @dataclass
@@ -114,6 +129,10 @@ class Debug(titan.Debug):
 
 @dataclass
 class JobConfig(titan.JobConfig):
+    # No annotation, hence no field: `to_dict` and snapshots leave it out.
+    provenance = MappingProxyType({})
+    """Key -> "x.toml:14", "command line", "default (ours)" or "default (torchtitan)"; set by `config.load`."""
+
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
@@ -121,5 +140,6 @@ class JobConfig(titan.JobConfig):
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
+    compile: Compile = field(default_factory=Compile)
     comm: Comm = field(default_factory=Comm)
     debug: Debug = field(default_factory=Debug)

@@ -1,0 +1,190 @@
+"""Loads a job: the TOML named by `--job.config_file`, then the command line on top, strictly.
+
+Every problem of the file and of the command line is collected, each with its line and the nearest valid name, and
+raised as one `ConfigError`, before any process group starts. `--help` prints all options, `--help training` those of
+a table.
+
+    config = load_config(["--job.config_file", "train_configs/x.toml", "--training.steps", "10"])
+    config.provenance["optimizer.lr"]     # "train_configs/x.toml:31", "command line" or "default (ours)"
+"""
+
+import glob
+import os
+import re
+import tomllib
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigError
+from .check import Environment, check
+from .fields import schema, set_value, tables
+from .help import asks_for_help, print_help
+from .job import JobConfig
+from .locate import Path, locate
+from .names import describe_key, describe_table, suggest_key
+from .overrides import parse_overrides
+from .problems import Problem, Source, quoted, raise_if_any
+from .values import conform, nearest, show
+
+
+def load_config(argv: list[str], environment: Environment | None = None) -> JobConfig:
+    """Builds the job config of a command line.
+
+    Args:
+        argv: Arguments without the program name: `--job.config_file X.toml` and overrides.
+        environment: Machine the config is to run on; by default this one. `Environment()` checks only what holds
+            on every machine, for example to look at a cluster's config on a laptop.
+
+    Returns:
+        The config; its attribute `provenance` maps every key to the place its value comes from.
+
+    Raises:
+        ConfigError: All that is wrong with the file and the options, one line each.
+        SystemExit: With code 0, after printing the help that `--help` asked for.
+    """
+    if asks_for_help(argv):
+        print_help(argv)
+        raise SystemExit(0)
+    overrides, problems = parse_overrides(argv)
+    file = overrides.get("job.config_file")
+    if not file:
+        problems.insert(0, Problem("--job.config_file FILE is missing" + _files_found()))
+        raise_if_any(problems)
+    text = _read(file, problems)
+    found = _Given()
+    if text is not None:
+        found = _values_of_file(file, text)
+    problems = [*found.problems, *problems]
+    sources = {key: Source(file, line) for key, line in found.lines.items()}
+    config = JobConfig()
+    for key, value in found.values.items():
+        set_value(config, key, value)
+    for key, value in overrides.items():
+        set_value(config, key, value)
+        sources[key] = Source()
+    config.provenance = {
+        key: str(sources.get(key, f"default ({'ours' if option.ours else 'torchtitan'})"))
+        for key, option in schema().items()
+    }
+    problems += check(config, sources, environment or Environment.detect(), unusable=found.unusable)
+    raise_if_any(problems)
+    return config
+
+
+@dataclass
+class _Given:
+    """What a TOML says, sorted out."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    unusable: set[str] = field(default_factory=set)
+    """Keys that were given a value of the wrong type: checks that look at them would only confuse."""
+
+
+def _values_of_file(file: str, text: str) -> _Given:
+    given = _Given()
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        given.problems.append(_syntax_problem(file, text, error))
+        given.unusable.update(schema())
+        return given
+    lines = locate(text)
+    for path, value in _leaves(tree, ()):
+        source = Source(file, lines.get(path, 1))
+        key = ".".join(path)
+        option = schema().get(key)
+        if option is None or key == "job.config_file":
+            given.problems.append(Problem(_misplaced(path, value, source), source))
+            continue
+        try:
+            given.values[key] = conform(value, option.hint)
+            given.lines[key] = source.line
+        except ValueError as reason:
+            wrong = f"{source.label(key, value)}: {reason}{quoted(option.summary)}"
+            given.problems.append(Problem(wrong, _element_source(source, lines, path, str(reason))))
+            given.unusable.add(key)
+    return given
+
+
+def _leaves(tree: dict[str, Any], path: Path) -> Any:
+    """Yields (path, value) of every option and of every table that should not be there."""
+    for name, value in tree.items():
+        here = (*path, name)
+        if isinstance(value, dict) and ".".join(here) in tables():
+            yield from _leaves(value, here)
+        else:
+            yield here, value
+
+
+def _misplaced(path: tuple[str, ...], value: Any, source: Source) -> str:
+    """Says what is wrong with a key that no option has."""
+    *tables_above, name = path
+    key, table = ".".join(path), ".".join(tables_above)
+    if key == "job.config_file":
+        return f"{source.label(key, value)}: belongs on the command line"
+    if key in schema():
+        return f"[{key}]: an option, not a table{quoted(schema()[key].summary)}"
+    is_table = isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict))
+    if key in tables():
+        return f"{source.label(key, value)}: a table, not an option; write [{key}]"
+    if is_table:
+        return f"[{key}]: no such table; {describe_table(key)}"
+    if not table:
+        guesses = suggest_key("", name)
+        told = describe_key("", name) if guesses else "options stand in tables: see --help"
+        return f"{source.label(key, value)}: stands in no table; {told}"
+    return f"{source.label(key, value)}: no such key; {describe_key(table, name)}"
+
+
+def _element_source(source: Source, lines: dict[Path, int], path: Path, reason: str) -> Source:
+    """The line of the list element that `reason` speaks of, where it speaks of one."""
+    match = re.match(r"element (\d+)", reason)
+    return Source(source.file, lines.get((*path, int(match[1]) - 1), source.line)) if match else source
+
+
+def _syntax_problem(file: str, text: str, error: tomllib.TOMLDecodeError) -> Problem:
+    match = re.search(r"^(.*) \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error), re.DOTALL)
+    reason, line = (match[1], match[2]) if match else (str(error), None)
+    lines = text.splitlines() or [""]
+    number = min(int(line), len(lines)) if line else len(lines)
+    content = lines[number - 1].strip()
+    word = re.search(r"=\s*(True|False|None|yes|no|[A-Za-z_./][\w./-]*)\s*(#.*)?$", content)
+    remedy = ""
+    if word and word[1] in ("True", "False"):
+        remedy = f"; write {word[1].lower()}"
+    elif word and word[1] == "None":
+        remedy = "; TOML has no None: to leave an option unset, delete the line"
+    elif word and reason == "Invalid value":
+        remedy = f'; a string needs quotes: "{word[1]}"'
+    shown = f" in `{content}`" if content else ""
+    return Problem(f"not valid TOML: {reason[:1].lower()}{reason[1:]}{shown}{remedy}", Source(file, number))
+
+
+def _read(file: str, problems: list[Problem]) -> str | None:
+    try:
+        with open(file, encoding="utf-8", newline="") as stream:
+            return stream.read()
+    except FileNotFoundError:
+        reason = f"no such file{_files_found(file)}"
+    except IsADirectoryError:
+        reason = f"a folder, not a TOML file{_files_found(file)}"
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 text (byte {error.start}); TOML files are UTF-8"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    problems.insert(0, Problem(f"--job.config_file {file}: {reason}"))
+    raise_if_any(problems)
+    return None
+
+
+def _files_found(wanted: str = "") -> str:
+    """`; nearest: ...` or `; there are: ...`, of the TOML files in train_configs/."""
+    files = sorted(glob.glob("train_configs/**/*.toml", recursive=True))
+    stems = {os.path.basename(file): file for file in files}
+    if wanted and (guess := nearest(os.path.basename(wanted), stems)):
+        return f"; nearest: {stems[guess]}"
+    if files:
+        return "; there are: " + ", ".join(files)
+    return f"; train_configs/ under {os.getcwd()} has no TOML files"
