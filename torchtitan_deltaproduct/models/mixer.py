@@ -1,0 +1,163 @@
+"""The DeltaProduct mixer: the layer that stands where a Transformer has attention.
+
+It maps `[B, T, hidden]` to the same shape through the recurrence of `ops`. Channels of k and v are ordered `(n h d)` and
+columns of beta `(n h)`, as in flash-linear-attention, so that row `t*n + j` is micro-step j of token t:
+
+    mixer = DeltaProductMixer(DeltaProductArgs(hidden_size=256, num_heads=4, head_dim=64))
+    y = mixer(x)                                    # rows are one document each
+    y, cache = mixer.extend(x, cache)               # continue a sequence: see models.decode
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config.architecture import DeltaProductArgs
+from ..ops import gated_delta_product, recurrent_step
+from .conv import ShortConvolution
+from .norm import RMSNorm
+
+
+class MixerCache(NamedTuple):
+    """What a mixer remembers of a sequence; its size does not grow with the sequence."""
+
+    state: Tensor
+    """[B, H, K, V] recurrent state, float32 (float64 in a float64 model)."""
+    conv: tuple[Tensor, Tensor, Tensor] | None
+    """The last conv_size-1 inputs of the q, k and v convolutions, each [B, C, conv_size-1]; None without them."""
+
+
+class Decay(nn.Module):
+    """The two parameters of the forget gate, `g = -exp(A_log) softplus(a + dt_bias)` per head.
+
+    They stay float32 when the model is converted to a narrower type. A module of its own, so that FSDP can keep it out
+    of the bfloat16 groups: the model calls it outside the (compiled, sharded) blocks and hands them the result.
+    """
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        """[2, H] float32: the rate -exp(A_log) and the bias."""
+        return torch.stack([-self.A_log.exp(), self.dt_bias])
+
+    def _apply(self, fn, recurse: bool = True):
+        def keep_float32(t: Tensor) -> Tensor:
+            out = fn(t)
+            return t.to(out.device) if out.dtype in (torch.bfloat16, torch.float16) else out
+
+        return super()._apply(keep_float32, recurse)
+
+
+class DeltaProductMixer(nn.Module):
+    """Projections, short convolutions, the gated DeltaProduct operator, per-head norm and output projection."""
+
+    def __init__(self, args: DeltaProductArgs):
+        super().__init__()
+        self.args = args
+        hidden, n, heads = args.hidden_size, args.num_householder, args.num_heads
+        q_dim, v_dim = heads * args.head_dim, heads * args.head_v_dim
+        self.q_proj = nn.Linear(hidden, q_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, n * q_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, n * v_dim, bias=False)
+        self.b_proj = nn.Linear(hidden, n * heads, bias=False)
+        if args.use_short_conv:
+            self.q_conv1d = ShortConvolution(q_dim, args.conv_size)
+            self.k_conv1d = ShortConvolution(n * q_dim, args.conv_size)
+            self.v_conv1d = ShortConvolution(n * v_dim, args.conv_size)
+        if args.use_forget_gate:
+            self.a_proj = nn.Linear(hidden, heads, bias=False)
+            self.decay = Decay(heads)
+        if args.use_output_gate:
+            self.g_proj = nn.Linear(hidden, v_dim, bias=False)
+        self.o_norm = RMSNorm(args.head_v_dim, args.norm_eps)
+        self.o_proj = nn.Linear(v_dim, hidden, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        decay: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Mixes along the sequence.
+
+        Args:
+            x: [B, T, hidden].
+            decay: [2, H] float32, `self.decay()`; None: computed here.
+            cu_seqlens: [N+1] int32, bounds of the documents in the B*T tokens of the flattened batch.
+            positions: [B, T] index of each token in its document; goes with `cu_seqlens`.
+
+        Returns:
+            [B, T, hidden].
+        """
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.args.use_short_conv:
+            q, k, v = self.q_conv1d(q, positions), self.k_conv1d(k, positions), self.v_conv1d(v, positions)
+        else:
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        batch = x.shape[0] if cu_seqlens is None else 1
+        o, _ = gated_delta_product(
+            *self._operands(q, k, v, x, decay, batch),
+            self.args.num_householder,
+            cu_seqlens=cu_seqlens,
+            use_qk_l2norm=True,
+            backend=self.args.op_backend,
+        )
+        return self._output(o, x)
+
+    def extend(self, x: Tensor, cache: MixerCache) -> tuple[Tensor, MixerCache]:
+        """Continues a sequence from `cache`; x and the result are [B, T, hidden]. One token is updated in place."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.args.use_short_conv:
+            q, q_cache = self.q_conv1d.extend(q, cache.conv[0])
+            k, k_cache = self.k_conv1d.extend(k, cache.conv[1])
+            v, v_cache = self.v_conv1d.extend(v, cache.conv[2])
+            conv = (q_cache, k_cache, v_cache)
+        else:
+            q, k, v, conv = F.silu(q), F.silu(k), F.silu(v), None
+        q, k, v, g, beta = self._operands(q, k, v, x, None, x.shape[0])
+        if x.shape[1] == 1:
+            g = None if g is None else g.squeeze(1)
+            o, state = recurrent_step(q.squeeze(1), k, v, g, beta, cache.state, use_qk_l2norm=True)
+            o = o.unsqueeze(1)
+        else:
+            o, state = gated_delta_product(
+                q, k, v, g, beta, self.args.num_householder,
+                initial_state=cache.state, output_final_state=True, use_qk_l2norm=True, backend=self.args.op_backend,
+            )  # fmt: skip
+        return self._output(o, x), MixerCache(state, conv)
+
+    def _operands(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, decay: Tensor | None, batch: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """q, k, v, g and beta in the operator's layouts, with the tokens of x as `batch` rows."""
+        args = self.args
+        q = q.reshape(batch, -1, args.num_heads, args.head_dim)
+        k = k.reshape(batch, -1, args.num_heads, args.head_dim)
+        v = v.reshape(batch, -1, args.num_heads, args.head_v_dim)
+        beta = at_least_float32(self.b_proj(x)).sigmoid()
+        if args.allow_neg_eigval:
+            beta = beta * 2
+        beta = beta.reshape(batch, -1, args.num_heads)
+        if not args.use_forget_gate:
+            return q, k, v, None, beta
+        rate, bias = (self.decay() if decay is None else decay).unbind(0)
+        g = rate * F.softplus(at_least_float32(self.a_proj(x)) + bias)
+        return q, k, v, g.reshape(batch, -1, args.num_heads), beta
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        """Norm per head, output gate and projection of o [*, *, H, V]; the result has the shape of x."""
+        o = self.o_norm(o).reshape(*x.shape[:-1], -1)
+        if self.args.use_output_gate:
+            o = o * F.silu(self.g_proj(x))
+        return self.o_proj(o)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or as it is if it is float64."""
+    return x if x.dtype == torch.float64 else x.float()

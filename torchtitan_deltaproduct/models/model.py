@@ -1,0 +1,103 @@
+"""The DeltaProduct language model.
+
+    model = DeltaProductLM(DeltaProductArgs(hidden_size=256, num_hidden_layers=4, num_heads=4, head_dim=64))
+    model.init_weights()
+    logits = model(tokens)                          # [B, T] int64 -> [B, T, vocab]
+
+Parameters are empty until `init_weights` or a checkpoint fills them, so building on the meta device costs nothing.
+A tied head has no module and no parameter of its own: `output` is None and the head multiplies by
+`tok_embeddings.weight`. One parameter, so there is no tie for `to_empty`, sharding or a checkpoint to lose; under FSDP
+it must stay in the root's group, where both uses see it gathered.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config.architecture import DeltaProductArgs
+from .block import Block
+from .init import init_parameters
+from .norm import RMSNorm
+
+
+class DeltaProductLM(nn.Module):
+    """Embedding, blocks, norm and head. `layers` is keyed "0", "1", ... as torchtitan expects.
+
+    Args:
+        args: the architecture.
+        seed: of the initial weights; see `init_weights`.
+
+    Raises:
+        ValueError: `head_dim * expand_v` is not a whole number.
+    """
+
+    def __init__(self, args: DeltaProductArgs, seed: int = 42):
+        super().__init__()
+        if args.head_v_dim != args.head_dim * args.expand_v:
+            width = args.head_dim * args.expand_v
+            raise ValueError(f"head_dim * expand_v = {args.head_dim} * {args.expand_v} = {width} is not a whole number")
+        self.args = args
+        self.seed = seed
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = nn.ModuleDict({str(i): Block(args) for i in range(args.num_hidden_layers)})
+        self.norm = RMSNorm(args.hidden_size, args.norm_eps)
+        tied = args.tie_word_embeddings
+        self.output = None if tied else nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, document_starts: Tensor | None = None) -> Tensor:
+        """Next-token logits.
+
+        Args:
+            tokens: [B, T] int64.
+            document_starts: [B, T] bool, True at the first token of each document; every row starts one. Recurrent
+                and convolution states are reset there. None: each row is one document.
+
+        Returns:
+            [B, T, vocab] in the model's dtype.
+        """
+        cu_seqlens, positions = None, None
+        if document_starts is not None:
+            cu_seqlens, positions = document_layout(document_starts)
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers.values():
+            decay = layer.mixer.decay() if self.args.use_forget_gate else None
+            x = layer(x, decay, cu_seqlens, positions)
+        return self.head(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Final norm and head: [..., hidden] -> [..., vocab]."""
+        x = self.norm(x)
+        return F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Fills every parameter from `self.seed`, with the same values whether sharded or not.
+
+        There are no buffers; `buffer_device` is torchtitan's argument and has no effect.
+        """
+        init_parameters(self, self.args, self.seed)
+
+
+def document_layout(document_starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds and positions of packed documents. One device synchronisation, for the number of documents.
+
+    Args:
+        document_starts: [B, T] bool; the first token of each row counts as a start.
+
+    Returns:
+        cu_seqlens [N+1] int32, bounds in the flattened B*T tokens, and positions [B, T] int32, the index of each token
+        in its document.
+    """
+    starts = document_starts.clone()
+    starts[:, 0] = True
+    flat = starts.flatten().nonzero().squeeze(1)
+    cu_seqlens = torch.cat([flat, flat.new_tensor([starts.numel()])]).int()
+    index = torch.arange(starts.shape[1], device=starts.device, dtype=torch.int32).expand_as(starts)
+    positions = index - torch.where(starts, index, 0).cummax(1).values
+    # The number of documents differs from batch to batch; one compiled graph must serve them all. Without dynamo
+    # loaded there is nothing compiled, and importing it costs a second.
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+    return cu_seqlens, positions
