@@ -1,7 +1,23 @@
-"""Ranges and contradictions."""
+"""Judges a loaded config as a whole: refused options, ranges, and options that contradict each other.
+
+    problems = check(config, sources, Environment(world_size=8, cuda=True))
+
+A contradiction is one entry of `_RULES`: the keys it looks at, the first being the one to blame, and a function that
+returns what is wrong or None. What depends on the machine is judged only as far as `Environment` knows it.
+"""
+
 import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from .problems import Problem
+from typing import Any
+
+from .fields import get_value, schema
+from .job import JobConfig
+from .problems import Problem, Source, quoted
+from .ranges import RANGES
+from .schedule import decay_steps_of
+from .unsupported import refusal
+from .values import show
 
 
 @dataclass(frozen=True)
@@ -9,14 +25,275 @@ class Environment:
     """What is known of the machine a config is to run on; None where it is not."""
 
     world_size: int | None = None
+    """Ranks of the job."""
     cuda: bool | None = None
+    """Whether the ranks have a CUDA device."""
+    files: bool = False
+    """Whether paths of the config can be looked up here."""
 
     @classmethod
     def detect(cls) -> "Environment":
+        """This process: `WORLD_SIZE` as torchrun sets it (1 without), and whether CUDA is present."""
         import torch
 
-        return cls(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
+        return cls(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available(), files=True)
 
 
-def check(config, sources, environment, unusable=frozenset()) -> list[Problem]:
-    return []
+Judge = Callable[[JobConfig, Environment], str | None]
+
+
+def check(
+    config: JobConfig,
+    sources: Mapping[str, Source],
+    environment: Environment,
+    unusable: Collection[str] = (),
+) -> list[Problem]:
+    """Finds all that is wrong with the values of a config.
+
+    Args:
+        config: Values of the right types.
+        sources: Where each value was given; keys not in it have their default.
+        environment: What is known of the machine.
+        unusable: Keys whose value could not be read: nothing that looks at them is judged.
+    """
+    problems, judged = [], set(unusable)
+    for key, option in schema().items():
+        value = get_value(config, key)
+        if key in judged or value == option.default:
+            continue
+        source = sources.get(key, Source())
+        if rule := refusal(key):
+            problems.append(Problem(f"{source.label(key, value)}: {rule.reason}; {rule.instead}", source))
+            judged.add(key)
+        elif value is not None and key in RANGES and not RANGES[key].allows(value):
+            text = f"{source.label(key, value)}: {RANGES[key].text}{quoted(option.summary)}"
+            problems.append(Problem(text, source))
+            judged.add(key)
+    for keys, judge in _RULES:
+        if judged.isdisjoint(keys) and (reason := judge(config, environment)):
+            problems.append(_contradiction(config, sources, keys, reason))
+    return problems
+
+
+def _contradiction(
+    config: JobConfig, sources: Mapping[str, Source], keys: tuple[str, ...], reason: str
+) -> Problem:
+    """Blames the first of `keys` that the user set, and tells where the others come from."""
+    blamed = next((key for key in keys if key in sources), keys[0])
+    source = sources.get(blamed, Source(config.job.config_file or ""))
+    others = []
+    for key in keys:
+        value = get_value(config, key)
+        if key != blamed and (key in sources or value is not None):
+            table, _, name = key.rpartition(".")
+            others.append(f"[{table}] {name} = {show(value)}, {sources.get(key, 'default')}")
+    context = f" (with {'; '.join(others)})" if others else ""
+    return Problem(f"{source.label(blamed, get_value(config, blamed))}: {reason}{context}", source)
+
+
+def _value_width(config: JobConfig, _: Environment) -> str | None:
+    width = config.model.head_dim * config.model.expand_v
+    if width >= 1 and abs(width - round(width)) < 1e-9 and int(width) == round(width):
+        return None
+    return f"head_dim * expand_v must be a whole number of at least 1, not {width:g}"
+
+
+def _warmup_fits(config: JobConfig, _: Environment) -> str | None:
+    schedule, total = config.lr_scheduler, _schedule_length(config)
+    if schedule.warmup_steps > total:
+        return (
+            f"the warm-up does not fit in the schedule of {total} steps; shorten warmup_steps, or set "
+            "[lr_scheduler] total_steps to follow the curve of a longer run"
+        )
+    decay = decay_steps_of(total, schedule.warmup_steps, schedule.decay_ratio)
+    if schedule.warmup_steps + decay > total:
+        return f"warm-up and a decay of {decay} steps do not fit in the schedule of {total} steps"
+    return None
+
+
+def _schedule_covers_run(config: JobConfig, _: Environment) -> str | None:
+    if _schedule_length(config) >= config.training.steps:
+        return None
+    return f"the learning rate would leave its schedule after step {_schedule_length(config)}; must be at least steps"
+
+
+def _schedule_length(config: JobConfig) -> int:
+    total = config.lr_scheduler.total_steps
+    return config.training.steps if total is None else total
+
+
+def _degrees_fill_world(config: JobConfig, environment: Environment) -> str | None:
+    world, parallelism = environment.world_size, config.parallelism
+    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    if world is None or replicate * shard == world or (shard == -1 and world % replicate == 0):
+        return None
+    if shard == -1:
+        return f"{world} ranks cannot be divided into {replicate} replicas"
+    return f"replicate x shard = {replicate * shard}, but the job has {world} ranks"
+
+
+def _batch_divides(config: JobConfig, environment: Environment) -> str | None:
+    training, world = config.training, environment.world_size
+    if training.global_batch_size == -1:
+        return None
+    if training.global_batch_size % training.local_batch_size:
+        return f"must be a multiple of local_batch_size = {training.local_batch_size}"
+    if world is None or training.global_batch_size % (training.local_batch_size * world) == 0:
+        return None
+    step = training.local_batch_size * world
+    below = training.global_batch_size // step * step
+    choices = f"{below} or {below + step}" if below else f"{step}"
+    return f"must be a multiple of local_batch_size x {world} ranks = {step}; nearest: {choices}"
+
+
+def _data_named(config: JobConfig, _: Environment) -> str | None:
+    if config.data.kind == "prepared" and not config.data.paths:
+        return "no data to train on; make some with python -m torchtitan_deltaproduct.data.prepare"
+    return None
+
+
+def _stream_named(config: JobConfig, _: Environment) -> str | None:
+    if config.data.kind == "streaming" and not config.data.dataset:
+        return "streaming needs [data] dataset"
+    return None
+
+
+def _stream_unmixed(config: JobConfig, _: Environment) -> str | None:
+    if config.data.kind == "streaming" and config.data.paths:
+        return "paths name prepared folders, which streaming does not read"
+    return None
+
+
+def _dataset_unread(config: JobConfig, _: Environment) -> str | None:
+    if config.data.kind == "prepared" and config.data.dataset:
+        return 'only read with kind = "streaming"'
+    return None
+
+
+def _weights_match(config: JobConfig, _: Environment) -> str | None:
+    weights, paths = config.data.weights, config.data.paths
+    if not weights or len(weights) == len(paths):
+        return None
+    return f"{len(weights)} weights for {len(paths)} paths; give one for each, or none"
+
+
+def _paths_differ(config: JobConfig, _: Environment) -> str | None:
+    repeated = {path for path in config.data.paths if config.data.paths.count(path) > 1}
+    return f"{show(min(repeated))} is listed twice; give it a larger weight instead" if repeated else None
+
+
+def _validation_data(config: JobConfig, _: Environment) -> str | None:
+    if config.validation.enable and not config.validation.paths:
+        return "there is nothing to validate on"
+    return None
+
+
+def _fla_has_device(config: JobConfig, environment: Environment) -> str | None:
+    if config.model.op_backend == "fla" and environment.cuda is False:
+        return 'fla runs on CUDA only, and there is none; "auto" picks a backend that runs here'
+    return None
+
+
+def _fla_has_dtype(config: JobConfig, _: Environment) -> str | None:
+    if config.model.op_backend == "fla" and config.training.mixed_precision_param == "float32":
+        return "fla computes in bfloat16 or float16 only"
+    return None
+
+
+def _needs_cuda(enabled: Callable[[JobConfig], bool], what: str) -> Judge:
+    def judge(config: JobConfig, environment: Environment) -> str | None:
+        return f"{what} needs CUDA, and there is none" if environment.cuda is False and enabled(config) else None
+
+    return judge
+
+
+def _profile_cycle(config: JobConfig, _: Environment) -> str | None:
+    profiling = config.profiling
+    cycle = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and cycle > profiling.profile_freq:
+        return f"shorter than one cycle of {cycle} steps, profiler_warmup + profiler_active"
+    return None
+
+
+def _memory_budget(config: JobConfig, _: Environment) -> str | None:
+    compiled = config.compile.enable and "model" in config.compile.components
+    if config.activation_checkpoint.mode == "memory_budget" and not compiled:
+        return 'needs [compile] enable = true with "model" among the components; or use "selective"'
+    return None
+
+
+def _compile_something(config: JobConfig, _: Environment) -> str | None:
+    if config.compile.enable and not config.compile.components:
+        return "nothing to compile: components is empty"
+    return None
+
+
+def _warn_only(config: JobConfig, _: Environment) -> str | None:
+    if config.debug.deterministic_warn_only and not config.debug.deterministic:
+        return "does nothing without deterministic = true"
+    return None
+
+
+def _weights_only_export(config: JobConfig, _: Environment) -> str | None:
+    if config.checkpoint.export_dtype != "float32" and not config.checkpoint.last_save_model_only:
+        return "does nothing without last_save_model_only = true: full checkpoints keep float32"
+    return None
+
+
+def _checkpointing_on(name: str, default: Any) -> Judge:
+    def judge(config: JobConfig, _: Environment) -> str | None:
+        asked = getattr(config.checkpoint, name) != default
+        return "does nothing without enable = true" if asked and not config.checkpoint.enable else None
+
+    return judge
+
+
+def _seed_checkpoint(config: JobConfig, environment: Environment) -> str | None:
+    if config.checkpoint.create_seed_checkpoint and (environment.world_size or 1) > 1:
+        return f"is made by one process, not by {environment.world_size} ranks: start it without torchrun"
+    return None
+
+
+def _initial_load_exists(config: JobConfig, environment: Environment) -> str | None:
+    path = config.checkpoint.initial_load_path
+    if path and environment.files and not os.path.isdir(path):
+        return f"no such folder (looked from {os.getcwd()})"
+    return None
+
+
+_RULES: tuple[tuple[tuple[str, ...], Judge], ...] = (
+    (("model.expand_v", "model.head_dim"), _value_width),
+    (("model.op_backend",), _fla_has_device),
+    (("model.op_backend", "training.mixed_precision_param"), _fla_has_dtype),
+    (("data.paths",), _data_named),
+    (("data.kind", "data.dataset"), _stream_named),
+    (("data.paths", "data.kind"), _stream_unmixed),
+    (("data.dataset", "data.kind"), _dataset_unread),
+    (("data.weights", "data.paths"), _weights_match),
+    (("data.paths",), _paths_differ),
+    (("validation.enable", "validation.paths"), _validation_data),
+    (("lr_scheduler.warmup_steps", "lr_scheduler.decay_ratio", "lr_scheduler.total_steps", "training.steps"),
+     _warmup_fits),
+    (("lr_scheduler.total_steps", "training.steps"), _schedule_covers_run),
+    (("training.global_batch_size", "training.local_batch_size"), _batch_divides),
+    (("parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree"),
+     _degrees_fill_world),
+    (("training.enable_cpu_offload",),
+     _needs_cuda(lambda config: config.training.enable_cpu_offload, "offloading to the CPU")),
+    (("profiling.enable_profiling",),
+     _needs_cuda(lambda config: config.profiling.enable_profiling, "torchtitan's profiler")),
+    (("profiling.enable_memory_snapshot",),
+     _needs_cuda(lambda config: config.profiling.enable_memory_snapshot, "a memory snapshot")),
+    (("checkpoint.async_mode",),
+     _needs_cuda(lambda config: config.checkpoint.async_mode == "async_with_pinned_mem", "pinned memory")),
+    (("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active"), _profile_cycle),
+    (("activation_checkpoint.mode", "compile.enable", "compile.components"), _memory_budget),
+    (("compile.components",), _compile_something),
+    (("debug.deterministic_warn_only", "debug.deterministic"), _warn_only),
+    (("checkpoint.export_dtype", "checkpoint.last_save_model_only"), _weights_only_export),
+    *(((f"checkpoint.{name}", "checkpoint.enable"), _checkpointing_on(name, default)) for name, default in {
+        "initial_load_path": None, "load_step": -1, "load_only": False, "create_seed_checkpoint": False,
+        "enable_first_step_checkpoint": False}.items()),
+    (("checkpoint.create_seed_checkpoint",), _seed_checkpoint),
+    (("checkpoint.initial_load_path",), _initial_load_exists),
+)  # fmt: skip

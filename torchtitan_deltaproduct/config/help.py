@@ -6,9 +6,8 @@
 
 import os
 
-from .fields import schema, tables
+from .fields import schema, tables, type_name
 from .names import describe_table
-from .fields import type_name
 from .unsupported import refusal, supported_keys
 from .values import show
 

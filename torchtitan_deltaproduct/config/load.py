@@ -15,7 +15,6 @@ import tomllib
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError
 from .check import Environment, check
 from .fields import schema, set_value, tables
 from .help import asks_for_help, print_help
@@ -24,7 +23,7 @@ from .locate import Path, locate
 from .names import describe_key, describe_table, suggest_key
 from .overrides import parse_overrides
 from .problems import Problem, Source, quoted, raise_if_any
-from .values import conform, nearest, show
+from .values import conform, nearest
 
 
 def load_config(argv: list[str], environment: Environment | None = None) -> JobConfig:

@@ -16,13 +16,13 @@ _LATER_THAN_ANY_LINE = 10**9
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value was given: a line of a file, or the command line."""
+    """Where a value was given: a line of a file, a file (0: no line of it speaks of it), or the command line."""
 
     file: str = ""
     line: int = 0
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}" if self.file else COMMAND_LINE
+        return (f"{self.file}:{self.line}" if self.line else self.file) or COMMAND_LINE
 
     def label(self, key: str, value: Any) -> str:
         """The assignment as the user wrote it."""

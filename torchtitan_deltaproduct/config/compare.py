@@ -1,0 +1,260 @@
+"""Is this the run that the checkpoints in its folder belong to?
+
+    comparison = compare_configs(read_snapshot(folder / "config.json"), snapshot(config))
+    refuse_breaking(comparison, folder, config.provenance)        # ConfigError
+    for change in comparison.notable + comparison.harmless:
+        logger.info("%s", change)                                 # optimizer.lr: 0.0003 -> 0.0001 (...)
+
+Breaking: the result would be no continuation (another model, other data, another batch). Notable: allowed, and worth
+a line in the log. Harmless: changes nothing that is learned.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError
+from .job import JobConfig
+from .unsupported import refusal
+from .values import show
+
+BREAKING = {
+    "model.vocab_size model.hidden_size model.num_hidden_layers model.num_heads model.head_dim model.expand_v "
+    "model.num_householder model.allow_neg_eigval model.use_forget_gate model.use_output_gate "
+    "model.use_short_conv model.conv_size model.norm_eps model.tie_word_embeddings derived.mlp_size":
+        "another model",
+    "data.kind data.paths data.dataset data.dataset_config data.split data.text_field extra.data_identity":
+        "other data",
+    "data.weights data.seed data.shuffle data.shuffle_buffer": "the samples would come in another order",
+    "data.reset_state_at_documents": "another treatment of documents",
+    "training.seq_len": "other windows",
+    "derived.global_batch_size": "another number of samples a step",
+    "optimizer.name": "another optimizer state",
+}  # fmt: skip
+NOTABLE = {
+    "model.init_scheme model.initializer_range debug.seed": "no effect: the weights are drawn already",
+    "model.op_backend": "results agree to rounding",
+    "model.hf_assets_path": "prepared data records its own tokenizer",
+    "optimizer.lr optimizer.beta1 optimizer.beta2 optimizer.eps optimizer.weight_decay lr_scheduler.*":
+        "holds from the next step on",
+    "optimizer.implementation": "results agree to rounding",
+    "training.steps": "the new end; a schedule without total_steps stretches with it",
+    "training.local_batch_size training.global_batch_size": "the same global batch in other pieces",
+    "training.max_norm training.max_skipped_steps": "holds from the next step on",
+    "training.mixed_precision_param training.mixed_precision_reduce": "other rounding",
+    "training.enable_cpu_offload": "speed and memory",
+    "parallelism.* derived.world_size": "results agree to rounding",
+    "activation_checkpoint.*": "speed and memory",
+    "compile.*": "results agree to rounding",
+    "debug.deterministic debug.deterministic_warn_only": "speed",
+    "checkpoint.initial_load_path checkpoint.initial_load_model_only":
+        "no effect: the run has checkpoints of its own",
+    "checkpoint.exclude_from_loading": "what is excluded starts anew",
+    "checkpoint.load_step checkpoint.load_only checkpoint.create_seed_checkpoint": "decides what this start does",
+    "checkpoint.last_save_model_only checkpoint.export_dtype": "decides what the last checkpoint holds",
+    "checkpoint.enable": "decides whether this start saves and resumes",
+    "validation.paths validation.seq_len validation.steps validation.local_batch_size":
+        "held-out losses are not comparable with earlier ones",
+    "versions.torch versions.torchtitan versions.flash-linear-attention versions.triton":
+        "results may differ in rounding",
+}  # fmt: skip
+HARMLESS = {
+    "job.*": "names and folders",
+    "model.flavor": "a label",
+    "data.num_workers data.prefetch_factor": "speed",
+    "training.gc_freq training.gc_debug": "speed",
+    "profiling.* metrics.*": "logging",
+    "comm.*": "timeouts and traces",
+    "checkpoint.folder checkpoint.interval checkpoint.async_mode checkpoint.keep_latest_k "
+    "checkpoint.enable_first_step_checkpoint": "when and where to save",
+    "validation.enable validation.freq": "how often to validate",
+    "model.hidden_ratio model.intermediate_size": "two ways to give the same MLP width",
+    "versions.*": "for the record",
+}
+_CLASSES = {"breaking": BREAKING, "notable": NOTABLE, "harmless": HARMLESS}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One value that differs from the saved run's."""
+
+    key: str
+    old: Any
+    new: Any
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {show(self.old)} -> {show(self.new)} ({self.why})"
+
+
+@dataclass
+class Comparison:
+    """What differs, by consequence."""
+
+    breaking: list[Change] = field(default_factory=list)
+    notable: list[Change] = field(default_factory=list)
+    harmless: list[Change] = field(default_factory=list)
+
+
+@cache
+def classify(key: str) -> tuple[str, str] | None:
+    """("breaking" | "notable" | "harmless", why) for a key of a snapshot; None for one that nobody classified."""
+    if refusal(key):
+        return "breaking", "an option that is not supported"
+    for kind, table in _CLASSES.items():
+        for patterns, why in table.items():
+            if any(fnmatchcase(key, pattern) for pattern in patterns.split()):
+                return kind, why
+    return None
+
+
+def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Comparison:
+    """Compares two snapshots (see `snapshot`).
+
+    An option that one of the two does not know (another version of this package wrote it) is notable: it cannot have
+    had an effect there. With equal `extra["data_identity"]`, data that moved to other folders is the same data.
+    """
+    old, new = _flatten(saved), _flatten(current)
+    identity = old.get("extra.data_identity")
+    same_data = identity is not None and identity == new.get("extra.data_identity")
+    comparison = Comparison()
+    for key in [*new, *(key for key in old if key not in new)]:
+        if key in old and key in new and old[key] == new[key]:
+            continue
+        kind, why = classify(key) or ("breaking", "an option whose effect nobody classified")
+        if key not in old or key not in new:
+            # The first run under a version with a new option must not be refused for it.
+            kind, why = ("harmless" if kind == "harmless" else "notable"), "only one of the two versions has it"
+        elif key == "data.paths" and same_data:
+            kind, why = "notable", "the same data in another place"
+        elif key == "model.hf_assets_path" and new.get("data.kind") == "streaming":
+            kind, why = "breaking", "the tokenizer decides the tokens"
+        getattr(comparison, kind).append(Change(key, old.get(key), new.get(key), why))
+    return comparison
+
+
+def refuse_breaking(
+    comparison: Comparison, checkpoint: str | os.PathLike, provenance: Mapping[str, str] | None = None
+) -> None:
+    """Raises ConfigError if the config cannot continue the run that saved `checkpoint`."""
+    if not comparison.breaking:
+        return
+    lines = []
+    for change in comparison.breaking:
+        origin = (provenance or {}).get(change.key)
+        told = f" ({origin})" if origin else ""
+        lines.append(f"  {change.key} was {show(change.old)}, is {show(change.new)}{told}: {change.why}")
+    raise ConfigError(
+        f"{checkpoint} belongs to another run:\n" + "\n".join(lines) + "\n"
+        "put the old values back to continue it, or start a new run from its weights with\n"
+        f"  --job.dump_folder NEW_FOLDER --checkpoint.initial_load_path {checkpoint}"
+    )
+
+
+def snapshot(config: JobConfig, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The resolved config and what produced it, ready for JSON.
+
+    Args:
+        config: A loaded config.
+        extra: More to record. `data_identity` (any JSON value, such as the checksum of the manifests) tells
+            data that moved from data that changed; `world_size` replaces the environment's.
+    """
+    extra = dict(extra or {})
+    world_size = int(extra.pop("world_size", os.environ.get("WORLD_SIZE", "1")))
+    derived = {
+        "world_size": world_size,
+        "global_batch_size": effective_global_batch_size(config, world_size),
+        "mlp_size": config.model.mlp_size,
+    }
+    content = {"config": config.to_dict(), "derived": derived, "versions": versions(), "extra": extra}
+    return json.loads(json.dumps(content))
+
+
+def effective_global_batch_size(config: JobConfig, world_size: int) -> int:
+    """Sequences a step of all ranks together."""
+    training = config.training
+    return training.local_batch_size * world_size if training.global_batch_size < 0 else training.global_batch_size
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, and the git revision of this package where it runs from a checkout."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchtitan", "torchtitan-deltaproduct", "flash-linear-attention", "triton"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if revision := _git_revision():
+        found["git"] = revision
+    return found
+
+
+def write_snapshot(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
+    """Writes a snapshot such that `path` is either the old file or the whole new one, whenever the process dies."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(unfinished, "w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=1, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(unfinished, path)
+
+
+def read_snapshot(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The snapshot in a file; None if there is no such file.
+
+    Raises:
+        CheckpointError: The file is not a snapshot.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(content.get("config"), dict):
+            return content
+        reason = 'it has no "config"'
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        reason = str(error)
+    raise CheckpointError(f"{path} is not a config snapshot: {reason}; delete it to skip the comparison")
+
+
+def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys: those of the config without a prefix, the other parts under their name."""
+    flat: dict[str, Any] = {}
+
+    def walk(tree: Mapping[str, Any], prefix: str) -> None:
+        for name, value in tree.items():
+            if isinstance(value, Mapping):
+                walk(value, f"{prefix}{name}.")
+            else:
+                flat[f"{prefix}{name}"] = value
+
+    walk(content.get("config", {}), "")
+    walk(content.get("derived", {}), "derived.")
+    walk(content.get("versions", {}), "versions.")
+    identity = content.get("extra", {}).get("data_identity")
+    if identity is not None:
+        flat["extra.data_identity"] = identity
+    return flat
+
+
+def _git_revision() -> str | None:
+    package = Path(__file__).resolve().parents[1]
+    if not (package.parent / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
