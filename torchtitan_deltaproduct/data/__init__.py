@@ -1,0 +1,86 @@
+"""From text to the batches of a training step.
+
+    1 text           corpus/*.txt, *.jsonl(.gz), *.parquet, a `datasets` dataset       text_sources.py
+         | prepare   "def f():\\n" -> [283, 71, 9, 14] + [0]; 0 is the separator        tokenizer.py,
+         prepare.py
+    2 token shards   shards/00003.bin  ... 283 71 9 14 0 | 283 88 ...  (uint16)        shards.py, manifest.py
+         | order     global sample 4711 -> epoch 2, window 913 of data/code            order.py
+    3 window         tokens [913*T - 1, 914*T) of the set, one read                    packing.py
+         | loader    rank r of W takes samples first + r*LB + [0, LB)                  loader.py, prepared.py
+    4 batch          {"input": [LB, T], "document_starts": [LB, T]}, labels [LB, T]
+
+`kind = "streaming"` reaches 4 from 1 without shards (streaming.py). Stage 2 to 4 is a pure function of
+(manifest, seed, global sample index): any step can be read directly, by any number of ranks. Every document
+ends with the separator, which also opens the next one: the first token of a document is predicted from the
+separator.
+
+    loader = build_loader(config.data, seq_len=2048, local_batch_size=8, global_batch_size=64, dp_rank=0,
+    dp_world_size=2) inputs, labels = next(iter(loader))
+
+A further kind of data is one module with `build(data, geometry, tokenizer_path)` and one line in `KINDS`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from torchtitan_deltaproduct.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .loader import Loader
+    from .validation import ValidationLoader
+
+# Modules are imported when they are needed: `prepare` starts without torch, training without `datasets`.
+KINDS = {"prepared": ".prepared", "streaming": ".streaming"}
+
+
+def build_loader(
+    data,
+    *,
+    seq_len: int,
+    local_batch_size: int,
+    global_batch_size: int,
+    dp_rank: int = 0,
+    dp_world_size: int = 1,
+    tokenizer_path: str = "",
+) -> "Loader":
+    """The training loader that `[data]` asks for.
+
+    Args:
+        data: the `[data]` table (`config.job.Data`).
+        seq_len: window length in tokens.
+        local_batch_size: samples of one micro-batch on one rank.
+        global_batch_size: samples of one optimizer step on all ranks.
+        dp_rank: index of this data-parallel rank, of `dp_world_size`.
+        tokenizer_path: folder with tokenizer.json. Streaming needs it; prepared data brings its own and then
+            checks that this one, if given, is the same.
+
+    Returns:
+        A `Loader`: iterating yields micro-batches forever, from the position of its state.
+
+    Raises:
+        ConfigError: the settings cannot be run. DataError: the data is missing, damaged or does not fit.
+    """
+    from .loader import Geometry
+
+    if data.kind not in KINDS:
+        raise ConfigError(f"data.kind is {data.kind!r}; known kinds: {', '.join(KINDS)}")
+    geometry = Geometry(seq_len, local_batch_size, global_batch_size, dp_rank, dp_world_size)
+    return import_module(KINDS[data.kind], __name__).build(data, geometry, tokenizer_path)
+
+
+def build_validation_loader(
+    paths: list[str],
+    *,
+    seq_len: int,
+    local_batch_size: int,
+    steps: int = -1,
+    dp_rank: int = 0,
+    dp_world_size: int = 1,
+    reset_state_at_documents: bool = False,
+) -> "ValidationLoader":
+    """A loader of the same windows in file order at every iteration; see `validation.ValidationLoader`."""
+    from .validation import ValidationLoader
+
+    return ValidationLoader(
+        paths, seq_len, local_batch_size, steps, dp_rank, dp_world_size, reset_state_at_documents
+    )

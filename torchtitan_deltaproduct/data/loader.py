@@ -1,0 +1,190 @@
+"""The training loader: samples of this rank, micro-batch after micro-batch, forever, from any position.
+
+    loader = Loader(source, Geometry(seq_len=2048, local_batch_size=8, global_batch_size=64, dp_rank=0,
+    dp_world_size=2)) for inputs, labels in loader: ...         # {"input": [8, 2048] int64}, [8, 2048] int64
+    loader.state_dict()                       # {"version": 1, "sample": 64, ...}: the same on every rank
+
+Global batch s is samples [s * GB, (s+1) * GB) and is the same for any number of ranks: ranks and
+micro-batches only cut it into slices. The state is the index of the next sample, so a run may continue on
+other ranks or workers.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from torchtitan_deltaproduct.errors import ConfigError, DataError
+
+Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How samples are cut into batches; `seq_len` in tokens, batch sizes in samples."""
+
+    seq_len: int
+    local_batch_size: int
+    global_batch_size: int
+    dp_rank: int = 0
+    dp_world_size: int = 1
+
+    def __post_init__(self):
+        if self.seq_len < 1 or self.local_batch_size < 1:
+            raise ConfigError(
+                f"training.seq_len = {self.seq_len} and training.local_batch_size = {self.local_batch_size}: "
+                "both must be at least 1"
+            )
+        if self.global_batch_size < 1 or self.global_batch_size % self.micro_batch:
+            raise ConfigError(
+                f"training.global_batch_size = {self.global_batch_size} is not a multiple of local_batch_size x "
+                f"data-parallel ranks = {self.local_batch_size} x {self.dp_world_size} = {self.micro_batch}"
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one micro-batch on all ranks."""
+        return self.local_batch_size * self.dp_world_size
+
+    def rows(self, sample: int) -> np.ndarray:
+        """This rank's samples of the micro-batch that begins at global sample `sample`: [local_batch_size] int64."""
+        first = sample + self.dp_rank * self.local_batch_size
+        return np.arange(first, first + self.local_batch_size)
+
+
+class Source(Protocol):
+    """A kind of data whose samples can be read in any order. Instances are picklable."""
+
+    vocab_size: int
+    tokenizer_path: str
+    """Folder with tokenizer.json; empty for data without a tokenizer."""
+
+    def batch(self, samples: np.ndarray) -> Batch:
+        """samples: [n] int64 global sample indices -> ({"input": [n, T] int64, ...}, labels [n, T] int64)."""
+
+    def order(self) -> dict[str, object]:
+        """All that decides which tokens sample i has: JSON values under names a user knows from the TOML."""
+
+    def epochs(self, sample: int) -> dict[str, float]:
+        """Passes made over each part of the data by the samples before `sample`."""
+
+    def describe(self) -> str:
+        """One line for the log."""
+
+
+class _MicroBatches(torch.utils.data.Dataset):
+    """Maps the first sample of a micro-batch to this rank's part of it."""
+
+    def __init__(self, source: Source, geometry: Geometry):
+        self.source, self.geometry = source, geometry
+
+    def __getitem__(self, sample: int) -> Batch:
+        return self.source.batch(self.geometry.rows(sample))
+
+
+class _Positions(torch.utils.data.Sampler):
+    """sample, sample + micro_batch, ... without end."""
+
+    def __init__(self, sample: int, micro_batch: int):
+        self.sample, self.micro_batch = sample, micro_batch
+
+    def __iter__(self) -> Iterator[int]:
+        position = self.sample
+        while True:
+            yield position
+            position += self.micro_batch
+
+
+class Loader:
+    """Micro-batches of one rank.
+
+    Args:
+        source: where samples come from.
+        geometry: batch sizes and this rank.
+        num_workers: processes that read ahead; 0 reads when asked. The batches are the same.
+        prefetch_factor: micro-batches each worker reads ahead.
+    """
+
+    def __init__(self, source: Source, geometry: Geometry, num_workers: int = 0, prefetch_factor: int = 2):
+        self.source, self.geometry = source, geometry
+        self.num_workers, self.prefetch_factor = num_workers, prefetch_factor
+        self.sample = 0
+        """Global index of the next sample to be handed out, of all ranks."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.source.vocab_size
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Folder with the tokenizer of the data; empty if the data has none."""
+        return self.source.tokenizer_path
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Goes on from the current position. Only what was handed out counts, not what workers read ahead."""
+        for item in self._dataloader():
+            self.sample += self.geometry.micro_batch
+            yield item
+
+    def _dataloader(self) -> StatefulDataLoader:
+        dataset = _MicroBatches(self.source, self.geometry)
+        return self._wrap(dataset, sampler=_Positions(self.sample, self.geometry.micro_batch))
+
+    def _wrap(self, dataset, **options) -> StatefulDataLoader:
+        if self.num_workers:
+            options["prefetch_factor"] = self.prefetch_factor
+        # Its own state counts batches of one rank and its workers; ours is the sample index, so it need not
+        # collect any. Its own generator: a loader that is made anew on restart must not draw from the global
+        # one.
+        return StatefulDataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=self.num_workers,
+            snapshot_every_n_steps=1 << 60,
+            generator=torch.Generator(),
+            **options,
+        )
+
+    def fingerprint(self) -> str:
+        """Changes whenever sample i would hold other tokens: other data, weights, seed, seq_len, ..."""
+        return hashlib.sha256(json.dumps(self.source.order(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def epochs(self) -> dict[str, float]:
+        """Passes over each part of the data so far, fractions included."""
+        return self.source.epochs(self.sample)
+
+    def describe(self) -> str:
+        """One line for the log: what is read, and how many steps an epoch has."""
+        return self.source.describe()
+
+    def state_dict(self) -> dict[str, int | str]:
+        """The position, equal on all ranks. `order` says of what, so that other data is not taken for the same."""
+        order = json.dumps(self.source.order(), sort_keys=True)
+        return {"version": STATE_VERSION, "sample": self.sample, "order": order}
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        """Goes to a saved position; iterate anew afterwards.
+
+        Raises:
+            DataError: the position is one of other data, or was saved by another version.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise DataError(
+                f"The checkpoint's data position has version {state.get('version')}; this program reads {STATE_VERSION}.\n"
+                "Continue with the release that wrote it, or start a new run from its weights (checkpoint.initial_load_path)."
+            )
+        saved, here = json.loads(str(state["order"])), self.source.order()
+        changed = sorted(key for key in saved.keys() | here.keys() if saved.get(key) != here.get(key))
+        if changed:
+            found = "; ".join(f"{key}: was {saved.get(key)}, is {here.get(key)}" for key in changed)
+            raise DataError(
+                f"The checkpoint was trained on another sequence of samples ({found}).\n"
+                "Restore these settings, or start a new run from its weights (checkpoint.initial_load_path)."
+            )
+        self.sample = int(state["sample"])
