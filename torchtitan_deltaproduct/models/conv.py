@@ -1,14 +1,15 @@
 """The causal depthwise convolution before q, k and v, with the SiLU that follows it.
 
-Each channel is a weighted sum of its last `conv_size` values: `y_t = silu(sum_i w_i x_{t - W + 1 + i})`. At the start of
-a document the values before it count as zero; when decoding, the last W-1 inputs come from a cache:
+Each channel is a weighted sum of its last W values, `y_t = silu(sum_i w_i x_{t - W + 1 + i})`. At the start
+of a document the values before it count as zero; when decoding, the last W-1 inputs come from a cache:
 
     conv = ShortConvolution(channels=512, kernel_size=4)
     y = conv(x)                                     # x, y: [B, T, 512]
     y, cache = conv.extend(x, cache)                # cache: [B, 512, 3]
 
-`sum_of_taps` is the definition, which torch.compile fuses into one kernel. Eager float32 on the CPU takes `_CpuConv`,
-the same sum with its backward written out: 5 times faster than `F.conv1d`, 3 times faster than autograd of the sum.
+`sum_of_taps` is the definition, which torch.compile fuses into one kernel. Eager float32 on the CPU takes
+`_CpuConv`, the same sum with its backward written out: 5 times faster than `F.conv1d`, 3 times faster than
+autograd of the sum.
 """
 
 import torch
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution of width `kernel_size`, no bias, then SiLU; the weight is fla's, [C, 1, W]."""
+    """Depthwise causal convolution without bias, then SiLU; the weight is [C, 1, W], as in fla."""
 
     def __init__(self, channels: int, kernel_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """x: [B, T, C]; positions: [B, T] integer index of each token in its document, None: rows are documents."""
+        """x: [B, T, C]; positions: [B, T] index of each token in its document, None: a row is a document."""
         by_hand = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         if by_hand and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
             return F.silu(_CpuConv.apply(x, self.weight, positions), inplace=not torch.is_grad_enabled())
@@ -52,7 +53,7 @@ def sum_of_taps(padded: Tensor, weight: Tensor, positions: Tensor | None = None)
     Args:
         padded: [B, W-1+T, C], the input with the W-1 values before it.
         weight: [C, 1, W].
-        positions: [B, T] index of each token in its document, or None; a tap that reaches beyond it reads zero.
+        positions: [B, T] index of each token in its document, or None; a tap reaching beyond it reads zero.
 
     Returns:
         [B, T, C], before the activation.
@@ -110,6 +111,6 @@ class _CpuConv(torch.autograd.Function):
 
 
 def _crossing(positions: Tensor, width: int) -> list[Tensor]:
-    """For each distance 1 .. width-1, the tokens of a row whose tap at that distance lies in an earlier document."""
+    """For each distance 1 .. width-1, the tokens of a row whose tap there falls into an earlier document."""
     reach = torch.arange(positions.shape[0], device=positions.device)
     return [((positions < back) & (reach >= back)).nonzero().squeeze(1) for back in range(1, width)]

@@ -1,9 +1,9 @@
 """Initial weights that depend on (seed, parameter name) and on nothing else.
 
-Each parameter is drawn whole on the CPU in float32 by its own generator, then copied; a sharded parameter (DTensor)
-takes its slice of the same draw. So one rank and many ranks, FSDP and tensor parallelism, CPU and GPU start from equal
-weights, and adding a parameter to the model moves none of the others. Only `normal_` and `uniform_` are used, which
-give the same numbers in torch 2.11 and 2.13 (`trunc_normal_` does not):
+Each parameter is drawn whole on the CPU in float32 by its own generator, then copied; a sharded parameter
+(DTensor) takes its slice of the same draw. So one rank and many, FSDP and tensor parallelism, CPU and GPU
+start from equal weights, and a parameter added to the model moves none of the others. Only `normal_` and
+`uniform_` are used, which give the same numbers in torch 2.11 and 2.13 (`trunc_normal_` does not):
 
     init_parameters(model, model.args, seed=42)
 """
@@ -36,7 +36,7 @@ def init_parameters(model: nn.Module, args: DeltaProductArgs, seed: int) -> None
     for name, parameter in model.named_parameters():
         name = plain_name(name)
         if parameter.is_meta:
-            raise ValueError(f"{name} is on the meta device: call model.to_empty(device=...) before init_weights()")
+            raise ValueError(f"{name} is on the meta device; call model.to_empty(device=...) first")
         full = draw(name, parameter.shape, args, seed)
         if isinstance(parameter, DTensor):
             full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -74,5 +74,5 @@ def draw(name: str, shape: torch.Size, args: DeltaProductArgs, seed: int) -> Ten
 
 
 def rows_per_micro_step(module: str, rows: int, args: DeltaProductArgs) -> int:
-    """Fan-out of a projection in the paper's code, which has one matrix a micro-step where we have them stacked."""
+    """Fan-out in the paper's code, which has one matrix a micro-step where ours are stacked."""
     return rows // args.num_householder if module in ("k_proj", "v_proj", "b_proj") else rows

@@ -1,7 +1,8 @@
 """The DeltaProduct mixer: the layer that stands where a Transformer has attention.
 
-It maps `[B, T, hidden]` to the same shape through the recurrence of `ops`. Channels of k and v are ordered `(n h d)` and
-columns of beta `(n h)`, as in flash-linear-attention, so that row `t*n + j` is micro-step j of token t:
+It maps `[B, T, hidden]` to the same shape through the recurrence of `ops`. Channels of k and v are ordered
+`(n h d)` and columns of beta `(n h)`, as in flash-linear-attention, so that row `t*n + j` is micro-step j of
+token t:
 
     mixer = DeltaProductMixer(DeltaProductArgs(hidden_size=256, num_heads=4, head_dim=64))
     y = mixer(x)                                    # rows are one document each
@@ -26,14 +27,15 @@ class MixerCache(NamedTuple):
     state: Tensor
     """[B, H, K, V] recurrent state, float32 (float64 in a float64 model)."""
     conv: tuple[Tensor, Tensor, Tensor] | None
-    """The last conv_size-1 inputs of the q, k and v convolutions, each [B, C, conv_size-1]; None without them."""
+    """The last conv_size-1 inputs of the q, k and v convolutions, each [B, C, conv_size-1]; None without."""
 
 
 class Decay(nn.Module):
     """The two parameters of the forget gate, `g = -exp(A_log) softplus(a + dt_bias)` per head.
 
-    They stay float32 when the model is converted to a narrower type. A module of its own, so that FSDP can keep it out
-    of the bfloat16 groups: the model calls it outside the (compiled, sharded) blocks and hands them the result.
+    They stay float32 when the model is converted to a narrower type. A module of its own, so that FSDP can
+    keep it out of the bfloat16 groups: the model calls it outside the (compiled, sharded) blocks and hands
+    them the result.
     """
 
     def __init__(self, num_heads: int):
@@ -54,7 +56,7 @@ class Decay(nn.Module):
 
 
 class DeltaProductMixer(nn.Module):
-    """Projections, short convolutions, the gated DeltaProduct operator, per-head norm and output projection."""
+    """Projections, short convolutions, the operator, per-head norm, output gate and output projection."""
 
     def __init__(self, args: DeltaProductArgs):
         super().__init__()
@@ -111,7 +113,7 @@ class DeltaProductMixer(nn.Module):
         return self._output(o, x)
 
     def extend(self, x: Tensor, cache: MixerCache) -> tuple[Tensor, MixerCache]:
-        """Continues a sequence from `cache`; x and the result are [B, T, hidden]. One token is updated in place."""
+        """Continues a sequence; x and the result are [B, T, hidden]. For T = 1 the state is updated in place."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.args.use_short_conv:
             q, q_cache = self.q_conv1d.extend(q, cache.conv[0])
@@ -127,9 +129,12 @@ class DeltaProductMixer(nn.Module):
             o = o.unsqueeze(1)
         else:
             o, state = gated_delta_product(
-                q, k, v, g, beta, self.args.num_householder,
-                initial_state=cache.state, output_final_state=True, use_qk_l2norm=True, backend=self.args.op_backend,
-            )  # fmt: skip
+                *(q, k, v, g, beta, self.args.num_householder),
+                initial_state=cache.state,
+                output_final_state=True,
+                use_qk_l2norm=True,
+                backend=self.args.op_backend,
+            )
         return self._output(o, x), MixerCache(state, conv)
 
     def _operands(

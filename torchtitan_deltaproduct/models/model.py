@@ -4,10 +4,10 @@
     model.init_weights()
     logits = model(tokens)                          # [B, T] int64 -> [B, T, vocab]
 
-Parameters are empty until `init_weights` or a checkpoint fills them, so building on the meta device costs nothing.
-A tied head has no module and no parameter of its own: `output` is None and the head multiplies by
-`tok_embeddings.weight`. One parameter, so there is no tie for `to_empty`, sharding or a checkpoint to lose; under FSDP
-it must stay in the root's group, where both uses see it gathered.
+Parameters hold no values until `init_weights` or a checkpoint fills them. A tied head has no module and no
+parameter of its own: `output` is None and the head multiplies by `tok_embeddings.weight`. With one parameter
+there is no tie that `to_empty`, sharding or a checkpoint could lose; under FSDP it must stay in the root's
+group, where both uses see it gathered.
 """
 
 import sys
@@ -36,8 +36,7 @@ class DeltaProductLM(nn.Module):
     def __init__(self, args: DeltaProductArgs, seed: int = 42):
         super().__init__()
         if args.head_v_dim != args.head_dim * args.expand_v:
-            width = args.head_dim * args.expand_v
-            raise ValueError(f"head_dim * expand_v = {args.head_dim} * {args.expand_v} = {width} is not a whole number")
+            raise ValueError(f"head_dim * expand_v = {args.head_dim} * {args.expand_v} is not a whole number")
         self.args = args
         self.seed = seed
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
@@ -51,8 +50,8 @@ class DeltaProductLM(nn.Module):
 
         Args:
             tokens: [B, T] int64.
-            document_starts: [B, T] bool, True at the first token of each document; every row starts one. Recurrent
-                and convolution states are reset there. None: each row is one document.
+            document_starts: [B, T] bool, True at the first token of each document; every row starts one. The
+                recurrent and convolution states are reset there. None: each row is one document.
 
         Returns:
             [B, T, vocab] in the model's dtype.
@@ -86,8 +85,8 @@ def document_layout(document_starts: Tensor) -> tuple[Tensor, Tensor]:
         document_starts: [B, T] bool; the first token of each row counts as a start.
 
     Returns:
-        cu_seqlens [N+1] int32, bounds in the flattened B*T tokens, and positions [B, T] int32, the index of each token
-        in its document.
+        cu_seqlens [N+1] int32, bounds in the flattened B*T tokens, and positions [B, T] int32, the index of
+        each token in its document.
     """
     starts = document_starts.clone()
     starts[:, 0] = True
@@ -95,8 +94,8 @@ def document_layout(document_starts: Tensor) -> tuple[Tensor, Tensor]:
     cu_seqlens = torch.cat([flat, flat.new_tensor([starts.numel()])]).int()
     index = torch.arange(starts.shape[1], device=starts.device, dtype=torch.int32).expand_as(starts)
     positions = index - torch.where(starts, index, 0).cummax(1).values
-    # The number of documents differs from batch to batch; one compiled graph must serve them all. Without dynamo
-    # loaded there is nothing compiled, and importing it costs a second.
+    # The number of documents differs from batch to batch, and one compiled graph must serve them all. Where
+    # dynamo is not loaded nothing is compiled, and importing it would cost a second.
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.maybe_mark_dynamic(cu_seqlens, 0)

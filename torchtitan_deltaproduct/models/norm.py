@@ -3,8 +3,8 @@
     norm = RMSNorm(256, eps=1e-6)
     y = norm(x)                                     # x, y: [..., 256]
 
-`F.rms_norm` has a fused kernel on CUDA and fuses under torch.compile, but is five passes forward and a dozen backward
-in eager float32 on the CPU: there `_CpuRMSNorm` writes the backward out, 2.7 times faster.
+`F.rms_norm` has a fused kernel on CUDA and fuses under torch.compile, but in eager float32 on the CPU
+autograd makes a dozen passes of it: there `_CpuRMSNorm` writes the backward out, 2.7 times faster.
 """
 
 import torch

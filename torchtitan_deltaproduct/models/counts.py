@@ -1,0 +1,78 @@
+"""Closed formulas, in n_h and the widths, for parameters, FLOPs and the size of the decoding state.
+
+    parameters_by_part(args)                 # {"embedding": 24576000, "mixer projections": ..., "head": 0}
+    total_parameters(args)
+    training_flops_per_token(args)           # what MFU divides by
+
+FLOPs count two per multiply-add of matrix products and of the operator: the convention of MFU and of
+`torch.utils.flop_counter`. Norms, activations, the convolutions (under 0.1 %) and the embedding look-up count
+as nothing; a tied head counts in full. A training step is three times the forward pass; recomputation under
+activation checkpointing is not useful work and not counted.
+"""
+
+from ..config.architecture import DeltaProductArgs
+from ..ops import flops_per_token
+
+
+def parameters_by_part(args: DeltaProductArgs) -> dict[str, int]:
+    """Number of parameters of each part, all layers together; a tied head has none of its own."""
+    hidden, layers, heads = args.hidden_size, args.num_hidden_layers, args.num_heads
+    embedding = args.vocab_size * hidden
+    return {
+        "embedding": embedding,
+        "mixer projections": layers * _mixer_matrices(args),
+        "short convolutions": layers * args.conv_size * _conv_channels(args),
+        "decay": layers * 2 * heads * args.use_forget_gate,
+        "mlp": layers * 3 * hidden * args.mlp_size,
+        "norms": layers * (2 * hidden + args.head_v_dim) + hidden,
+        "head": 0 if args.tie_word_embeddings else embedding,
+    }
+
+
+def total_parameters(args: DeltaProductArgs) -> int:
+    """Parameters of the model, equal to the sum of `numel` over `model.parameters()`."""
+    return sum(parameters_by_part(args).values())
+
+
+def paper_parameters(args: DeltaProductArgs) -> int:
+    """The count of the paper's code, whose layers have n_h - 1 more query convolutions that nothing reads."""
+    unused = (args.num_householder - 1) * args.conv_size * args.num_heads * args.head_dim *
+    args.use_short_conv return total_parameters(args) + args.num_hidden_layers * unused
+
+
+def forward_flops_per_token(args: DeltaProductArgs) -> int:
+    """FLOPs of one forward pass, per token."""
+    matrices = _mixer_matrices(args) + 3 * args.hidden_size * args.mlp_size
+    operator = flops_per_token(args.num_householder, args.num_heads, args.head_dim, args.head_v_dim)
+    return args.num_hidden_layers * (2 * matrices + operator) + 2 * args.vocab_size * args.hidden_size
+
+
+def training_flops_per_token(args: DeltaProductArgs) -> int:
+    """FLOPs of forward and backward, per token."""
+    return 3 * forward_flops_per_token(args)
+
+
+def state_bytes(args: DeltaProductArgs, bytes_per_value: int = 2) -> int:
+    """Bytes of the decoding cache of one sequence, whatever its length.
+
+    Args:
+        args: the architecture.
+        bytes_per_value: of the convolution inputs (2 for bfloat16); the recurrent state is float32.
+    """
+    state = 4 * args.num_heads * args.head_dim * args.head_v_dim
+    conv = bytes_per_value * (args.conv_size - 1) * _conv_channels(args)
+    return args.num_hidden_layers * (state + conv)
+
+
+def _mixer_matrices(args: DeltaProductArgs) -> int:
+    """Entries of a mixer's projections: q; n times k, v and beta; decay; output gate; output."""
+    n, heads = args.num_householder, args.num_heads
+    q_dim, v_dim = heads * args.head_dim, heads * args.head_v_dim
+    rows = q_dim + n * (q_dim + v_dim + heads) + v_dim
+    rows += heads * args.use_forget_gate + v_dim * args.use_output_gate
+    return args.hidden_size * rows
+
+
+def _conv_channels(args: DeltaProductArgs) -> int:
+    n, heads = args.num_householder, args.num_heads
+    return args.use_short_conv * heads * ((1 + n) * args.head_dim + n * args.head_v_dim)
