@@ -10,8 +10,8 @@ as nothing; a tied head counts in full. A training step is three times the forwa
 activation checkpointing is not useful work and not counted.
 """
 
+from .. import ops
 from ..config.architecture import DeltaProductArgs
-from ..ops import flops_per_token
 
 
 def parameters_by_part(args: DeltaProductArgs) -> dict[str, int]:
@@ -43,7 +43,7 @@ def paper_parameters(args: DeltaProductArgs) -> int:
 def forward_flops_per_token(args: DeltaProductArgs) -> int:
     """FLOPs of one forward pass, per token."""
     matrices = _mixer_matrices(args) + 3 * args.hidden_size * args.mlp_size
-    operator = flops_per_token(args.num_householder, args.num_heads, args.head_dim, args.head_v_dim)
+    operator = ops.flops_per_token(args.num_householder, args.num_heads, args.head_dim, args.head_v_dim)
     return args.num_hidden_layers * (2 * matrices + operator) + 2 * args.vocab_size * args.hidden_size
 
 

@@ -113,7 +113,7 @@ class DeltaProductMixer(nn.Module):
         return self._output(o, x)
 
     def extend(self, x: Tensor, cache: MixerCache) -> tuple[Tensor, MixerCache]:
-        """Continues a sequence; x and the result are [B, T, hidden]. For T = 1 the state is updated in place."""
+        """Continues a sequence, x [B, T, hidden], and overwrites the state in place when T is 1."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.args.use_short_conv:
             q, q_cache = self.q_conv1d.extend(q, cache.conv[0])
