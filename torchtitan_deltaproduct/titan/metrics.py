@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -80,7 +81,8 @@ class MetricsProcessor(stock.MetricsProcessor):
         self.job_config = job_config
         self.parallel_dims = parallel_dims
         self.logger = stock.LoggerContainer()
-        self.color = utils.NoColor() if job_config.metrics.disable_color_printing else utils.Color()
+        plain = job_config.metrics.disable_color_printing or not sys.stdout.isatty()
+        self.color = utils.NoColor() if plain else utils.Color()
         self.device_memory_monitor = stock.build_device_memory_monitor()
         name = self.device_memory_monitor.device_name
         self.gpu_peak_flops = job_config.metrics.peak_flops or utils.get_peak_flops(name)

@@ -86,6 +86,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
     }
     if training.enable_cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
+    # A_log and dt_bias are computed in float32 whatever the precision of the rest: one group for those of all layers.
+    decays = [block.mixer.decay for block in model.layers.values() if model.args.use_forget_gate]
+    if decays:
+        full = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        fully_shard(decays, **(options | {"mp_policy": full}), reshard_after_forward=False)
     for block in model.layers.values():
         fully_shard(block, **options, reshard_after_forward=policy != "never")
     # A tied weight must belong to one group, and a group is one module: embedding and head stay with the root then.

@@ -10,10 +10,15 @@ already in the run folder.
 import logging
 import os
 import sys
+from pathlib import Path
 
 import torch.distributed as dist
 
-from ..config.job import JobConfig
+from ..checkpoint import scan
+from ..config import JobConfig
+from ..config.compare import compare_configs, read_snapshot, refuse_breaking, snapshot, write_snapshot
+from ..data.manifest import read_manifest
+from ..errors import ConfigError
 from . import device
 
 logger = logging.getLogger(__name__)
@@ -53,11 +58,16 @@ def start_logging() -> None:
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # One line for every collection of the garbage collector is torchtitan's habit; nobody reads them.
-    handler.addFilter(lambda record: not str(record.msg).startswith("[GC]"))
+    handler.addFilter(is_worth_reading)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+
+
+def is_worth_reading(record: logging.LogRecord) -> bool:
+    """Drops torchtitan's own notes (it logs as root): what they say of a run is said once by `Trainer.describe`."""
+    wanted = ("Running with configs", "Profiling active", "Memory profiler", "Dumping", "Finished dumping")
+    return record.name != "root" or record.levelno > logging.INFO or str(record.msg).startswith(wanted)
 
 
 def single_process_defaults() -> None:
@@ -76,5 +86,44 @@ def resolve_precision(config: JobConfig, device_type: str) -> None:
 
 
 def check_run_folder(config: JobConfig) -> dict:
-    """Compares `config` with the one saved in the run folder; returns the snapshot to store with checkpoints."""
-    return {}
+    """Compares `config` with the checkpoint it would resume from, and lists what changed.
+
+    Returns:
+        The snapshot of this launch, to be stored in the run folder and beside every checkpoint.
+
+    Raises:
+        ConfigError: a change that would make the run another run. DataError: data that is not there or damaged.
+    """
+    current = snapshot(config, {"data_identity": check_data(config)})
+    folder = Path(config.job.dump_folder, config.checkpoint.folder)
+    if config.checkpoint.enable:
+        asked = config.checkpoint.load_step
+        found = [i for i in scan(folder) if i.complete and asked in (-1, i.step)]
+        saved = read_snapshot(found[-1].path / "config.json") if found else None
+        if saved is not None:
+            comparison = compare_configs(saved, current)
+            refuse_breaking(comparison, found[-1].path, config.provenance)
+            for change in comparison.notable + comparison.harmless:
+                logger.info("changed since step %d was saved: %s", found[-1].step, change)
+    if os.environ["RANK"] == "0":
+        write_snapshot(Path(config.job.dump_folder, "config.json"), current)
+    return current
+
+
+def check_data(config: JobConfig) -> list[str] | None:
+    """Checksums of the prepared training sets, after a check that every token id has a row in the embedding.
+
+    Raises:
+        DataError: a set is missing or damaged. ConfigError: `model.vocab_size` is too small for it.
+    """
+    training = config.data.paths if config.data.kind == "prepared" else []
+    validation = config.validation.paths if config.validation.enable else []
+    manifests = {path: read_manifest(path) for path in [*training, *validation]}
+    for path, manifest in manifests.items():
+        if manifest.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"{path} has token ids up to {manifest.vocab_size - 1:,}, but model.vocab_size = "
+                f"{config.model.vocab_size:,} ({config.provenance.get('model.vocab_size', 'default')})\n"
+                f"set model.vocab_size to {manifest.vocab_size:,} or more (a multiple of 64 is fastest)"
+            )
+    return [manifests[path].content_sha256 for path in training] or None

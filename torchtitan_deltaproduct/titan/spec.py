@@ -52,6 +52,7 @@ def build_training_loader(dp_world_size: int, dp_rank: int, tokenizer, job_confi
         global_batch_size=global_batch_size(job_config, dp_world_size),
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
+        tokenizer_path=job_config.model.hf_assets_path,
     )
 
 

@@ -25,8 +25,10 @@ from .spec import global_batch_size, register
 
 logger = logging.getLogger(__name__)
 
-# The stock Trainer builds its checkpointer by this name.
+# The stock Trainer builds its checkpointer by this name, and its autocast context by that one: `parallelize` gives mixed
+# precision to fully_shard in every layout, and autocast would lower the float32 products of the operator.
 stock.CheckpointManager = CheckpointManager
+stock.dist_utils.maybe_enable_amp = lambda *args: contextlib.nullcontext()
 
 
 class NonFiniteError(RuntimeError):
@@ -39,10 +41,6 @@ class Trainer(stock.Trainer):
     def __init__(self, job_config: JobConfig, snapshot: dict | None = None) -> None:
         register(job_config)
         super().__init__(job_config)
-        # `parallelize` gives mixed precision to fully_shard in every layout: autocast would lower the operator.
-        self.maybe_enable_amp = contextlib.nullcontext()
-        if job_config.validation.enable:
-            self.validator.contexts = (self.train_context, self.maybe_enable_amp)
         dims = self.parallel_dims
         self.samples_per_step = global_batch_size(job_config, dims.dp_replicate * dims.dp_shard)
         self.skipped_steps = self.skipped_in_a_row = 0
@@ -132,7 +130,7 @@ class Trainer(stock.Trainer):
                 "grad_norm": norm_value,
                 "lr": lr,
                 "tokens": self.tokens_seen,
-                "epoch": self.dataloader.epoch,
+                "epoch": round(max(self.dataloader.epochs().values()), 4),
                 "skipped_steps": self.skipped_steps,
             },
         )

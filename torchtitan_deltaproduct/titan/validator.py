@@ -31,13 +31,11 @@ class Validator(BaseValidator):
         parallel_dims: ParallelDims,
         metrics_processor: MetricsProcessor,
         validation_context,
-        maybe_enable_amp,
-        **unused_pipeline_state,
     ) -> None:
         self.job_config = job_config
         self.parallel_dims = parallel_dims
         self.metrics = metrics_processor
-        self.contexts = (validation_context, maybe_enable_amp)
+        self.context = validation_context
         config = job_config.validation
         self.loader = build_validation_loader(
             config.paths,
@@ -65,8 +63,7 @@ class Validator(BaseValidator):
         for inputs, labels in self.loader:
             valid = labels[labels != IGNORE_INDEX]
             batch = {name: tensor.to(utils.device_type) for name, tensor in inputs.items()}
-            context, amp = self.contexts
-            with context(), amp:
+            with self.context():
                 logits = model(batch.pop("input"), **batch)
                 loss = cross_entropy_loss(logits, labels.to(utils.device_type))
             totals += torch.tensor([loss.item(), valid.numel(), token_bytes[valid].sum().item()], dtype=torch.float64)
@@ -89,6 +86,7 @@ class Validator(BaseValidator):
         return self.last
 
 
-def build_validator(job_config: JobConfig, tokenizer=None, loss_fn=None, **kwargs) -> Validator:
-    """The signature TrainSpec asks for."""
-    return Validator(job_config, **kwargs)
+def build_validator(job_config: JobConfig, **given) -> Validator:
+    """The signature TrainSpec asks for; of what it gives, pipeline parallelism's part is not used."""
+    names = ("dp_world_size", "dp_rank", "parallel_dims", "metrics_processor", "validation_context")
+    return Validator(job_config, **{name: given[name] for name in names})
