@@ -91,8 +91,12 @@ class Change:
     new: Any
     why: str
 
+    @property
+    def name(self) -> str:
+        return self.key.removeprefix("derived.")
+
     def __str__(self) -> str:
-        return f"{self.key}: {show(self.old)} -> {show(self.new)} ({self.why})"
+        return f"{self.name}: {show(self.old)} -> {show(self.new)} ({self.why})"
 
 
 @dataclass
@@ -151,7 +155,7 @@ def refuse_breaking(
     for change in comparison.breaking:
         origin = (provenance or {}).get(change.key)
         told = f" ({origin})" if origin else ""
-        lines.append(f"  {change.key} was {show(change.old)}, is {show(change.new)}{told}: {change.why}")
+        lines.append(f"  {change.name} was {show(change.old)}, is {show(change.new)}{told}: {change.why}")
     raise ConfigError(
         f"{checkpoint} belongs to another run:\n" + "\n".join(lines) + "\n"
         "put the old values back to continue it, or start a new run from its weights with\n"

@@ -163,7 +163,7 @@ def _syntax_problem(file: str, text: str, error: tomllib.TOMLDecodeError) -> Pro
 
 def _read(file: str, problems: list[Problem]) -> str | None:
     try:
-        with open(file, encoding="utf-8", newline="") as stream:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
             return stream.read()
     except FileNotFoundError:
         reason = f"no such file{_files_found(file)}"
