@@ -1,0 +1,120 @@
+"""The operator as `torch.library` custom ops, forward and backward, opaque to torch.compile.
+
+Dynamo and AOTAutograd see two nodes with known output shapes, never the kernels inside: a block compiles with
+`fullgraph=True`, selective activation checkpointing can name the op, and `FlopCounterMode` counts the recurrence.
+
+    torch.ops.deltaproduct.gated_delta_product(q, k, v, g, beta, None, None, 2, 0.125, False, True, "chunk")
+
+A custom op cannot return None: tensors that do not apply (the final state, gradients of absent inputs) have no elements.
+"""
+
+import torch
+from torch import Tensor
+
+from torchtitan_deltaproduct.ops import chunk, documents, fla_backend
+from torchtitan_deltaproduct.ops.normalize import compute_dtype
+
+
+@torch.library.custom_op("deltaproduct::gated_delta_product", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, num_householder: int, scale: float, output_final_state: bool, use_qk_l2norm: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Arguments as in `gated_delta_product`, `backend` already resolved to "chunk" or "fla".
+
+    Returns:
+        o, the final state, and two tensors that fla's backward needs (no elements for "chunk", which recomputes).
+    """
+    none = q.new_empty(0, dtype=torch.float32)
+    if backend == "fla":
+        o, state, *saved = fla_backend.forward(
+            q, k, v, g, beta, initial_state, cu_seqlens, num_householder, scale, output_final_state
+        )
+        return o, none if state is None else state, *(none.clone() if x is None else x for x in saved)
+    options = {"num_householder": num_householder, "scale": scale, "use_qk_l2norm": use_qk_l2norm}
+    by_document = cu_seqlens is not None and (initial_state is not None or output_final_state)
+    run = documents.forward if by_document else chunk.chunk_forward
+    o, state = run(q, k, v, g, beta, initial_state, cu_seqlens, **options)
+    return o, state if output_final_state else none, none.clone(), none.clone()
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, num_householder: int, scale: float, output_final_state: bool, use_qk_l2norm: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state_shape = (count, q.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
+    solved, gates = (0,), (0,)
+    if backend == "fla":
+        solved, gates = fla_backend.saved_shapes(k, g)
+    return (
+        q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3], dtype=v.dtype),
+        q.new_empty(state_shape, dtype=compute_dtype(q, k, v) if output_final_state else torch.float32),
+        q.new_empty(solved, dtype=k.dtype if backend == "fla" else torch.float32),
+        q.new_empty(gates, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("deltaproduct::gated_delta_product_backward", mutates_args=())
+def _backward(
+    do: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, solved: Tensor, gates: Tensor, num_householder: int,
+    scale: float, use_qk_l2norm: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, g, beta and the initial state, each in the dtype of its tensor."""
+    if backend == "fla":
+        grads = fla_backend.backward(
+            do, dstate, q, k, v, g, beta, initial_state, cu_seqlens, solved, gates, num_householder, scale
+        )
+    else:
+        options = {"num_householder": num_householder, "scale": scale, "use_qk_l2norm": use_qk_l2norm}
+        by_document = cu_seqlens is not None and (initial_state is not None or dstate is not None)
+        run = documents.backward if by_document else chunk.chunk_backward
+        grads = run(do, dstate, q, k, v, g, beta, initial_state, cu_seqlens, **options)
+    *most, dg, dbeta, dinitial = grads
+    none = q.new_empty(0, dtype=torch.float32)
+    dg = none if g is None else dg
+    dinitial = none.clone() if initial_state is None else dinitial.to(initial_state.dtype)
+    return *most, dg, dbeta, dinitial
+
+
+@_backward.register_fake
+def _(
+    do: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, solved: Tensor, gates: Tensor, num_householder: int,
+    scale: float, use_qk_l2norm: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def like(x: Tensor | None) -> Tensor:
+        return q.new_empty(0, dtype=torch.float32) if x is None else x.new_empty(x.shape)
+
+    return like(q), like(k), like(v), like(g), like(beta), like(initial_state)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    tensors, ctx.options = inputs[:7], (*inputs[7:9], *inputs[10:])
+    o, state, solved, gates = output
+    ctx.save_for_backward(*tensors, solved, gates)
+    ctx.has_state = inputs[9]
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, do, dstate, _dsolved, _dgates):
+    *tensors, solved, gates = ctx.saved_tensors
+    q, k, v, g, beta, initial_state, cu_seqlens = tensors
+    if do is None:
+        do = v.new_zeros(*q.shape[:3], v.shape[3])
+    dq, dk, dv, dg, dbeta, dinitial = torch.ops.deltaproduct.gated_delta_product_backward(
+        do, dstate if ctx.has_state else None, *tensors, solved, gates, *ctx.options
+    )
+    dg = None if g is None else dg
+    dinitial = None if initial_state is None else dinitial
+    return dq, dk, dv, dg, dbeta, dinitial, None, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+SAVE_FOR_SELECTIVE_AC = {torch.ops.deltaproduct.gated_delta_product.default}
+"""Ops whose outputs selective activation checkpointing should keep: recomputing them costs more than their memory."""
