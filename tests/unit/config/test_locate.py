@@ -84,9 +84,9 @@ def key(draw, number):
     """One part of a key that no other part equals."""
     form = draw(st.sampled_from(["bare", "basic", "literal"]))
     if form == "bare":
-        name = draw(word) + str(number)
+        name = draw(word) + f"k{number}"
         return name, name
-    name = draw(nasty) + str(number)
+    name = draw(nasty) + f"k{number}"
     if form == "literal":
         name = name.replace("'", "").replace("\n", "")
         return name, f"'{name}'"
