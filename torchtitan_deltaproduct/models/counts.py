@@ -36,7 +36,8 @@ def total_parameters(args: DeltaProductArgs) -> int:
 
 def paper_parameters(args: DeltaProductArgs) -> int:
     """The count of the paper's code, whose layers have n_h - 1 more query convolutions that nothing reads."""
-    per_layer = args.use_short_conv * (args.num_householder - 1) * args.conv_size * args.num_heads * args.head_dim
+    unused = args.use_short_conv * (args.num_householder - 1)
+    per_layer = unused * args.conv_size * args.num_heads * args.head_dim
     return total_parameters(args) + args.num_hidden_layers * per_layer
 
 
