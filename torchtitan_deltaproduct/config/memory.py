@@ -1,0 +1,120 @@
+"""Bytes of a run: what a rank holds while training, and what a checkpoint takes on disk. Estimates, from the config.
+
+    parts = models.counts.parameters_by_part(config.model)
+    rank_memory(config, 8, parts)      # {"weights": 106_800_000, ..., "logits": 2_621_440_000}
+
+Weights, gradients and Adam's two moments are float32 and divided by the shard degree: exact. Activations count what
+autograd keeps of each block in eager mode (`torch.compile` keeps less); the operator's own work space, allocator
+fragmentation and communication buffers are left out: plan for 20 % more.
+"""
+
+from collections.abc import Mapping
+
+from .architecture import DeltaProductArgs
+from .job import JobConfig
+
+_FLOAT32 = 4
+_ADAM_MOMENTS = 2
+
+
+def shard_degree(config: JobConfig, world_size: int) -> int:
+    """Ranks that share one copy of the weights."""
+    parallelism = config.parallelism
+    if parallelism.data_parallel_shard_degree > 0:
+        return parallelism.data_parallel_shard_degree
+    return max(1, world_size // parallelism.data_parallel_replicate_degree)
+
+
+def rank_memory(config: JobConfig, world_size: int, parts: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by purpose on one rank at the peak of a step, backward of the last micro-batch.
+
+    Args:
+        config: The job. `mixed_precision_param = "auto"` counts as bfloat16, its meaning on CUDA.
+        world_size: Ranks of the job.
+        parts: Number of parameters by part of the model, "embedding" and "head" among them.
+    """
+    width = activation_width(config)
+    own = -(-sum(parts.values()) // shard_degree(config, world_size))
+    tokens = config.training.local_batch_size * config.training.seq_len
+    offloaded = config.training.enable_cpu_offload
+    return {
+        "weights": 0 if offloaded else _FLOAT32 * own,
+        "gradients": 0 if offloaded else _FLOAT32 * own,
+        "optimizer state": 0 if offloaded else _ADAM_MOMENTS * _FLOAT32 * own,
+        "gathered weights": _gathered_weights(config, world_size, parts) * width,
+        "activations": int(tokens * activation_elements(config) * width),
+        # The output in the compute type, its log-softmax and the gradient of that, both float32.
+        "logits": tokens * config.model.vocab_size * (width + 2 * _FLOAT32),
+    }
+
+
+def activation_width(config: JobConfig) -> int:
+    """Bytes of an activation."""
+    return 4 if config.training.mixed_precision_param == "float32" else 2
+
+
+def checkpoint_bytes(parameters: int) -> int:
+    """A full checkpoint, all ranks together: weights and Adam's moments in float32."""
+    return (1 + _ADAM_MOMENTS) * _FLOAT32 * parameters
+
+
+def final_checkpoint_bytes(config: JobConfig, parameters: int) -> int:
+    """The last checkpoint of the run, which may hold weights only."""
+    checkpoint = config.checkpoint
+    if not checkpoint.last_save_model_only:
+        return checkpoint_bytes(parameters)
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[checkpoint.export_dtype]
+    return width * parameters
+
+
+def activation_elements(config: JobConfig) -> float:
+    """Activations kept for the backward pass, per token, over all blocks."""
+    ac, layers = config.activation_checkpoint, config.model.num_hidden_layers
+    everything, block_input = _block_elements(config.model), config.model.hidden_size
+    if ac.mode == "none":
+        return layers * everything
+    # A checkpointed block keeps its input; while its backward runs, the block is there in full as well.
+    checkpointed = layers * block_input + everything
+    if ac.mode == "full":
+        return checkpointed
+    if ac.mode == "memory_budget":
+        return checkpointed + ac.memory_budget * max(0, layers * everything - checkpointed)
+    if ac.selective_ac_option == "op":
+        return checkpointed + layers * _kept_per_op(config.model)
+    skipped = layers - layers // int(ac.selective_ac_option)
+    return min(layers * everything, checkpointed + skipped * (everything - block_input))
+
+
+def _widths(args: DeltaProductArgs) -> tuple[int, int]:
+    """Elements per token of q, k and v together, and of the operator's output."""
+    keys, values = args.num_heads * args.head_dim, args.num_heads * args.head_v_dim
+    return keys + args.num_householder * (keys + values), values
+
+
+def _block_elements(args: DeltaProductArgs) -> int:
+    """Elements per token that autograd keeps of one block: inputs of products, of SiLUs, norms and the operator."""
+    projected, output = _widths(args)
+    keys = args.num_heads * args.head_dim
+    stages = 2 + args.use_short_conv  # projection, convolution, SiLU
+    mixer = stages * projected + (1 + args.num_householder) * keys + 2 * output
+    mixer += 2 * output * args.use_output_gate
+    return 4 * args.hidden_size + mixer + 4 * args.mlp_size
+
+
+def _kept_per_op(args: DeltaProductArgs) -> int:
+    """Selective per operation: every second matrix product and the operator's output."""
+    projected, output = _widths(args)
+    products = projected + output * args.use_output_gate + 2 * args.hidden_size + 2 * args.mlp_size
+    return products // 2 + output
+
+
+def _gathered_weights(config: JobConfig, world_size: int, parts: Mapping[str, int]) -> int:
+    """Parameters that stand unsharded in the compute type: the root's group and two blocks, or all of them."""
+    layers = config.model.num_hidden_layers
+    if world_size == 1 and activation_width(config) == _FLOAT32:
+        return 0
+    total = sum(parts.values())
+    if config.parallelism.fsdp_reshard_after_forward == "never":
+        return total
+    around = parts["embedding"] + parts["head"]
+    return around + min(2, layers) * (total - around) // layers

@@ -1,0 +1,265 @@
+"""What a TOML will do, before it does it: parameters, FLOPs, tokens, memory, disk, learning rates. Needs no GPU.
+
+    python -m torchtitan_deltaproduct.config.plan train_configs/x.toml --world-size 8 [--section.key value ...]
+    python -m torchtitan_deltaproduct.config.plan train_configs/x.toml --world-size 8 --mfu 0.4 --device H100
+
+`--tokens-per-second N` (all ranks together), or `--mfu F` with `--device NAME` or `metrics.peak_flops`, adds the
+duration of the run.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import ConfigError, exit_on_user_error
+from ..models import counts
+from .check import Environment
+from .compare import effective_global_batch_size
+from .fields import get_value, schema
+from .job import JobConfig
+from .load import load_config
+from .memory import checkpoint_bytes, final_checkpoint_bytes, rank_memory, shard_degree
+from .schedule import lr_factor
+from .values import nearest, show
+
+# Dense bfloat16 peaks of the vendors' data sheets, FLOP/s.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX4090": 165e12}
+
+Rows = list[tuple[str, ...]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options, overrides = _parse(sys.argv[1:] if argv is None else argv)
+    arguments = ["--job.config_file", options.toml, *overrides]
+    world_size = options.world_size
+    if world_size is None:
+        world_size = _ranks_asked_for(load_config(arguments, Environment()))
+    config = load_config(arguments, Environment(world_size=world_size))
+    seconds = _duration(config, world_size, options)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(f"[bold]{options.toml}[/] on {world_size} rank{'s' * (world_size > 1)}", soft_wrap=True)
+    for title, rows in sections(config, world_size, seconds):
+        console.print(f"\n[bold]{title}[/]")
+        console.print(_table(rows))
+
+
+def sections(config: JobConfig, world_size: int, seconds: float | None = None) -> Iterator[tuple[str, Rows]]:
+    """The parts of the plan: a title, and rows of text whose first column is a name."""
+    yield f"Model: {describe_model(config)}", model_rows(config)
+    yield "Compute", compute_rows(config, world_size, seconds)
+    yield "Memory of a rank (estimate)", memory_rows(config, world_size)
+    yield "Checkpoints on disk", checkpoint_rows(config)
+    yield f"Learning rate  {sparkline(lr_curve(config))}", schedule_rows(config)
+    yield "Values that are not defaults", provenance_rows(config)
+
+
+def describe_model(config: JobConfig) -> str:
+    """DeltaProduct, n_h = 2, eigenvalues in [-1, 1], ... in one line."""
+    args = config.model
+    name = "DeltaNet" if args.num_householder == 1 else "DeltaProduct"
+    heads = f"{args.num_heads} heads of {args.head_dim} x {args.head_v_dim}"
+    return (
+        f"{'Gated ' * args.use_forget_gate}{name}, n_h = {args.num_householder}, "
+        f"eigenvalues in [{'-1' if args.allow_neg_eigval else '0'}, 1]; "
+        f"{args.num_hidden_layers} layers, width {args.hidden_size}, {heads}, MLP {args.mlp_size}"
+    )
+
+
+def model_rows(config: JobConfig) -> Rows:
+    parts, total = counts.parameters_by_part(config.model), counts.total_parameters(config.model)
+    rows = [(part, f"{count:,}", f"{count / total:.1%}") for part, count in parts.items() if count]
+    return [*rows, ("parameters", f"{total:,}", amount(total, ""))]
+
+
+def compute_rows(config: JobConfig, world_size: int, seconds: float | None) -> Rows:
+    training = config.training
+    sequences = effective_global_batch_size(config, world_size)
+    micro_batches = sequences // (training.local_batch_size * world_size)
+    tokens = sequences * training.seq_len
+    flops = counts.training_flops_per_token(config.model)
+    rows = [
+        ("FLOPs per token", amount(flops, "FLOP"),
+         f"forward {amount(counts.forward_flops_per_token(config.model), 'FLOP')}, backward twice that"),
+        ("batch", f"{sequences:,} sequences",
+         f"{training.local_batch_size} local x {micro_batches} accumulated x {world_size} ranks"),
+        ("tokens per step", f"{tokens:,}", f"{training.seq_len:,} a sequence"),
+        ("tokens in total", f"{tokens * training.steps:,}",
+         f"{training.steps:,} steps, {tokens * training.steps / counts.total_parameters(config.model):.1f} "
+         "tokens a parameter"),
+        ("FLOPs in total", amount(flops * tokens * training.steps, "FLOP"), ""),
+    ]  # fmt: skip
+    if seconds is not None:
+        rows.append(("time", duration(seconds), f"{tokens * training.steps / seconds:,.0f} tokens/s"))
+    return rows
+
+
+def memory_rows(config: JobConfig, world_size: int) -> Rows:
+    memory, ac = rank_memory(config, world_size, counts.parameters_by_part(config.model)), config.activation_checkpoint
+    shards = shard_degree(config, world_size)
+    mode = f"{ac.mode} {ac.selective_ac_option}" if ac.mode == "selective" else ac.mode
+    offload = "; on the host" if config.training.enable_cpu_offload else ""
+    remarks = {
+        "weights": f"float32, 1/{shards} of them{offload}",
+        "gradients": f"float32, 1/{shards} of them{offload}",
+        "optimizer state": f"{config.optimizer.name}, two moments{offload}",
+        "gathered weights": "unsharded for use: embedding, head, two blocks",
+        "activations": f"checkpointing {mode}; eager, so torch.compile needs less",
+        "logits": "output, log-softmax and gradient of a micro-batch",
+    }
+    rows = [(name, amount(size, "B"), remarks[name]) for name, size in memory.items() if size]
+    return [*rows, ("sum", amount(sum(memory.values()), "B"), "plan for 20 % more: work space, fragmentation, NCCL")]
+
+
+def checkpoint_rows(config: JobConfig) -> Rows:
+    checkpoint, parameters = config.checkpoint, counts.total_parameters(config.model)
+    size = checkpoint_bytes(parameters)
+    if not checkpoint.enable:
+        return [("checkpoints", "none", "checkpoint.enable = false: a run that stops is lost")]
+    written = -(-config.training.steps // checkpoint.interval)
+    kept = min(written, checkpoint.keep_latest_k) if checkpoint.keep_latest_k else written
+    last = ", the last of all weights only: it cannot be continued" if checkpoint.last_save_model_only else ""
+    return [
+        ("one", amount(size, "B"), "weights and two moments in float32"),
+        ("written", f"{written}", f"every {checkpoint.interval} steps and at the end{last}"),
+        ("kept", f"{kept}", f"{amount(kept * size, 'B')}"),
+        ("largest at once", amount(min(kept + 1, written) * size, "B"), "with the one being written"),
+        ("at the end", amount((kept - 1) * size + final_checkpoint_bytes(config, parameters), "B"), ""),
+    ]
+
+
+def schedule_rows(config: JobConfig) -> Rows:
+    """The steps where the schedule turns."""
+    schedule, steps = config.lr_scheduler, config.training.steps
+    total = steps if schedule.total_steps is None else schedule.total_steps
+    rates = [config.optimizer.lr * factor for factor in lr_curve(config)]
+    warmup = schedule.warmup_steps
+    begin = warmup if schedule.decay_ratio is None else total - round(total * schedule.decay_ratio)
+    marks = {1: "first step", warmup: "end of the warm-up", begin + 1: f"last step at the peak, {schedule.decay_type} decay follows",
+             (begin + steps) // 2: "middle of the decay", steps: "last step"}  # fmt: skip
+    rows = [(f"step {step:,}", f"{rates[step - 1]:.3g}", text) for step, text in marks.items() if 1 <= step <= steps]
+    return sorted(rows, key=lambda row: int(row[0][5:].replace(",", "")))
+
+
+def lr_curve(config: JobConfig) -> list[float]:
+    """The factor of every step of the run."""
+    schedule, steps = config.lr_scheduler, config.training.steps
+    return [
+        lr_factor(
+            step,
+            warmup_steps=schedule.warmup_steps,
+            total_steps=steps if schedule.total_steps is None else schedule.total_steps,
+            decay_ratio=schedule.decay_ratio,
+            decay_type=schedule.decay_type,
+            min_lr_factor=schedule.min_lr_factor,
+        )
+        for step in range(steps)
+    ]
+
+
+def provenance_rows(config: JobConfig) -> Rows:
+    rows = []
+    for key, option in schema().items():
+        value = get_value(config, key)
+        if value != option.default:
+            shown = show(value)
+            default = f"default {show(option.default)}"
+            rows.append((key, shown, f"{config.provenance.get(key, '')}; {default}"))
+    return rows or [("none", "", "")]
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """A curve in one line of block characters, from 0 to its maximum."""
+    columns = min(width, len(values))
+    top = max(values) or 1.0
+    sampled = [values[column * (len(values) - 1) // max(1, columns - 1)] for column in range(columns)]
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value / top))] for value in sampled)
+
+
+def amount(value: float, unit: str) -> str:
+    """1.23e9 as `1.23 G` with its unit; bytes too are in powers of ten."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E", "Z"):
+        if abs(value) < 999.5 or prefix == "Z":
+            return f"{value:.3g} {prefix}{unit}".rstrip()
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def duration(seconds: float) -> str:
+    """`3 d 4 h`, `2 h 5 min`, `41 s`: two units at most."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    shown, rest = [], round(seconds)
+    for name, size in units:
+        if rest >= size or shown:
+            shown.append(f"{rest // size} {name}")
+            rest %= size
+        if len(shown) == 2:
+            break
+    return " ".join(shown) or "0 s"
+
+
+def _duration(config: JobConfig, world_size: int, options: argparse.Namespace) -> float | None:
+    tokens = effective_global_batch_size(config, world_size) * config.training.seq_len * config.training.steps
+    if options.tokens_per_second:
+        return tokens / options.tokens_per_second
+    if not options.mfu:
+        return None
+    peak = config.metrics.peak_flops or PEAK_FLOPS.get((options.device or "").upper().replace(" ", ""))
+    if not peak:
+        near = nearest((options.device or "").upper(), PEAK_FLOPS)
+        told = f"nearest: {near}" if near else f"known: {', '.join(PEAK_FLOPS)}"
+        raise ConfigError(f"--mfu needs --device or metrics.peak_flops; --device {options.device}: {told}")
+    return tokens * counts.training_flops_per_token(config.model) / (options.mfu * peak * world_size)
+
+
+def _ranks_asked_for(config: JobConfig) -> int:
+    """The smallest job the degrees of the TOML describe."""
+    parallelism = config.parallelism
+    return parallelism.data_parallel_replicate_degree * max(1, parallelism.data_parallel_shard_degree)
+
+
+def _table(rows: Rows) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(justify="left", overflow="fold")
+    table.add_column(style="dim", overflow="fold")
+    for name, *rest in rows:
+        table.add_row(f"  {name}", *rest)
+    return table
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{message}\n{self.format_usage().strip()}")
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and the rest: overrides."""
+    parser = _Parser(
+        prog="python -m torchtitan_deltaproduct.config.plan",
+        usage="%(prog)s X.toml [options] [--section.key value ...]",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--world-size", type=int, help="ranks of the job; by default the product of the degrees")
+    parser.add_argument("--tokens-per-second", type=float, help="measured speed of all ranks together")
+    parser.add_argument("--mfu", type=float, help="assumed share of the peak FLOP/s, for example 0.4")
+    parser.add_argument("--device", help=f"one of {', '.join(PEAK_FLOPS)}")
+    # The file comes first: argparse could not tell it from the value of an override.
+    toml, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    options, overrides = parser.parse_known_args(rest)
+    if toml is None:
+        parser.error("the job's TOML file comes first")
+    for name in ("world_size", "tokens_per_second", "mfu"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be positive")
+    options.toml = toml
+    return options, overrides
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
