@@ -11,6 +11,7 @@ other ranks or workers.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,8 +44,9 @@ class Geometry:
             )
         if self.global_batch_size < 1 or self.global_batch_size % self.micro_batch:
             raise ConfigError(
-                f"training.global_batch_size = {self.global_batch_size} is not a multiple of local_batch_size x "
-                f"data-parallel ranks = {self.local_batch_size} x {self.dp_world_size} = {self.micro_batch}"
+                f"training.global_batch_size = {self.global_batch_size} is not a multiple of "
+                f"local_batch_size x data-parallel ranks = "
+                f"{self.local_batch_size} x {self.dp_world_size} = {self.micro_batch}"
             )
 
     @property
@@ -53,7 +55,7 @@ class Geometry:
         return self.local_batch_size * self.dp_world_size
 
     def rows(self, sample: int) -> np.ndarray:
-        """This rank's samples of the micro-batch that begins at global sample `sample`: [local_batch_size] int64."""
+        """Global indices of this rank's samples of the micro-batch at `sample`: [local_batch_size] int64."""
         first = sample + self.dp_rank * self.local_batch_size
         return np.arange(first, first + self.local_batch_size)
 
@@ -101,6 +103,10 @@ class _Positions(torch.utils.data.Sampler):
             position += self.micro_batch
 
 
+def _as_is(item):
+    return item
+
+
 class Loader:
     """Micro-batches of one rank.
 
@@ -142,14 +148,18 @@ class Loader:
         # Its own state counts batches of one rank and its workers; ours is the sample index, so it need not
         # collect any. Its own generator: a loader that is made anew on restart must not draw from the global
         # one.
-        return StatefulDataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=self.num_workers,
-            snapshot_every_n_steps=1 << 60,
-            generator=torch.Generator(),
-            **options,
-        )
+        with warnings.catch_warnings():
+            # torchdata 0.11 under torch 2.13: "'set_vital' is deprecated", nothing a user can act on.
+            warnings.simplefilter("ignore", UserWarning)
+            return StatefulDataLoader(
+                dataset,
+                batch_size=None,
+                collate_fn=_as_is,
+                num_workers=self.num_workers,
+                snapshot_every_n_steps=1 << 60,
+                generator=torch.Generator(),
+                **options,
+            )
 
     def fingerprint(self) -> str:
         """Changes whenever sample i would hold other tokens: other data, weights, seed, seq_len, ..."""
@@ -164,7 +174,7 @@ class Loader:
         return self.source.describe()
 
     def state_dict(self) -> dict[str, int | str]:
-        """The position, equal on all ranks. `order` says of what, so that other data is not taken for the same."""
+        """The position, equal on all ranks; `order` says of what, so that other data is not taken for it."""
         order = json.dumps(self.source.order(), sort_keys=True)
         return {"version": STATE_VERSION, "sample": self.sample, "order": order}
 
@@ -176,8 +186,9 @@ class Loader:
         """
         if state.get("version") != STATE_VERSION:
             raise DataError(
-                f"The checkpoint's data position has version {state.get('version')}; this program reads {STATE_VERSION}.\n"
-                "Continue with the release that wrote it, or start a new run from its weights (checkpoint.initial_load_path)."
+                f"The checkpoint's data position has version {state.get('version')}; "
+                f"this program reads {STATE_VERSION}.\nContinue with the release that wrote it, "
+                "or start a new run from its weights (checkpoint.initial_load_path)."
             )
         saved, here = json.loads(str(state["order"])), self.source.order()
         changed = sorted(key for key in saved.keys() | here.keys() if saved.get(key) != here.get(key))

@@ -60,7 +60,7 @@ class Manifest:
 
     @property
     def content_sha256(self) -> str:
-        """Identifies tokens, their order and their meaning, wherever the folder lies and however it was made."""
+        """Identifies tokens, their order and meaning, wherever the folder lies and however it was made."""
         parts = [self.dtype, self.eos_id, self.tokenizer_sha256]
         parts += [(s.tokens, s.bin_sha256, s.idx_sha256) for s in self.shards]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -119,7 +119,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
                 state = "is missing" if found is None else f"has {found:,} bytes"
                 raise DataError(
                     f"{path} {state}; the manifest says {expected:,} bytes.\n"
-                    "Copy the folder again, or remove its manifest.json and run prepare again."
+                    "Copy the folder again, or make it again with prepare --overwrite."
                 )
 
 
@@ -139,11 +139,17 @@ def _checksum(body: dict) -> str:
 
 def _missing(folder: Path) -> str:
     if not folder.exists():
-        return f"There is no folder {folder}.\nMake it: python -m torchtitan_deltaproduct.data.prepare {folder} --help"
+        return (
+            f"There is no folder {folder}.\n"
+            f"Make it: python -m torchtitan_deltaproduct.data.prepare {folder} --input ... --tokenizer ..."
+        )
     inner = [name for name in ("train", "validation") if (folder / name / NAME).is_file()]
     if inner:
         return f"{folder} has no {NAME}, but these have: {', '.join(str(folder / name) for name in inner)}"
     work = (folder / ".prepare").exists() or (folder.parent / ".prepare").exists()
     if work:
-        return f"{folder} has no {NAME}: its preparation did not finish.\nRun the same prepare command again; it continues."
+        return (
+            f"{folder} has no {NAME}: its preparation did not finish.\n"
+            "Run the same prepare command again; it continues."
+        )
     return f"{folder} has no {NAME}: it is not a folder made by torchtitan_deltaproduct.data.prepare."

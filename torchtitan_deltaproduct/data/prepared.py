@@ -42,7 +42,8 @@ def open_streams(paths: list[str], field: str) -> list[TokenStream]:
     """
     if not paths:
         raise ConfigError(
-            f"{field} is empty: name at least one folder made by `python -m torchtitan_deltaproduct.data.prepare`"
+            f"{field} is empty: name at least one folder made by "
+            "`python -m torchtitan_deltaproduct.data.prepare`"
         )
     streams = [TokenStream(path) for path in paths]
     first = streams[0]
@@ -99,14 +100,15 @@ class PreparedSource:
     def _check(self, sizes: list[int]) -> None:
         if self.weights and len(self.weights) != len(self.paths):
             raise ConfigError(
-                f"data.weights has {len(self.weights)} entries and data.paths {len(self.paths)}: give one weight a path"
+                f"data.weights has {len(self.weights)} entries and data.paths {len(self.paths)}: "
+                "give one weight for each path"
             )
         too_small = [k for k, size in enumerate(sizes) if size == 0]
         if too_small and (self.weights or len(too_small) == len(sizes)):
             stream = self.streams[too_small[0]]
             raise DataError(
-                f"{stream.folder} has {stream.tokens:,} tokens, less than one window of seq_len = {self.seq_len:,}.\n"
-                "Prepare more text or lower training.seq_len."
+                f"{stream.folder} has {stream.tokens:,} tokens, less than one window of "
+                f"seq_len = {self.seq_len:,}.\nPrepare more text or lower training.seq_len."
             )
 
     @property
@@ -122,7 +124,7 @@ class PreparedSource:
         return self.streams[0].manifest.tokenizer_sha256
 
     def batch(self, samples: np.ndarray) -> Batch:
-        """samples: [n] int64 -> ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels [n, T] int64)."""
+        """samples: [n] int64 -> ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels [n, T])."""
         source, window = self.sequence(samples)
         pooled = self.bases[source] + window
         sets = np.searchsorted(self.bounds, pooled, side="right") - 1
@@ -156,8 +158,8 @@ class PreparedSource:
         shares = self.sequence.quotas / self.sequence.quotas.sum() if self.weights else np.diff(self.bounds)
         shares = shares / shares.sum()
         sets = ", ".join(
-            f"{path} ({stream.tokens:,} tokens in {stream.manifest.documents:,} documents, {share:.1%} of samples)"
+            f"{path} ({stream.tokens:,} tokens in {stream.manifest.documents:,} documents, "
+            f"{share:.1%} of samples)"
             for path, stream, share in zip(self.paths, self.streams, shares, strict=True)
         )
         return f"prepared data: {sets}; {int(self.bounds[-1]):,} windows of {self.seq_len:,} tokens"
-

@@ -10,7 +10,9 @@ stands one more separator, at position -1, so that every token has a predecessor
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections import OrderedDict
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -100,14 +102,14 @@ class TokenStream:
         self.manifest: Manifest = read_manifest(folder)
         self.tokens = self.manifest.tokens
         # Stream position of the first token of each shard, and the end of the last.
-        self.bounds = np.cumsum([0] + [shard.tokens for shard in self.manifest.shards])
+        self.bounds = [0, *accumulate(shard.tokens for shard in self.manifest.shards)]
         self._maps: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": OrderedDict()}
 
     def read(self, start: int, out: np.ndarray) -> int:
-        """Copies tokens `start`, `start + 1`, ... into `out: [n] int64`; returns how many there were, at most n."""
+        """Copies tokens `start`, `start + 1`, ... into `out: [n] int64`; returns how many there were."""
         filled = 0
         if start == -1 and len(out):
             out[0] = self.manifest.eos_id
@@ -134,9 +136,9 @@ class TokenStream:
 
     def _spans(self, start: int, stop: int):
         """The pieces (shard, first, last) that make up [start, stop)."""
-        shard = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        shard = bisect_right(self.bounds, start) - 1
         while start < stop:
-            base, end = int(self.bounds[shard]), int(self.bounds[shard + 1])
+            base, end = self.bounds[shard], self.bounds[shard + 1]
             yield shard, start - base, min(stop, end) - base
             start, shard = end, shard + 1
 

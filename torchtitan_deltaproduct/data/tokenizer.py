@@ -47,7 +47,8 @@ class Tokenizer:
             self.inner = HfTokenizer.from_file(str(file))
         except Exception as error:
             raise DataError(
-                f"{file} cannot be read as a tokenizer ({error}).\nExpected the tokenizer.json of a fast tokenizer."
+                f"{file} cannot be read as a tokenizer ({error}).\n"
+                "Expected the tokenizer.json of a fast tokenizer."
             ) from None
         self.inner.encode_special_tokens = True
         self.inner.no_truncation()
@@ -74,7 +75,7 @@ def tokenizer_file(path: str | Path) -> Path:
     if not file.is_file():
         raise DataError(
             f"There is no tokenizer.json in {path}.\n"
-            "Name a folder that has one, or make it: python -m torchtitan_deltaproduct.data.train_tokenizer --help"
+            "Name a folder that has one, or make it with torchtitan_deltaproduct.data.train_tokenizer."
         )
     return file
 
@@ -103,16 +104,17 @@ def find_eos_id(path: str | Path, eos: str = "") -> int:
     """
     inner = HfTokenizer.from_file(str(tokenizer_file(path)))
     special = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]
+    shown = ", ".join(special[:8]) or "none"
     name = eos or _configured_eos(Path(path)) or next((name for name in USUAL_EOS if name in special), "")
     if not name:
         raise DataError(
-            f"The tokenizer in {path} names no end-of-text token; it has: {', '.join(special[:8]) or 'no special tokens'}.\n"
+            f"The tokenizer in {path} names no end-of-text token; its special tokens: {shown}.\n"
             "Name one with --eos TOKEN."
         )
     found = inner.token_to_id(name)
     if found is None:
         raise DataError(
-            f"The tokenizer in {path} has no token {name!r}; its special tokens: {', '.join(special[:8]) or 'none'}.\n"
+            f"The tokenizer in {path} has no token {name!r}; its special tokens: {shown}.\n"
             "Name one of them with --eos TOKEN."
         )
     return found

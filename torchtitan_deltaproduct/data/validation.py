@@ -116,6 +116,6 @@ class ValidationLoader:
         tokens = sum(stream.tokens for stream in self.streams)
         names = " + ".join(str(stream.folder) for stream in self.streams)
         return (
-            f"validation data: {names} ({tokens:,} tokens), {len(self.windows):,} windows of {self.seq_len:,} "
-            f"in {self.steps:,} steps"
+            f"validation data: {names} ({tokens:,} tokens), "
+            f"{len(self.windows):,} windows of {self.seq_len:,} in {self.steps:,} steps"
         )

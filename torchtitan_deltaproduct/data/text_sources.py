@@ -1,0 +1,356 @@
+"""Where text comes from: files, folders and `datasets`, cut into units that are read independently.
+
+    a.txt, b.py, ...              text: one document a file               unit: some files
+    *.jsonl, *.ndjson, *.json     one JSON object a line (also .gz)       unit: a range of bytes (.gz: all)
+    *.parquet                     one document a row                      unit: a range of row groups
+    a name or path of `datasets`  one document a row                      unit: a range of rows
+
+    units = plan_units(["corpus/"], field="text", unit_bytes=1 << 26)
+    for record in read_unit(units[0]): ...          # Document, or BadRecord: the file, the line, the reason
+
+A document never spans two units, and the cut depends on the inputs alone, so any number of processes may
+share them.
+"""
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from torchtitan_deltaproduct.errors import DataError
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+UNREADABLE = (".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".arrow")
+UTF8_BOM = b"\xef\xbb\xbf"
+ROWS_AT_ONCE = 256
+
+
+class Document(NamedTuple):
+    text: str
+    origin: str
+    """File (or dataset) it comes from."""
+
+
+class BadRecord(NamedTuple):
+    origin: str
+    position: str
+    """`line 17`, or `row 17`; counted from 1."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}, {self.position}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of the input that one process reads in one go.
+
+    Attributes:
+        kind: `text`, `json`, `parquet` or `dataset`.
+        paths: one file, or for `text` several; for `dataset` its name, configuration and split.
+        start: first byte (`json`), row group (`parquet`) or row (`dataset`).
+        stop: one past the last; -1 for the whole file.
+        size: input bytes, for progress; estimated for `dataset`.
+        field: column or key that holds the text; unused for `text`.
+    """
+
+    kind: str
+    paths: tuple[str, ...]
+    start: int
+    stop: int
+    size: int
+    field: str
+
+
+def list_files(inputs: Iterable[str | Path]) -> list[Path]:
+    """The input files: folders are searched for everything that is not hidden, in sorted order.
+
+    Raises:
+        DataError: an input does not exist or is of a kind that cannot be read, or a folder is empty.
+    """
+    files = []
+    for given in map(Path, inputs):
+        if given.is_file():
+            found = [given]
+        elif given.is_dir():
+            inner = (path for path in sorted(given.rglob("*")) if path.is_file())
+            found = [p for p in inner if not any(part.startswith(".") for part in p.relative_to(given).parts)]
+        else:
+            raise DataError(f"There is no file or folder {given}.\nCheck the path given to --input.")
+        if not found:
+            raise DataError(f"The folder {given} has no files in it.\nCheck the path given to --input.")
+        files += found
+    for file in files:
+        if file.suffix in UNREADABLE:
+            raise DataError(
+                f"{file} is of a kind that is not read here.\n"
+                "Give text, JSON lines (also .gz) or Parquet; unpack archives first; for Arrow use --dataset."
+            )
+    return files
+
+
+def plan_units(inputs: Iterable[str | Path], field: str, unit_bytes: int) -> list[Unit]:
+    """Cuts files and folders into units of about `unit_bytes`, in the order of the inputs."""
+    units: list[Unit] = []
+    texts: list[tuple[str, int]] = []
+    gathered = 0
+    for file in list_files(inputs):
+        name, size = str(file), file.stat().st_size
+        plain = file.with_suffix("") if file.suffix == ".gz" else file
+        if plain.suffix not in (*JSON_SUFFIXES, ".parquet"):
+            texts.append((name, size))
+            gathered += size
+            if gathered < unit_bytes:
+                continue
+        units += _text_unit(texts)
+        gathered = 0
+        if plain.suffix in JSON_SUFFIXES and file.suffix == ".gz":
+            units.append(Unit("json", (name,), 0, -1, size, field))
+        elif plain.suffix in JSON_SUFFIXES:
+            for start in range(0, size, unit_bytes):
+                stop = min(start + unit_bytes, size)
+                units.append(Unit("json", (name,), start, stop, stop - start, field))
+        elif plain.suffix == ".parquet":
+            units += _parquet_units(file, field, unit_bytes)
+    return units + _text_unit(texts)
+
+
+def plan_dataset_units(name: str, config: str, split: str, field: str, unit_rows: int = 20_000) -> list[Unit]:
+    """Cuts a dataset of the hub, or a local one that `datasets` can read, into ranges of rows."""
+    dataset = open_dataset(name, config, split, streaming=False)
+    if field not in dataset.column_names:
+        raise DataError(_no_field(f"dataset {name}", field, dataset.column_names))
+    row_bytes = max(1, (dataset.data.nbytes if dataset.data is not None else 0) // max(1, len(dataset)))
+    return [
+        Unit("dataset", (name, config, split), a, b, (b - a) * row_bytes, field)
+        for a in range(0, len(dataset), unit_rows)
+        for b in [min(a + unit_rows, len(dataset))]
+    ]
+
+
+def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
+    """All records of a unit in order; those that cannot be read as `BadRecord`."""
+    readers = {"text": _read_texts, "json": _read_json, "parquet": _read_parquet, "dataset": _read_dataset}
+    return readers[unit.kind](unit)
+
+
+def open_dataset(name: str, config: str, split: str, streaming: bool):
+    """A split of a dataset: `datasets.load_dataset`, or for local data whatever fits the path.
+
+    Args:
+        name: a hub name, a data file (JSON lines, Parquet, text), a folder of such files, or a folder
+            written by `save_to_disk`.
+        config: configuration (subset) name; empty for the default.
+        split: such as `train`.
+        streaming: an `IterableDataset`, which downloads what it reads, instead of a `Dataset`.
+    """
+    import datasets
+
+    builders = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+    path = Path(name)
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            found = datasets.load_from_disk(name)
+            found = found[split] if isinstance(found, datasets.DatasetDict) else found
+            return found.to_iterable_dataset() if streaming else found
+        if path.is_file():
+            plain = path.with_suffix("") if path.suffix == ".gz" else path
+            if plain.suffix not in builders:
+                raise DataError(
+                    f"{name} is not a data file that can be read: expected {', '.join(builders)}."
+                )
+            kind = builders[plain.suffix]
+            return datasets.load_dataset(kind, data_files=[name], split="train", streaming=streaming)
+        return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"The dataset {name!r} (configuration {config or 'default'!r}, split {split!r}) "
+            f"cannot be opened: {first_line}\n"
+            "Check the name; offline, a hub dataset must have been downloaded before."
+        ) from None
+
+
+def _text_unit(texts: list[tuple[str, int]]) -> list[Unit]:
+    """The unit of the files gathered so far, which it takes out of the list."""
+    if not texts:
+        return []
+    unit = Unit("text", tuple(name for name, _ in texts), 0, -1, sum(size for _, size in texts), "")
+    texts.clear()
+    return [unit]
+
+
+def _parquet_units(file: Path, field: str, unit_bytes: int) -> list[Unit]:
+    parquet = _open_parquet(str(file))
+    column_names = parquet.schema_arrow.names
+    if field not in column_names:
+        raise DataError(_no_field(str(file), field, column_names))
+    metadata = parquet.metadata
+    groups = [metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups)]
+    units, start = [], 0
+    for stop in range(1, len(groups) + 1):
+        if sum(groups[start:stop]) >= unit_bytes or stop == len(groups):
+            units.append(Unit("parquet", (str(file),), start, stop, sum(groups[start:stop]), field))
+            start = stop
+    return units
+
+
+@lru_cache(maxsize=1)
+def _open_parquet(name: str):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(name)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError(f"{name} cannot be read as Parquet ({error}).\nRemove it or copy it again.") from None
+
+
+def _no_field(where: str, field: str, columns: list[str]) -> str:
+    return f"{where} has no column {field!r}; it has: {', '.join(columns)}.\nName one with --text-field."
+
+
+def _read_texts(unit: Unit) -> Iterator[Document | BadRecord]:
+    for name in unit.paths:
+        raw = Path(name).read_bytes()
+        if name.endswith(".gz"):
+            try:
+                raw = gzip.decompress(raw)
+            except (OSError, EOFError) as error:
+                yield BadRecord(name, "line 1", f"damaged gzip ({error})")
+                continue
+        raw = raw.removeprefix(UTF8_BOM)
+        try:
+            yield Document(raw.decode(), name)
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            yield BadRecord(name, f"line {line}", "invalid UTF-8")
+
+
+def _read_json(unit: Unit) -> Iterator[Document | BadRecord]:
+    """Lines that begin in [start, stop). Line numbers are found by counting only when one has to be named."""
+    name, before = unit.paths[0], None
+    for number, line in enumerate(_lines(unit), start=1):
+        if isinstance(line, BadRecord):
+            yield line
+            return
+        text, reason = _text_of_line(line, unit.field)
+        if not reason:
+            yield Document(text, name)
+        elif reason != "blank":
+            before = _lines_before(name, unit.start) if before is None else before
+            yield BadRecord(name, f"line {before + number}", reason)
+
+
+def _lines(unit: Unit) -> Iterator[bytes | BadRecord]:
+    name = unit.paths[0]
+    if unit.stop == -1:
+        number = 0
+        try:
+            with gzip.open(name) as file:
+                for number, line in enumerate(file, start=1):  # noqa: B007 (used below)
+                    yield line
+        except (OSError, EOFError) as error:
+            yield BadRecord(name, f"line {number + 1}", f"damaged gzip, the rest is lost ({error})")
+        return
+    with open(name, "rb") as file:
+        if unit.start:
+            # A line that began before the unit is the previous unit's.
+            file.seek(unit.start - 1)
+            file.readline()
+        position = file.tell()
+        while position < unit.stop and (line := file.readline()):
+            position += len(line)
+            yield line
+
+
+def _lines_before(name: str, position: int) -> int:
+    """Lines that begin in [0, position): those of the units before."""
+    newlines, last, left = 0, b"\n", position
+    with open(name, "rb") as file:
+        while left and (block := file.read(min(left, 1 << 20))):
+            newlines, last, left = newlines + block.count(b"\n"), block[-1:], left - len(block)
+    return newlines + (last != b"\n")
+
+
+def _text_of_line(line: bytes, field: str) -> tuple[str, str]:
+    """A JSON line's text, and the reason why it has none."""
+    if not line.strip():
+        return "", "blank"
+    try:
+        record = json.loads(line.removeprefix(UTF8_BOM).decode())
+    except UnicodeDecodeError:
+        return "", "invalid UTF-8"
+    except (ValueError, RecursionError) as error:
+        return "", f"invalid JSON ({error})"
+    if not isinstance(record, dict):
+        return "", f"expected a JSON object, found {type(record).__name__}"
+    if field not in record:
+        return "", f"no field {field!r}; fields: {', '.join(list(record)[:8])}"
+    return _checked(record[field], field)
+
+
+def _checked(value, field: str) -> tuple[str, str]:
+    if isinstance(value, bytes):
+        try:
+            return value.decode(), ""
+        except UnicodeDecodeError:
+            return "", "invalid UTF-8"
+    if not isinstance(value, str):
+        return "", f"field {field!r} is {type(value).__name__}, expected text"
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "", f"field {field!r} has a lone surrogate, which is not valid Unicode"
+    return value, ""
+
+
+def _read_parquet(unit: Unit) -> Iterator[Document | BadRecord]:
+    import pyarrow
+
+    name = unit.paths[0]
+    parquet = _open_parquet(name)
+    row = sum(parquet.metadata.row_group(g).num_rows for g in range(unit.start))
+    batches = parquet.iter_batches(
+        ROWS_AT_ONCE, row_groups=list(range(unit.start, unit.stop)), columns=[unit.field]
+    )
+    try:
+        for batch in batches:
+            values = _column_values(batch.column(0))
+            yield from _rows(values, name, row, unit.field)
+            row += len(values)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        yield BadRecord(
+            name, f"row {row + 1}", f"damaged Parquet, the rest of the row groups is lost ({error})"
+        )
+
+
+def _column_values(column) -> list:
+    """Python values of an Arrow column; where a string is not UTF-8, all strings stay bytes."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [scalar.as_buffer().to_pybytes() if scalar.is_valid else None for scalar in column]
+
+
+def _read_dataset(unit: Unit) -> Iterator[Document | BadRecord]:
+    name, config, split = unit.paths
+    dataset = _cached_dataset(name, config, split)
+    for row in range(unit.start, unit.stop, ROWS_AT_ONCE):
+        values = dataset[row : min(row + ROWS_AT_ONCE, unit.stop)][unit.field]
+        yield from _rows(values, name, row, unit.field)
+
+
+@lru_cache(maxsize=1)
+def _cached_dataset(name: str, config: str, split: str):
+    return open_dataset(name, config, split, streaming=False)
+
+
+def _rows(values: Iterable, name: str, first: int, field: str) -> Iterator[Document | BadRecord]:
+    for row, value in enumerate(values, start=first + 1):
+        text, reason = _checked(value, field)
+        yield BadRecord(name, f"row {row}", reason) if reason else Document(text, name)

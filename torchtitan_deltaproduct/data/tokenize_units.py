@@ -1,0 +1,240 @@
+"""The workers of `prepare`: units of text in, token shards out, in several processes.
+
+    records = tokenize_units(job, units, done={}, workers=8, max_bad_records=100)
+
+A unit is finished when its record `<work>/<number>.json` exists, which is written after the shard files. What
+a unit becomes depends on the unit and the job alone.
+"""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from torchtitan_deltaproduct.errors import DataError
+
+from .manifest import write_atomically
+from .progress import Progress
+from .shards import ShardWriter
+from .text_sources import BadRecord, Document, Unit, read_unit
+from .tokenizer import load_tokenizer
+
+# One call of the tokenizer, and one report of progress.
+BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 1024
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for all units.
+
+    Attributes:
+        out: folder of the result.
+        work: folder of the records of finished units.
+        tokenizer: folder with tokenizer.json.
+        eos_id: token after every document.
+        dtype: of the shards.
+        validation_fraction: share of documents in the part `validation`; 0: there is one part, named "".
+        split_by: `document` or `file`.
+    """
+
+    out: str
+    work: str
+    tokenizer: str
+    eos_id: int
+    dtype: str
+    validation_fraction: float
+    split_by: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("train", "validation") if self.validation_fraction else ("",)
+
+    def part_of(self, document: Document) -> str:
+        """Drawn by a hash: of the text, so that copies of a document are on one side, or of the file name."""
+        if not self.validation_fraction:
+            return ""
+        basis = document.origin if self.split_by == "file" else document.text
+        draw = int.from_bytes(blake2b(basis.encode(), digest_size=8).digest(), "little") / 2**64
+        return "validation" if draw < self.validation_fraction else "train"
+
+
+class Stopped(Exception):
+    """Another unit failed, or the user pressed Ctrl-C."""
+
+
+def tokenize_units(
+    job: Job, units: list[Unit], done: dict[int, dict], workers: int, max_bad_records: int
+) -> list[dict]:
+    """Tokenises the units that are not in `done`; returns the records of all, in order.
+
+    Raises:
+        DataError: more than `max_bad_records` records are unreadable, the disk is full, or a worker died.
+    """
+    todo = [number for number in range(len(units)) if number not in done]
+    records = dict(done)
+    context = multiprocessing.get_context("spawn")
+    messages, stop = context.SimpleQueue(), context.Event()
+    before = sum(units[number].size for number in done)
+    board = _Board(units, before)
+    check_bad(records, max_bad_records)
+    with (
+        Progress("tokenize", sum(unit.size for unit in units), before) as progress,
+        ProcessPoolExecutor(
+            min(workers, max(1, len(todo))), context, _start_worker, (job, max_bad_records, messages, stop)
+        ) as pool,
+    ):
+        futures = {pool.submit(_run_unit, number, units[number]): number for number in todo}
+        pending = set(futures)
+        try:
+            while pending:
+                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+                while not messages.empty():
+                    board.note(*messages.get())
+                for future in finished:
+                    records[futures[future]] = future.result()
+                check_bad(records, max_bad_records)
+                progress.update(board.done_bytes, f"{board.tokens / 1e6:.1f} M tokens")
+        except BrokenProcessPool:
+            raise DataError(
+                "A worker process died, most likely for lack of memory; finished shards are kept.\n"
+                "Run the same command with fewer --workers."
+            ) from None
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+    return [records[number] for number in range(len(units))]
+
+
+def check_bad(records: dict[int, dict], limit: int) -> None:
+    """Raises DataError if the units finished so far have more than `limit` bad records."""
+    bad = [entry for number in sorted(records) for entry in records[number]["bad"]]
+    if len(bad) > limit:
+        raise too_many_bad(bad, limit)
+
+
+def too_many_bad(bad: list[list[str]], limit: int) -> DataError:
+    shown = "\n  ".join(str(BadRecord(*entry)) for entry in bad[:3])
+    return DataError(
+        f"More than {limit} records cannot be read:\n  {shown}\n"
+        "Correct the input, or allow more with --max-bad-records; finished shards are kept."
+    )
+
+
+class _Board:
+    """Bytes and tokens done, from the workers' messages."""
+
+    def __init__(self, units: list[Unit], before: int):
+        self.units, self.before, self.tokens, self.bytes_of = units, before, 0, {}
+
+    def note(self, number: int, read_bytes: int, tokens: int) -> None:
+        """read_bytes: text bytes of the unit so far, -1 at its end; tokens: since the last message."""
+        size = self.units[number].size
+        self.bytes_of[number] = size if read_bytes < 0 else min(read_bytes, size)
+        self.tokens += tokens
+
+    @property
+    def done_bytes(self) -> int:
+        return self.before + sum(self.bytes_of.values())
+
+
+_worker: dict = {}
+
+
+def _start_worker(job: Job, max_bad_records: int, messages, stop) -> None:
+    # Ctrl-C reaches every process of the terminal; the parent decides, through `stop`.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The processes are the parallelism; threads inside them would only compete.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _worker.update(job=job, limit=max_bad_records, messages=messages, stop=stop)
+    _worker["tokenizer"] = load_tokenizer(job.tokenizer)
+
+
+def _die_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _run_unit(number: int, unit: Unit) -> dict:
+    job = _worker["job"]
+
+    def report(read_bytes: int, tokens: int) -> None:
+        _worker["messages"].put((number, read_bytes, tokens))
+        if _worker["stop"].is_set():
+            raise Stopped
+
+    try:
+        return tokenize_unit(job, number, unit, _worker["tokenizer"], _worker["limit"], report)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"The disk of {job.out} is full; finished shards are kept.\n"
+            "Free space and run the same command again."
+        ) from None
+
+
+def tokenize_unit(
+    job: Job, number: int, unit: Unit, tokenizer, max_bad_records: int, report: Callable[[int, int], None]
+) -> dict:
+    """Tokenises one unit into a shard for each part, and writes its record.
+
+    Returns:
+        `{"shards": {part: shard or None}, "empty": count, "bad": [[file, position, reason], ...]}`.
+    """
+    writers = {
+        part: ShardWriter(Path(job.out, part), f"shards/{number:05d}", job.dtype) for part in job.parts
+    }
+    bad: list[BadRecord] = []
+    empty = read_bytes = 0
+    try:
+        for documents in _batches(read_unit(unit), bad):
+            if len(bad) > max_bad_records:
+                raise too_many_bad([list(entry) for entry in bad], max_bad_records)
+            texts = [document.text for document in documents]
+            tokens = 0
+            for document, ids in zip(documents, tokenizer.encode_batch(texts), strict=True):
+                size = len(document.text.encode())
+                read_bytes += size
+                tokens += len(ids)
+                if ids:
+                    writers[job.part_of(document)].add([*ids, job.eos_id], size)
+                else:
+                    empty += 1
+            report(read_bytes, tokens)
+        shards = {part: writer.close() for part, writer in writers.items()}
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    record = {
+        "shards": {part: asdict(shard) if shard else None for part, shard in shards.items()},
+        "empty": empty,
+        "bad": [list(entry) for entry in bad],
+    }
+    write_atomically(Path(job.work, f"{number:05d}.json"), json.dumps(record))
+    report(-1, 0)
+    return record
+
+
+def _batches(records: Iterator[Document | BadRecord], bad: list[BadRecord]) -> Iterator[list[Document]]:
+    """Documents in batches for the tokenizer; bad records go to `bad`. The last batch may be empty."""
+    batch, size, bad_before = [], 0, 0
+    for record in records:
+        if isinstance(record, BadRecord):
+            bad.append(record)
+        else:
+            batch.append(record)
+            size += len(record.text)
+        if size >= BATCH_BYTES or len(batch) + len(bad) - bad_before >= BATCH_DOCUMENTS:
+            yield batch
+            batch, size, bad_before = [], 0, len(bad)
+    yield batch
