@@ -24,7 +24,7 @@ def _forward(
     """Arguments as in `gated_delta_product`, `backend` already resolved to "chunk" or "fla".
 
     Returns:
-        o, the final state, and two tensors that fla's backward needs (no elements for "chunk", which recomputes).
+        o, the final state, and two tensors for the backward: fla's solved triangles and gates, chunk's segment starts.
     """
     none = q.new_empty(0, dtype=torch.float32)
     if backend == "fla":
@@ -32,11 +32,13 @@ def _forward(
             q, k, v, g, beta, initial_state, cu_seqlens, num_householder, scale, output_final_state
         )
         return o, none if state is None else state, *(none.clone() if x is None else x for x in saved)
-    options = {"num_householder": num_householder, "scale": scale, "use_qk_l2norm": use_qk_l2norm}
-    by_document = cu_seqlens is not None and (initial_state is not None or output_final_state)
-    run = documents.forward if by_document else chunk.chunk_forward
-    o, state = run(q, k, v, g, beta, initial_state, cu_seqlens, **options)
-    return o, state if output_final_state else none, none.clone(), none.clone()
+    options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
+    if cu_seqlens is not None and (initial_state is not None or output_final_state):
+        o, state = documents.forward(q, k, v, g, beta, initial_state, cu_seqlens, **options)
+        starts = none
+    else:
+        o, state, starts = chunk.chunk_forward(q, k, v, g, beta, initial_state, cu_seqlens, **options)
+    return o, state if output_final_state else none.clone(), starts, none.clone()
 
 
 @_forward.register_fake
@@ -47,13 +49,17 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state_shape = (count, q.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
-    solved, gates = (0,), (0,)
+    by_document = cu_seqlens is not None and (initial_state is not None or output_final_state)
     if backend == "fla":
-        solved, gates = fla_backend.saved_shapes(k, g)
+        (saved, gates), saved_dtype = fla_backend.saved_shapes(k, g), k.dtype
+    else:
+        saved, gates, saved_dtype = chunk.saved_shape(q, k, v), (0,), compute_dtype(q, k, v)
+        if by_document:
+            saved, saved_dtype = (0,), torch.float32
     return (
         q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3], dtype=v.dtype),
         q.new_empty(state_shape, dtype=compute_dtype(q, k, v) if output_final_state else torch.float32),
-        q.new_empty(solved, dtype=k.dtype if backend == "fla" else torch.float32),
+        q.new_empty(saved, dtype=saved_dtype),
         q.new_empty(gates, dtype=torch.float32),
     )
 
@@ -61,19 +67,20 @@ def _(
 @torch.library.custom_op("deltaproduct::gated_delta_product_backward", mutates_args=())
 def _backward(
     do: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, solved: Tensor, gates: Tensor, num_householder: int,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, saved: Tensor, gates: Tensor, num_householder: int,
     scale: float, use_qk_l2norm: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, g, beta and the initial state, each in the dtype of its tensor."""
     if backend == "fla":
         grads = fla_backend.backward(
-            do, dstate, q, k, v, g, beta, initial_state, cu_seqlens, solved, gates, num_householder, scale
+            do, dstate, q, k, v, g, beta, initial_state, cu_seqlens, saved, gates, num_householder, scale
         )
     else:
-        options = {"num_householder": num_householder, "scale": scale, "use_qk_l2norm": use_qk_l2norm}
-        by_document = cu_seqlens is not None and (initial_state is not None or dstate is not None)
-        run = documents.backward if by_document else chunk.chunk_backward
-        grads = run(do, dstate, q, k, v, g, beta, initial_state, cu_seqlens, **options)
+        options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
+        if cu_seqlens is not None and saved.numel() == 0:
+            grads = documents.backward(do, dstate, q, k, v, g, beta, initial_state, cu_seqlens, **options)
+        else:
+            grads = chunk.chunk_backward(do, dstate, q, k, v, g, beta, cu_seqlens, saved, **options)
     *most, dg, dbeta, dinitial = grads
     none = q.new_empty(0, dtype=torch.float32)
     dg = none if g is None else dg
@@ -84,7 +91,7 @@ def _backward(
 @_backward.register_fake
 def _(
     do: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, solved: Tensor, gates: Tensor, num_householder: int,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, saved: Tensor, gates: Tensor, num_householder: int,
     scale: float, use_qk_l2norm: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     def like(x: Tensor | None) -> Tensor:
@@ -95,19 +102,19 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:
     tensors, ctx.options = inputs[:7], (*inputs[7:9], *inputs[10:])
-    o, state, solved, gates = output
-    ctx.save_for_backward(*tensors, solved, gates)
+    o, state, saved, gates = output
+    ctx.save_for_backward(*tensors, saved, gates)
     ctx.has_state = inputs[9]
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, do, dstate, _dsolved, _dgates):
-    *tensors, solved, gates = ctx.saved_tensors
+def _autograd(ctx, do, dstate, _dsaved, _dgates):
+    *tensors, saved, gates = ctx.saved_tensors
     q, k, v, g, beta, initial_state, cu_seqlens = tensors
     if do is None:
         do = v.new_zeros(*q.shape[:3], v.shape[3])
     dq, dk, dv, dg, dbeta, dinitial = torch.ops.deltaproduct.gated_delta_product_backward(
-        do, dstate if ctx.has_state else None, *tensors, solved, gates, *ctx.options
+        do, dstate if ctx.has_state else None, *tensors, saved, gates, *ctx.options
     )
     dg = None if g is None else dg
     dinitial = None if initial_state is None else dinitial

@@ -3,7 +3,7 @@
 Training needs neither an initial nor a final state, and there `chunk.py` masks document boundaries inside its chunks,
 with static shapes. Prefill and evaluation of packed documents do need them; they run document by document.
 
-    o, states = forward(q, k, v, g, beta, None, cu_seqlens, num_householder=2, scale=0.125, use_qk_l2norm=True)
+    o, states = forward(q, k, v, g, beta, None, cu_seqlens, scale=0.125, use_qk_l2norm=True)
 """
 
 from collections.abc import Iterator
@@ -25,41 +25,43 @@ def _documents(cu_seqlens: Tensor, n: int) -> Iterator[tuple[int, slice, slice]]
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
-    cu_seqlens: Tensor, *, num_householder: int, scale: float, use_qk_l2norm: bool,
+    cu_seqlens: Tensor, *, scale: float, use_qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o [1, T, H, V] and the final state [N, H, K, V] of every document; an empty one keeps its initial state."""
-    options = {"num_householder": num_householder, "scale": scale, "use_qk_l2norm": use_qk_l2norm}
+    options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
     o = v.new_empty(*q.shape[:3], v.shape[3])
     shape = (cu_seqlens.shape[0] - 1, q.shape[2], q.shape[3], v.shape[3])
     states = torch.zeros(shape, dtype=compute_dtype(q, k, v), device=q.device)
     if initial_state is not None:
         states.copy_(initial_state)
-    for i, tokens, rows in _documents(cu_seqlens, num_householder):
-        o[:, tokens], states[i : i + 1] = chunk_forward(
-            q[:, tokens], k[:, rows], v[:, rows], None if g is None else g[:, tokens], beta[:, rows],
-            states[i : i + 1], None, **options,
-        )  # fmt: skip
+    for i, tokens, rows in _documents(cu_seqlens, k.shape[1] // max(q.shape[1], 1)):
+        gate = None if g is None else g[:, tokens]
+        o[:, tokens], states[i : i + 1], _ = chunk_forward(
+            q[:, tokens], k[:, rows], v[:, rows], gate, beta[:, rows], states[i : i + 1], None, **options
+        )
     return o, states
 
 
 def backward(
     do: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor, *, num_householder: int, scale: float, use_qk_l2norm: bool,
+    initial_state: Tensor | None, cu_seqlens: Tensor, *, scale: float, use_qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Gradients as `chunk_backward` returns them, over all documents."""
-    options = {"num_householder": num_householder, "scale": scale, "use_qk_l2norm": use_qk_l2norm}
+    options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
     dq, dk, dv, dg, dbeta = (None if x is None else torch.zeros_like(x) for x in (q, k, v, g, beta))
     shape = (cu_seqlens.shape[0] - 1, q.shape[2], q.shape[3], v.shape[3])
     dinitial = torch.zeros(shape, dtype=compute_dtype(q, k, v), device=q.device)
     if dstate is not None:
         dinitial.copy_(dstate)
-    for i, tokens, rows in _documents(cu_seqlens, num_householder):
+    for i, tokens, rows in _documents(cu_seqlens, k.shape[1] // max(q.shape[1], 1)):
         one = slice(i, i + 1)
+        inputs = (q[:, tokens], k[:, rows], v[:, rows], None if g is None else g[:, tokens], beta[:, rows])
+        state = None if initial_state is None else initial_state[one]
+        # How many segments the documents have is not known when shapes are, so their starts were not kept.
+        starts = chunk_forward(*inputs, state, None, **options)[2]
         dq[:, tokens], dk[:, rows], dv[:, rows], dgate, dbeta[:, rows], dinitial[one] = chunk_backward(
-            do[:, tokens], dinitial[one], q[:, tokens], k[:, rows], v[:, rows],
-            None if g is None else g[:, tokens], beta[:, rows],
-            None if initial_state is None else initial_state[one], None, **options,
-        )  # fmt: skip
+            do[:, tokens], dinitial[one], *inputs, None, starts, **options
+        )
         if dg is not None:
             dg[:, tokens] = dgate
     return dq, dk, dv, dg, dbeta, dinitial
