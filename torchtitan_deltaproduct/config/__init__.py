@@ -5,7 +5,8 @@
     config.training.steps                 # 10
     config.provenance["training.steps"]   # "command line"
 
-Names are imported on first use: `config.architecture` stays free of torchtitan, which takes seconds to import.
+Names are imported on first use: `config.architecture` stays free of torchtitan, which takes seconds to
+import.
 """
 
 from importlib import import_module

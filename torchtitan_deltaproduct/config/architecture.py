@@ -1,8 +1,8 @@
 """The architecture of a DeltaProduct language model, as the `[model]` table of a TOML spells it.
 
 Field names are those of flash-linear-attention's `GatedDeltaProductConfig`. DeltaNet is `num_householder = 1`
-without the forget gate, Gated DeltaNet the same with it: settings, not classes. This module needs only the standard
-library, so that a notebook can use it:
+without the forget gate, Gated DeltaNet the same with it: settings, not classes. This module needs only the
+standard library, so that a notebook can use it:
 
     args = DeltaProductArgs(hidden_size=256, num_hidden_layers=4, num_heads=4, head_dim=64)
 """

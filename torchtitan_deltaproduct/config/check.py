@@ -2,8 +2,9 @@
 
     problems = check(config, sources, Environment(world_size=8, cuda=True))
 
-A contradiction is one entry of `_RULES`: the keys it looks at, the first being the one to blame, and a function that
-returns what is wrong or None. What depends on the machine is judged only as far as `Environment` knows it.
+A contradiction is one entry of `_RULES`: the keys it looks at, the first being the one to blame, and a
+function that returns what is wrong or None. What depends on the machine is judged only as far as
+`Environment` knows it.
 """
 
 import os
@@ -114,7 +115,8 @@ def _warmup_fits(config: JobConfig, _: Environment) -> str | None:
 def _schedule_covers_run(config: JobConfig, _: Environment) -> str | None:
     if _schedule_length(config) >= config.training.steps:
         return None
-    return f"the learning rate would leave its schedule after step {_schedule_length(config)}; must be at least steps"
+    end = _schedule_length(config)
+    return f"the learning rate would leave its schedule after step {end}; must cover the run"
 
 
 def _schedule_length(config: JobConfig) -> int:
@@ -202,7 +204,8 @@ def _fla_has_dtype(config: JobConfig, _: Environment) -> str | None:
 
 def _needs_cuda(enabled: Callable[[JobConfig], bool], what: str) -> Judge:
     def judge(config: JobConfig, environment: Environment) -> str | None:
-        return f"{what} needs CUDA, and there is none" if environment.cuda is False and enabled(config) else None
+        missing = environment.cuda is False and enabled(config)
+        return f"{what} needs CUDA, and there is none" if missing else None
 
     return judge
 

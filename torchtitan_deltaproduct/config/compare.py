@@ -5,8 +5,8 @@
     for change in comparison.notable + comparison.harmless:
         logger.info("%s", change)                                 # optimizer.lr: 0.0003 -> 0.0001 (...)
 
-Breaking: the result would be no continuation (another model, other data, another batch). Notable: allowed, and worth
-a line in the log. Harmless: changes nothing that is learned.
+Breaking: the result would be no continuation (another model, other data, another batch). Notable: allowed,
+and worth a line in the log. Harmless: changes nothing that is learned.
 """
 
 import json
@@ -27,8 +27,8 @@ from .unsupported import refusal
 from .values import show
 
 BREAKING = {
-    "model.vocab_size model.hidden_size model.num_hidden_layers model.num_heads model.head_dim model.expand_v "
-    "model.num_householder model.allow_neg_eigval model.use_forget_gate model.use_output_gate "
+    "model.vocab_size model.hidden_size model.num_hidden_layers model.num_heads model.head_dim "
+    "model.expand_v model.num_householder model.allow_neg_eigval model.use_forget_gate model.use_output_gate "
     "model.use_short_conv model.conv_size model.norm_eps model.tie_word_embeddings derived.mlp_size":
         "another model",
     "data.kind data.paths data.dataset data.dataset_config data.split data.text_field extra.data_identity":
@@ -58,7 +58,8 @@ NOTABLE = {
     "checkpoint.initial_load_path checkpoint.initial_load_model_only":
         "no effect: the run has checkpoints of its own",
     "checkpoint.exclude_from_loading": "what is excluded starts anew",
-    "checkpoint.load_step checkpoint.load_only checkpoint.create_seed_checkpoint": "decides what this start does",
+    "checkpoint.load_step checkpoint.load_only checkpoint.create_seed_checkpoint":
+        "decides what this start does",
     "checkpoint.last_save_model_only checkpoint.export_dtype": "decides what the last checkpoint holds",
     "checkpoint.enable": "decides whether this start saves and resumes",
     "validation.paths validation.seq_len validation.steps validation.local_batch_size":
@@ -110,7 +111,7 @@ class Comparison:
 
 @cache
 def classify(key: str) -> tuple[str, str] | None:
-    """("breaking" | "notable" | "harmless", why) for a key of a snapshot; None for one that nobody classified."""
+    """("breaking" | "notable" | "harmless", why) for a key of a snapshot; None if nobody classified it."""
     if refusal(key):
         return "breaking", "an option that is not supported"
     for kind, table in _CLASSES.items():
@@ -123,8 +124,8 @@ def classify(key: str) -> tuple[str, str] | None:
 def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Comparison:
     """Compares two snapshots (see `snapshot`).
 
-    An option that one of the two does not know (another version of this package wrote it) is notable: it cannot have
-    had an effect there. With equal `extra["data_identity"]`, data that moved to other folders is the same data.
+    An option that one of the two does not know (another version of this package wrote it) is notable: it
+    cannot have had an effect there. With equal `extra["data_identity"]`, data in other folders is the same data.
     """
     old, new = _flatten(saved), _flatten(current)
     identity = old.get("extra.data_identity")
@@ -136,7 +137,8 @@ def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Com
         kind, why = classify(key) or ("breaking", "an option whose effect nobody classified")
         if key not in old or key not in new:
             # The first run under a version with a new option must not be refused for it.
-            kind, why = ("harmless" if kind == "harmless" else "notable"), "only one of the two versions has it"
+            kind = "harmless" if kind == "harmless" else "notable"
+            why = "only one of the two versions has it"
         elif key == "data.paths" and same_data:
             kind, why = "notable", "the same data in another place"
         elif key == "model.hf_assets_path" and new.get("data.kind") == "streaming":
@@ -185,7 +187,9 @@ def snapshot(config: JobConfig, extra: Mapping[str, Any] | None = None) -> dict[
 def effective_global_batch_size(config: JobConfig, world_size: int) -> int:
     """Sequences a step of all ranks together."""
     training = config.training
-    return training.local_batch_size * world_size if training.global_batch_size < 0 else training.global_batch_size
+    if training.global_batch_size > 0:
+        return training.global_batch_size
+    return training.local_batch_size * world_size
 
 
 def versions() -> dict[str, str]:
@@ -202,7 +206,7 @@ def versions() -> dict[str, str]:
 
 
 def write_snapshot(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Writes a snapshot such that `path` is either the old file or the whole new one, whenever the process dies."""
+    """Writes a snapshot; whenever the process dies, `path` is the old file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")

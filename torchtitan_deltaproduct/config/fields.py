@@ -1,6 +1,7 @@
 """Every option of `JobConfig`, flat: its dotted key, type, default, doc string and owner.
 
-The doc string of a field is the string literal below it, read from the class's source, torchtitan's classes included:
+The doc string of a field is the string literal below it, read from the class's source, torchtitan's classes
+included:
 
     >>> schema()["training.steps"].summary
     'How many train steps to run'

@@ -1,7 +1,9 @@
-"""The text of `--help`: every option a TOML or a command line may set, with type, default and first doc sentence.
+"""The text of `--help`: every option a TOML may set, with its type, default and first doc sentence.
 
     python -m torchtitan_deltaproduct.train --help              all tables
     python -m torchtitan_deltaproduct.train --help training     one table
+
+Options that this toolkit refuses are listed, with the reason, only where one table is asked for.
 """
 
 import os
@@ -32,14 +34,14 @@ def print_help(argv: list[str]) -> None:
 def render_help(section: str = "") -> str:
     """The help of one table, or of all if `section` is empty."""
     section = "" if section.startswith("-") else section.replace("-", "_")
-    chosen = [table for table in tables() if not section or table == section or table.startswith(f"{section}.")]
+    chosen = [table for table in tables() if not section or f"{table}.".startswith(f"{section}.")]
     if not chosen:
         return f"no table [{section}]; {describe_table(section)}"
     parts = [] if section else [_USAGE]
     parts += [text for table in chosen if (text := _render_table(table, in_full=bool(section)))]
     if not section:
         refused = [key for key in schema() if refusal(key)]
-        parts.append(f"{len(refused)} more options of torchtitan are refused: --help section says which and why.")
+        parts.append(f"{len(refused)} options of torchtitan are refused: --help section says which and why.")
     return "\n\n".join(parts)
 
 

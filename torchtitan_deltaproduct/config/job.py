@@ -1,9 +1,10 @@
 """The tables of a training TOML: torchtitan 0.2.2's job config, and ours.
 
-`JobConfig` is what the loader (`config.load`) fills and what the trainer reads. A field that torchtitan defines
-keeps torchtitan's name and meaning; where its default is a trap for this model (see docs of the field) ours differs.
-Every field carries its own doc string with unit and range: `config.load` quotes it in error messages. A new field
-also needs a class in `config.compare`, and a range in `config.check` where not every value is one.
+`JobConfig` is what the loader (`config.load`) fills and what the trainer reads. A field that torchtitan
+defines keeps torchtitan's name and meaning; where its default is a trap for this model (see docs of the
+field) ours differs. Every field carries its own doc string with unit and range: `config.load` quotes it in
+error messages. A new field also needs a class in `config.compare`, and a range in `config.check` where not
+every value is one.
 """
 
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ class Metrics(titan.Metrics):
     """Steps between console lines; metrics.jsonl has a record for every step."""
     enable_tensorboard: bool = True
     peak_flops: float = 0.0
-    """Peak FLOP/s of one device for MFU; 0: looked up by device name, MFU is left out where that is unknown."""
+    """Peak FLOP/s of one device for MFU; 0: looked up by device name, no MFU where that is unknown."""
 
 
 @dataclass
@@ -131,7 +132,7 @@ class Debug(titan.Debug):
 class JobConfig(titan.JobConfig):
     # No annotation, hence no field: `to_dict` and snapshots leave it out.
     provenance = MappingProxyType({})
-    """Key -> "x.toml:14", "command line", "default (ours)" or "default (torchtitan)"; set by `config.load`."""
+    """Key -> "x.toml:14", "command line" or "default (ours|torchtitan)"; set by `config.load`."""
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

@@ -1,8 +1,8 @@
 """Loads a job: the TOML named by `--job.config_file`, then the command line on top, strictly.
 
-Every problem of the file and of the command line is collected, each with its line and the nearest valid name, and
-raised as one `ConfigError`, before any process group starts. `--help` prints all options, `--help training` those of
-a table.
+Every problem of the file and of the command line is collected, each with its line and the nearest valid name,
+and raised as one `ConfigError`, before any process group starts. `--help` prints all options, `--help
+training` those of a table.
 
     config = load_config(["--job.config_file", "train_configs/x.toml", "--training.steps", "10"])
     config.provenance["optimizer.lr"]     # "train_configs/x.toml:31", "command line" or "default (ours)"
@@ -31,8 +31,8 @@ def load_config(argv: list[str], environment: Environment | None = None) -> JobC
 
     Args:
         argv: Arguments without the program name: `--job.config_file X.toml` and overrides.
-        environment: Machine the config is to run on; by default this one. `Environment()` checks only what holds
-            on every machine, for example to look at a cluster's config on a laptop.
+        environment: Machine the config is to run on; by default this one. `Environment()` checks only what
+            holds on every machine, for example to look at a cluster's config on a laptop.
 
     Returns:
         The config; its attribute `provenance` maps every key to the place its value comes from.

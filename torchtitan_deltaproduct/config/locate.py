@@ -1,7 +1,8 @@
 """Line numbers of the tables, keys and list elements of a TOML text, which `tomllib` does not tell.
 
-A small scanner that only walks: values are skipped, never interpreted, so `tomllib` stays the one authority on what
-a text means. Parse with `tomllib` first; on a text it refuses, the scan may stop early or raise `IndexError`.
+A small scanner that only walks: values are skipped, never interpreted, so `tomllib` stays the one authority
+on what a text means. Parse with `tomllib` first; on a text it refuses, the scan may stop early or raise
+`IndexError`.
 
     >>> locate('[training]\\nsteps = 10  # ten')
     {('training',): 1, ('training', 'steps'): 2}
@@ -17,7 +18,7 @@ _BLANK = re.compile(r"[ \t]*")
 _SPACE = re.compile(r"(?:[ \t\n]|#[^\n]*)*")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _SCALAR = re.compile(r"[^,\]}\n#]*")
-# Multi-line strings first: `\"\"\"` also starts like an empty basic string. Up to two quotes may precede the end.
+# Multi-line strings first: `""` is also an empty basic string. One or two quotes may precede the last three.
 _STRING = re.compile(
     r'"""(?:\\.|[^\\])*?"{3,5}(?!")'
     r"|'''.*?'{3,5}(?!')"

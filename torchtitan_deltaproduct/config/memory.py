@@ -1,11 +1,11 @@
-"""Bytes of a run: what a rank holds while training, and what a checkpoint takes on disk. Estimates, from the config.
+"""Bytes of a run, estimated from its config: what a rank holds, what a checkpoint takes on disk.
 
     parts = models.counts.parameters_by_part(config.model)
     rank_memory(config, 8, parts)      # {"weights": 106_800_000, ..., "logits": 2_621_440_000}
 
-Weights, gradients and Adam's two moments are float32 and divided by the shard degree: exact. Activations count what
-autograd keeps of each block in eager mode (`torch.compile` keeps less); the operator's own work space, allocator
-fragmentation and communication buffers are left out: plan for 20 % more.
+Weights, gradients and Adam's two moments are float32 and divided by the shard degree: exact. Activations
+count what autograd keeps of each block in eager mode (`torch.compile` keeps less); the operator's own work
+space, allocator fragmentation and communication buffers are left out: plan for 20 % more.
 """
 
 from collections.abc import Mapping
@@ -92,7 +92,7 @@ def _widths(args: DeltaProductArgs) -> tuple[int, int]:
 
 
 def _block_elements(args: DeltaProductArgs) -> int:
-    """Elements per token that autograd keeps of one block: inputs of products, of SiLUs, norms and the operator."""
+    """Elements per token that autograd keeps of one block: inputs of products, SiLUs, norms, the operator."""
     projected, output = _widths(args)
     keys = args.num_heads * args.head_dim
     stages = 2 + args.use_short_conv  # projection, convolution, SiLU
@@ -109,7 +109,7 @@ def _kept_per_op(args: DeltaProductArgs) -> int:
 
 
 def _gathered_weights(config: JobConfig, world_size: int, parts: Mapping[str, int]) -> int:
-    """Parameters that stand unsharded in the compute type: the root's group and two blocks, or all of them."""
+    """Parameters that stand unsharded in the compute type: the root's group and two blocks, or all."""
     layers = config.model.num_hidden_layers
     if world_size == 1 and activation_width(config) == _FLOAT32:
         return 0

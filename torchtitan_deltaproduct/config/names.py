@@ -19,7 +19,8 @@ ALIASES = {
         "training.global_batch_size": "total_batch_size gbs batch_size_global",
         "training.steps": "max_steps num_steps train_steps total_train_steps n_steps iterations max_iters",
         "training.seq_len": "sequence_length context_length block_size max_seq_len max_length ctx_len seqlen",
-        "training.max_norm": "grad_clip clip max_grad_norm gradient_clipping grad_norm clip_grad clip_grad_norm",
+        "training.max_norm": "grad_clip clip max_grad_norm gradient_clipping grad_norm "
+        "clip_grad clip_grad_norm",
         "training.mixed_precision_param": "precision bf16 amp mixed_precision param_dtype torch_dtype",
         "optimizer.lr": "learning_rate max_lr peak_lr base_lr",
         "optimizer.beta1": "betas b1 adam_beta1",
@@ -35,7 +36,8 @@ ALIASES = {
         "model.head_dim": "head_size d_head qk_dim head_k_dim",
         "model.expand_v": "expand_value v_expand",
         "model.intermediate_size": "ffn_dim mlp_dim d_ff mlp_size ffn_hidden_size",
-        "model.num_householder": "n_h nh num_householders n_householder householder num_householder_reflections",
+        "model.num_householder": "n_h nh num_householders n_householder householder "
+        "num_householder_reflections",
         "model.allow_neg_eigval": "neg_eigval negative_eigenvalues use_neg_eigval",
         "model.use_output_gate": "use_gate output_gate gate",
         "model.use_forget_gate": "forget_gate use_decay decay_gate gated",
@@ -58,7 +60,8 @@ ALIASES = {
         "metrics.enable_wandb": "wandb use_wandb",
         "metrics.enable_tensorboard": "tensorboard use_tensorboard",
         "validation.freq": "eval_interval eval_steps val_interval eval_every",
-        "activation_checkpoint.mode": "gradient_checkpointing activation_checkpointing recompute use_checkpoint",
+        "activation_checkpoint.mode": "gradient_checkpointing activation_checkpointing "
+        "recompute use_checkpoint",
         "parallelism.data_parallel_shard_degree": "dp_shard fsdp fsdp_degree data_parallel_degree",
         "parallelism.data_parallel_replicate_degree": "dp_replicate ddp_degree",
         "compile.enable": "torch_compile use_compile compile",

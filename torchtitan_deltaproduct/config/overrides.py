@@ -1,7 +1,7 @@
-"""Command-line overrides: `--section.key value`, `--section.key=value`, `--section.flag`, `--section.no-flag`.
+"""Command-line overrides: `--section.key value` or `=value`, `--section.flag`, `--section.no-flag`.
 
-Dashes and underscores are the same; a list is comma separated or a TOML literal; `none` unsets an optional option;
-of an option given twice the later one holds, so that a launcher can append.
+Dashes and underscores are the same; a list is comma separated or a TOML literal; `none` unsets an optional
+option; of an option given twice the later one holds, so that a launcher can append.
 
     given, problems = parse_overrides(["--training.steps", "10", "--compile.enable"])
     given    # {"training.steps": 10, "compile.enable": True}
@@ -54,7 +54,7 @@ def parse_overrides(argv: list[str]) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def _resolve(name: str) -> tuple[str | None, bool]:
-    """The key an option names, and whether it is the `no` form of a flag; (None, False) for an unknown one."""
+    """The key an option names, and whether it is the `no` form of a flag; (None, False) if unknown."""
     if name in schema():
         return name, False
     table, _, leaf = name.rpartition(".")

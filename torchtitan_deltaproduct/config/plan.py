@@ -1,10 +1,10 @@
-"""What a TOML will do, before it does it: parameters, FLOPs, tokens, memory, disk, learning rates. Needs no GPU.
+"""What a TOML will do: parameters, FLOPs, tokens, memory, disk, learning rates. Needs no GPU.
 
-    python -m torchtitan_deltaproduct.config.plan train_configs/x.toml --world-size 8 [--section.key value ...]
-    python -m torchtitan_deltaproduct.config.plan train_configs/x.toml --world-size 8 --mfu 0.4 --device H100
+    python -m torchtitan_deltaproduct.config.plan x.toml --world-size 8 [--section.key value ...]
+    python -m torchtitan_deltaproduct.config.plan x.toml --world-size 8 --mfu 0.4 --device H100
 
-`--tokens-per-second N` (all ranks together), or `--mfu F` with `--device NAME` or `metrics.peak_flops`, adds the
-duration of the run.
+`--tokens-per-second N` (all ranks together), or `--mfu F` with `--device NAME` or `metrics.peak_flops`, adds
+the duration of the run.
 """
 
 import argparse
@@ -26,7 +26,14 @@ from .schedule import lr_factor
 from .values import nearest, show
 
 # Dense bfloat16 peaks of the vendors' data sheets, FLOP/s.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX4090": 165e12}
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "RTX4090": 165e12,
+}
 
 Rows = list[tuple[str, ...]]
 
@@ -97,8 +104,8 @@ def compute_rows(config: JobConfig, world_size: int, seconds: float | None) -> R
 
 
 def memory_rows(config: JobConfig, world_size: int) -> Rows:
-    memory, ac = rank_memory(config, world_size, counts.parameters_by_part(config.model)), config.activation_checkpoint
-    shards = shard_degree(config, world_size)
+    memory = rank_memory(config, world_size, counts.parameters_by_part(config.model))
+    ac, shards = config.activation_checkpoint, shard_degree(config, world_size)
     mode = f"{ac.mode} {ac.selective_ac_option}" if ac.mode == "selective" else ac.mode
     offload = "; on the host" if config.training.enable_cpu_offload else ""
     remarks = {
@@ -110,7 +117,7 @@ def memory_rows(config: JobConfig, world_size: int) -> Rows:
         "logits": "output, log-softmax and gradient of a micro-batch",
     }
     rows = [(name, amount(size, "B"), remarks[name]) for name, size in memory.items() if size]
-    return [*rows, ("sum", amount(sum(memory.values()), "B"), "plan for 20 % more: work space, fragmentation, NCCL")]
+    return [*rows, ("sum", amount(sum(memory.values()), "B"), "plan for 20 % more")]
 
 
 def checkpoint_rows(config: JobConfig) -> Rows:
@@ -137,10 +144,15 @@ def schedule_rows(config: JobConfig) -> Rows:
     rates = [config.optimizer.lr * factor for factor in lr_curve(config)]
     warmup = schedule.warmup_steps
     begin = warmup if schedule.decay_ratio is None else total - round(total * schedule.decay_ratio)
-    marks = {1: "first step", warmup: "end of the warm-up", begin + 1: f"last step at the peak, {schedule.decay_type} decay follows",
-             (begin + steps) // 2: "middle of the decay", steps: "last step"}  # fmt: skip
-    rows = [(f"step {step:,}", f"{rates[step - 1]:.3g}", text) for step, text in marks.items() if 1 <= step <= steps]
-    return sorted(rows, key=lambda row: int(row[0][5:].replace(",", "")))
+    marks = {
+        1: "first step",
+        warmup: "end of the warm-up",
+        begin + 1: f"last step at the peak, {schedule.decay_type} decay follows",
+        (begin + steps) // 2: "middle of the decay",
+        steps: "last step",
+    }
+    reached = sorted(step for step in marks if 1 <= step <= steps)
+    return [(f"step {step:,}", f"{rates[step - 1]:.3g}", marks[step]) for step in reached]
 
 
 def lr_curve(config: JobConfig) -> list[float]:
@@ -244,7 +256,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--world-size", type=int, help="ranks of the job; by default the product of the degrees")
+    parser.add_argument("--world-size", type=int, help="ranks; default: the product of the degrees")
     parser.add_argument("--tokens-per-second", type=float, help="measured speed of all ranks together")
     parser.add_argument("--mfu", type=float, help="assumed share of the peak FLOP/s, for example 0.4")
     parser.add_argument("--device", help=f"one of {', '.join(PEAK_FLOPS)}")

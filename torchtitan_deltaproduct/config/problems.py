@@ -2,6 +2,8 @@
 
     train_configs/x.toml:14: [training] step = 10: no such key; nearest: 'steps' (How many train steps to run)
     command line: --training.steps 0: must be at least 1 (How many train steps to run)
+
+All problems of a load are collected first and raised together, in the order of the file.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ _LATER_THAN_ANY_LINE = 10**9
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value was given: a line of a file, a file (0: no line of it speaks of it), or the command line."""
+    """Where a value was given: a line of a file, a file (line 0: none of its lines), or the command line."""
 
     file: str = ""
     line: int = 0

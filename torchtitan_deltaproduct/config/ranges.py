@@ -1,7 +1,7 @@
 """The values each option may take, one line an option.
 
-A range is a predicate and how to say it; an option without a line takes every value of its type. An unset optional
-option is never out of range.
+A range is a predicate and how to say it; an option without a line takes every value of its type. An unset
+optional option is never out of range.
 
     >>> RANGES["training.steps"].allows(0), RANGES["training.steps"].text
     (False, 'must be at least 1')
@@ -28,7 +28,8 @@ def _within(low: float, high: float, why: str = "") -> Range:
 
 
 def _or(special: int, low: int, meaning: str) -> Range:
-    return Range(lambda value: value == special or value >= low, f"must be at least {low}, or {special} for {meaning}")
+    text = f"must be at least {low}, or {special} for {meaning}"
+    return Range(lambda value: value == special or value >= low, text)
 
 
 def _subset(*choices: str) -> Range:
@@ -83,7 +84,7 @@ RANGES = {
     "training.local_batch_size": _COUNT,
     "training.global_batch_size": _or(-1, 1, "local batch x data-parallel ranks"),
     "training.seq_len": _COUNT,
-    "training.max_norm": Range(lambda value: value > 0, "must be positive; a large number such as 1e9 never clips"),
+    "training.max_norm": Range(lambda value: value > 0, "must be positive; 1e9 never clips"),
     "training.steps": _COUNT,
     "training.gc_freq": _COUNT,
     "training.max_skipped_steps": _COUNT,

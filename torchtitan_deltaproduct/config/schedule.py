@@ -1,10 +1,11 @@
-"""The learning-rate factor of every step, as torchtitan 0.2.2's `build_lr_schedulers` defines it, without an optimizer.
+"""The learning-rate factor of every step, as torchtitan 0.2.2's `build_lr_schedulers` defines it.
 
-    >>> lr_factor(0, warmup_steps=10, total_steps=100, decay_ratio=None, decay_type="cosine", min_lr_factor=0.1)
+    >>> shape = dict(decay_ratio=None, decay_type="cosine", min_lr_factor=0.1)
+    >>> lr_factor(0, warmup_steps=10, total_steps=100, **shape)
     0.1
 
-Warm-up is linear; then the factor is 1 until the decay begins (directly after the warm-up if `decay_ratio` is None,
-else for the last `decay_ratio` of the steps: warmup-stable-decay, https://arxiv.org/abs/2404.06395).
+Warm-up is linear; then the factor is 1 until the decay begins (directly after the warm-up if `decay_ratio` is
+None, else for the last `decay_ratio` of the steps: warmup-stable-decay, https://arxiv.org/abs/2404.06395).
 """
 
 import math

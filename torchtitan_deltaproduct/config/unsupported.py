@@ -1,7 +1,7 @@
-"""Options of torchtitan 0.2.2 that this toolkit does not honour: refused by name unless left at their default.
+"""Options of torchtitan 0.2.2 that this toolkit does not honour: refused by name unless left alone.
 
-No option is parsed and ignored: each key of `JobConfig` is either in `HONOURED` or matched by one of `RULES`, which a
-test enumerates. To support an option, move its key from one to the other.
+No option is parsed and ignored: each key of `JobConfig` is either in `HONOURED` or matched by one of `RULES`,
+which a test enumerates. To support an option, move its key from one to the other.
 
     >>> refusal("parallelism.tensor_parallel_degree").instead
     'use parallelism.data_parallel_shard_degree (FSDP2)'
@@ -25,22 +25,28 @@ class Rule:
 
 
 _FSDP = "use parallelism.data_parallel_shard_degree (FSDP2)"
-_DATA = "use data.paths, or data.kind = \"streaming\" and data.dataset"
+_DATA = 'use data.paths, or data.kind = "streaming" and data.dataset'
 _LOADER = "use data.num_workers and data.prefetch_factor"
 _DELETE = "delete the line"
 
 RULES = (
     Rule("job.custom_config_module", "the job config is this toolkit's own", "add fields in config/job.py"),
-    Rule("model.name", "the only model here is deltaproduct", "DeltaNet and Gated DeltaNet are settings of it"),
+    Rule("model.name", "the only model is deltaproduct", "DeltaNet and Gated DeltaNet are settings of it"),
     Rule("model.tokenizer_path", "deprecated in torchtitan", "use model.hf_assets_path"),
     Rule("model.converters", "float8 and other model converters are not supported yet", _DELETE),
     Rule("model.print_after_conversion", "there are no model converters", _DELETE),
-    Rule("optimizer.early_step_in_backward",
-         "a step inside backward cannot clip the gradient, accumulate, or skip a non-finite one", _DELETE),
+    Rule(
+        "optimizer.early_step_in_backward",
+        "a step inside backward cannot clip the gradient, accumulate, or skip a non-finite one",
+        _DELETE,
+    ),
     Rule("training.dataset*", "torchtitan's data sets are not used", _DATA),
     Rule("training.dataloader.*", "torchtitan's loader is not used", _LOADER),
-    Rule("training.dtype", "all-bfloat16 training keeps no float32 master weights",
-         'use training.mixed_precision_param = "bfloat16"'),
+    Rule(
+        "training.dtype",
+        "all-bfloat16 training keeps no float32 master weights",
+        'use training.mixed_precision_param = "bfloat16"',
+    ),
     Rule("parallelism.tensor_parallel_degree", "tensor parallelism is not supported yet", _FSDP),
     Rule("parallelism.disable_loss_parallel", "tensor parallelism is not supported yet", _DELETE),
     Rule("parallelism.enable_async_tensor_parallel", "tensor parallelism is not supported yet", _DELETE),
@@ -51,16 +57,28 @@ RULES = (
     Rule("parallelism.context_parallel_*", "context parallelism is not supported yet", _DELETE),
     Rule("parallelism.expert_*", "the model has no experts", _DELETE),
     Rule("checkpoint.enable_ft_dataloader_checkpoints", "torchft is not supported", _DELETE),
-    Rule("checkpoint.initial_load_in_hf*", "loading Hugging Face weights is not supported yet",
-         "start from a DCP checkpoint folder"),
+    Rule(
+        "checkpoint.initial_load_in_hf*",
+        "loading Hugging Face weights is not supported yet",
+        "start from a DCP checkpoint folder",
+    ),
     Rule("checkpoint.last_save_in_hf", "saving in the Hugging Face layout is not supported yet", _DELETE),
-    Rule("activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns",
-         "the list of operations to recompute is fixed for this model", _DELETE),
+    Rule(
+        "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns",
+        "the list of operations to recompute is fixed for this model",
+        _DELETE,
+    ),
     Rule("quantize.*", "float8 and mx quantization are not supported yet", _DELETE),
-    Rule("comm.mode", "simulated communication is not supported",
-         "check a layout with python -m torchtitan_deltaproduct.config.plan X.toml --world-size N"),
-    Rule("memory_estimation.*", "torchtitan's estimator does not know this model",
-         "use python -m torchtitan_deltaproduct.config.plan X.toml"),
+    Rule(
+        "comm.mode",
+        "simulated communication is not supported",
+        "check a layout with python -m torchtitan_deltaproduct.config.plan X.toml --world-size N",
+    ),
+    Rule(
+        "memory_estimation.*",
+        "torchtitan's estimator does not know this model",
+        "use python -m torchtitan_deltaproduct.config.plan X.toml",
+    ),
     Rule("fault_tolerance.*", "torchft is not supported", "restart the run: it resumes exactly"),
     Rule("experimental.*", "external modules are not loaded", "add the code to the package"),
     Rule("validation.dataset*", "torchtitan's data sets are not used", "use validation.paths"),
@@ -72,7 +90,8 @@ HONOURED = frozenset(f"{table}.{name}" for table, names in {
     "job": "config_file dump_folder description print_config save_config_file",
     "profiling": "enable_profiling save_traces_folder profile_freq profiler_active profiler_warmup "
                  "enable_memory_snapshot save_memory_snapshot_folder",
-    "metrics": "log_freq enable_tensorboard disable_color_printing save_tb_folder save_for_all_ranks enable_wandb",
+    "metrics": "log_freq enable_tensorboard disable_color_printing save_tb_folder "
+               "save_for_all_ranks enable_wandb",
     "model": "flavor hf_assets_path",
     "optimizer": "name lr beta1 beta2 eps weight_decay implementation",
     "lr_scheduler": "warmup_steps total_steps decay_ratio decay_type min_lr_factor",
@@ -82,15 +101,15 @@ HONOURED = frozenset(f"{table}.{name}" for table, names in {
     "checkpoint": "enable folder interval initial_load_path initial_load_model_only last_save_model_only "
                   "export_dtype async_mode keep_latest_k load_step exclude_from_loading "
                   "enable_first_step_checkpoint create_seed_checkpoint load_only",
-    "activation_checkpoint": "mode selective_ac_option early_stop memory_budget visualize_memory_budget_pareto "
-                             "preserve_rng_state determinism_check debug",
+    "activation_checkpoint": "mode selective_ac_option early_stop memory_budget "
+                             "visualize_memory_budget_pareto preserve_rng_state determinism_check debug",
     "compile": "enable components backend",
     "comm": "init_timeout_seconds train_timeout_seconds trace_buf_size save_traces_folder "
             "save_traces_file_prefix",
     "validation": "enable seq_len local_batch_size freq steps",
     "debug": "seed deterministic deterministic_warn_only",
 }.items() for name in names.split())  # fmt: skip
-"""Keys that torchtitan defines and that the trainer acts on; fields that only we define are honoured by birth."""
+"""Keys that torchtitan defines and the trainer acts on; fields that only we define are honoured by birth."""
 
 
 @cache

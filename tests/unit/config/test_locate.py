@@ -37,7 +37,9 @@ k = 1
 
 
 def paths_of(value, path=()):
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    children = ()
+    if isinstance(value, dict | list):
+        children = value.items() if isinstance(value, dict) else enumerate(value)
     for name, child in children:
         yield (*path, name)
         yield from paths_of(child, (*path, name))
