@@ -1,18 +1,25 @@
-"""AdamW in two groups: matrices decay, everything else does not.
+"""AdamW in two groups, and the learning-rate schedule.
 
-Weight decay on a norm's gain, a bias, `A_log` or `dt_bias` pulls a scale towards zero that has no reason to be there,
-and on an embedding it shrinks the rows of rare words; see `decays` for the rule.
+Matrices decay, everything else does not: weight decay on a norm's gain, a bias, `A_log` or `dt_bias` pulls a scale
+towards zero that has no reason to be there, and on an embedding it shrinks the rows of rare words (`decays`).
+
+A checkpoint restores the moments and the step. Learning rate, betas, decay and implementation come from the config,
+so that changing one of them on a restart has an effect; torchtitan's containers would put the saved ones back.
 """
 
 import logging
+from functools import partial
 
 from torch import nn
 from torch.optim import Adam, AdamW
+from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.config import LRScheduler
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 
 from ..config.job import Optimizer
+from ..config.schedule import lr_factor
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +48,43 @@ class TwoGroupOptimizers(OptimizersContainer):
                 optimizer_cls.__name__, optimizer_kwargs["weight_decay"], f"{counts[0]:,}", f"{counts[1]:,}",
             )  # fmt: skip
         self._post_init([p for model in model_parts for p in model.parameters()], optimizer_kwargs)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restores the moments; the settings of the groups stay those of the config."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        super().load_state_dict(state_dict)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, values in zip(groups, settings, strict=True):
+            group.update(values)
+
+
+class Schedules(LRSchedulersContainer):
+    """torchtitan's container, whose only state is the step: the rate of a step is a function of config and step."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"version": 1, "last_epoch": self.schedulers[0].last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        for scheduler in self.schedulers:
+            scheduler.last_epoch = state_dict["last_epoch"]
+            rates = [b * f(scheduler.last_epoch) for b, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
+
+
+def build_lr_schedulers(optimizers: TwoGroupOptimizers, config: LRScheduler, training_steps: int) -> Schedules:
+    """Warm-up, then cosine, linear or square-root decay, or warm-up-stable-decay: see `config.schedule`."""
+    factor = partial(
+        lr_factor,
+        warmup_steps=config.warmup_steps,
+        total_steps=config.total_steps or training_steps,
+        decay_ratio=config.decay_ratio,
+        decay_type=config.decay_type,
+        min_lr_factor=config.min_lr_factor,
+    )
+    return Schedules(optimizers, factor)
 
 
 def build_optimizers(

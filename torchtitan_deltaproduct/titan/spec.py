@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 from torchtitan.components.loss import build_cross_entropy_loss
-from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.protocols import train_spec as registry
 from torchtitan.protocols.model import BaseModelArgs
 
@@ -17,7 +16,7 @@ from ..config.job import JobConfig
 from ..data import build_loader
 from ..models import DeltaProductLM, counts
 from .metrics import build_metrics_processor
-from .optimizer import build_optimizers
+from .optimizer import build_lr_schedulers, build_optimizers
 from .parallelize import parallelize
 from .validator import build_validator
 

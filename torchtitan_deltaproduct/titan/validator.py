@@ -10,6 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
 from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import ParallelDims
@@ -68,6 +69,11 @@ class Validator(BaseValidator):
                 loss = cross_entropy_loss(logits, labels.to(utils.device_type))
             totals += torch.tensor([loss.item(), valid.numel(), token_bytes[valid].sum().item()], dtype=torch.float64)
         model.train()
+        # The root group stays gathered after a forward pass, and only a backward pass would put it back: without this,
+        # a checkpoint saved next would look for the optimizer state of the gathered parameters.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         if self.parallel_dims.dp_enabled:
             on_device = totals.to(utils.device_type)
             dist.all_reduce(on_device, group=self.parallel_dims.get_mesh("batch").get_group())
