@@ -1,7 +1,7 @@
 """The model's forward written the slow, obvious way, from a state dict under flash-linear-attention's names.
 
-It shares no code with the package: loops over layers, heads, tokens and micro-steps on one document at a time. The
-tests compare `DeltaProductLM` with it in float64, through the name table.
+It shares no code with the package: loops over layers, heads, tokens and micro-steps on one document at a
+time. The tests compare `DeltaProductLM` with it in float64, through the name table.
 """
 
 import torch
@@ -34,7 +34,8 @@ def mixer(x, w, a):
     q, k, v = (x @ w[f"{c}_proj.weight"].T for c in "qkv")
     if a.use_short_conv:
         q, k, v = (short_conv(y, w[f"{c}_conv1d.weight"]) for c, y in zip("qkv", (q, k, v), strict=True))
-    q, k, v = silu(q).view(length, heads, dim_k), silu(k).view(length, n, heads, dim_k), silu(v).view(length, n, heads, dim_v)
+    q, k, v = silu(q), silu(k), silu(v)
+    q, k, v = q.view(length, heads, dim_k), k.view(length, n, heads, dim_k), v.view(length, n, heads, dim_v)
     q, k = (y / torch.sqrt((y * y).sum(-1, keepdim=True) + 1e-6) for y in (q, k))
     beta = torch.sigmoid(x @ w["b_proj.weight"].T).view(length, n, heads)
     if a.allow_neg_eigval:
@@ -68,7 +69,7 @@ def logits(tokens, state_dict, a):
     for i in range(a.num_hidden_layers):
         prefix = f"model.layers.{i}."
         layer = {name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}
-        attn = {name.removeprefix("attn."): value for name, value in layer.items() if name.startswith("attn.")}
+        attn = {name.removeprefix("attn."): value for name, value in layer.items() if "attn." in name}
         x = x + mixer(rms_norm(x, layer["attn_norm.weight"], a.norm_eps), attn, a)
         y = rms_norm(x, layer["mlp_norm.weight"], a.norm_eps)
         y = silu(y @ layer["mlp.gate_proj.weight"].T) * (y @ layer["mlp.up_proj.weight"].T)

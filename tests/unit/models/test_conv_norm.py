@@ -1,4 +1,4 @@
-"""The hand-written CPU paths of convolution and norm against their definitions, and the convolution's cache."""
+"""Convolution and norm: the hand-written CPU paths against the definitions, documents, the cache."""
 
 import pytest
 import torch

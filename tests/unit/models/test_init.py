@@ -56,6 +56,9 @@ def test_wrappers_do_not_change_the_draw():
         assert torch.equal(ours, theirs)
 
 
+GOLDEN = {"embedding": [-0.012074735, -0.019135742, -0.017859301], "A_log": [1.803993, 2.472791, 2.512668]}
+
+
 def test_golden_values():
     """A checkpoint-free restart depends on these numbers: they may not move with torch or the machine."""
     model = built(small_args(use_forget_gate=True))
@@ -63,11 +66,8 @@ def test_golden_values():
     assert model.layers["0"].mixer.decay.A_log.tolist() == pytest.approx(GOLDEN["A_log"], abs=1e-6)
 
 
-GOLDEN = {"embedding": [0.0, 0.0, 0.0], "A_log": [0.0, 0.0, 0.0]}
-
-
 def test_normal_scheme():
-    model = built(DeltaProductArgs(hidden_size=256, num_hidden_layers=1, num_heads=64, head_dim=8, use_forget_gate=True))
+    model = built(small_args(hidden_size=256, num_heads=64, use_forget_gate=True))
     for name, value in model.named_parameters():
         if name.endswith("norm.weight"):
             assert torch.equal(value, torch.ones_like(value)), name
@@ -75,9 +75,10 @@ def test_normal_scheme():
             assert value.std().item() == pytest.approx(0.02, rel=0.05), name
             assert abs(value.mean().item()) < 0.002, name
     decay = model.layers["0"].mixer.decay
-    assert 0 <= decay.A_log.exp().min() and 12 < decay.A_log.exp().max() <= 16
-    step = torch.nn.functional.softplus(decay.dt_bias)
-    assert 1e-3 <= step.min() * 1.001 and step.max() <= 0.1001 and step.log().mean().item() == pytest.approx(-4.6, abs=0.5)
+    rate, step = decay.A_log.exp(), torch.nn.functional.softplus(decay.dt_bias)
+    assert rate.min() > 0 and 12 < rate.max() <= 16
+    assert step.min() >= 0.999e-3 and step.max() <= 0.1001
+    assert step.log().mean().item() == pytest.approx(-4.6, abs=0.5)
 
 
 def test_paper_scheme():
@@ -91,7 +92,8 @@ def test_paper_scheme():
     for name, rows in (("q_proj", 256), ("k_proj", 256), ("v_proj", 256), ("o_proj", 256), ("b_proj", 4)):
         bound = 2**-2.5 * math.sqrt(6 / (256 + rows))
         weight = getattr(mixer, name).weight
-        assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05), name
+        assert weight.abs().max() <= bound, name
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05), name
     for weight in (mixer.k_conv1d.weight, model.layers["0"].mlp.up_proj.weight, model.tok_embeddings.weight):
         assert weight.std().item() == pytest.approx(0.006, rel=0.05)
 
