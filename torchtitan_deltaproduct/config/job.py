@@ -34,13 +34,15 @@ class Data:
     paths: list[str] = field(default_factory=list)
     """Prepared folders to train on; several make a mixture."""
     weights: list[float] = field(default_factory=list)
-    """Share of samples drawn from each of `paths` (any positive scale); empty: in proportion to their tokens."""
+    """Share of samples drawn from each of `paths` (any positive scale), each with its own epochs.
+    Empty: the windows of all paths are one pool, so that shares are in proportion to tokens."""
     seed: int = 0
     """Seed of the sample order. The order is a function of (data, seed, sample index) and of nothing else."""
     shuffle: bool = True
-    """Visit windows in a new pseudo-random order each epoch; False: in file order."""
+    """prepared: visit windows in a new pseudo-random order each epoch; False: in file order."""
     reset_state_at_documents: bool = False
-    """Start every document of a packed window from an empty recurrent and convolution state."""
+    """Start every document of a packed window from an empty recurrent and convolution state; it begins by
+    reading the separator before it, so no label is lost."""
     dataset: str = ""
     """streaming: name on the Hugging Face hub, or a local folder or file `datasets` can read."""
     dataset_config: str = ""
@@ -50,9 +52,10 @@ class Data:
     text_field: str = "text"
     """streaming: column that holds the text."""
     shuffle_buffer: int = 0
-    """streaming: documents in the shuffle buffer; 0: file order."""
+    """streaming: documents in a block that is shuffled (resumes exactly, re-reading one block); 0: file order."""
     num_workers: int = 0
-    """Worker processes of the loader; 0 loads in the training process (prepared data needs no more)."""
+    """Worker processes of the loader; 0 loads in the training process (prepared data needs no more).
+    streaming: 0 or 1."""
     prefetch_factor: int = 2
     """Batches each worker prepares ahead."""
 

@@ -6,9 +6,9 @@
     prepare data/fineweb --tokenizer data/mistral --dataset HuggingFaceFW/fineweb:sample-10BT
 
 The input is cut into units (text_sources.py); each becomes one shard. A run that was killed continues: shards
-that are finished are checked and kept. The result depends neither on the number of workers nor on interruptions,
-and manifest.json is written last. Records that cannot be read are left out, counted, and named in
-OUT/bad_records.jsonl.
+that are finished are checked and kept. The result depends neither on the number of workers nor on
+interruptions, and manifest.json is written last. Records that cannot be read are left out, counted, and named
+in OUT/bad_records.jsonl.
 """
 
 import argparse
@@ -194,9 +194,8 @@ def make_room(out: Path, plan: Plan, overwrite: bool, keep: str) -> None:
 
 def differences(other: dict, ours: dict) -> str:
     """The settings in which two sources differ, in words."""
-    keys = sorted(
-        key for key in other.keys() | ours.keys() if key != "plan" and other.get(key) != ours.get(key)
-    )
+    names = (other.keys() | ours.keys()) - {"plan", "part"}
+    keys = sorted(key for key in names if other.get(key) != ours.get(key))
     found = [f"{key}: {other.get(key)} there, {ours.get(key)} here" for key in keys]
     return "; ".join(found) or "an input file has changed since"
 
