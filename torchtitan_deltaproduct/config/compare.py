@@ -125,7 +125,7 @@ def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Com
     """Compares two snapshots (see `snapshot`).
 
     An option that one of the two does not know (another version of this package wrote it) is notable: it
-    cannot have had an effect there. With equal `extra["data_identity"]`, data in other folders is the same data.
+    cannot have had an effect there. With equal `extra["data_identity"]`, other folders hold the same data.
     """
     old, new = _flatten(saved), _flatten(current)
     identity = old.get("extra.data_identity")

@@ -109,11 +109,16 @@ def describe_key(table: str, name: str) -> str:
 
 
 def describe_table(name: str) -> str:
-    """`nearest: [training]`, or all the tables."""
-    top = [table for table in tables() if "." not in table]
-    if guess := nearest(name.lower(), top, cutoff=0.6):
+    """`nearest: [training]`, or the tables there are."""
+    above = name.rpartition(".")[0]
+    if above not in tables():
+        above = ""
+    siblings = [table for table in tables() if table.rpartition(".")[0] == above]
+    if guess := nearest(name.lower(), siblings, cutoff=0.6):
         return f"nearest: [{guess}]"
-    return "tables are: " + ", ".join(top)
+    if not siblings:
+        return f"[{above}] holds no tables"
+    return "tables are: " + ", ".join(siblings)
 
 
 def describe_option(option: str) -> str:

@@ -1,0 +1,65 @@
+"""No option is parsed and ignored: every key is honoured or refused, never both, never neither."""
+
+import pytest
+from torchtitan.config import job_config as titan
+
+from torchtitan_deltaproduct.config.fields import schema
+from torchtitan_deltaproduct.config.unsupported import HONOURED, RULES, refusal, supported_keys
+from torchtitan_deltaproduct.config.values import show
+
+DECLARED_BY_TORCHTITAN = [
+    key
+    for key, option in schema().items()
+    if any(
+        base.__module__ == titan.__name__ and option.name in base.__dict__.get("__annotations__", {})
+        for base in option.table_class.__mro__
+    )
+]
+
+
+@pytest.mark.parametrize("key", DECLARED_BY_TORCHTITAN)
+def test_each_option_of_torchtitan_is_honoured_or_refused(key):
+    matched = [rule for rule in RULES if refusal(key) is rule]
+    assert (key in HONOURED) != bool(matched), f"{key}: put it in HONOURED or write a rule, not both"
+
+
+def test_nothing_honoured_that_does_not_exist():
+    assert HONOURED <= set(schema())
+
+
+def test_every_rule_refuses_something():
+    assert {rule.pattern for rule in RULES} == {refusal(key).pattern for key in schema() if refusal(key)}
+
+
+def test_our_own_options_are_supported():
+    ours = set(schema()) - set(DECLARED_BY_TORCHTITAN)
+    assert {"data.paths", "training.max_skipped_steps", "model.num_householder"} <= ours <= set(supported_keys())
+
+
+def another_value(option):
+    """A value of the right type that is not the default."""
+    kind = type(option.default)
+    if kind is bool:
+        return not option.default
+    if kind in (int, float):
+        return option.default + 1
+    if kind is list:
+        return ["something"]
+    choices = getattr(option.hint, "__args__", ())
+    different = [choice for choice in choices if isinstance(choice, str) and choice != option.default]
+    return different[0] if different else 7 if int in choices else "something"
+
+
+@pytest.mark.parametrize("key", [key for key in schema() if refusal(key)])
+def test_setting_a_refused_option_is_an_error_and_its_default_is_not(key, problems):
+    option = schema()[key]
+    value = another_value(option)
+    if key == "parallelism.module_fqns_per_model_part":
+        value = [["something"]]
+    base = '[data]\npaths = ["a"]\n'
+    message = problems(f"{base}[{option.table}]\n{option.name} = {show(value)}\n")
+    rule = refusal(key)
+    wanted = f"x.toml:4: [{option.table}] {option.name} = {show(value)}: {rule.reason}; {rule.instead}"
+    assert message == wanted
+    if option.default is not None:
+        assert problems(f"{base}[{option.table}]\n{option.name} = {show(option.default)}\n") == ""
