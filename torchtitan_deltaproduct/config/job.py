@@ -52,7 +52,7 @@ class Data:
     text_field: str = "text"
     """streaming: column that holds the text."""
     shuffle_buffer: int = 0
-    """streaming: documents in a block that is shuffled (resumes exactly, re-reading one block); 0: file order."""
+    """streaming: documents in a block that is shuffled; 0: file order. Resuming re-reads one block."""
     num_workers: int = 0
     """Worker processes of the loader; 0 loads in the training process (prepared data needs no more).
     streaming: 0 or 1."""

@@ -10,10 +10,10 @@
     2 chunks      256 documents           tokenised together, a separator after each; where to resume is noted here
     3 windows     as for prepared data    sample i is window i of the stream of tokens
 
-Cost: where window i begins depends on the length of every document before it, so each rank tokenises the whole
-stream and keeps its rows. The global batches are the same for any number of ranks, at a speed that more ranks
-do not raise: use it for a look at a dataset or on one node, `prepare` for a real run. Resuming re-reads at most
-one block of documents, and what `datasets` itself must skip in the file it was in.
+Cost: where window i begins depends on the length of every document before it, so each rank tokenises the
+whole stream and keeps its rows. The global batches are the same for any number of ranks, at a speed that more
+ranks do not raise: use it for a look at a dataset or on one node, `prepare` for a real run. Resuming re-reads at
+most one block of documents, and what `datasets` itself must skip in the file it was in.
 """
 
 import json

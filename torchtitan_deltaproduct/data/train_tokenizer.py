@@ -2,7 +2,8 @@
 
     python -m torchtitan_deltaproduct.data.train_tokenizer corpus/ --vocab-size 4096 --out data/tokenizer
 
-The pre-tokenizer is GPT-2's; the only special token is `<|endoftext|>`, id 0, which separates documents. The same input gives the same tokenizer. A folder that holds the result already is left as it is.
+The pre-tokenizer is GPT-2's; the only special token is `<|endoftext|>`, id 0, which separates documents. The
+same input gives the same tokenizer. A folder that holds the result already is left as it is.
 """
 
 import argparse
