@@ -94,7 +94,7 @@ def _values_of_file(file: str, text: str) -> _Given:
         source = Source(file, lines.get(path, 1))
         key = ".".join(path)
         option = schema().get(key)
-        if option is None or key == "job.config_file":
+        if option is None or isinstance(value, dict) or key == "job.config_file":
             given.problems.append(Problem(_misplaced(path, value, source), source))
             continue
         try:
