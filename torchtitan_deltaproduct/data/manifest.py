@@ -6,7 +6,7 @@
                     shards/00000.idx   int64: for each document the position after its separator
 
     manifest = read_manifest("data/code/train"); manifest.tokens
-The file carries a checksum of itself. `python -m torchtitan_deltaproduct.data.inspect FOLDER` prints it.
+The file carries a checksum of itself. `python -m torchtitan_deltaproduct.data.show FOLDER` prints it.
 """
 
 import hashlib

@@ -6,9 +6,9 @@
     dataset_config = "sample-10BT"
     shuffle_buffer = 1000                  # documents shuffled among themselves; 0: file order
 
-    1 documents   "def f(): ..."          blocks of `shuffle_buffer`, permuted
-    2 chunks      256 documents           tokenised together, a separator after each; where to resume is noted here
-    3 windows     as for prepared data    sample i is window i of the stream of tokens
+    1 documents   rows of the dataset      in blocks of `shuffle_buffer`, permuted
+    2 chunks      256 documents            tokenised together, a separator after each; resuming begins here
+    3 windows     [i*T - 1, (i+1)*T)       sample i, as for prepared data
 
 Cost: where window i begins depends on the length of every document before it, so each rank tokenises the
 whole stream and keeps its rows. The global batches are the same for any number of ranks, at a speed that more

@@ -1,8 +1,8 @@
 """Shows what a prepared folder holds.
 
-python -m torchtitan_deltaproduct.data.inspect data/code/train
-python -m torchtitan_deltaproduct.data.inspect data/code/train --document 17     # one document, decoded
-python -m torchtitan_deltaproduct.data.inspect data/code/train --verify          # checksums of every file
+python -m torchtitan_deltaproduct.data.show data/code/train
+python -m torchtitan_deltaproduct.data.show data/code/train --document 17     # one document, decoded
+python -m torchtitan_deltaproduct.data.show data/code/train --verify          # checksums of every file
 """
 
 import argparse
@@ -84,7 +84,7 @@ def table(stream: TokenStream) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="inspect", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="show", description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="prepared folder, the one with manifest.json")
     parser.add_argument("--document", type=int, default=0, metavar="N", help="document to show (default: 0)")
     parser.add_argument("--verify", action="store_true", help="check every file against its checksum")
