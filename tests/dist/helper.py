@@ -18,10 +18,10 @@ import torch.multiprocessing as mp
 
 
 def run_distributed(func: Callable, world_size: int = 2, args: tuple = ()) -> None:
-    """Calls `func(rank, *args)` on `world_size` ranks with the gloo process group up.
+    """Calls `func(rank, *args)` on each rank with the gloo process group up.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: `func` raised on a rank; the message holds its traceback.
+        ProcessRaisedException: `func` raised on a rank; the message holds its traceback.
     """
     mp.spawn(_rank_main, args=(world_size, free_port(), func, args), nprocs=world_size)
 

@@ -14,14 +14,14 @@ from .helper import run_distributed
 
 
 def small_args(tied: bool) -> DeltaProductArgs:
-    # Odd sizes, so that shards are uneven and some rank's share of A_log is smaller than another's.
+    # Odd sizes, so that shards are uneven.
     return DeltaProductArgs(
         vocab_size=51, hidden_size=24, num_hidden_layers=2, num_heads=3, head_dim=8, intermediate_size=33,
         use_forget_gate=True, use_output_gate=True, tie_word_embeddings=tied,
     )  # fmt: skip
 
 
-def sharded(args: DeltaProductArgs, dtype: torch.dtype = torch.float32, compiled: bool = False) -> DeltaProductLM:
+def sharded(args: DeltaProductArgs, dtype: torch.dtype = torch.float32, compiled: bool = False):
     """As the trainer does it: on the meta device, checkpoint, compile and shard each block, then allocate."""
     with torch.device("meta"):
         model = DeltaProductLM(args)

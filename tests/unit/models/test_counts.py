@@ -1,0 +1,59 @@
+"""The closed formulas against numel and torch's FLOP counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchtitan_deltaproduct import ops
+from torchtitan_deltaproduct.models import DeltaProductLM, counts
+
+from .conftest import small_args, small_model
+
+PARTS = {
+    "embedding": ("tok_embeddings",),
+    "mixer projections": ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj", "_proj.weight"),
+    "short convolutions": ("_conv1d",),
+    "decay": (".decay.",),
+    "mlp": (".mlp.",),
+    "norms": ("norm.",),
+    "head": ("output.",),
+}
+
+
+def part_of(name: str) -> str:
+    matches = [part for part, keys in PARTS.items() if any(key in name for key in keys)]
+    return "mlp" if ".mlp." in name else matches[0]
+
+
+def test_parameters_by_part_equal_numel(variant):
+    args = small_args(**variant)
+    with torch.device("meta"):
+        model = DeltaProductLM(args)
+    found = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        found[part_of(name)] += parameter.numel()
+    assert counts.parameters_by_part(args) == found
+    assert counts.total_parameters(args) == sum(p.numel() for p in model.parameters())
+
+
+def test_flops_equal_the_flop_counter(variant):
+    model = small_model(torch.float32, **variant)
+    args, length = model.args, 24
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(2, length, dtype=torch.int64))
+    by_op = counter.get_flop_counts()["Global"]
+    matrices = sum(flops for op, flops in by_op.items() if str(op) in ("aten.mm", "aten.addmm", "aten.bmm"))
+    operator = ops.flops_per_token(args.num_householder, args.num_heads, args.head_dim, args.head_v_dim)
+    per_token = counts.forward_flops_per_token(args) - args.num_hidden_layers * operator
+    assert matrices == 2 * length * per_token
+    assert counter.get_total_flops() == 2 * length * counts.forward_flops_per_token(args)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_training_is_three_forward_passes_and_grows_with_n(n):
+    args, more = small_args(num_householder=n), small_args(num_householder=n + 1)
+    assert counts.training_flops_per_token(args) == 3 * counts.forward_flops_per_token(args)
+    grown = counts.forward_flops_per_token(more) - counts.forward_flops_per_token(args)
+    matrices = 2 * args.hidden_size * args.num_heads * (args.head_dim + args.head_v_dim + 1)
+    operator = [ops.flops_per_token(m, args.num_heads, args.head_dim, args.head_v_dim) for m in (n, n + 1)]
+    assert grown == args.num_hidden_layers * (matrices + operator[1] - operator[0])
