@@ -54,7 +54,8 @@ def test_published_config(path):
     assert round(counts.paper_parameters(args) / 1e6, 2) == millions
     with torch.device("meta"):
         model = DeltaProductLM(args)
-    numbers = [int(x.replace(",", "")) for x in re.findall(r"\d[\d,]{6,}", text.partition("[job]")[0])]
+    stated = re.findall(r"(?:Parameters|code|Tokens): (\d[\d,]*\d)", text.partition("[job]")[0])
+    numbers = [int(number.replace(",", "")) for number in stated]
     numel = sum(p.numel() for p in model.parameters())
     tokens = steps * 524_288
     paper = [counts.paper_parameters(args)] if n != "1" else []
