@@ -33,8 +33,8 @@ class MixerCache(NamedTuple):
 class Decay(nn.Module):
     """The two parameters of the forget gate, `g = -exp(A_log) softplus(a + dt_bias)` per head.
 
-    They stay float32 when the model is converted to a narrower type. A module of its own, so that FSDP can keep
-    it out of the bfloat16 groups (one group for all layers, and `cast_forward_inputs=False` for the
+    They stay float32 when the model is converted to a narrower type. A module of its own, so that FSDP can
+    keep it out of the bfloat16 groups (one group for all layers, and `cast_forward_inputs=False` for the
     blocks): the model calls it outside the compiled and sharded blocks and hands them the result.
     """
 

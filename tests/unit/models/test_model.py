@@ -111,3 +111,16 @@ def test_block_compiles_whole_and_once(documents):
             results.append((y, [p.grad.clone() for p in block.parameters()]))
         torch.testing.assert_close(results[0], results[1], atol=1e-9, rtol=1e-9)
     assert counter.frame_count <= 2
+
+
+def test_ten_layers_share_one_compilation():
+    """Blocks are compiled one by one, as the trainer does; dynamo gives up at 8 versions of a function."""
+    torch._dynamo.reset()
+    model = small_model(torch.float32, num_hidden_layers=10, use_forget_gate=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    for key, block in list(model.layers.items()):
+        model.layers.register_module(key, torch.compile(block, backend=counter, fullgraph=True))
+    tokens = torch.randint(0, 50, (2, 16))
+    for starts in (None, torch.rand(2, 16) < 0.1, torch.rand(2, 16) < 0.5):
+        model(tokens, starts).sum().backward()
+    assert counter.frame_count == 2, "one graph without documents and one with"
