@@ -24,7 +24,7 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError
 from .job import JobConfig
 from .unsupported import refusal
-from .values import show
+from .values import shorten, show
 
 BREAKING = {
     "model.vocab_size model.hidden_size model.num_hidden_layers model.num_heads model.head_dim "
@@ -94,10 +94,10 @@ class Change:
 
     @property
     def name(self) -> str:
-        return self.key.removeprefix("derived.")
+        return self.key.removeprefix("derived.").removeprefix("extra.")
 
     def __str__(self) -> str:
-        return f"{self.name}: {show(self.old)} -> {show(self.new)} ({self.why})"
+        return f"{self.name}: {shorten(show(self.old))} -> {shorten(show(self.new))} ({self.why})"
 
 
 @dataclass
@@ -157,7 +157,8 @@ def refuse_breaking(
     for change in comparison.breaking:
         origin = (provenance or {}).get(change.key)
         told = f" ({origin})" if origin else ""
-        lines.append(f"  {change.name} was {show(change.old)}, is {show(change.new)}{told}: {change.why}")
+        old, new = shorten(show(change.old)), shorten(show(change.new))
+        lines.append(f"  {change.name} was {old}, is {new}{told}: {change.why}")
     raise ConfigError(
         f"{checkpoint} belongs to another run:\n" + "\n".join(lines) + "\n"
         "put the old values back to continue it, or start a new run from its weights with\n"

@@ -45,7 +45,7 @@ ALIASES = {
         "model.conv_size": "conv_width d_conv conv_kernel_size kernel_size",
         "model.tie_word_embeddings": "tie_embeddings tied_embeddings weight_tying share_embeddings",
         "model.norm_eps": "rms_norm_eps layer_norm_eps",
-        "model.hf_assets_path": "tokenizer tokenizer_name tokenizer_path",
+        "model.hf_assets_path": "tokenizer tokenizer_name",
         "model.op_backend": "backend attn_mode kernel",
         "data.paths": "path data_path data_dir train_data train_path paths_train",
         "data.dataset": "dataset_name dataset_path hf_dataset",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from .values import show
+from .values import shorten, show
 
 COMMAND_LINE = "command line"
 _LATER_THAN_ANY_LINE = 10**9
@@ -31,8 +31,7 @@ class Source:
         if not self.file:
             return f"--{key} {value if isinstance(value, str) else show(value)}"
         table, _, name = key.rpartition(".")
-        text = show(value)
-        text = text if len(text) <= 60 else text[:56] + " ..."
+        text = shorten(show(value))
         return f"[{table}] {name} = {text}" if table else f"{name} = {text}"
 
 

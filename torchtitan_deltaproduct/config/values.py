@@ -65,6 +65,11 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def shorten(text: str, width: int = 60) -> str:
+    """Cuts a long text."""
+    return text if len(text) <= width else text[: width - 4] + " ..."
+
+
 def nearest(name: str, names: typing.Iterable[str], cutoff: float = 0.6) -> str | None:
     """The one of `names` most like `name`, if any is."""
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)

@@ -100,38 +100,37 @@ x = 1
 value = 1
 """
 
-WANTED = """\
-18 problems in the configuration:
-  x.toml:1: seq_len = 3: stands in no table; nearest: 'seq_len' in [training] or 'seq_len' in [validation] \
-(Sequence length)
+WANTED = """18 problems in the configuration:
+  x.toml:1: seq_len = 3: stands in no table; nearest: 'seq_len' in [training] or 'seq_len' in \
+[validation] (Sequence length)
   x.toml:3: [training] step = 10: no such key; nearest: 'steps' (How many train steps to run)
   x.toml:4: [training] batch_size = 3: no such key; nearest: 'local_batch_size' (Local batch size (i.e., \
 per-device batch size))
   x.toml:5: [training] seq_len = 1000.0: expected a whole number; write 1000 (Sequence length)
   x.toml:6: [training] steps = 10.5: expected a whole number (How many train steps to run)
-  x.toml:7: [training] lr = 3: no such key; nearest: 'lr' in [optimizer] (Peak learning rate; `[lr_scheduler]` \
-multiplies it by a factor in [0, 1])
+  x.toml:7: [training] lr = 3: no such key; nearest: 'lr' in [optimizer] (Peak learning rate; \
+`[lr_scheduler]` multiplies it by a factor in [0, 1])
   x.toml:8: [training] gc_debug = "yes": expected true or false; write true (Enable GC debugging mode)
   x.toml:9: [training] max_norm = nan: expected a finite number (Max norm for gradient clipping)
   x.toml:10: [trainning]: no such table; nearest: [training]
-  x.toml:15: [data] paths = ["a", 3]: element 2, 3: expected a string; write "3" (Prepared folders to train on; \
-several make a mixture)
-  x.toml:18: [parallelism] fsdp_reshard_after_forward = "alway": expected one of "default", "always", "never"; \
-nearest: "always" (`reshard_after_forward` specifies the policy for applying `reshard_after_forward` within an \
-FSDP setup)
+  x.toml:15: [data] paths = ["a", 3]: element 2, 3: expected a string; write "3" (Prepared folders to \
+train on; several make a mixture)
+  x.toml:18: [parallelism] fsdp_reshard_after_forward = "alway": expected one of "default", "always", \
+"never"; nearest: "always" (`reshard_after_forward` specifies the policy for applying \
+`reshard_after_forward` within an FSDP setup)
   x.toml:19: [parallelism] tensor_parallel_degree = 2: tensor parallelism is not supported yet; use \
 parallelism.data_parallel_shard_degree (FSDP2)
-  x.toml:21: [model] use_gate = true: no such key; nearest: 'use_output_gate' (Gate the normalised output by \
-silu(g_proj x))
-  x.toml:22: [model] num_heads = 0: must be at least 1 (Heads of the mixer; `num_heads * head_dim` need not equal \
-`hidden_size`)
-  x.toml:23: [model] vocab_size = "32_000": expected a whole number; write 32000 without quotes (Rows of the \
-embedding and of the output head; at least the tokenizer's vocabulary)
-  x.toml:24: [model] intermediate_size = "None": TOML has no None; to leave it unset, delete the line (MLP width, \
-given outright; overrides `hidden_ratio`)
+  x.toml:21: [model] use_gate = true: no such key; nearest: 'use_output_gate' (Gate the normalised \
+output by silu(g_proj x))
+  x.toml:22: [model] num_heads = 0: must be at least 1 (Heads of the mixer; `num_heads * head_dim` need \
+not equal `hidden_size`)
+  x.toml:23: [model] vocab_size = "32_000": expected a whole number; write 32000 without quotes (Rows of \
+the embedding and of the output head; at least the tokenizer's vocabulary)
+  x.toml:24: [model] intermediate_size = "None": TOML has no None; to leave it unset, delete the line \
+(MLP width, given outright; overrides `hidden_ratio`)
   x.toml:25: [model.attention]: no such table; [model] holds no tables
-  x.toml:27: [optimizer.lr]: an option, not a table (Peak learning rate; `[lr_scheduler]` multiplies it by a \
-factor in [0, 1])"""
+  x.toml:27: [optimizer.lr]: an option, not a table (Peak learning rate; `[lr_scheduler]` multiplies it \
+by a factor in [0, 1])"""
 
 
 def test_all_problems_at_once(problems):
@@ -188,7 +187,8 @@ def test_command_line_problems(problems, options, message):
         ),
         (
             "[job]\n\ndump_folder = ./out # x\n",
-            'x.toml:3: not valid TOML: invalid value in `dump_folder = ./out # x`; a string needs quotes: "./out"',
+            "x.toml:3: not valid TOML: invalid value in `dump_folder = ./out # x`; "
+            'a string needs quotes: "./out"',
         ),
         (
             "[job]\ndescription = None",

@@ -33,9 +33,11 @@ def test_equals_torchtitan(warmup, total, ratio, kind, least):
         "decay_type": kind,
         "min_lr_factor": least,
     }
-    for step in range(total):
-        assert lr_factor(step, **curve) == scheduler.get_last_lr()[0]
+    # After the last step of a run the scheduler moves on once more.
+    assert lr_factor(0, **curve) == scheduler.get_last_lr()[0]
+    for step in range(1, total + 1):
         scheduler.step()
+        assert lr_factor(step, **curve) == scheduler.get_last_lr()[0]
 
 
 def test_numbers():

@@ -1,9 +1,11 @@
 """No option is parsed and ignored: every key is honoured or refused, never both, never neither."""
 
+import re
+
 import pytest
 from torchtitan.config import job_config as titan
 
-from torchtitan_deltaproduct.config.fields import schema
+from torchtitan_deltaproduct.config.fields import schema, type_name
 from torchtitan_deltaproduct.config.unsupported import HONOURED, RULES, refusal, supported_keys
 from torchtitan_deltaproduct.config.values import show
 
@@ -24,7 +26,7 @@ def test_each_option_of_torchtitan_is_honoured_or_refused(key):
 
 
 def test_nothing_honoured_that_does_not_exist():
-    assert HONOURED <= set(schema())
+    assert set(schema()) >= HONOURED
 
 
 def test_every_rule_refuses_something():
@@ -33,7 +35,9 @@ def test_every_rule_refuses_something():
 
 def test_our_own_options_are_supported():
     ours = set(schema()) - set(DECLARED_BY_TORCHTITAN)
-    assert {"data.paths", "training.max_skipped_steps", "model.num_householder"} <= ours <= set(supported_keys())
+    assert (
+        {"data.paths", "training.max_skipped_steps", "model.num_householder"} <= ours <= set(supported_keys())
+    )
 
 
 def another_value(option):
@@ -45,17 +49,17 @@ def another_value(option):
         return option.default + 1
     if kind is list:
         return ["something"]
-    choices = getattr(option.hint, "__args__", ())
-    different = [choice for choice in choices if isinstance(choice, str) and choice != option.default]
-    return different[0] if different else 7 if int in choices else "something"
+    if choices := re.findall(r'"([^"]+)"', type_name(option.hint)):
+        return next((choice for choice in choices if choice != option.default), None)
+    return {"int": 7, "list of list of str": [["something"]]}.get(type_name(option.hint), "something")
 
 
 @pytest.mark.parametrize("key", [key for key in schema() if refusal(key)])
 def test_setting_a_refused_option_is_an_error_and_its_default_is_not(key, problems):
     option = schema()[key]
     value = another_value(option)
-    if key == "parallelism.module_fqns_per_model_part":
-        value = [["something"]]
+    if value is None:
+        pytest.skip("has only one value")
     base = '[data]\npaths = ["a"]\n'
     message = problems(f"{base}[{option.table}]\n{option.name} = {show(value)}\n")
     rule = refusal(key)

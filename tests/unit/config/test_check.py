@@ -1,0 +1,161 @@
+"""Ranges and contradictions, each with its message, and what the machine decides."""
+
+import dataclasses
+
+import pytest
+
+from torchtitan_deltaproduct.config import Environment
+from torchtitan_deltaproduct.config.check import _RULES
+from torchtitan_deltaproduct.config.fields import schema
+from torchtitan_deltaproduct.config.ranges import RANGES
+from torchtitan_deltaproduct.config.unsupported import refusal
+
+DATA = '[data]\npaths = ["a"]\n'
+
+
+@pytest.mark.parametrize(
+    ("option", "good", "bad"),
+    [
+        ("training.steps", ["300"], ["0", "-1"]),
+        ("training.seq_len", ["1"], ["0"]),
+        ("training.max_norm", ["0.1"], ["0", "-1"]),
+        ("training.global_batch_size", ["-1", "8"], ["0", "-2"]),
+        ("optimizer.lr", ["1e-9"], ["0", "-1e-3"]),
+        ("optimizer.beta2", ["0", "0.999"], ["1", "-0.1"]),
+        ("lr_scheduler.min_lr_factor", ["0", "1"], ["-0.1", "1.1"]),
+        ("model.head_dim", ["1", "256"], ["0", "257"]),
+        ("model.num_householder", ["1", "8"], ["0", "9"]),
+        ("model.conv_size", ["2"], ["1"]),
+        ("checkpoint.keep_latest_k", ["0", "2"], ["1", "-1"]),
+        ("checkpoint.exclude_from_loading", ["optimizer,dataloader", ""], ["model"]),
+        ("activation_checkpoint.selective_ac_option", ["op", "3"], ["0", "ops", "-2", "²"]),
+        ("compile.components", ["model", "loss"], ["optimizer"]),
+        ("validation.steps", ["-1", "1"], ["0", "-2"]),
+        ("data.weights", ["0.1"], ["0", "-1"]),
+        ("debug.seed", ["0"], ["-1"]),
+    ],
+)
+def test_ranges(problems, option, good, bad):
+    for value in good:
+        assert problems(DATA, f"--{option}={value}") == ""
+    for value in bad:
+        message = problems(DATA, f"--{option}={value}")
+        assert message.startswith(f"command line: --{option} ") and RANGES[option].text in message
+
+
+def test_every_default_is_in_range():
+    for key, allowed in RANGES.items():
+        default = schema()[key].default
+        assert default is None or allowed.allows(default), key
+        assert refusal(key) is None
+
+
+def test_every_number_has_a_range():
+    """A number for which all values are right is rare: say so here."""
+    numbers = {k for k, o in schema().items() if {o.hint, *getattr(o.hint, "__args__", ())} & {int, float}}
+    assert {key for key in numbers if not refusal(key)} == {k for k in numbers if k in RANGES}
+
+
+def test_rules_name_existing_keys():
+    assert {key for keys, _ in _RULES for key in keys} <= set(schema())
+
+
+CONTRADICTIONS = [
+    ("[model]\nhead_dim = 100\nexpand_v = 1.003\n", "head_dim * expand_v must be a whole number"),
+    (
+        '[model]\nop_backend = "fla"\n[training]\nmixed_precision_param = "float32"\n',
+        "fla computes in bfloat16",
+    ),
+    ("[lr_scheduler]\nwarmup_steps = 20_000\n", "the warm-up does not fit in the schedule of 10000 steps"),
+    ("[lr_scheduler]\nwarmup_steps = 6000\ndecay_ratio = 0.5\n", "a decay of 5000 steps do not fit"),
+    ("[lr_scheduler]\ntotal_steps = 5000\n", "would leave its schedule after step 5000"),
+    ("[training]\nglobal_batch_size = 12\n", "must be a multiple of local_batch_size = 8"),
+    ('[activation_checkpoint]\nmode = "memory_budget"\n', "needs [compile] enable = true"),
+    ("[compile]\nenable = true\ncomponents = []\n", "nothing to compile"),
+    ("[validation]\nenable = true\n", "nothing to validate on"),
+    ("[debug]\ndeterministic_warn_only = true\n", "does nothing without deterministic = true"),
+    ('[checkpoint]\nexport_dtype = "bfloat16"\n', "does nothing without last_save_model_only = true"),
+    ("[checkpoint]\nenable = false\nload_step = 10\n", "does nothing without enable = true"),
+    ("[profiling]\nenable_profiling = true\nprofile_freq = 2\n", "shorter than one cycle of 4 steps"),
+]
+
+
+@pytest.mark.parametrize(("text", "reason"), CONTRADICTIONS)
+def test_contradictions(problems, text, reason):
+    message = problems(DATA + text)
+    assert reason in message and "\n" not in message
+    assert message.startswith("x.toml:")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "x.toml: [data] paths = []: no data to train on"),
+        (
+            '[data]\nkind = "streaming"\n',
+            'x.toml:2: [data] kind = "streaming": streaming needs [data] dataset',
+        ),
+        ('[data]\nkind = "streaming"\ndataset = "d"\npaths = ["a"]\n', "which streaming does not read"),
+        ('[data]\npaths = ["a"]\ndataset = "d"\n', 'only read with kind = "streaming"'),
+        ('[data]\npaths = ["a", "b"]\nweights = [1]\n', "1 weights for 2 paths"),
+        ('[data]\npaths = ["a", "a"]\n', '"a" is listed twice'),
+    ],
+)
+def test_data(problems, text, reason):
+    assert reason in problems(text)
+
+
+def test_a_contradiction_tells_where_the_other_value_is(problems):
+    text = DATA + "[training]\nsteps = 100\n[lr_scheduler]\nwarmup_steps = 500\n"
+    assert problems(text) == (
+        "x.toml:6: [lr_scheduler] warmup_steps = 500: the warm-up does not fit in the schedule of 100 steps; "
+        "shorten warmup_steps, or set [lr_scheduler] total_steps to follow the curve of a longer run "
+        "(with [training] steps = 100, x.toml:4)"
+    )
+
+
+def test_a_wrong_value_causes_no_contradictions(problems):
+    assert "\n" not in problems(DATA + "[training]\nsteps = 0\n[lr_scheduler]\nwarmup_steps = 500\n")
+
+
+ON_A_CPU = Environment(world_size=1, cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[training]\nenable_cpu_offload = true\n", "offloading to the CPU needs CUDA, and there is none"),
+        ("[profiling]\nenable_profiling = true\n", "torchtitan's profiler needs CUDA"),
+        ("[profiling]\nenable_memory_snapshot = true\n", "a memory snapshot needs CUDA"),
+        ('[checkpoint]\nasync_mode = "async_with_pinned_mem"\n', "pinned memory needs CUDA"),
+        ('[model]\nop_backend = "fla"\n', "fla runs on CUDA only"),
+    ],
+)
+def test_what_needs_cuda(problems, text, reason):
+    assert reason in problems(DATA + text, environment=ON_A_CPU)
+    assert problems(DATA + text, environment=dataclasses.replace(ON_A_CPU, cuda=True)) == ""
+    assert problems(DATA + text) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks", "reason"),
+    [
+        ("[parallelism]\ndata_parallel_shard_degree = 4\n", 8, "replicate x shard = 4, but the job has 8 ranks"),
+        ("[parallelism]\ndata_parallel_replicate_degree = 3\n", 8, "8 ranks cannot be divided into 3 replicas"),
+        ("[training]\nglobal_batch_size = 40\n", 2, "local_batch_size x 2 ranks = 16; nearest: 32 or 48"),
+        ("[training]\nglobal_batch_size = 8\n", 2, "nearest: 16"),
+        ("[checkpoint]\ncreate_seed_checkpoint = true\n", 2, "is made by one process, not by 2 ranks"),
+    ],
+)  # fmt: skip
+def test_what_depends_on_the_number_of_ranks(problems, text, ranks, reason):
+    assert reason in problems(DATA + text, environment=Environment(world_size=ranks))
+    assert problems(DATA + text) == ""
+
+
+def test_initial_load_path(problems, tmp_path):
+    here = Environment(files=True)
+    options = ["--checkpoint.initial_load_path", "old/step-3"]
+    assert "no such folder" in problems(DATA, *options, environment=here)
+    assert problems(DATA, *options) == ""
+    (tmp_path / "old" / "step-3").mkdir(parents=True)
+    assert problems(DATA, *options, environment=here) == ""

@@ -1,0 +1,136 @@
+"""Which changes a resumed run may have, and the snapshot they are read from."""
+
+import json
+
+import pytest
+
+from torchtitan_deltaproduct.config import (
+    compare_configs,
+    read_snapshot,
+    refuse_breaking,
+    snapshot,
+    write_snapshot,
+)
+from torchtitan_deltaproduct.config.compare import classify
+from torchtitan_deltaproduct.config.fields import schema
+from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
+
+DATA = '[data]\npaths = ["a", "b"]\n'
+
+
+@pytest.mark.parametrize(
+    "key", [*schema(), "derived.world_size", "derived.global_batch_size", "derived.mlp_size"]
+)
+def test_every_option_is_classified(key):
+    assert classify(key), f"{key}: put it in one of the tables of config/compare.py"
+
+
+def changes(load, *options, old_extra=None, new_extra=None, base=()):
+    old = snapshot(load(DATA, *base), {"world_size": 1, **(old_extra or {})})
+    new = snapshot(load(DATA, *options), {"world_size": 1, **(new_extra or {})})
+    comparison = compare_configs(old, new)
+    return {kind: [c.key for c in getattr(comparison, kind)] for kind in ("breaking", "notable", "harmless")}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kind"),
+    [
+        ("model.num_householder", "3", "breaking"),
+        ("data.seed", "1", "breaking"),
+        ("data.paths", "b,a", "breaking"),
+        ("training.seq_len", "16", "breaking"),
+        ("optimizer.name", "Adam", "breaking"),
+        ("optimizer.lr", "1", "notable"),
+        ("lr_scheduler.warmup_steps", "1", "notable"),
+        ("training.steps", "99999", "notable"),
+        ("compile.enable", "true", "notable"),
+        ("job.dump_folder", "x", "harmless"),
+        ("metrics.log_freq", "3", "harmless"),
+        ("checkpoint.interval", "3", "harmless"),
+    ],
+)
+def test_one_change(load, option, value, kind):
+    wanted = {"breaking": [], "notable": [], "harmless": []} | {kind: [option]}
+    assert changes(load, f"--{option}", value) == wanted
+
+
+def test_nothing_changed(load):
+    assert changes(load) == {"breaking": [], "notable": [], "harmless": []}
+
+
+def test_the_effective_batch_decides(load):
+    same = changes(load, "--training.local_batch_size=4", "--training.global_batch_size=8")
+    assert same["breaking"] == []
+    assert same["notable"] == ["training.local_batch_size", "training.global_batch_size"]
+    assert changes(load, "--training.local_batch_size=4")["breaking"] == ["derived.global_batch_size"]
+    more_ranks = changes(load, new_extra={"world_size": 2})
+    assert more_ranks["breaking"] == ["derived.global_batch_size"]
+    kept = changes(load, "--training.global_batch_size=16", base=["--training.global_batch_size=16"],
+                   new_extra={"world_size": 2})  # fmt: skip
+    assert kept == {"breaking": [], "notable": ["derived.world_size"], "harmless": []}
+
+
+def test_the_mlp_width_decides(load):
+    assert changes(load, "--model.intermediate_size=2048") == {
+        "breaking": [],
+        "notable": [],
+        "harmless": ["model.intermediate_size"],
+    }
+    assert changes(load, "--model.hidden_ratio=8")["breaking"] == ["derived.mlp_size"]
+
+
+def test_moved_data_is_the_same_data(load):
+    same = {"old_extra": {"data_identity": "abc"}, "new_extra": {"data_identity": "abc"}}
+    assert changes(load, "--data.paths=/x/a,/x/b", **same)["notable"] == ["data.paths"]
+    other = {"old_extra": {"data_identity": "abc"}, "new_extra": {"data_identity": "def"}}
+    assert changes(load, **other)["breaking"] == ["extra.data_identity"]
+
+
+def test_options_only_one_version_has(load):
+    old = snapshot(load(DATA))
+    new = json.loads(json.dumps(old))
+    del old["config"]["model"]["num_heads"], old["config"]["job"]["description"]
+    new["config"]["data"]["brand_new"] = 1
+    comparison = compare_configs(old, new)
+    assert comparison.breaking == []
+    assert {change.key for change in comparison.notable} == {"model.num_heads", "data.brand_new"}
+    assert [change.key for change in comparison.harmless] == ["job.description"]
+
+
+def test_an_unclassified_change_is_breaking(load):
+    old = snapshot(load(DATA))
+    new = json.loads(json.dumps(old))
+    old["config"]["model"]["brand_new"], new["config"]["model"]["brand_new"] = 1, 2
+    assert [change.key for change in compare_configs(old, new).breaking] == ["model.brand_new"]
+
+
+def test_refusal_names_values_places_and_the_way_out(load):
+    config = load(DATA, "--model.num_heads", "9")
+    old, new = snapshot(load(DATA), {"world_size": 1}), snapshot(config, {"world_size": 2})
+    comparison = compare_configs(old, new)
+    assert list(map(str, comparison.notable)) == ["world_size: 1 -> 2 (results agree to rounding)"]
+    with pytest.raises(ConfigError) as error:
+        refuse_breaking(comparison, "out/checkpoint/step-100", config.provenance)
+    assert str(error.value) == (
+        "out/checkpoint/step-100 belongs to another run:\n"
+        "  model.num_heads was 6, is 9 (command line): another model\n"
+        "  global_batch_size was 8, is 16: another number of samples a step\n"
+        "put the old values back to continue it, or start a new run from its weights with\n"
+        "  --job.dump_folder NEW_FOLDER --checkpoint.initial_load_path out/checkpoint/step-100"
+    )
+    refuse_breaking(compare_configs(old, old), "out")
+
+
+def test_snapshot_round_trip(load, tmp_path):
+    content = snapshot(load(DATA), {"note": (1, 2)})
+    assert content["config"]["model"]["num_heads"] == 6
+    assert content["extra"] == {"note": [1, 2]}
+    assert {"python", "torch", "torchtitan", "torchtitan-deltaproduct"} <= set(content["versions"])
+    path = tmp_path / "run" / "config.json"
+    assert read_snapshot(path) is None
+    write_snapshot(path, content)
+    assert read_snapshot(path) == content
+    assert [file.name for file in path.parent.iterdir()] == ["config.json"]
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(CheckpointError, match="not a config snapshot"):
+        read_snapshot(path)

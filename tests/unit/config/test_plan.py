@@ -1,0 +1,126 @@
+"""The plan of a run, as rows of text, and its arithmetic."""
+
+import subprocess
+import sys
+
+import pytest
+
+from torchtitan_deltaproduct.config import plan
+from torchtitan_deltaproduct.config.memory import activation_elements, checkpoint_bytes, rank_memory
+from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.models import counts
+
+PAPER = """\
+[model]
+hidden_size = 736
+num_heads = 6
+intermediate_size = 2048
+[data]
+paths = ["data/fineweb"]
+[training]
+local_batch_size = 4
+global_batch_size = 128
+seq_len = 4096
+steps = 36_240
+[lr_scheduler]
+warmup_steps = 512
+decay_type = "cosine"
+min_lr_factor = 0.1
+"""
+
+
+def test_rows(load):
+    config = load(PAPER)
+    found = {title.split("  ")[0].split(":")[0]: rows for title, rows in plan.sections(config, 8)}
+    parameters = counts.total_parameters(config.model)
+    assert found["Model"][-1][1] == f"{parameters:,}"
+    compute = {row[0]: row[1:] for row in found["Compute"]}
+    assert compute["batch"] == ("128 sequences", "4 local x 4 accumulated x 8 ranks")
+    assert compute["tokens per step"][0] == "524,288"
+    assert compute["tokens in total"][0] == "19,000,197,120"
+    disk = {row[0]: row[1:] for row in found["Checkpoints on disk"]}
+    assert disk["one"][0] == plan.amount(12 * parameters, "B")
+    assert disk["written"][0] == "73" and disk["kept"][0] == "3"
+    assert disk["largest at once"][0] == plan.amount(4 * 12 * parameters, "B")
+    rates = {row[0]: row[1] for row in found["Learning rate"]}
+    assert rates == {
+        "step 1": "5.86e-07", "step 512": "0.0003", "step 513": "0.0003", "step 18,376": "0.000165",
+        "step 36,240": "3e-05",
+    }  # fmt: skip
+    values = {row[0]: row[1:] for row in found["Values that are not defaults"]}
+    assert values["training.steps"] == ("36240", "x.toml:11; default 10000")
+    assert "optimizer.lr" not in values
+
+
+def test_memory_is_sharded(load):
+    config = load(PAPER)
+    parts = counts.parameters_by_part(config.model)
+    one, eight = rank_memory(config, 1, parts), rank_memory(config, 8, parts)
+    assert one["weights"] == 4 * sum(parts.values()) and one["optimizer state"] == 2 * one["weights"]
+    assert eight["weights"] == -(-sum(parts.values()) // 8) * 4
+    assert one["activations"] == eight["activations"]
+    assert checkpoint_bytes(sum(parts.values())) == one["weights"] + one["optimizer state"]
+    replicated = rank_memory(load(PAPER, "--parallelism.data_parallel_replicate_degree=2"), 8, parts)
+    assert replicated["weights"] == -(-sum(parts.values()) // 4) * 4
+
+
+def test_checkpointing_orders_activations(load):
+    def elements(*options):
+        return activation_elements(load(PAPER, *[f"--activation_checkpoint.{option}" for option in options]))
+
+    full, none = elements("mode=full"), elements("mode=none")
+    per_op, every_second = elements("selective_ac_option=op"), elements("selective_ac_option=2")
+    assert full < per_op < none and full < every_second < none
+    assert (
+        full <= elements("selective_ac_option=1") <= every_second < elements("selective_ac_option=4") <= none
+    )
+    budget = ["--compile.enable", "--activation_checkpoint.mode=memory_budget"]
+    low = activation_elements(load(PAPER, *budget, "--activation_checkpoint.memory_budget=0"))
+    high = activation_elements(load(PAPER, *budget, "--activation_checkpoint.memory_budget=1"))
+    assert (low, high) == (full, none)
+
+
+def test_small_helpers():
+    assert plan.sparkline([0.0, 1.0, 0.5]) == "▁█▅"
+    assert plan.sparkline([1.0]) == "█"
+    assert len(plan.sparkline([float(i) for i in range(1000)])) == 60
+    assert [plan.amount(v, "B") for v in (0, 999, 999.6, 1.234e9)] == ["0 B", "999 B", "1 kB", "1.23 GB"]
+    assert [plan.duration(s) for s in (0.2, 59.6, 3700, 100_000)] == [
+        "0 s",
+        "1 min 0 s",
+        "1 h 1 min",
+        "1 d 3 h",
+    ]
+
+
+def test_command_line(load, capsys):
+    load(PAPER)
+    plan.main(["x.toml", "--world-size", "8", "--training.steps", "1000", "--mfu", "0.5", "--device", "H100"])
+    text = capsys.readouterr().out
+    assert text.startswith("x.toml on 8 ranks\n")
+    assert "524,288,000" in text and "command line; default 10000" in text and "tokens/s" in text
+    plan.main(["x.toml", "--tokens-per-second", "1000000"])
+    assert "x.toml on 1 rank\n" in capsys.readouterr().out
+    for arguments, message in [
+        (["--world-size", "8"], "the job's TOML file comes first"),
+        (
+            ["x.toml", "--world-size", "7"],
+            "must be a multiple of local_batch_size x 7 ranks = 28; nearest: 112 or 140",
+        ),
+        (["x.toml", "--world-size", "0"], "--world-size 0: must be positive"),
+        (["x.toml", "--mfu", "0.5", "--device", "H1000"], "nearest: H100"),
+        (["x.toml", "--mfu", "a lot"], "invalid float value"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            plan.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "found"), [("x.toml", 0, "Learning rate"), ("y.toml", 2, "no such file")]
+)
+def test_as_a_module(load, tmp_path, argument, code, found):
+    load(PAPER)
+    command = [sys.executable, "-m", "torchtitan_deltaproduct.config.plan", argument]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert found in done.stdout + done.stderr
