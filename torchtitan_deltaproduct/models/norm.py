@@ -43,7 +43,7 @@ class _CpuRMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         size = x.shape[-1]
         unit = x * scale
-        product = (dy * unit).view(-1, size)
+        product = (dy * unit).reshape(-1, size)
         dweight = torch.mv(product.t(), product.new_ones(product.shape[0]))
         along = torch.mv(product, weight).view_as(scale).div_(-size)
         return (dy * weight).addcmul_(unit, along).mul_(scale), dweight, None

@@ -85,3 +85,13 @@ def test_norm_equals_its_definition(shape):
     torch.testing.assert_close(fast, slow, atol=1e-12, rtol=0)
     for ours, theirs in zip(gradients(fast, x, norm.weight), gradients(slow, x, norm.weight), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_norm_of_a_transposed_tensor():
+    norm = RMSNorm(6, eps=1e-6).double()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True).transpose(1, 2)
+    for ours, theirs in zip(
+        gradients(norm(x), x, norm.weight), gradients(norm(x.contiguous()), x, norm.weight), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
