@@ -2,9 +2,20 @@
 
     from torchtitan_deltaproduct.ops import gated_delta_product
     o, state = gated_delta_product(q, k, v, g, beta, num_householder=2, output_final_state=True)
+
+`recurrent.py` is the definition, `segment.py` the chunkwise algebra, `interface.py` the choice between backends.
 """
 
-from torchtitan_deltaproduct.ops.interface import gated_delta_product
-from torchtitan_deltaproduct.ops.recurrent import recurrent_step
+from torchtitan_deltaproduct.ops.custom_op import SAVE_FOR_SELECTIVE_AC
+from torchtitan_deltaproduct.ops.flops import flops_per_token
+from torchtitan_deltaproduct.ops.interface import BACKENDS, gated_delta_product
+from torchtitan_deltaproduct.ops.recurrent import recurrent_gated_delta_product, recurrent_step
 
-__all__ = ["gated_delta_product", "recurrent_step"]
+__all__ = [
+    "BACKENDS",
+    "SAVE_FOR_SELECTIVE_AC",
+    "flops_per_token",
+    "gated_delta_product",
+    "recurrent_gated_delta_product",
+    "recurrent_step",
+]

@@ -113,7 +113,7 @@ def _autograd(ctx, do, dstate, _dsaved, _dgates):
     q, k, v, g, beta, initial_state, cu_seqlens = tensors
     if do is None:
         do = v.new_zeros(*q.shape[:3], v.shape[3])
-    dq, dk, dv, dg, dbeta, dinitial = torch.ops.deltaproduct.gated_delta_product_backward(
+    dq, dk, dv, dg, dbeta, dinitial = BACKWARD(
         do, dstate if ctx.has_state else None, *tensors, saved, gates, *ctx.options
     )
     dg = None if g is None else dg
@@ -123,5 +123,8 @@ def _autograd(ctx, do, dstate, _dsaved, _dgates):
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
-SAVE_FOR_SELECTIVE_AC = {torch.ops.deltaproduct.gated_delta_product.default}
+FORWARD = torch.ops.deltaproduct.gated_delta_product.default
+BACKWARD = torch.ops.deltaproduct.gated_delta_product_backward.default
+
+SAVE_FOR_SELECTIVE_AC = {FORWARD}
 """Ops whose outputs selective activation checkpointing should keep: recomputing them costs more than their memory."""
