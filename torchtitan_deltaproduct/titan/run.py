@@ -36,7 +36,7 @@ def run(config: JobConfig) -> None:
 
     from .trainer import Trainer  # after `install`: torchtitan's modules bind the device as they are imported
 
-    trainer = None
+    trainer, owns_group = None, not dist.is_initialized()
     try:
         trainer = Trainer(config, snapshot)
         if config.checkpoint.create_seed_checkpoint:
@@ -47,7 +47,7 @@ def run(config: JobConfig) -> None:
     finally:
         if trainer is not None:
             trainer.close()
-        if dist.is_initialized():
+        if owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -1,0 +1,13 @@
+"""Fixtures shared by the suite."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """The toy TOML beside its prepared data (see tests/toy.py); made once a session."""
+    from tests.toy import make_data, write_toml
+
+    return write_toml(make_data(tmp_path_factory.mktemp("toy")))

@@ -1,0 +1,146 @@
+"""Restart equals no restart: killed at any point, resharded, with other settings."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tests.dist.helper import run_distributed
+from tests.toy import arguments, assert_same_weights, kill, launch, learned, log_of, records, train, wait_for, weights
+from torchtitan_deltaproduct.checkpoint import scan
+from torchtitan_deltaproduct.config import load_config
+from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
+
+FULL = ("--compile.enable", "--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option",
+        "op", "--checkpoint.async_mode", "async")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "moment"),
+    [
+        (1, (), "step 5/8"),
+        (1, ("--checkpoint.async_mode", "async", "--data.num_workers", "1"), "validation at step 4"),
+        (2, FULL, "step 7/8"),
+    ],
+    ids=["1-sync", "1-async-workers", "2-async-compile-ac"],
+)
+def test_killed_and_restarted(toy, tmp_path, ranks, options, moment):
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    launch(toy, unbroken, *options, ranks=ranks)
+    process = launch(toy, killed, *options, ranks=ranks, wait=False)
+    wait_for(killed, moment)
+    kill(process)
+    assert not (killed / "checkpoint/step-8").exists()
+    launch(toy, killed, *options, ranks=ranks)
+    assert "resumed at step" in log_of(killed)
+    assert learned(killed) == learned(unbroken)
+    assert_same_weights(weights(killed, 8), weights(unbroken, 8))
+
+
+def test_a_torn_newest_checkpoint_is_skipped(toy, tmp_path):
+    train(toy, tmp_path / "a")
+    train(toy, tmp_path / "b", "--training.steps", "6")
+    data = next((tmp_path / "b/checkpoint/step-6").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:100])
+    train(toy, tmp_path / "b")
+    assert [r["step"] for r in records(tmp_path / "b") if "loss" in r] == list(range(1, 9))
+    assert learned(tmp_path / "b") == learned(tmp_path / "a")
+    assert_same_weights(weights(tmp_path / "a", 8), weights(tmp_path / "b", 8))
+
+
+def test_retention_counts_only_complete_ones(toy, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoint/step-300-bad").mkdir(parents=True)
+    (run / "checkpoint/step-7").mkdir()
+    train(toy, run, "--checkpoint.keep_latest_k", "2")
+    assert [(i.step, i.complete) for i in scan(run / "checkpoint")] == [(6, True), (7, False), (8, True)]
+    assert (run / "checkpoint/step-300-bad").is_dir()
+
+
+def continue_on(rank: int, commands: list[list[str]]) -> None:
+    from torchtitan_deltaproduct.titan.run import run
+
+    for argv in commands:
+        run(load_config(argv))
+
+
+def reload_and_save(rank: int, argv: list[str]) -> None:
+    """Loads the newest checkpoint of a run and writes it again, as step 5."""
+    from torchtitan_deltaproduct.titan import run as module
+
+    config = load_config(argv)
+    module.start_logging()
+    module.resolve_precision(config, "cpu")
+    module.device.install("cpu")
+    from torchtitan_deltaproduct.titan.trainer import Trainer
+
+    trainer = Trainer(config)
+    trainer.checkpointer.load()
+    assert trainer.step == 4
+    trainer.checkpointer.save(5, last_step=True)
+    trainer.close()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2)])
+def test_another_number_of_ranks(toy, tmp_path, before, after):
+    run, one = tmp_path / "run", ("--training.local_batch_size", "1")
+    train(toy, tmp_path / "unbroken", *one)
+    first = arguments(toy, run, (*one, "--training.steps", "4"))
+    run_distributed(continue_on, before, ([first],))
+    run_distributed(reload_and_save, after, (arguments(toy, run, one),))
+    assert_same_weights(weights(run, 4), weights(run, 5))
+    (run / "checkpoint/step-5/.metadata").unlink()
+    run_distributed(continue_on, after, ([arguments(toy, run, one)],))
+    ours, theirs = learned(run), learned(tmp_path / "unbroken")
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert math.isclose(ours[key], value, rel_tol=5e-4 if key[1] == "grad_norm" else 2e-5), (key, ours[key], value)
+
+
+def test_changed_settings(toy, tmp_path, caplog):
+    run = tmp_path / "run"
+    train(toy, run, "--training.steps", "4")
+    with pytest.raises(ConfigError, match=r"(?s)belongs to another run.*model.num_householder was 2, is 3"):
+        train(toy, run, "--model.num_householder", "3")
+    with pytest.raises(ConfigError, match="global_batch_size was 4, is 8"):
+        train(toy, run, "--training.global_batch_size", "8")
+    # What is harmless or notable is taken over, not silently replaced by what the checkpoint holds.
+    train(toy, run, "--optimizer.lr", "0.001", "--optimizer.weight_decay", "0.5", "--metrics.log_freq", "2")
+    rates = [r["lr"] for r in records(run) if "lr" in r]
+    assert rates[3] > 0.005 and rates[4] < 0.001
+    saved = weights(run, 8)
+    assert saved["optimizer.param_groups.layers.0.mixer.q_proj.weight.weight_decay"] == 0.5
+    assert saved["optimizer.param_groups.norm.weight.weight_decay"] == 0.0
+    assert json.loads((run / "checkpoint/step-8/config.json").read_text())["config"]["optimizer"]["lr"] == 0.001
+
+
+def test_initial_weights(toy, tmp_path):
+    train(toy, tmp_path / "a", "--training.steps", "4")
+    start = tmp_path / "a/checkpoint/step-4"
+    (tmp_path / "b/checkpoint").mkdir(parents=True)  # an empty folder must not hide initial_load_path
+    train(toy, tmp_path / "b", "--checkpoint.initial_load_path", str(start), "--training.steps", "1")
+    first = records(tmp_path / "b")[0]
+    after = [r for r in records(tmp_path / "a") if "validation_loss" in r][-1]
+    assert first["validation_loss"] == after["validation_loss"]
+    assert [r["step"] for r in records(tmp_path / "b") if "loss" in r] == [1]
+    with pytest.raises(CheckpointError, match="not usable"):
+        train(toy, tmp_path / "c", "--checkpoint.initial_load_path", str(tmp_path))
+
+
+def test_a_step_by_name(toy, tmp_path):
+    train(toy, tmp_path / "a")
+    train(toy, tmp_path / "b", "--training.steps", "6", "--checkpoint.keep_latest_k", "0")
+    with pytest.raises(CheckpointError, match=r"(?s)no complete step 3.*2, 4, 6"):
+        train(toy, tmp_path / "b", "--checkpoint.load_step", "3")
+    train(toy, tmp_path / "b", "--checkpoint.load_step", "2", "--checkpoint.keep_latest_k", "0")
+    assert learned(tmp_path / "b") == learned(tmp_path / "a")
+    assert_same_weights(weights(tmp_path / "a", 8), weights(tmp_path / "b", 8))
+
+
+def test_seed_checkpoint(toy, tmp_path):
+    train(toy, tmp_path / "a", "--checkpoint.create_seed_checkpoint")
+    assert weights(tmp_path / "a", 0)["norm.weight"].eq(1).all()
+    train(toy, tmp_path / "a")
+    train(toy, tmp_path / "b")
+    assert torch.equal(weights(tmp_path / "a", 8)["norm.weight"], weights(tmp_path / "b", 8)["norm.weight"])

@@ -1,0 +1,165 @@
+"""A tiny run for tests: real text (this package's own sources), a tiny tokenizer, a tiny model, the real trainer.
+
+    config = write_toml(tmp_path, make_data(tmp_path))
+    train(config, run, "--training.steps", "6")                       # in this process
+    launch(config, run, "--training.steps", "6", ranks=2)             # torchrun, gloo
+    losses = {r["step"]: r["loss"] for r in records(run) if "loss" in r}
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+from torchtitan_deltaproduct.checkpoint.safe_dcp import SafeReader
+from torchtitan_deltaproduct.config import load_config
+from torchtitan_deltaproduct.data import prepare, train_tokenizer
+
+REPO = Path(__file__).resolve().parents[1]
+
+TOML = """
+[job]
+dump_folder = "{folder}/run"
+[model]
+vocab_size = 320
+hidden_size = 32
+num_hidden_layers = 2
+num_heads = 2
+head_dim = 16
+num_householder = 2
+intermediate_size = 64
+[data]
+paths = ["{folder}/data/train"]
+[training]
+local_batch_size = 2
+global_batch_size = 4
+seq_len = 64
+steps = 8
+[optimizer]
+lr = 1e-2
+[lr_scheduler]
+warmup_steps = 3
+total_steps = 8
+[validation]
+enable = true
+paths = ["{folder}/data/validation"]
+local_batch_size = 2
+freq = 4
+steps = 6
+[checkpoint]
+interval = 2
+[activation_checkpoint]
+mode = "none"
+[metrics]
+log_freq = 1
+"""
+
+
+def make_data(folder: Path) -> Path:
+    """Prepares folder/data/{train,validation} from the sources of this package."""
+    corpus = str(REPO / "torchtitan_deltaproduct/config")
+    tokenizer = str(folder / "tokenizer")
+    assert not train_tokenizer.main([corpus, "--out", tokenizer, "--vocab-size", "320"])
+    options = ["--validation-fraction", "0.2", "--split-by", "file", "--workers", "1"]
+    assert not prepare.main([str(folder / "data"), "--input", corpus, "--tokenizer", tokenizer, *options])
+    return folder
+
+
+def write_toml(folder: Path, extra: str = "") -> Path:
+    """Writes the toy TOML for data prepared in `folder`."""
+    path = folder / "toy.toml"
+    path.write_text(TOML.format(folder=folder) + extra)
+    return path
+
+
+def arguments(config: Path, run: Path, options: tuple[str, ...]) -> list[str]:
+    return ["--job.config_file", str(config), "--job.dump_folder", str(run), *options]
+
+
+def train(config: Path, run: Path, *options: str) -> None:
+    """Trains in this process, as `python -m torchtitan_deltaproduct.train` would."""
+    from torchtitan_deltaproduct.titan.run import run as run_training
+
+    saved = dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    try:
+        run_training(load_config(arguments(config, run, options)))
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+def launch(config: Path, run: Path, *options: str, ranks: int = 1, wait: bool = True) -> subprocess.Popen:
+    """Starts torchrun (or, for one rank, plain python) in a process group of its own; output goes to run.log."""
+    module = ["-m", "torchtitan_deltaproduct.train", *arguments(config, run, options)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), *module]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(f"{run}.log", "a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=REPO, env=environment, start_new_session=True)
+    if wait:
+        assert process.wait(timeout=300) == 0, log_of(run)[-4000:]
+    return process
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to torchrun and all its workers at once."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.2)
+
+
+def log_of(run: Path) -> str:
+    return Path(f"{run}.log").read_text()
+
+
+def wait_for(run: Path, text: str, seconds: float = 120) -> None:
+    """Waits until the log contains `text`."""
+    end = time.monotonic() + seconds
+    while not (Path(f"{run}.log").exists() and text in log_of(run)):
+        assert time.monotonic() < end, f"{text!r} did not appear:\n" + log_of(run)[-3000:]
+        time.sleep(0.02)
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned(run: Path) -> dict:
+    """What a run computed, without timings: {(step, name): value}."""
+    from torchtitan_deltaproduct.titan.metrics import TIMING_FIELDS
+
+    skip = TIMING_FIELDS | {"step", "validation_seconds"}
+    return {(r["step"], name): value for r in records(run) for name, value in r.items() if name not in skip}
+
+
+def weights(run: Path, step: int) -> dict:
+    """Everything a checkpoint holds, flat: {"layers.0...weight": tensor, "train_state.step": 8, ...}."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = _load_state_dict_from_keys(storage_reader=SafeReader(str(run / f"checkpoint/step-{step}")))
+
+    def walk(tree: dict, prefix: str):
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return dict(walk(state, ""))
+
+
+def assert_same_weights(a: dict, b: dict) -> None:
+    """Bitwise equality of two checkpoints, optimizer and counters included."""
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        same = torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name]
+        assert same, f"{name} differs"
