@@ -65,7 +65,7 @@ ALIASES = {
         "parallelism.data_parallel_shard_degree": "dp_shard fsdp fsdp_degree data_parallel_degree",
         "parallelism.data_parallel_replicate_degree": "dp_replicate ddp_degree",
         "compile.enable": "torch_compile use_compile compile",
-        "debug.seed": "random_seed manual_seed seed",
+        "debug.seed": "random_seed manual_seed",
         "model.vocab_size": "n_vocab padded_vocab_size",
     }.items()
 }  # fmt: skip

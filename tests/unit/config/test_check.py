@@ -140,8 +140,8 @@ def test_what_needs_cuda(problems, text, reason):
 @pytest.mark.parametrize(
     ("text", "ranks", "reason"),
     [
-        ("[parallelism]\ndata_parallel_shard_degree = 4\n", 8, "replicate x shard = 4, but the job has 8 ranks"),
-        ("[parallelism]\ndata_parallel_replicate_degree = 3\n", 8, "8 ranks cannot be divided into 3 replicas"),
+        ("[parallelism]\ndata_parallel_shard_degree = 4\n", 8, "= 4, but the job has 8 ranks"),
+        ("[parallelism]\ndata_parallel_replicate_degree = 3\n", 8, "cannot be divided into 3 replicas"),
         ("[training]\nglobal_batch_size = 40\n", 2, "local_batch_size x 2 ranks = 16; nearest: 32 or 48"),
         ("[training]\nglobal_batch_size = 8\n", 2, "nearest: 16"),
         ("[checkpoint]\ncreate_seed_checkpoint = true\n", 2, "is made by one process, not by 2 ranks"),
