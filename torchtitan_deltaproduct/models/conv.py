@@ -7,9 +7,9 @@ of a document the values before it count as zero; when decoding, the last W-1 in
     y = conv(x)                                     # x, y: [B, T, 512]
     y, cache = conv.extend(x, cache)                # cache: [B, 512, 3]
 
-`sum_of_taps` is the definition, which torch.compile fuses into one kernel. Eager float32 on the CPU takes
-`_CpuConv`, the same sum with its backward written out: 5 times faster than `F.conv1d`, 3 times faster than
-autograd of the sum.
+`sum_of_taps` is the definition. torch.compile fuses it into one kernel (on an H200 1.8 times faster than the
+compiled `F.conv1d`). Eager float32 on the CPU takes `_CpuConv`, the same sum with its backward written out: 5
+times faster than `F.conv1d` there, 3 times faster than autograd of the sum.
 """
 
 import torch

@@ -18,7 +18,7 @@ def make_conv(width: int, channels: int = 5) -> ShortConvolution:
 
 def gradients(y: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(1)
-    return torch.autograd.grad(y, inputs, torch.randn_like(y))
+    return torch.autograd.grad(y, inputs, torch.randn(y.shape, dtype=y.dtype))
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
