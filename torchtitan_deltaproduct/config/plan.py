@@ -23,7 +23,7 @@ from .job import JobConfig
 from .load import load_config
 from .memory import checkpoint_bytes, final_checkpoint_bytes, rank_memory, shard_degree
 from .schedule import lr_factor
-from .values import nearest, show
+from .values import nearest, shorten, show
 
 # Dense bfloat16 peaks of the vendors' data sheets, FLOP/s.
 PEAK_FLOPS = {
@@ -172,13 +172,13 @@ def lr_curve(config: JobConfig) -> list[float]:
 
 
 def provenance_rows(config: JobConfig) -> Rows:
+    """Each value that is not its default: where it was given, and the default."""
     rows = []
     for key, option in schema().items():
         value = get_value(config, key)
-        if value != option.default:
-            shown = show(value)
-            default = f"default {show(option.default)}"
-            rows.append((key, shown, f"{config.provenance.get(key, '')}; {default}"))
+        if value != option.default and key != "job.config_file":
+            source = config.provenance.get(key, "").replace(f"{config.job.config_file}:", "line ")
+            rows.append((key, shorten(show(value), 48), f"{source}; default {show(option.default)}"))
     return rows or [("none", "", "")]
 
 

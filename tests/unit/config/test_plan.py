@@ -1,14 +1,16 @@
 """The plan of a run, as rows of text, and its arithmetic."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from torchtitan_deltaproduct.config import plan
 from torchtitan_deltaproduct.config.memory import activation_elements, checkpoint_bytes, rank_memory
 from torchtitan_deltaproduct.errors import ConfigError
-from torchtitan_deltaproduct.models import counts
+from torchtitan_deltaproduct.models import DeltaProductLM, counts
 
 PAPER = """\
 [model]
@@ -48,7 +50,7 @@ def test_rows(load):
         "step 36,240": "3e-05",
     }  # fmt: skip
     values = {row[0]: row[1:] for row in found["Values that are not defaults"]}
-    assert values["training.steps"] == ("36240", "x.toml:11; default 10000")
+    assert values["training.steps"] == ("36240", "line 11; default 10000")
     assert "optimizer.lr" not in values
 
 
@@ -78,6 +80,38 @@ def test_checkpointing_orders_activations(load):
     low = activation_elements(load(PAPER, *budget, "--activation_checkpoint.memory_budget=0"))
     high = activation_elements(load(PAPER, *budget, "--activation_checkpoint.memory_budget=1"))
     assert (low, high) == (full, none)
+
+
+@pytest.mark.parametrize("num_householder", [1, 3])
+@pytest.mark.parametrize("use_short_conv", [True, False])
+def test_activations_are_what_autograd_saves(load, num_householder, use_short_conv):
+    """The formula against a count of the storages saved by the forward pass, in float32, per block."""
+    config = load(PAPER, "--activation_checkpoint.mode=none")
+    sizes = {"vocab_size": 64, "hidden_size": 128, "num_heads": 2, "head_dim": 64, "intermediate_size": 256}
+    variant = {"num_householder": num_householder, "use_short_conv": use_short_conv}
+
+    def both(layers):
+        config.model = dataclasses.replace(config.model, num_hidden_layers=layers, **sizes, **variant)
+        return saved_elements_per_token(config.model), activation_elements(config)
+
+    (measured_one, formula_one), (measured_two, formula_two) = both(1), both(2)
+    assert formula_two - formula_one == pytest.approx(measured_two - measured_one, rel=0.12)
+
+
+def saved_elements_per_token(args, batch=2, length=256):
+    model = DeltaProductLM(args)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.randint(0, args.vocab_size, (batch, length)))
+    return sum(size for size, _ in kept.values()) / (4 * batch * length)
 
 
 def test_small_helpers():
