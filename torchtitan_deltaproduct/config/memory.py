@@ -3,10 +3,10 @@
     parts = models.counts.parameters_by_part(config.model)
     rank_memory(config, 8, parts)      # {"weights": 106_800_000, ..., "logits": 2_621_440_000}
 
-Weights, gradients and Adam's two moments are float32 and divided by the shard degree: exact. Activations count
-what autograd keeps of each block in eager mode, 10 % more than a small model was seen to keep; `torch.compile`
-keeps less. The operator's work space, allocator fragmentation and communication buffers are left out: plan for
-20 % more.
+Weights, gradients and Adam's two moments are float32 and divided by the shard degree: exact. Activations
+count what autograd keeps of each block in eager mode, 10 % more than a small model was seen to keep;
+`torch.compile` keeps less. The operator's work space, allocator fragmentation and communication buffers are
+left out: plan for 20 % more.
 """
 
 from collections.abc import Mapping

@@ -21,7 +21,7 @@ from .compare import effective_global_batch_size
 from .fields import get_value, schema
 from .job import JobConfig
 from .load import load_config
-from .memory import checkpoint_bytes, final_checkpoint_bytes, rank_memory, shard_degree
+from .memory import activation_width, checkpoint_bytes, final_checkpoint_bytes, rank_memory, shard_degree
 from .schedule import lr_factor
 from .values import nearest, shorten, show
 
@@ -57,7 +57,8 @@ def sections(config: JobConfig, world_size: int, seconds: float | None = None) -
     """The parts of the plan: a title, and rows of text whose first column is a name."""
     yield f"Model: {describe_model(config)}", model_rows(config)
     yield "Compute", compute_rows(config, world_size, seconds)
-    yield "Memory of a rank (estimate)", memory_rows(config, world_size)
+    kind = {2: "bfloat16", 4: "float32"}[activation_width(config)]
+    yield f"Memory of a rank (estimate, {kind} activations)", memory_rows(config, world_size)
     yield "Checkpoints on disk", checkpoint_rows(config)
     yield f"Learning rate  {sparkline(lr_curve(config))}", schedule_rows(config)
     yield "Values that are not defaults", provenance_rows(config)
