@@ -1,9 +1,10 @@
-"""Chunkwise gated DeltaProduct in plain PyTorch: forward and hand-written backward, on any device, float32 or float64.
+"""Chunkwise gated DeltaProduct in plain PyTorch: forward and hand-written backward, on any device, float32 or
+float64.
 
-The sequence is cut into segments and a segment into chunks. Within a segment all work is batched over its chunks
-(`segment.py` has the algebra); segments follow one another, so that the intermediates of one stay in a CPU's cache and
-its memory does not grow with the sequence. Forward keeps the state at the start of each segment; backward walks the
-segments in reverse and recomputes the rest.
+The sequence is cut into segments and a segment into chunks. Within a segment all work is batched over its
+chunks (`segment.py` has the algebra); segments follow one another, so that the intermediates of one stay in a
+CPU's cache and its memory does not grow with the sequence. Forward keeps the state at the start of each
+segment; backward walks the segments in reverse and recomputes the rest.
 
     o, final_state, starts = chunk_forward(q, k, v, g, beta, None, None, scale=0.125, use_qk_l2norm=True)
 """
@@ -20,7 +21,8 @@ CPU_CHUNK_ROWS, GPU_CHUNK_ROWS = 32, 64
 """R, rows of a chunk, by `benchmarks/op.py --sweep`: small for a CPU, larger for a GPU (fewer launches)."""
 
 CPU_SEGMENT_ROWS, GPU_SEGMENT_ROWS = 1024, 2**19
-"""B * H * rows of a segment: about 256 KiB a tensor at K = 64 stays in a CPU's L2; 256 MiB on a GPU at K = 128."""
+"""B * H * rows of a segment: about 256 KiB a tensor at K = 64 stays in a CPU's L2; 256 MiB on a GPU at K =
+128."""
 
 
 def plan(q: Tensor, k: Tensor, chunk_rows: int | None = None, segment_rows: int | None = None) -> tuple[int, int]:
@@ -80,14 +82,16 @@ def chunk_forward(
     """Runs the operator.
 
     Args:
-        q, k, v, g, beta, initial_state, scale, use_qk_l2norm: as in `gated_delta_product`; n = k's rows / q's.
-        cu_seqlens: [N+1] or None; the state is reset at each boundary, inside chunks by masks. Takes no initial state.
+        q, k, v, g, beta, initial_state, scale, use_qk_l2norm: as in `gated_delta_product`; n = k's rows /
+        q's.
+        cu_seqlens: [N+1] or None; the state is reset at each boundary, inside chunks by masks. Takes no
+            initial state.
         chunk_rows: R; by device if None.
         segment_rows: B * H * rows of a segment; by device if None.
 
     Returns:
-        o [B, T, H, V] in v's dtype, the final state [B, H, K, V] (with `cu_seqlens`: of no use), and the states at the
-        starts of the segments, [segments, B*H, K, V].
+        o [B, T, H, V] in v's dtype, the final state [B, H, K, V] (with `cu_seqlens`: of no use), and the
+        states at the starts of the segments, [segments, B*H, K, V].
     """
     batch, length, heads, dim = q.shape
     o = v.new_empty(batch, length, heads, v.shape[3])
@@ -112,7 +116,8 @@ def chunk_backward(
     cu_seqlens: Tensor | None, starts: Tensor, *, scale: float, use_qk_l2norm: bool, chunk_rows: int | None = None,
     segment_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, g (None without it), beta, each in its dtype, and of the initial state [B, H, K, V].
+    """Gradients of q, k, v, g (None without it), beta, each in its dtype, and of the initial state [B, H, K,
+    V].
 
     Args:
         do: [B, T, H, V].

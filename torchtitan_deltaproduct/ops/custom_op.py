@@ -1,11 +1,13 @@
 """The operator as `torch.library` custom ops, forward and backward, opaque to torch.compile.
 
 Dynamo and AOTAutograd see two nodes with known output shapes, never the kernels inside: a block compiles with
-`fullgraph=True`, selective activation checkpointing can name the op, and `FlopCounterMode` counts the recurrence.
+`fullgraph=True`, selective activation checkpointing can name the op, and `FlopCounterMode` counts the
+recurrence.
 
     torch.ops.deltaproduct.gated_delta_product(q, k, v, g, beta, None, None, 2, 0.125, False, True, "chunk")
 
-A custom op cannot return None: tensors that do not apply (the final state, gradients of absent inputs) have no elements.
+A custom op cannot return None: tensors that do not apply (the final state, gradients of absent inputs) have
+no elements.
 """
 
 import torch
@@ -24,9 +26,12 @@ def _forward(
     """Arguments as in `gated_delta_product`, `backend` already resolved to "chunk" or "fla".
 
     Returns:
-        o, the final state, and two tensors for the backward: fla's solved triangles and gates, chunk's segment starts.
+        o, the final state, and two tensors for the backward: fla's solved triangles and gates, chunk's
+            segment starts.
     """
     none = q.new_empty(0, dtype=torch.float32)
+    if cu_seqlens is not None:
+        documents.check_boundaries(cu_seqlens, q.shape[1])
     if backend == "fla":
         o, state, *saved = fla_backend.forward(
             q, k, v, g, beta, initial_state, cu_seqlens, num_householder, scale, output_final_state
@@ -127,4 +132,5 @@ FORWARD = torch.ops.deltaproduct.gated_delta_product.default
 BACKWARD = torch.ops.deltaproduct.gated_delta_product_backward.default
 
 SAVE_FOR_SELECTIVE_AC = {FORWARD}
-"""Ops whose outputs selective activation checkpointing should keep: recomputing them costs more than their memory."""
+"""Ops whose outputs selective activation checkpointing should keep: recomputing them costs more than their
+memory."""

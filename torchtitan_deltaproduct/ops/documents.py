@@ -1,7 +1,8 @@
 """Packed documents with states: the dense chunkwise path, run once per document.
 
-Training needs neither an initial nor a final state, and there `chunk.py` masks document boundaries inside its chunks,
-with static shapes. Prefill and evaluation of packed documents do need them; they run document by document.
+Training needs neither an initial nor a final state, and there `chunk.py` masks document boundaries inside its
+chunks, with static shapes. Prefill and evaluation of packed documents do need them; they run document by
+document.
 
     o, states = forward(q, k, v, g, beta, None, cu_seqlens, scale=0.125, use_qk_l2norm=True)
 """
@@ -13,6 +14,16 @@ from torch import Tensor
 
 from torchtitan_deltaproduct.ops.chunk import chunk_backward, chunk_forward
 from torchtitan_deltaproduct.ops.normalize import compute_dtype
+
+
+def check_boundaries(cu_seqlens: Tensor, length: int) -> None:
+    """Raises ValueError unless the boundaries rise from 0 to `length`; looks only if they are on the CPU."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        shown = ", ".join(map(str, bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]))
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {length}; found [{shown}]")
 
 
 def _documents(cu_seqlens: Tensor, n: int) -> Iterator[tuple[int, slice, slice]]:
@@ -27,7 +38,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
     cu_seqlens: Tensor, *, scale: float, use_qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o [1, T, H, V] and the final state [N, H, K, V] of every document; an empty one keeps its initial state."""
+    """o [1, T, H, V] and the final state [N, H, K, V] of every document; an empty one keeps its initial
+    state."""
     options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
     o = v.new_empty(*q.shape[:3], v.shape[3])
     shape = (cu_seqlens.shape[0] - 1, q.shape[2], q.shape[3], v.shape[3])

@@ -1,7 +1,9 @@
-"""flash-linear-attention's Triton kernels as a backend; the only module that imports fla, and only when it runs.
+"""flash-linear-attention's Triton kernels as a backend; the only module that imports fla, and only when it
+runs.
 
-fla's autograd function is driven by hand, forward and backward, because it runs inside a custom op, below autograd. What
-its forward saves and we cannot rebuild (the solved triangles, the summed gates) are outputs of our op.
+fla's autograd function is driven by hand, forward and backward, because it runs inside a custom op, below
+autograd. What its forward saves and we cannot rebuild (the solved triangles, the summed gates) are outputs of
+our op.
 
     o, state, solved, gates = forward(q, k, v, g, beta, None, None, 2, 0.125, False)
 """
@@ -13,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from torchtitan_deltaproduct.ops.normalize import L2NORM_EPS, contractive_beta
+from torchtitan_deltaproduct.ops.normalize import L2NORM_EPS, contractive_beta, full_precision
 
 MAX_HEAD_DIM = 256
 CHUNK = 64
@@ -59,7 +61,8 @@ def _function() -> type[torch.autograd.Function]:
 
 
 class _RoundedUnit(torch.autograd.Function):
-    """x -> (y = x / |x| rounded to x's dtype, |x / |x||^2 / |y|^2): saves x and one number a row, not float32 copies."""
+    """x -> (y = x / |x| rounded to x's dtype, |x / |x||^2 / |y|^2): saves x and one number a row, not float32
+    copies."""
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,11 +86,13 @@ class _RoundedUnit(torch.autograd.Function):
 
 
 def normalise(q: Tensor, k: Tensor, beta: Tensor, use_qk_l2norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k normalised in float32 and rounded, beta [B, T*n, H] float32 and scaled to the rounded keys' lengths.
+    """q and k normalised in float32 and rounded, beta [B, T*n, H] float32 and scaled to the rounded keys'
+    lengths.
 
-    The kernels multiply 16-bit keys, whose |k|^2 is off by up to 0.4 %: at beta = 2 the transition would expand. With
-    beta' = beta |k exact|^2 / |k rounded|^2 it is again I - beta u u^T for a unit u. The ratio is a constant for autograd:
-    it differs from 1 by rounding only, whose derivative is noise. Plain PyTorch, outside the op, so that Inductor fuses it.
+    The kernels multiply 16-bit keys, whose |k|^2 is off by up to 0.4 %: at beta = 2 the transition would
+    expand. With beta' = beta |k exact|^2 / |k rounded|^2 it is again I - beta u u^T for a unit u. The ratio
+    is a constant for autograd: it differs from 1 by rounding only, whose derivative is noise. Plain PyTorch,
+    outside the op, so that Inductor fuses it.
     """
     if not use_qk_l2norm:
         return q, k, contractive_beta(k, beta)
@@ -102,7 +107,8 @@ def saved_shapes(k: Tensor, g: Tensor | None) -> tuple[tuple[int, ...], tuple[in
 
 
 def _documents(cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(boundaries without empty documents on the device, the same on the CPU, index of the documents kept or None)."""
+    """(boundaries without empty documents on the device, the same on the CPU, index of the documents kept or
+    None)."""
     if cu_seqlens is None:
         return None, None, None
     bounds = cu_seqlens.to("cpu", torch.int64)
@@ -117,13 +123,14 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, num_householder: int, scale: float, output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-    """o, the final state [N, H, K, V] float32 or None, the solved triangles, the gates summed by chunk or None."""
+    """o, the final state [N, H, K, V] float32 or None, the solved triangles, the gates summed by chunk or
+    None."""
     device_bounds, cpu_bounds, kept = _documents(cu_seqlens, q.device)
     states = None if initial_state is None else initial_state.float()
     initial = states if states is None or kept is None else states[kept]
     ctx = _Context()
     gate = None if g is None else g.float()
-    with torch.cuda.device(q.device):
+    with torch.cuda.device(q.device), full_precision("cuda"):
         o, final = _function().forward(
             ctx, q, k, v, gate, beta.float(), scale, num_householder, initial, output_final_state, False, device_bounds,
             cpu_bounds, None,
@@ -160,7 +167,7 @@ def backward(
         q, None, k, None, v, None if g is None else gates, beta.float(), solved, initial, device_bounds, indices
     )
     ctx.scale, ctx.num_householder, ctx.use_qk_l2norm_in_kernel, ctx.cp_context = scale, num_householder, False, None
-    with torch.cuda.device(q.device):
+    with torch.cuda.device(q.device), full_precision("cuda"):
         grads = _function().backward(ctx, do.contiguous(), dkept)
     dq, dk, dv, dg, dbeta, dinitial = *grads[:5], grads[7]
     if kept is not None and dinitial is not None:
@@ -172,9 +179,11 @@ def backward(
 
 
 class _Context(SimpleNamespace):
-    """Stands in for autograd's context."""
+    """Stands in for autograd's context, for `torch.amp.custom_bwd` too: the op never runs under autocast."""
 
     saved_tensors: tuple[Tensor | None, ...] = ()
+    _fwd_used_autocast = False
+    _dtype = None
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors

@@ -15,8 +15,8 @@ from torchtitan_deltaproduct.ops import custom_op
 def flops_per_token(num_householder: int, heads: int, head_dim: int, head_v_dim: int, *, backward: bool = False) -> int:
     """FLOPs a token, a multiply-add counted as two.
 
-    A micro-step reads `k^T S` (2KV) and adds `k (beta error)^T` (2KV); a token reads `S^T q` (2KV). Decay, beta and norms
-    are elementwise and not counted, as usual for MFU. Backward is twice the forward.
+    A micro-step reads `k^T S` (2KV) and adds `k (beta error)^T` (2KV); a token reads `S^T q` (2KV). Decay,
+    beta and norms are elementwise and not counted, as usual for MFU. Backward is twice the forward.
 
     Args:
         num_householder: n.

@@ -1,8 +1,10 @@
 """`gated_delta_product`: the public function, its argument checks and its choice of backend.
 
-    o, state = gated_delta_product(q, k, v, g, beta, num_householder=2, use_qk_l2norm=True, output_final_state=True)
+    o, state = gated_delta_product(q, k, v, g, beta, num_householder=2, use_qk_l2norm=True,
+    output_final_state=True)
 
-`backend="auto"` decides by device and dtype and logs the reason once; a backend asked for by name runs or raises.
+`backend="auto"` decides by device and dtype and logs the reason once; a backend asked for by name runs or
+raises.
 """
 
 import logging
@@ -38,13 +40,14 @@ def gated_delta_product(
 ) -> tuple[Tensor, Tensor | None]:
     """The gated DeltaProduct recurrence (arXiv 2502.10297, eq. 5-7; layouts of flash-linear-attention).
 
-    Per head, `S <- exp(g_t) S`, then for each micro-step j `S <- S + beta k (v - k^T S)^T`, then `o_t = scale S^T q_t`.
-    Differentiable in q, k, v, g, beta and initial_state. beta, g, norms and state are float32 whatever the dtype of q, k
-    and v (float64 if one of them is), also under autocast.
+    Per head, `S <- exp(g_t) S`, then for each micro-step j `S <- S + beta k (v - k^T S)^T`, then `o_t = scale
+    S^T q_t`. Differentiable in q, k, v, g, beta and initial_state. beta, g, norms and state are float32
+    whatever the dtype of q, k and v (float64 if one of them is), also under autocast.
 
     Args:
         q: [B, T, H, K] queries, T >= 1.
-        k: [B, T*n, H, K] keys; row t*n + j is micro-step j of token t. float32 and float64 keys are taken as they are;
+        k: [B, T*n, H, K] keys; row t*n + j is micro-step j of token t. float32 and float64 keys are taken as
+            they are;
             bfloat16 and float16 keys that exceed beta |k|^2 = 2 by rounding alone have beta scaled back to 2.
         v: [B, T*n, H, V] values.
         g: [B, T, H] log decay, <= 0, applied once a token before its micro-steps; or None.
@@ -53,9 +56,11 @@ def gated_delta_product(
         scale: factor on o; K^-1/2 if None.
         initial_state: [N, H, K, V] (N = B, or the number of documents), zeros if None.
         output_final_state: whether to return the state after each sequence.
-        cu_seqlens: [N+1] integer document boundaries in tokens, from 0 to T, with B = 1; the state is reset at each.
+        cu_seqlens: [N+1] integer document boundaries in tokens, from 0 to T, with B = 1; the state is reset
+            at each.
             Documents may be empty. On a GPU keep it on the CPU: then fla needs no device synchronisation.
-            Together with states the chunk backend runs document by document; without, one pass over the packed stream.
+            Together with states the chunk backend runs document by document; without, one pass over the
+            packed stream.
         use_qk_l2norm: normalise q and k per head, x * rsqrt(sum x^2 + 1e-6), in float32.
         backend: "auto", "recurrent" (slow oracle), "chunk" (PyTorch, any device) or "fla" (CUDA, 16-bit).
 

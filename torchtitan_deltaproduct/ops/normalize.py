@@ -1,7 +1,8 @@
-"""Number formats of the operator: its compute dtype, the L2 norm of queries and keys, and the contractive beta.
+"""Number formats of the operator: its compute dtype, the L2 norm of queries and keys, and the contractive
+beta.
 
-beta, the decay, norms and the state are float32 whatever the model's dtype (float64 for float64 inputs), under
-autocast too:
+beta, the decay, norms and the state are float32 whatever the model's dtype (float64 for float64 inputs),
+under autocast too:
 
     with full_precision("cpu"):
         k = l2norm(k.to(compute_dtype(k)))
@@ -16,7 +17,8 @@ L2NORM_EPS = 1e-6
 """Added to the squared norm, flash-linear-attention's convention."""
 
 ROUNDING = 2.0**-7
-"""Bound on the relative error of |k|^2 after rounding a unit key to bfloat16 (2 * 2^-9), with a margin of two."""
+"""Bound on the relative error of |k|^2 after rounding a unit key to bfloat16 (2 * 2^-9), with a margin of
+two."""
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -37,9 +39,10 @@ def l2norm(x: Tensor) -> Tensor:
 def contractive_beta(k: Tensor, beta: Tensor) -> Tensor:
     """Caps beta |k|^2 at 2 where low-precision keys exceed it by no more than rounding.
 
-    I - beta k k^T has an eigenvalue 1 - beta |k|^2. A key that the caller normalised and then rounded to bfloat16 has
-    |k|^2 up to 1.004, so at beta = 2 and without decay the state grows by up to 0.8 % a repeat: 1e7 times over 4,096
-    repeats. Keys far from unit length, and float32 or float64 keys, are left as the recurrence defines them.
+    I - beta k k^T has an eigenvalue 1 - beta |k|^2. A key that the caller normalised and then rounded to
+    bfloat16 has |k|^2 up to 1.004, so at beta = 2 and without decay the state grows by up to 0.8 % a repeat:
+    1e7 times over 4,096 repeats. Keys far from unit length, and float32 or float64 keys, are left as the
+    recurrence defines them.
 
     Args:
         k: [B, T*n, H, K].

@@ -1,6 +1,8 @@
-"""The gated DeltaProduct recurrence, written as its definition: the oracle of every other backend, and the decode step.
+"""The gated DeltaProduct recurrence, written as its definition: the oracle of every other backend, and the
+decode step.
 
-Slow on purpose: one Python iteration a micro-step, plain autograd, any floating dtype. Per head, with state S [K, V]:
+Slow on purpose: one Python iteration a micro-step, plain autograd, any floating dtype. Per head, with state S
+[K, V]:
 
     S <- exp(g_t) S
     S <- S + beta_{t,j} k_{t,j} (v_{t,j} - k_{t,j}^T S)^T        j = 0 .. n-1
@@ -14,6 +16,7 @@ Example, one token of generation (the state is updated in place):
 import torch
 from torch import Tensor
 
+from torchtitan_deltaproduct.ops.documents import check_boundaries
 from torchtitan_deltaproduct.ops.normalize import compute_dtype, full_precision, l2norm
 
 
@@ -35,7 +38,8 @@ def recurrent_gated_delta_product(
     Args and shapes as in `gated_delta_product`.
 
     Returns:
-        `o` [B, T, H, V] in v's dtype and the final state [N, H, K, V] (float64 for float64 inputs, else float32).
+        `o` [B, T, H, V] in v's dtype and the final state [N, H, K, V] (float64 for float64 inputs, else
+        float32).
     """
     dtype = compute_dtype(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -53,6 +57,7 @@ def recurrent_gated_delta_product(
             o, state = _scan(qc * scale, kc, vc, decay, bc, num_householder, state)
             return o.to(v.dtype), state
         outputs, states = [vc[:, :0]], [state[:0]]
+        check_boundaries(cu_seqlens, q.shape[1])
         bounds = cu_seqlens.tolist()
         for i, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             tokens, rows = slice(start, stop), slice(start * num_householder, stop * num_householder)

@@ -1,14 +1,15 @@
 """The algebra of the chunkwise form, batched over the chunks of one segment of the sequence.
 
-A chunk holds C tokens, R = n*C micro-step rows. Its R keys and its C queries are both *readers* of the state: with
-Y = [-beta K; scale Q] [R+C, K], X [R, V] the rows written to the state, D_ij the decay from row j to reader i (0 where i
-does not see j) and e_i the decay since the chunk began,
+A chunk holds C tokens, R = n*C micro-step rows. Its R keys and its C queries are both *readers* of the state:
+with Y = [-beta K; scale Q] [R+C, K], X [R, V] the rows written to the state, D_ij the decay from row j to
+reader i (0 where i does not see j) and e_i the decay since the chunk began,
 
-    read_i = e_i Y_i S0 + sum_j N_ij X_j,   N = (Y K^T) . D          X = beta V + read[keys],   O = read[queries]
-    X = (I - N[keys])^-1 (beta V + e Y S0),                          S1 = e_C S0 + (l . K)^T X
+    read_i = e_i Y_i S0 + sum_j N_ij X_j,   N = (Y K^T) . D          X = beta V + read[keys],   O =
+    read[queries] X = (I - N[keys])^-1 (beta V + e Y S0),                          S1 = e_C S0 + (l . K)^T X
 
-where l_j is the decay from row j to the chunk's end. N[keys] is strictly lower triangular: a unit triangular solve. This
-is eq. 8-11 of arXiv 2406.06484 (n = 1, no decay) with n rows a token (arXiv 2502.10297). Only S0 -> S1 is sequential.
+where l_j is the decay from row j to the chunk's end. N[keys] is strictly lower triangular: a unit triangular
+solve. This is eq. 8-11 of arXiv 2406.06484 (n = 1, no decay) with n rows a token (arXiv 2502.10297). Only S0
+-> S1 is sequential.
 
     c = prepare(q, k, v, g, beta, document, tokens=16, scale=0.125, use_qk_l2norm=True)
     out, state, _ = scan_forward(c, state, keep_states=False)
@@ -24,13 +25,16 @@ from torch import Tensor
 from torchtitan_deltaproduct.ops.normalize import L2NORM_EPS, compute_dtype
 
 MIN_LOG_DECAY = -100.0
-"""g is clamped here: exp(-100) < 1e-43, while a sum over -inf or -1e9 would lose every other decay of the chunk."""
+"""g is clamped here: exp(-100) < 1e-43, while a sum over -inf or -1e9 would lose every other decay of the
+chunk."""
 
 
 @dataclass
 class Decays:
     """Decay factors with the document masks multiplied in; None stands for all ones."""
 
+    suffix: Tensor
+    """[NC or 1, 1, C, C] of 0 and 1: whether token s (column) is of the document of token t >= s (row)."""
     inside: Tensor
     """D [NC or 1, BH or 1, R+C, R]: reader (keys first, then queries) from row; 0 where it must not look."""
     enter: Tensor | None = None
@@ -58,7 +62,8 @@ class Chunks:
     scores: Tensor
     """N [R+C, R]."""
     inverse: Tensor
-    """(I - N[keys])^-1 [R, R]; its entries stay within beta times products of norms, even for repeated keys."""
+    """(I - N[keys])^-1 [R, R]; its entries stay within beta times products of norms, even for repeated
+    keys."""
     enter: Tensor
     """e Y, its key rows times the inverse [R+C, K]: what S0 adds to X and to O."""
     leave: Tensor
@@ -108,14 +113,16 @@ def _decays(g: Tensor | None, document: Tensor | None, like: Tensor, tokens: int
 
     Args:
         g: [B, L, H] or None.
-        document: [1 + NC*C] number of the document of each token, of the one before the segment first; or None.
+        document: [1 + NC*C] number of the document of each token, of the one before the segment first; or
+            None.
         like: [NC, B*H, R, K], for shape, dtype and device.
         tokens: C.
         n: micro-steps a token.
     """
-    inside = _visible(tokens, n, like.device, like.dtype)
+    inside, suffix = _visible(tokens, n, like.device, like.dtype), _visible(tokens, 1, like.device, like.dtype)
+    suffix = suffix[..., tokens:, :]
     if g is None and document is None:
-        return Decays(inside)
+        return Decays(suffix, inside)
     if g is None:
         since = like.new_zeros(like.shape[0], 1, tokens)
     else:
@@ -126,10 +133,13 @@ def _decays(g: Tensor | None, document: Tensor | None, like: Tensor, tokens: int
         entering = document[:-1:tokens].view(-1, 1, 1)
         document = document[1:].view(-1, 1, tokens)
         leaving = document[..., -1:]
-        between = between * (document.unsqueeze(-1) == document.unsqueeze(-2))
-        enter, leave, across = enter * (document == entering), leave * (document == leaving), across * (entering == leaving)
+        same = document.unsqueeze(-1) == document.unsqueeze(-2)
+        between, suffix = between * same, suffix * same
+        enter, leave = enter * (document == entering), leave * (document == leaving)
+        across = across * (entering == leaving)
     columns = between.repeat_interleave(n, -1)
     return Decays(
+        suffix,
         torch.cat([columns.repeat_interleave(n, -2), columns], -2).mul_(inside),
         torch.cat([enter.repeat_interleave(n, -1), enter], -1).unsqueeze(-1),
         leave.repeat_interleave(n, -1).unsqueeze(-1),
@@ -141,7 +151,8 @@ def prepare(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, document: Tensor | None, *,
     tokens: int, scale: float, use_qk_l2norm: bool,
 ) -> Chunks:  # fmt: skip
-    """All that does not depend on the states. `document` as `_decays` takes it, the rest in the op's layout."""
+    """All that does not depend on the states. `document` as `_decays` takes it, the rest in the op's
+    layout."""
     dtype, n = compute_dtype(q, k, v), k.shape[1] // q.shape[1]
     rows = tokens * n
     queries, keys, values = to_chunks(q, tokens, dtype), to_chunks(k, rows, dtype), to_chunks(v, rows, dtype)
@@ -198,8 +209,8 @@ def segment_backward(
         gated: whether to compute the gradient of g.
 
     Returns:
-        d(scale Q) [.., C, K], dK [.., R, K], dV [.., R, V], dg [.., C, 1] or None, dbeta [.., R, 1], each [NC, B*H, ...], and the gradient
-        of `state`.
+        d(scale Q) [.., C, K], dK [.., R, K], dV [.., R, V], dg [.., C, 1] or None, dbeta [.., R, 1], each
+        [NC, B*H, ...], and the gradient of `state`.
     """
     rows = c.keys.shape[2]
     out, _, states = scan_forward(c, state, keep_states=True)
@@ -240,19 +251,21 @@ def _scan_backward(c: Chunks, do: Tensor, dstate: Tensor) -> tuple[Tensor, Tenso
 def _gate_gradient(c: Chunks, dreaders: Tensor, dkeys: Tensor, states: Tensor, dstates: Tensor) -> Tensor:
     """Gradient of g [NC, B*H, C, 1].
 
-    With G the running sum of g in the chunk, a reader carries exp(+G_i), a written row exp(-G_j) and the state that
-    leaves exp(G_C): d/dG is the product of each with its own gradient.
+    With G the running sum of g in the chunk, a reader carries exp(+G_i), a written row exp(-G_j) and the
+    state that leaves exp(G_C): d/dG is the product of each with its own gradient.
     """
     rows, tokens = c.keys.shape[2], c.readers.shape[2] - c.keys.shape[2]
     reader = torch.linalg.vecdot(c.readers, dreaders)
     row = reader[..., :rows] - torch.linalg.vecdot(c.keys, dkeys)
     token = row.unflatten(-1, (tokens, -1)).sum(-1) + reader[..., rows:]
     token[..., -1] += (states[1:] * dstates[1:]).sum((-1, -2))
-    return token.flip(-1).cumsum(-1).flip(-1).unsqueeze(-1)
+    # Later documents of the chunk add up to zero, but only up to their rounding: they are masked out.
+    return torch.matmul(token.unsqueeze(-2), c.decays.suffix).mT
 
 
 def norm_backward(dy: Tensor, y: Tensor, rstd: Tensor | None) -> Tensor:
-    """Gradient of x from that of y = x * rstd, rstd = (|x|^2 + eps)^-1/2; exact with the eps. May overwrite dy."""
+    """Gradient of x from that of y = x * rstd, rstd = (|x|^2 + eps)^-1/2; exact with the eps. May overwrite
+    dy."""
     if rstd is None:
         return dy
     return dy.addcmul_(y, torch.linalg.vecdot(y, dy).unsqueeze(-1), value=-1).mul_(rstd)
