@@ -104,7 +104,8 @@ def chunk_forward(
         for _, tokens, rows in parts.slices():
             starts.append(state)
             c = parts.prepare(tokens, rows)
-            out, state, _ = segment.scan_forward(c, state, keep_states=False)
+            out, states = segment.scan_forward(c, state)
+            state = states[-1]
             size = c.keys.shape[2]
             reads = segment.bmm(c.scores[..., size:, :], out[..., :size, :]).add_(out[..., size:, :])
             segment.from_chunks(reads, o[:, tokens])

@@ -12,7 +12,7 @@ solve. This is eq. 8-11 of arXiv 2406.06484 (n = 1, no decay) with n rows a toke
 -> S1 is sequential.
 
     c = prepare(q, k, v, g, beta, document, tokens=16, scale=0.125, use_qk_l2norm=True)
-    out, state, _ = scan_forward(c, state, keep_states=False)
+    out, states = scan_forward(c, state)
 """
 
 from dataclasses import dataclass
@@ -173,27 +173,30 @@ def prepare(
     return Chunks(queries, keys, values, betas, readers, scores, inverse, enter, leave, decays, q_rstd, k_rstd)
 
 
-def scan_forward(c: Chunks, state: Tensor, keep_states: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def scan_forward(c: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
     """The sequential part: X, the readings of S0 by the queries, and the states.
 
     Args:
         c: the prepared chunks.
         state: [B*H, K, V] before the first chunk.
-        keep_states: whether to return the state before each chunk, and after the last.
 
     Returns:
-        [NC, B*H, R+C, V], rows X and then e scale Q S0; the last state; states [NC+1, B*H, K, V] or None.
+        [NC, B*H, R+C, V], rows X and then e scale Q S0; the state before each chunk and after the last,
+        [NC+1, B*H, K, V].
     """
     count, heads, rows, _ = c.keys.shape
     out = c.values.new_zeros(count, heads, c.readers.shape[2], c.values.shape[3])
-    out[..., :rows, :] = bmm(c.inverse, c.values * c.beta)
-    states = [state]
-    across = (None,) * count if c.decays.across is None else c.decays.across.unbind()
-    for chunk, enter, leave, kept in zip(out.unbind(), c.enter.unbind(), c.leave.mT.unbind(), across, strict=True):
-        chunk.baddbmm_(enter, state)
-        state = torch.baddbmm(state if kept is None else state * kept, leave, chunk[:, :rows])
-        states.append(state)
-    return out, state, torch.stack(states) if keep_states else None
+    written = out[..., :rows, :]
+    written.copy_(bmm(c.inverse, c.values * c.beta))
+    states = state.new_empty(count + 1, *state.shape)
+    states[0] = state
+    each = states.unbind()
+    steps = zip(out.unbind(), written.unbind(), c.enter.unbind(), c.leave.mT.unbind(), strict=True)
+    for i, (reading, rows_written, enter, leave) in enumerate(steps):
+        reading.baddbmm_(enter, each[i])
+        kept = each[i] if c.decays.across is None else each[i] * c.decays.across[i]
+        torch.baddbmm(kept, leave, rows_written, out=each[i + 1])
+    return out, states
 
 
 def segment_backward(
@@ -213,7 +216,7 @@ def segment_backward(
         [NC, B*H, ...], and the gradient of `state`.
     """
     rows = c.keys.shape[2]
-    out, _, states = scan_forward(c, state, keep_states=True)
+    out, states = scan_forward(c, state)
     written = out[..., :rows, :]
     dwritten, dstates = _scan_backward(c, do, dstate)
     # From dX to the gradient of its right-hand side, beta V plus a reading: keys and queries are one again.
@@ -235,17 +238,19 @@ def segment_backward(
 
 def _scan_backward(c: Chunks, do: Tensor, dstate: Tensor) -> tuple[Tensor, Tensor]:
     """The reverse scan: gradients of X [NC, B*H, R, V] and of every state [NC+1, B*H, K, V]."""
-    rows = c.keys.shape[2]
+    count, _, rows, _ = c.keys.shape
     dwritten = bmm(c.scores[..., rows:, :].mT, do)
-    dreading = bmm(c.enter[..., rows:, :].mT, do)
-    enter, dstates = c.enter[..., :rows, :].mT, [dstate]
-    for i in reversed(range(do.shape[0])):
-        dwritten[i].baddbmm_(c.leave[i], dstate)
-        through = dreading[i]
-        through += dstate if c.decays.across is None else dstate * c.decays.across[i]
-        dstate = through.baddbmm_(enter[i], dwritten[i])
-        dstates.append(dstate)
-    return dwritten, torch.stack(dstates[::-1])
+    dstates = dstate.new_empty(count + 1, *dstate.shape)
+    torch.bmm(c.enter[..., rows:, :].mT.flatten(0, 1), do.flatten(0, 1), out=dstates[:-1].flatten(0, 1))
+    dstates[-1] = dstate
+    each, enters = dstates.unbind(), c.enter[..., :rows, :].mT.unbind()
+    steps = list(zip(dwritten.unbind(), c.leave.unbind(), enters, strict=True))
+    for i in reversed(range(count)):
+        drows, leave, enter = steps[i]
+        drows.baddbmm_(leave, each[i + 1])
+        each[i].add_(each[i + 1] if c.decays.across is None else each[i + 1] * c.decays.across[i])
+        each[i].baddbmm_(enter, drows)
+    return dwritten, dstates
 
 
 def _gate_gradient(c: Chunks, dreaders: Tensor, dkeys: Tensor, states: Tensor, dstates: Tensor) -> Tensor:
