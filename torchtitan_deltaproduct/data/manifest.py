@@ -83,10 +83,11 @@ def read_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     try:
         body = json.loads((folder / NAME).read_text())
-        recorded = body.pop("manifest_sha256", None)
+        if not isinstance(body, dict):
+            raise ValueError("it is not a JSON object")
     except FileNotFoundError:
         raise DataError(_missing(folder)) from None
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise DataError(
             f"{folder / NAME} is damaged ({error}).\nRestore it from a copy or prepare again."
         ) from None
@@ -97,7 +98,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"{folder / NAME} has version {body.get('version')}; this program reads version {VERSION}.\n"
             "Prepare the data again, or use the release that wrote it."
         )
-    if recorded != _checksum(body):
+    if body.pop("manifest_sha256", None) != _checksum(body):
         raise DataError(
             f"{folder / NAME} was changed after it was written: its checksum does not match.\n"
             "Restore it from a copy or prepare again."

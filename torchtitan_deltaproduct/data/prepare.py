@@ -120,6 +120,8 @@ def make_plan(settings: Settings) -> Plan:
         units = plan_units(settings.input, settings.text_field, (settings.shard_mb << 20) or automatic)
     eos_id, digest = find_eos_id(settings.tokenizer, settings.eos), tokenizer_sha256(settings.tokenizer)
     source = {key: value for key, value in asdict(settings).items() if key not in ("out", "tokenizer", "eos")}
+    if not settings.dataset:
+        del source["dataset"], source["split"]
     source |= {"tokenizer_sha256": digest, "eos_id": eos_id}
     names = {name for unit in units if unit.kind != "dataset" for name in unit.paths}
     stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in sorted(names)]

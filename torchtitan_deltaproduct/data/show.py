@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         pieces.append(tokenizer.decode([token]), style="on grey23" if index % 2 else "")
     console.print(f"\ndocument {options.document}, {len(tokens):,} tokens, the first {len(shown)}:")
     console.print(pieces)
-    console.print(shown[:16], "...", highlight=False)
+    console.print(f"{shown[:16]} ...", highlight=False)
     if options.verify:
         console.print(f"\nall {verify(options.folder)} files have the right checksums")
 

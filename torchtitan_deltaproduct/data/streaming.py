@@ -12,8 +12,8 @@
 
 Cost: where window i begins depends on the length of every document before it, so each rank tokenises the
 whole stream and keeps its rows. The global batches are the same for any number of ranks, at a speed that more
-ranks do not raise: use it for a look at a dataset or on one node, `prepare` for a real run. Resuming re-reads at
-most one block of documents, and what `datasets` itself must skip in the file it was in.
+ranks do not raise: use it for a look at a dataset or on one node, `prepare` for a real run. Resuming re-reads
+at most one block of documents, and what `datasets` itself must skip in the file it was in.
 """
 
 import json
@@ -143,7 +143,7 @@ class StreamingSource:
         position = start
         while True:
             dataset.load_state_dict(position.dataset)
-            rows, before = iter(dataset), position.tokens
+            rows, first = iter(dataset), position
             while block := list(islice(rows, self.shuffle_buffer or CHUNK)):
                 after = dataset.state_dict()
                 for chunk in self._chunks_of_block(block, position, tokenizer):
@@ -154,7 +154,7 @@ class StreamingSource:
                 position = position._replace(
                     block=position.block + 1, dataset=after, documents=0, skipped=position.skipped + missing
                 )
-            if position.tokens == before and position.block == 0:
+            if position.tokens == first.tokens and first.block == first.documents == 0:
                 raise DataError(f"The dataset {self.dataset!r}, split {self.split!r}, has no text in it.")
             logger.warning("data: epoch %d of %s is over, starting again", position.epoch + 1, self.dataset)
             position = position._replace(epoch=position.epoch + 1, block=0, dataset=None)

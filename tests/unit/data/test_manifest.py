@@ -1,0 +1,110 @@
+"""Damaged and mismatched folders are recognised, with a message that says what to do."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from torchtitan_deltaproduct.data import build_loader, build_validation_loader
+from torchtitan_deltaproduct.data.manifest import read_manifest
+from torchtitan_deltaproduct.data.shards import TokenStream, token_dtype
+from torchtitan_deltaproduct.data.show import document, verify
+from torchtitan_deltaproduct.data.show import main as show
+from torchtitan_deltaproduct.data.train_tokenizer import train_tokenizer
+from torchtitan_deltaproduct.errors import ConfigError, DataError
+
+from .conftest import Config, make_corpus, make_set
+
+
+@pytest.fixture
+def folder(sets, tmp_path) -> Path:
+    return Path(shutil.copytree(sets["a"], tmp_path / "a"))
+
+
+def use(folder, **options):
+    sizes = {"seq_len": 8, "local_batch_size": 1, "global_batch_size": 1}
+    return build_loader(Config(paths=[str(folder)]), **sizes, **options)
+
+
+def test_truncated_shard(folder):
+    shard = next(folder.glob("shards/*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"{shard.name} has [\d,]+ bytes; the manifest says [\d,]+ bytes"):
+        use(folder)
+
+
+def test_missing_shard(folder):
+    next(folder.glob("shards/*.idx")).unlink()
+    with pytest.raises(DataError, match="is missing"):
+        use(folder)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda text: text.replace('"tokens": ', '"tokens": 1', 1), "checksum does not match"),
+        (lambda text: text[: len(text) // 2], "is damaged"),
+        (lambda text: text.replace('"version": 1', '"version": 2'), "has version 2"),
+        (lambda text: "[]", "is damaged"),
+        (lambda text: "{}", "is not a manifest"),
+    ],
+)
+def test_changed_manifest(folder, damage, message):
+    path = folder / "manifest.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(DataError, match=message):
+        use(folder)
+
+
+def test_flipped_token_is_found_by_verify(folder):
+    assert verify(folder) == 6
+    shard = next(folder.glob("shards/*.bin"))
+    raw = bytearray(shard.read_bytes())
+    raw[10] ^= 1
+    shard.write_bytes(raw)
+    use(folder)
+    with pytest.raises(DataError, match=rf"1 of 6 files differ.*{shard.name}"):
+        verify(folder)
+
+
+def test_wrong_tokenizer(folder, sets, tmp_path):
+    other = str(tmp_path / "other")
+    train_tokenizer([str(make_corpus(tmp_path / "corpus", 5, seed=9))], 300, other)
+    with pytest.raises(DataError, match="is not the one .* was prepared with"):
+        use(folder, tokenizer_path=other)
+    shutil.copy(Path(other, "tokenizer.json"), folder / "tokenizer" / "tokenizer.json")
+    with pytest.raises(DataError, match="is not the tokenizer that .* was prepared with"):
+        use(folder)
+    make_set(tmp_path / "c", other, [[50]])
+    with pytest.raises(DataError, match="different tokenizers"):
+        build_validation_loader([sets["a"], str(tmp_path / "c")], seq_len=8, local_batch_size=1)
+
+
+def test_missing_manifest_says_what_the_folder_is(tmp_path, sets):
+    with pytest.raises(DataError, match="it is not a folder made by"):
+        read_manifest(tmp_path)
+    (tmp_path / ".prepare").mkdir()
+    with pytest.raises(DataError, match="its preparation did not finish"):
+        read_manifest(tmp_path)
+    shutil.copytree(sets["a"], tmp_path / "train")
+    with pytest.raises(DataError, match=f"but these have: {tmp_path}/train"):
+        read_manifest(tmp_path)
+
+
+def test_round_trip_and_content(folder, sets):
+    manifest = read_manifest(folder)
+    assert manifest == read_manifest(sets["a"])
+    assert manifest.content_sha256 != read_manifest(sets["b"]).content_sha256
+    assert json.loads((folder / "manifest.json").read_text())["tokens"] == manifest.tokens
+    assert [token_dtype(n) for n in (100, 65_536, 65_537)] == ["uint16", "uint16", "uint32"]
+
+
+def test_show(folder, tmp_path, tokenizer, capsys):
+    documents = make_set(tmp_path / "x", tokenizer, [[4, 9], [3]])
+    stream = TokenStream(tmp_path / "x")
+    assert [document(stream, n).tolist() for n in range(3)] == documents
+    with pytest.raises(ConfigError, match="documents 0 to 2"):
+        document(stream, 3)
+    show([str(folder), "--verify", "--document", "5"])
+    assert "all 6 files have the right checksums" in capsys.readouterr().out

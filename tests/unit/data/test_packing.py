@@ -1,0 +1,64 @@
+"""Windows over shards against a list of all tokens."""
+
+import numpy as np
+import pytest
+
+from torchtitan_deltaproduct.data.packing import IGNORE, all_windows, full_windows, read_window
+from torchtitan_deltaproduct.data.shards import TokenStream
+
+from .conftest import make_set
+
+
+def window_by_hand(documents: list[list[int]], window: int, seq_len: int):
+    """The slow twin: everything in lists."""
+    stream = [0] + [token for document in documents for token in document]
+    opens = [n == 0 for document in documents for n in range(len(document))]
+    first = window * seq_len
+    inputs, labels = stream[first : first + seq_len], stream[first + 1 : first + 1 + seq_len]
+    starts = [index == 0 or opened for index, opened in enumerate(opens[first : first + seq_len])]
+    inputs = inputs[: len(labels)]
+    return inputs, labels, starts
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 7, 64, 1000])
+@pytest.mark.parametrize("shards", [[[5, 1, 9], [3], [40, 2, 2, 17]], [[1], [1], [1, 1]], [[128, 128, 64]]])
+def test_windows_equal_the_slow_twin(tmp_path, tokenizer, seq_len, shards):
+    documents = make_set(tmp_path, tokenizer, shards)
+    stream = TokenStream(tmp_path)
+    assert stream.tokens == sum(map(len, documents))
+    counted = 0
+    for window in range(all_windows(stream.tokens, seq_len)):
+        inputs, labels = np.full(seq_len, -7), np.full(seq_len, -7)
+        starts = np.ones(seq_len, dtype=bool)
+        read_window(stream, window, inputs, labels, starts)
+        expected = window_by_hand(documents, window, seq_len)
+        n = len(expected[1])
+        assert n == seq_len or window == full_windows(stream.tokens, seq_len)
+        assert inputs[:n].tolist() == expected[0]
+        assert labels[:n].tolist() == expected[1]
+        assert starts[:n].tolist() == expected[2]
+        assert (labels[n:] == IGNORE).all() and (inputs >= 0).all() and not starts[max(n, 1) :].any()
+        counted += n
+    assert counted == stream.tokens
+
+
+def test_the_separator_opens_the_next_document(tmp_path, tokenizer):
+    """A state reset at `document_starts` reads `<separator> d d d` and predicts `d d d <separator>`."""
+    one, two, three = make_set(tmp_path, tokenizer, [[4, 3], [5]])
+    inputs, labels, starts = np.zeros(12, int), np.zeros(12, int), np.zeros(12, bool)
+    read_window(TokenStream(tmp_path), 0, inputs, labels, starts)
+    bounds = [*np.flatnonzero(starts).tolist(), 12]
+    assert bounds == [0, 4, 7, 12]
+    for document, begin, end in zip((one, two, three), bounds, bounds[1:], strict=False):
+        assert inputs[begin:end].tolist() == [0, *document[:-1]]
+        assert labels[begin:end].tolist() == document
+
+
+def test_more_shards_than_open_maps(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("torchtitan_deltaproduct.data.shards.MAX_OPEN_MAPS", 2)
+    documents = make_set(tmp_path, tokenizer, [[3]] * 9)
+    stream, out = TokenStream(tmp_path), np.zeros(28, int)
+    for _ in range(3):
+        assert stream.read(-1, out) == 28
+        assert out.tolist() == [0] + [token for document in documents for token in document]
+    assert len(stream._maps) == 2

@@ -1,0 +1,344 @@
+"""prepare: the same bytes for any number of workers and after any interruption; bad input named."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from torchtitan_deltaproduct.data.manifest import read_manifest
+from torchtitan_deltaproduct.data.prepare import Settings, main, prepare
+from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data.show import document, verify
+from torchtitan_deltaproduct.data.tokenizer import load_tokenizer, token_bytes
+from torchtitan_deltaproduct.errors import ConfigError, DataError
+
+from .conftest import make_corpus, make_jsonl
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def texts_of(folder: Path) -> list[str]:
+    stream, tokenizer = TokenStream(folder), load_tokenizer(folder / "tokenizer")
+    documents = [document(stream, number).tolist() for number in range(stream.manifest.documents)]
+    assert all(tokens[-1] == 0 and 0 not in tokens[:-1] for tokens in documents)
+    return [tokenizer.decode(tokens[:-1]) for tokens in documents]
+
+
+def write_parquet(path: Path, texts: list, column: str = "text", rows: int = 10) -> Path:
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": range(len(texts)), column: texts}), path, row_group_size=rows
+    )
+    return path
+
+
+def test_every_kind_of_input_becomes_the_same_documents(tmp_path, tokenizer):
+    texts = [f"text {n} " + "größe\n" * (n % 7) for n in range(200)]
+    lines = "\n".join(json.dumps({"body": text}) for text in texts) + "\n"
+    (tmp_path / "a.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(lines.rstrip("\n"))
+    write_parquet(tmp_path / "c.parquet", texts, "body")
+    (tmp_path / "d").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "d" / f"{number:03d}.txt").write_bytes(text.encode())
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d"):
+        out = tmp_path / f"out_{name[0]}"
+        assert prepare(Settings(str(out), tokenizer, [str(tmp_path / name)], text_field="body"), workers=1)
+        assert texts_of(out) == texts, name
+        manifest = read_manifest(out)
+        assert manifest.bytes == sum(len(text.encode()) for text in texts)
+        assert (manifest.documents, manifest.empty_documents, manifest.bad_records) == (200, 0, 0)
+        stream = TokenStream(out)
+        tokens = np.zeros(stream.tokens, dtype=np.int64)
+        stream.read(0, tokens)
+        assert token_bytes(out / "tokenizer", manifest.vocab_size)[tokens].sum() == manifest.bytes
+        assert verify(out) == 2 * len(manifest.shards)
+
+
+def test_local_datasets(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    texts = [f"row {n}" for n in range(30)]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "disk"))
+    out = tmp_path / "out"
+    settings = Settings(str(out), tokenizer, [], dataset=str(tmp_path / "disk"))
+    assert prepare(settings, workers=1) and not prepare(settings, workers=1)
+    assert texts_of(out) == texts
+    with pytest.raises(DataError, match="has no column 'body'; it has: text"):
+        prepare(Settings(str(tmp_path / "x"), tokenizer, [], str(tmp_path / "disk"), text_field="body"))
+
+
+def command(out: Path, tokenizer: str, corpus: Path, *options: str) -> list[str]:
+    start = [sys.executable, "-m", "torchtitan_deltaproduct.data.prepare", str(out), "--input", str(corpus)]
+    return [*start, "--tokenizer", tokenizer, "--validation-fraction", "0.2", "--shard-mb", "1", *options]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """About 6 MB, so 6 shards: text files, and one JSON lines file that is cut in the middle of lines."""
+    folder = make_corpus(tmp_path_factory.mktemp("corpus"), 300)
+    records = [
+        {"text": text * 40} for text in ("def f(x):\n    return x\n", "naïve 日本 ", "0123 <|endoftext|>")
+    ]
+    line = "".join(json.dumps({**record, "n": n}) + "\n" for n, record in enumerate(records))
+    (folder / "lines.jsonl").write_text(line * 1500)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tokenizer, corpus) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    subprocess.run(command(out, tokenizer, corpus, "--workers", "1"), check=True, capture_output=True)
+    found = files_of(out)
+    assert len([name for name in found if name.endswith(".bin")]) >= 8
+    assert not any(".tmp" in name or ".prepare" in name for name in found)
+    return found
+
+
+def test_workers_do_not_change_a_byte(tmp_path, tokenizer, corpus, uninterrupted):
+    subprocess.run(
+        command(tmp_path / "out", tokenizer, corpus, "--workers", "3"), check=True, capture_output=True
+    )
+    assert files_of(tmp_path / "out") == uninterrupted
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_again_and_again_then_finished_gives_the_same_bytes(
+    tmp_path, tokenizer, corpus, uninterrupted, seed
+):
+    out, rng, kills, reused = tmp_path / "out", random.Random(seed), 0, False
+    for attempt in range(40):
+        process = subprocess.Popen(
+            command(out, tokenizer, corpus, "--workers", "2"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            # The first attempts die early; later ones live longer, so that the loop ends.
+            _, stderr = process.communicate(timeout=rng.uniform(0.3, 1.2) * (1 + attempt / 4))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            manifests = list(out.rglob("manifest.json"))
+            if manifests:
+                assert {str(path.relative_to(out)) for path in manifests} <= {
+                    "train/manifest.json",
+                    "validation/manifest.json",
+                }
+                assert all(files_of(path.parent) for path in manifests)
+            continue
+        assert process.returncode == 0, stderr
+        reused = "shards are there already" in stderr
+        break
+    assert kills >= 1
+    assert files_of(out) == uninterrupted
+    assert reused or kills < 3
+
+
+def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uninterrupted):
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(out, tokenizer, corpus, "--workers", "1"), stderr=subprocess.DEVNULL)
+    while len(list(out.glob(".prepare/0*.json"))) < 2:
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    shard = sorted(out.glob("train/shards/*.bin"))[0]
+    shard.write_bytes(b"\0" * shard.stat().st_size)
+    done = subprocess.run(
+        command(out, tokenizer, corpus),
+        check=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.DEVNULL,
+    )
+    assert "is damaged and is made again" in done.stderr
+    assert files_of(out) == uninterrupted
+
+
+def test_interrupt_stops_workers_and_keeps_shards(tmp_path, tokenizer, corpus):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(out, tokenizer, corpus, "--workers", "2"), stderr=subprocess.PIPE, text=True
+    )
+    while not list(out.glob(".prepare/0*.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and "the same command continues" in stderr and "Traceback" not in stderr
+    assert not list(out.rglob("manifest.json")) and not list(out.rglob("*.tmp*"))
+
+
+def test_held_out_documents_are_not_in_training(tmp_path, tokenizer):
+    texts = [f"document {n % 300}" for n in range(600)]
+    write_parquet(tmp_path / "x.parquet", texts)
+    out = tmp_path / "out"
+    prepare(Settings(str(out), tokenizer, [str(tmp_path / "x.parquet")], validation_fraction=0.25), workers=1)
+    train, held_out = texts_of(out / "train"), texts_of(out / "validation")
+    assert sorted(train + held_out) == sorted(texts) and not set(train) & set(held_out)
+    assert 0.15 < len(held_out) / len(texts) < 0.35
+
+
+def test_split_by_file(tmp_path, tokenizer):
+    for number in range(40):
+        make_jsonl(tmp_path / "in" / f"{number}.jsonl", 3, seed=number)
+    out = tmp_path / "out"
+    prepare(
+        Settings(str(out), tokenizer, [str(tmp_path / "in")], validation_fraction=0.3, split_by="file"),
+        workers=1,
+    )
+    held_out = read_manifest(out / "validation").documents
+    assert held_out % 3 == 0 and 0 < held_out < 120
+
+
+def bad_input(folder: Path) -> Path:
+    """Seven bad records and one empty document among ten good ones."""
+    folder.mkdir()
+    good = json.dumps({"text": "fine"}).encode()
+    lines = [good, b'{"text": "cut', b'{"body": "x"}', b'{"text": 7}', b"[1]", b"", b'{"text": ""}', good]
+    lines += [b'{"text": "\xff\xfe"}', b'{"text": "\\ud800"}', *[good] * 7]
+    (folder / "a.jsonl").write_bytes(b"\n".join(lines))
+    (folder / "b.txt").write_bytes(b"one\ntwo\n\xff")
+    (folder / "c.txt").write_bytes(b"\xef\xbb\xbffine")
+    return folder
+
+
+def test_bad_records_are_named_counted_and_skipped(tmp_path, tokenizer, capsys):
+    source, out = bad_input(tmp_path / "in"), tmp_path / "out"
+    assert main([str(out), "--input", str(source), "--tokenizer", tokenizer, "--workers", "1"]) == 0
+    assert texts_of(out) == ["fine"] * 10
+    assert "1 empty documents, 7 unreadable records" in capsys.readouterr().out
+    bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
+    named = [(Path(entry["file"]).name, entry["position"]) for entry in bad]
+    assert named == [("a.jsonl", f"line {n}") for n in (2, 3, 4, 5, 9, 10)] + [("b.txt", "line 3")]
+    reasons = [
+        "invalid JSON",
+        "no field 'text'; fields: body",
+        "is int, expected",
+        "found list",
+        "UTF-8",
+        "lone",
+    ]
+    for entry, expected in zip(bad, reasons, strict=False):
+        assert expected in entry["reason"]
+    assert (read_manifest(out).bad_records, read_manifest(out).empty_documents) == (7, 1)
+
+
+def test_too_many_bad_records_stop_and_a_higher_limit_continues(tmp_path, tokenizer):
+    source, out = bad_input(tmp_path / "in"), tmp_path / "out"
+    settings = Settings(str(out), tokenizer, [str(source)])
+    with pytest.raises(
+        DataError, match=r"More than 6 records cannot be read:\n  .*a.jsonl, line 2: invalid JSON"
+    ):
+        prepare(settings, workers=1, max_bad_records=6)
+    assert not (out / "manifest.json").exists()
+    assert prepare(settings, workers=1, max_bad_records=7)
+
+
+def test_line_numbers_in_later_units(tmp_path, tokenizer):
+    """Four units of one file; the lines before are counted only where one must be named."""
+    line = json.dumps({"text": "x" * 1000}).encode()
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([line] * 2500 + [b"{"] + [line] * 600) + b"\n")
+    settings = Settings(str(tmp_path / "out"), tokenizer, [str(tmp_path / "x.jsonl")], shard_mb=1)
+    prepare(settings, workers=2)
+    assert len(read_manifest(tmp_path / "out").shards) == 4
+    assert read_manifest(tmp_path / "out").documents == 3100
+    assert json.loads((tmp_path / "out/bad_records.jsonl").read_text())["position"] == "line 2501"
+
+
+def test_damaged_gzip_and_parquet_are_reported(tmp_path, tokenizer):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        for number in range(500):
+            file.write(json.dumps({"text": f"{number} {random.random()}"}) + "\n")
+    cut = (tmp_path / "a.jsonl.gz").read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(cut[: len(cut) * 2 // 3])
+    write_parquet(tmp_path / "b.parquet", ["one", None, "two"])
+    out = tmp_path / "out"
+    prepare(
+        Settings(str(out), tokenizer, [str(tmp_path / "a.jsonl.gz"), str(tmp_path / "b.parquet")]), workers=1
+    )
+    bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
+    assert "damaged gzip, the rest is lost" in bad[0]["reason"]
+    assert (bad[1]["position"], bad[1]["reason"]) == ("row 2", "field 'text' is NoneType, expected text")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        prepare(Settings(str(tmp_path / "y"), tokenizer, [str(tmp_path / "b.parquet")]))
+
+
+def test_other_datasets_are_not_overwritten(tmp_path, tokenizer):
+    source, out = make_corpus(tmp_path / "in", 4), tmp_path / "out"
+    settings = Settings(str(out), tokenizer, [str(source)])
+    assert prepare(settings, workers=1) and not prepare(settings, workers=1)
+    before = files_of(out)
+    with pytest.raises(DataError, match=r"made otherwise \(eos_id: 0 there, 1 here\)"):
+        prepare(Settings(str(out), tokenizer, [str(source)], eos="!"))
+    (source / "0000.py").write_text("changed")
+    with pytest.raises(DataError, match="an input file has changed since"):
+        prepare(settings)
+    assert files_of(out) == before
+    # A damaged dataset can be replaced too.
+    (out / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="is damaged"):
+        prepare(settings)
+    assert prepare(settings, workers=1, overwrite=True) and files_of(out).keys() == before.keys()
+    (tmp_path / "strange" / "shards").mkdir(parents=True)
+    with pytest.raises(DataError, match="was not made by prepare"):
+        prepare(Settings(str(tmp_path / "strange"), tokenizer, [str(source)]))
+
+
+def test_tokenizer_inside_the_output_survives_overwrite(tmp_path, tokenizer):
+    source, out = make_corpus(tmp_path / "in", 4), tmp_path / "out"
+    (out / "tokenizer").mkdir(parents=True)
+    for path in Path(tokenizer).iterdir():
+        (out / "tokenizer" / path.name).write_bytes(path.read_bytes())
+    settings = Settings(str(out), str(out / "tokenizer"), [str(source)])
+    assert prepare(settings, workers=1) and prepare(settings, workers=1, overwrite=True)
+    assert len(texts_of(out)) == 4
+
+
+def test_user_errors(tmp_path, tokenizer):
+    source = make_corpus(tmp_path / "in", 2)
+    with pytest.raises(DataError, match="There is no file or folder"):
+        prepare(Settings(str(tmp_path / "o"), tokenizer, [str(tmp_path / "none")]))
+    with pytest.raises(DataError, match="lies in its own input"):
+        prepare(Settings(str(source / "o"), tokenizer, [str(source)]))
+    with pytest.raises(ConfigError, match="either --input"):
+        Settings(str(tmp_path / "o"), tokenizer, [])
+    with pytest.raises(ConfigError, match="expected 0 <= F < 1"):
+        Settings(str(tmp_path / "o"), tokenizer, [str(source)], validation_fraction=1.0)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    with pytest.raises(DataError, match="of a kind that is not read here"):
+        prepare(Settings(str(tmp_path / "o"), tokenizer, [str(tmp_path / "a.jsonl.zst")]))
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="has no documents: 1 were empty"):
+        prepare(Settings(str(tmp_path / "o"), tokenizer, [str(tmp_path / "empty.txt")]), workers=1)
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, tokenizer, monkeypatch):
+    from torchtitan_deltaproduct.data import tokenize_units
+    from torchtitan_deltaproduct.data.text_sources import plan_units
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    job = tokenize_units.Job(str(tmp_path), str(tmp_path), tokenizer, 0, "uint16", 0.0, "document")
+    monkeypatch.setattr(tokenize_units.ShardWriter, "add", full)
+    worker = {"job": job, "limit": 0, "tokenizer": load_tokenizer(tokenizer)}
+    monkeypatch.setattr(tokenize_units, "_worker", worker)
+    (unit,) = plan_units([make_corpus(tmp_path / "in", 2)], "text", 1 << 30)
+    with pytest.raises(DataError, match=r"disk of .* is full; finished shards are kept"):
+        tokenize_units._run_unit(0, unit)
+    assert not list(tmp_path.rglob("*.tmp*"))

@@ -1,0 +1,104 @@
+"""Separator, byte counts and training of tokenizers."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, normalizers, trainers
+
+from torchtitan_deltaproduct.data.tokenizer import find_eos_id, load_tokenizer, token_bytes
+from torchtitan_deltaproduct.data.train_tokenizer import main as train_main
+from torchtitan_deltaproduct.data.train_tokenizer import train_tokenizer
+from torchtitan_deltaproduct.errors import ConfigError, DataError
+
+from .conftest import make_corpus, make_jsonl
+
+TEXTS = [
+    "",
+    "plain",
+    " two  spaces\n\ttab\r\n",
+    "naïve 日本語 🙂",
+    "\x00\x7f",
+    "<|endoftext|> spelled",
+    "\ufeffx",
+]
+
+
+def test_byte_table_is_exact_for_a_byte_level_vocabulary(tokenizer):
+    table = token_bytes(tokenizer, 400)
+    assert table.dtype == np.int32 and table.shape == (400,) and table[0] == 0 and (table[1:] > 0).all()
+    inner = load_tokenizer(tokenizer)
+    for text, ids in zip(TEXTS, inner.encode_batch(TEXTS), strict=True):
+        assert table[ids].sum() == len(text.encode())
+        assert inner.decode(ids) == text
+        assert 0 not in ids
+
+
+def test_byte_table_of_a_sentencepiece_vocabulary(tmp_path):
+    inner = HfTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(steps)
+    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    inner.train_from_iterator(["alpha beta gamma naïve alpha beta"] * 3, trainer)
+    description = json.loads(inner.to_str())
+    description["added_tokens"] = description["added_tokens"][:2]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    loaded = load_tokenizer(tmp_path)
+    table = token_bytes(tmp_path, loaded.vocab_size)
+    for text in ["alpha", "alpha  beta", "日本 naïve"]:
+        (ids,) = loaded.encode_batch([text])
+        # One space is put before the document.
+        assert table[ids].sum() == len(text.encode()) + 1
+    assert find_eos_id(tmp_path) == 1
+
+
+def test_eos_is_found_or_asked_for(tokenizer, tmp_path):
+    assert find_eos_id(tokenizer) == 0
+    assert find_eos_id(tokenizer, eos="!") == load_tokenizer(tokenizer).inner.token_to_id("!")
+    with pytest.raises(DataError, match=r"has no token '<end>'; its special tokens: <\|endoftext\|>"):
+        find_eos_id(tokenizer, eos="<end>")
+    shutil.copy(Path(tokenizer, "tokenizer.json"), tmp_path)
+    assert find_eos_id(tmp_path) == 0
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "!"}}')
+    assert find_eos_id(tmp_path) == find_eos_id(tokenizer, eos="!")
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
+        find_eos_id(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="cannot be read as a tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match="There is no tokenizer.json in"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_training_is_deterministic_across_processes(tmp_path):
+    make_corpus(tmp_path / "corpus", 30)
+    make_jsonl(tmp_path / "corpus" / "x.jsonl", 100)
+    made = []
+    for name in ("one", "two"):
+        command = [sys.executable, "-m", "torchtitan_deltaproduct.data.train_tokenizer", "corpus"]
+        command += ["--vocab-size", "600", "--out", name]
+        assert "trained one, 600 tokens" in subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.replace("two", "one")
+        made.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert made[0] == made[1] and "tokenizer.json" in made[0]
+
+
+def test_training_reuses_and_refuses(tmp_path, capsys):
+    corpus, out = str(make_corpus(tmp_path / "corpus", 5)), str(tmp_path / "tok")
+    assert train_tokenizer([corpus], 300, out) and not train_tokenizer([corpus], 300, out)
+    with pytest.raises(DataError, match="other input or settings"):
+        train_tokenizer([corpus], 301, out)
+    assert train_tokenizer([corpus], 301, out, overwrite=True)
+    with pytest.raises(ConfigError, match="at least 257"):
+        train_tokenizer([corpus], 256, str(tmp_path / "small"))
+    assert train_main([corpus, "--vocab-size", "50000", "--out", str(tmp_path / "big")]) == 0
+    assert "the text supports no more than" in capsys.readouterr().out
