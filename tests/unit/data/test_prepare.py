@@ -88,11 +88,9 @@ def command(out: Path, tokenizer: str, corpus: Path, *options: str) -> list[str]
 def corpus(tmp_path_factory) -> Path:
     """About 6 MB, so 6 shards: text files, and one JSON lines file that is cut in the middle of lines."""
     folder = make_corpus(tmp_path_factory.mktemp("corpus"), 300)
-    records = [
-        {"text": text * 40} for text in ("def f(x):\n    return x\n", "naïve 日本 ", "0123 <|endoftext|>")
-    ]
-    line = "".join(json.dumps({**record, "n": n}) + "\n" for n, record in enumerate(records))
-    (folder / "lines.jsonl").write_text(line * 1500)
+    texts = ["def f(x):\n    return x\n", "naïve 日本 ", "0123 <|endoftext|>"]
+    lines = [json.dumps({"text": f"{n} {texts[n % 3] * 40}", "n": n}) + "\n" for n in range(4500)]
+    (folder / "lines.jsonl").write_text("".join(lines))
     return folder
 
 
@@ -249,12 +247,12 @@ def test_too_many_bad_records_stop_and_a_higher_limit_continues(tmp_path, tokeni
 
 
 def test_line_numbers_in_later_units(tmp_path, tokenizer):
-    """Four units of one file; the lines before are counted only where one must be named."""
+    """Three units of one file; the lines before are counted only where one must be named."""
     line = json.dumps({"text": "x" * 1000}).encode()
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([line] * 2500 + [b"{"] + [line] * 600) + b"\n")
     settings = Settings(str(tmp_path / "out"), tokenizer, [str(tmp_path / "x.jsonl")], shard_mb=1)
     prepare(settings, workers=2)
-    assert len(read_manifest(tmp_path / "out").shards) == 4
+    assert len(read_manifest(tmp_path / "out").shards) == 3
     assert read_manifest(tmp_path / "out").documents == 3100
     assert json.loads((tmp_path / "out/bad_records.jsonl").read_text())["position"] == "line 2501"
 

@@ -62,7 +62,8 @@ def test_file_order_is_the_concatenation_epoch_after_epoch(rows, tokenizer, capl
 
 @pytest.mark.parametrize("buffer", [0, 300])
 def test_ranks_and_resume(rows, tokenizer, buffer):
-    whole, steps = loader(rows, tokenizer, shuffle_buffer=buffer), 130
+    epoch = len(stream_by_hand(rows[1], tokenizer)) // (T * GLOBAL)
+    whole, steps = loader(rows, tokenizer, shuffle_buffer=buffer), 2 * epoch + 10
     expected = take(whole, steps)
     assert whole.epochs() == {str(rows[0]): 2.0}
     ranks = [loader(rows, tokenizer, 2, rank, 2, shuffle_buffer=buffer) for rank in range(2)]
@@ -71,7 +72,7 @@ def test_ranks_and_resume(rows, tokenizer, buffer):
     assert ranks[0].state_dict() == ranks[1].state_dict()
     # Resumed again and again, at other ranks, across the ends of blocks and epochs.
     state, position = json.loads(json.dumps(ranks[0].state_dict())), 20
-    for stop in (21, 47, 48, 75, 104, steps):
+    for stop in (21, 37, epoch - 1, epoch, epoch + 1, epoch + 40, 2 * epoch + 2, steps):
         one = loader(rows, tokenizer, shuffle_buffer=buffer)
         one.load_state_dict(state)
         assert torch.equal(take(one, stop - position), expected[position:stop])

@@ -79,7 +79,7 @@ def test_eos_is_found_or_asked_for(tokenizer, tmp_path):
 
 
 def test_training_is_deterministic_across_processes(tmp_path):
-    make_corpus(tmp_path / "corpus", 30)
+    make_corpus(tmp_path / "corpus", 60)
     make_jsonl(tmp_path / "corpus" / "x.jsonl", 100)
     made = []
     for name in ("one", "two"):
