@@ -189,7 +189,7 @@ def make_room(out: Path, plan: Plan, overwrite: bool, keep: str) -> None:
         clear(out, keep)
     begun.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(begun, json.dumps(plan.source))
-    for folder in (out / WORK, *shards):
+    for folder in {out, out / WORK, *shards, *folders(out, plan).values()}:
         for leftover in folder.glob("*.tmp*"):
             leftover.unlink()
 

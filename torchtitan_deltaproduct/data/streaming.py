@@ -20,7 +20,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -176,7 +176,7 @@ class StreamingSource:
             some = [text for text in texts[first : first + CHUNK] if isinstance(text, str)]
             documents = [[*ids, self.eos_id] for ids in tokenizer.encode_batch(some) if ids]
             lengths = [len(document) for document in documents]
-            tokens = np.fromiter((t for document in documents for t in document), np.int64, sum(lengths))
+            tokens = np.fromiter(chain.from_iterable(documents), np.int64, sum(lengths))
             yield Chunk(position, tokens, np.cumsum([0, *lengths[:-1]]) if lengths else np.empty(0, np.int64))
             position = position._replace(tokens=position.tokens + len(tokens))
 

@@ -28,7 +28,7 @@ from .text_sources import BadRecord, Document, Unit, read_unit
 from .tokenizer import load_tokenizer
 
 # One call of the tokenizer, and one report of progress.
-BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 1024
+BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1024
 
 
 @dataclass(frozen=True)

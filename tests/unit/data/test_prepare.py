@@ -115,35 +115,25 @@ def test_workers_do_not_change_a_byte(tmp_path, tokenizer, corpus, uninterrupted
 def test_killed_again_and_again_then_finished_gives_the_same_bytes(
     tmp_path, tokenizer, corpus, uninterrupted, seed
 ):
-    out, rng, kills, reused = tmp_path / "out", random.Random(seed), 0, False
-    for attempt in range(40):
-        process = subprocess.Popen(
-            command(out, tokenizer, corpus, "--workers", "2"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            # The first attempts die early; later ones live longer, so that the loop ends.
-            _, stderr = process.communicate(timeout=rng.uniform(0.3, 1.2) * (1 + attempt / 4))
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-            manifests = list(out.rglob("manifest.json"))
-            if manifests:
-                assert {str(path.relative_to(out)) for path in manifests} <= {
-                    "train/manifest.json",
-                    "validation/manifest.json",
-                }
-                assert all(files_of(path.parent) for path in manifests)
-            continue
-        assert process.returncode == 0, stderr
-        reused = "shards are there already" in stderr
-        break
-    assert kills >= 1
+    """Killed at a random moment, once before and then after each further shard."""
+    out, rng, seen, kills = tmp_path / "out", random.Random(seed), 0, 0
+    while True:
+        with open(tmp_path / "log", "a") as log:
+            process = subprocess.Popen(
+                command(out, tokenizer, corpus, "--workers", "2"), stdout=log, stderr=log
+            )
+            while process.poll() is None and kills and len(list(out.glob(".prepare/0*.json"))) <= seen:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.5 if kills == 0 else 0.15))
+            process.kill()
+            if process.wait() == 0:
+                break
+        assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+        kills, seen = kills + 1, len(list(out.glob(".prepare/0*.json")))
+        for path in out.rglob("manifest.json"):
+            assert path.read_bytes() == uninterrupted[str(path.relative_to(out))]
+    assert kills >= 2 and "shards are there already" in (tmp_path / "log").read_text()
     assert files_of(out) == uninterrupted
-    assert reused or kills < 3
 
 
 def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uninterrupted):

@@ -1,0 +1,194 @@
+"""Shows that the loader is fast and that resuming costs the same anywhere.
+
+    python benchmarks/data.py                  # about a minute on one core, no network
+    python benchmarks/data.py --seq-len 4096
+
+1. Tokens a second of our prepared loader against torchtitan's own (HuggingFaceTextDataset in a
+   ParallelAwareDataloader) on the same text, the Python standard library, with the same tokenizer, in turns in
+   one process. Ours reads tokens that `prepare` made once; theirs tokenises while training. Our streaming
+   loader, which tokenises as well, is beside them.
+2. Milliseconds to resume at sample 10 and at sample 10^8, of a synthetic set that is large enough (sparse files).
+
+Exit code 1 if the loader is not 20 times as fast, or if resuming far away takes more than twice as long.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from torchtitan_deltaproduct.config.job import Data
+from torchtitan_deltaproduct.data import build_loader
+from torchtitan_deltaproduct.data.manifest import Manifest, Shard, write_manifest
+from torchtitan_deltaproduct.data.prepare import Settings, prepare
+from torchtitan_deltaproduct.data.tokenizer import copy_tokenizer, tokenizer_sha256
+from torchtitan_deltaproduct.data.train_tokenizer import train_tokenizer
+
+LEAST_RATIO, MOST_RESUME_RATIO = 20.0, 2.0
+ROUNDS, CORPUS_BYTES = 5, 6_000_000
+SAMPLES = (10, 10**8)
+
+
+def make_data(root: Path) -> dict[str, str]:
+    """JSON lines of standard library sources, a tokenizer trained on them, and the prepared set."""
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")) + sorted(
+        Path(sysconfig.get_path("stdlib")).glob("*/*.py")
+    )
+    size, folder = 0, root / "text"
+    folder.mkdir()
+    with open(folder / "train.jsonl", "w") as file:
+        for path in sources:
+            if "site-packages" in path.parts or size > CORPUS_BYTES:
+                continue
+            text = path.read_text(errors="ignore")
+            size += len(text)
+            file.write(json.dumps({"text": text}) + "\n")
+    paths = {"text": str(folder), "tokenizer": str(root / "tokenizer"), "prepared": str(root / "prepared")}
+    train_tokenizer([paths["text"]], 4096, paths["tokenizer"])
+    prepare(Settings(paths["prepared"], paths["tokenizer"], [paths["text"]]))
+    return paths
+
+
+def torchtitan_loader(paths: dict[str, str], seq_len: int, batch_size: int):
+    """torchtitan 0.2.2's own text loader on a local dataset, registered the way its docs say."""
+    from datasets import load_dataset
+    from torchtitan.components.dataloader import ParallelAwareDataloader
+    from torchtitan.components.tokenizer import HuggingFaceTokenizer
+    from torchtitan.hf_datasets import DatasetConfig
+    from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset
+
+    DATASETS["benchmark"] = DatasetConfig(
+        path=paths["text"],
+        loader=lambda path: load_dataset(path, split="train"),
+        sample_processor=lambda row: row["text"],
+    )
+    tokenizer = HuggingFaceTokenizer(paths["tokenizer"])
+    dataset = HuggingFaceTextDataset("benchmark", None, tokenizer, seq_len, 0, 1, infinite=True)
+    return ParallelAwareDataloader(dataset, dp_rank=0, dp_world_size=1, batch_size=batch_size)
+
+
+def our_loader(data: Data, seq_len: int, batch_size: int, tokenizer: str = ""):
+    return build_loader(
+        data,
+        seq_len=seq_len,
+        local_batch_size=batch_size,
+        global_batch_size=batch_size,
+        tokenizer_path=tokenizer,
+    )
+
+
+def tokens_per_second(iterator, seconds: float) -> float:
+    """Reads batches for about `seconds`; tokens of input in a second."""
+    tokens, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        inputs, labels = next(iterator)
+        assert inputs["input"].dtype == labels.dtype == torch.int64
+        tokens += labels.numel()
+    return tokens / elapsed
+
+
+def compare_throughput(
+    paths: dict[str, str], seq_len: int, batch_size: int, seconds: float
+) -> dict[str, float]:
+    """Median tokens a second of each loader; they take turns, so that a busy machine slows all alike."""
+    prepared = Data(paths=[paths["prepared"]])
+    resetting = Data(paths=[paths["prepared"]], reset_state_at_documents=True)
+    streaming = Data(kind="streaming", dataset=paths["text"])
+    loaders = {
+        "torchtitan 0.2.2 HuggingFaceTextDataset": torchtitan_loader(paths, seq_len, batch_size),
+        "ours, prepared": our_loader(prepared, seq_len, batch_size),
+        "ours, prepared, reset_state_at_documents": our_loader(resetting, seq_len, batch_size),
+        "ours, streaming": our_loader(streaming, seq_len, batch_size, paths["tokenizer"]),
+    }
+    iterators = {name: iter(loader) for name, loader in loaders.items()}
+    for iterator in iterators.values():
+        next(iterator)
+    rates = {name: [] for name in loaders}
+    for _ in range(ROUNDS):
+        for name, iterator in iterators.items():
+            rates[name].append(tokens_per_second(iterator, seconds))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def make_sparse_set(folder: Path, tokenizer: str, seq_len: int) -> Path:
+    """A prepared set of zeros with a little more than 10^8 windows: 100 shards, no disk space."""
+    tokens = (SAMPLES[-1] * seq_len) // 100 + 2 * seq_len
+    documents, shards = 1000, []
+    for number in range(100):
+        name = f"shards/{number:05d}"
+        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        for suffix, size in ((".bin", tokens * 2), (".idx", documents * 8)):
+            with open(folder / (name + suffix), "wb") as file:
+                os.truncate(file.fileno(), size)
+        shards.append(Shard(name, tokens, documents, tokens, "0" * 64, "0" * 64))
+    copy_tokenizer(tokenizer, folder / "tokenizer")
+    digest, total = tokenizer_sha256(tokenizer), tokens * 100
+    manifest = Manifest("uint16", 4096, 0, digest, total, documents * 100, total, 0, 0, {}, shards)
+    write_manifest(folder, manifest)
+    return folder
+
+
+def resume_seconds(folder: Path, seq_len: int, batch_size: int) -> dict[int, float]:
+    """Median seconds from nothing to the first batch after `load_state_dict`, for each of `SAMPLES`."""
+    data, found = Data(paths=[str(folder)]), {sample: [] for sample in SAMPLES}
+    for _ in range(4 * ROUNDS):
+        for sample in SAMPLES:
+            start = time.perf_counter()
+            loader = our_loader(data, seq_len, batch_size)
+            loader.load_state_dict({**loader.state_dict(), "sample": sample})
+            next(iter(loader))
+            found[sample].append(time.perf_counter() - start)
+    return {sample: statistics.median(values) for sample, values in found.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seq-len", type=int, default=2048, help="window length in tokens")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows of a batch")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement; there are five each")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    console, root = Console(), Path(tempfile.mkdtemp(prefix="benchmark-data-"))
+    try:
+        paths = make_data(root)
+        rates = compare_throughput(paths, options.seq_len, options.batch_size, options.seconds)
+        sparse = make_sparse_set(root / "sparse", paths["tokenizer"], options.seq_len)
+        seconds = resume_seconds(sparse, options.seq_len, options.batch_size)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    base = next(iter(rates.values()))
+    table = Table(title=f"Loading batches of {options.batch_size} x {options.seq_len} tokens, one thread")
+    for column in ("loader", "tokens/s", "ratio"):
+        table.add_column(column, justify="left" if column == "loader" else "right")
+    for name, rate in rates.items():
+        table.add_row(name, f"{rate:,.0f}", f"{rate / base:.1f}x")
+    console.print(table)
+    table = Table(title="Resuming in a set of 100 shards: from nothing to the first batch")
+    for column in ("at sample", "milliseconds", "ratio"):
+        table.add_column(column, justify="right")
+    for sample in SAMPLES:
+        table.add_row(f"{sample:,}", f"{seconds[sample] * 1e3:.2f}", f"{seconds[sample] / seconds[10]:.2f}x")
+    console.print(table)
+    ratio, resume = rates["ours, prepared"] / base, seconds[SAMPLES[-1]] / seconds[SAMPLES[0]]
+    passed = ratio >= LEAST_RATIO and resume <= MOST_RESUME_RATIO
+    console.print(
+        f"{'passed' if passed else 'FAILED'}: {ratio:.0f}x (at least {LEAST_RATIO:.0f}x wanted), "
+        f"resuming far away takes {resume:.2f}x (at most {MOST_RESUME_RATIO:.0f}x wanted)",
+        soft_wrap=True,
+    )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
