@@ -92,7 +92,8 @@ class Validation(titan.Validation):
     seq_len: int = 0
     """Window length in tokens; 0: as in training."""
     steps: int = -1
-    """Batches of the global validation batch to read; -1: every window of the set once."""
+    """Windows to read, in units of `local_batch_size`, evenly spaced and the same for any number of ranks; -1: every
+    window of the set once."""
 
 
 @dataclass

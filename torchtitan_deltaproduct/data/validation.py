@@ -30,9 +30,8 @@ class ValidationLoader:
         paths: prepared folders, read one after the other.
         seq_len: window length in tokens; the last window of each folder may be partly ignored.
         local_batch_size: windows of one batch on this rank.
-        steps: batches to read; -1 reads every window once. Fewer steps than that read evenly spaced windows,
-        so
-            that every part of every folder is represented.
+        steps: -1 reads every window once; else steps * local_batch_size windows, evenly spaced so that every part of
+            every folder is represented. They are the same for any number of ranks, which share them.
         dp_rank: index of this rank, of `dp_world_size`.
         reset_state_at_documents: adds `document_starts`; as in training. It changes no label.
 
@@ -63,12 +62,11 @@ class ValidationLoader:
         ]
         if not windows:
             raise DataError(f"{paths[0]} holds no tokens.\nPrepare a validation set that is not empty.")
-        per_step = local_batch_size * dp_world_size
-        self.steps = -(-len(windows) // per_step)
-        if 0 < steps < self.steps:
-            chosen = np.arange(steps * per_step) * len(windows) // (steps * per_step)
-            windows, self.steps = [windows[i] for i in chosen.tolist()], steps
+        wanted = steps * local_batch_size
+        if 0 < wanted < len(windows):
+            windows = [windows[i] for i in (np.arange(wanted) * len(windows) // wanted).tolist()]
         self.windows = windows
+        self.steps = -(-len(windows) // (local_batch_size * dp_world_size))
 
     @property
     def vocab_size(self) -> int:

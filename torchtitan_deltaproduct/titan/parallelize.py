@@ -82,6 +82,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
             reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+            # The embedding's output has the right dtype already, and the decay handed to a block is to stay float32.
+            cast_forward_inputs=False,
         ),
     }
     if training.enable_cpu_offload:
