@@ -4,9 +4,9 @@
     python benchmarks/op.py --tokens 4096 --heads 8 --head-dim 128 --gated
     python benchmarks/op.py --sweep                        # chunk rows R and segment sizes
 
-Each time is the best of `--repeats`, the two backends taken in turn so that a busy machine slows both; with one
-CPU thread it is CPU time, so that waiting for the core does not count. The recurrent backend is the plain loop
-with plain autograd; chunk goes through the public function, custom op included.
+Each time is the best of `--repeats`, the two backends taken in turn so that a busy machine slows both; with
+one CPU thread it is CPU time, so that waiting for the core does not count. The recurrent backend is the plain
+loop with plain autograd; chunk goes through the public function, custom op included.
 """
 
 import argparse
@@ -25,7 +25,9 @@ SEGMENTS = (512, 1024, 2048, 4096, 2**30)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="T")
     parser.add_argument("--num-householder", type=int, default=2, help="n")
     parser.add_argument("--batch", type=int, default=1, help="B")
@@ -36,7 +38,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--sweep", action="store_true", help="time chunk for several R and segment sizes instead")
+    parser.add_argument(
+        "--sweep", action="store_true", help="time chunk for several R and segment sizes instead"
+    )
     return parser.parse_args()
 
 
@@ -96,7 +100,8 @@ def compare(args: argparse.Namespace) -> Table:
 
 @torch.no_grad()
 def sweep(args: argparse.Namespace) -> Table:
-    """Forward + backward of the chunk functions, without the custom op, by R (down) and segment size (across)."""
+    """Forward + backward of the chunk functions, without the custom op, by R (down) and segment size
+    (across)."""
     q, k, v, g, beta = inputs(args)
     do = torch.randn_like(v[:, : args.tokens])
     options = {"scale": args.head_dim**-0.5, "use_qk_l2norm": True}
@@ -108,7 +113,9 @@ def sweep(args: argparse.Namespace) -> Table:
 
     cases = [(rows, segment) for rows in ROWS for segment in SEGMENTS]
     times = best([lambda c=case: both(*c) for case in cases], args.repeats, args.device)
-    table = Table(title=title(args), caption="chunk, forward + backward (ms); columns: B * H * rows of a segment")
+    table = Table(
+        title=title(args), caption="chunk, forward + backward (ms); columns: B * H * rows of a segment"
+    )
     table.add_column("R", justify="right")
     for segment in SEGMENTS:
         table.add_column("whole" if segment == SEGMENTS[-1] else str(segment), justify="right")
@@ -121,7 +128,7 @@ def sweep(args: argparse.Namespace) -> Table:
 def title(args: argparse.Namespace) -> str:
     gate = "decay" if args.gated else "no decay"
     return (
-        f"T={args.tokens} n={args.num_householder} H={args.heads} K=V={args.head_dim} B={args.batch}, {gate}, "
+        f"T={args.tokens} n={args.num_householder} H={args.heads} K=V={args.head_dim} B={args.batch} {gate}, "
         f"{args.dtype} on {args.device}, {args.threads} thread(s)"
     )
 

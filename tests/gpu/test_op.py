@@ -1,4 +1,5 @@
-"""fla and the chunk backend on a CUDA device against the float64 recurrence: python -m pytest -m gpu tests/gpu."""
+"""fla and the chunk backend on a CUDA device against the float64 recurrence: python -m pytest -m gpu
+tests/gpu."""
 
 import pytest
 import torch
@@ -23,12 +24,18 @@ def relative(a, b) -> float:
 def compare(backend, n, gated, bounds, states, dtype, length=256):
     """Relative errors by name: outputs and gradients on the device against float64 on the CPU."""
     count = 1 if bounds is None else len(bounds) - 1
-    args = make(length, n, dim=64, dim_v=64, gated=gated, states=count if states else None, dtype=torch.float32)
+    args = make(
+        length, n, dim=64, dim_v=64, gated=gated, states=count if states else None, dtype=torch.float32
+    )
     low = {
-        name: None if x is None else x.detach().cuda().to(dtype if name in "qkv" else x.dtype).requires_grad_()
+        name: None
+        if x is None
+        else x.detach().cuda().to(dtype if name in "qkv" else x.dtype).requires_grad_()
         for name, x in args.items()
     }
-    exact = {name: None if x is None else x.detach().cpu().double().requires_grad_() for name, x in low.items()}
+    exact = {
+        name: None if x is None else x.detach().cpu().double().requires_grad_() for name, x in low.items()
+    }
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     common = {"num_householder": n, "use_qk_l2norm": True, "cu_seqlens": cu_seqlens}
     want, want_state = recurrent_gated_delta_product(**exact, **common)
@@ -56,6 +63,7 @@ def test_fla(n, gated, bounds, states):
             compare("fla", n, gated, bounds, states, torch.bfloat16)
         return
     errors = compare("fla", n, gated, bounds, states, torch.bfloat16)
+    print({name: f"{error:.1e}" for name, error in errors.items()})
     assert max(errors.values()) < 2e-2, errors
 
 
@@ -65,6 +73,7 @@ def test_fla(n, gated, bounds, states):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunk(gated, bounds, states, dtype):
     errors = compare("chunk", 2, gated, bounds, states, dtype)
+    print({name: f"{error:.1e}" for name, error in errors.items()})
     assert max(errors.values()) < (2e-5 if dtype == torch.float32 else 5e-3), errors
 
 
@@ -80,7 +89,9 @@ def test_repeated_keys_do_not_grow_the_state(backend, n, normalise):
 @pytest.mark.parametrize("backend", ["fla", "chunk"])
 def test_compile_fullgraph(backend):
     args = make(256, 2, dim=64, dim_v=64, gated=False, dtype=torch.float32)
-    args = [args[name].detach().cuda().bfloat16().requires_grad_() for name in ("q", "k", "v")] + [args["beta"].detach().cuda()]
+    args = [args[name].detach().cuda().bfloat16().requires_grad_() for name in ("q", "k", "v")] + [
+        args["beta"].detach().cuda()
+    ]
 
     def loss(q, k, v, beta, cu_seqlens):
         o, _ = gated_delta_product(

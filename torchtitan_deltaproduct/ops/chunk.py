@@ -20,12 +20,14 @@ from torchtitan_deltaproduct.ops.normalize import compute_dtype, full_precision
 CPU_CHUNK_ROWS, GPU_CHUNK_ROWS = 32, 64
 """R, rows of a chunk, by `benchmarks/op.py --sweep`: small for a CPU, larger for a GPU (fewer launches)."""
 
-CPU_SEGMENT_ROWS, GPU_SEGMENT_ROWS = 1024, 2**19
+CPU_SEGMENT_ROWS, GPU_SEGMENT_ROWS = 2048, 2**19
 """B * H * rows of a segment: about 256 KiB a tensor at K = 64 stays in a CPU's L2; 256 MiB on a GPU at K =
 128."""
 
 
-def plan(q: Tensor, k: Tensor, chunk_rows: int | None = None, segment_rows: int | None = None) -> tuple[int, int]:
+def plan(
+    q: Tensor, k: Tensor, chunk_rows: int | None = None, segment_rows: int | None = None
+) -> tuple[int, int]:
     """(tokens a chunk, tokens a segment); the second is a multiple of the first."""
     batch, length, heads, _ = q.shape
     n, cpu = k.shape[1] // max(length, 1), q.device.type == "cpu"
@@ -71,14 +73,62 @@ class _Segments:
             padded = -(-(tokens.stop - tokens.start) // self.tokens) * self.tokens
             document = document[tokens.start : tokens.start + padded + 1]
         gate = None if g is None else g[:, tokens]
-        return segment.prepare(q[:, tokens], k[:, rows], v[:, rows], gate, beta[:, rows], document, **self.options)
+        return segment.prepare(
+            q[:, tokens], k[:, rows], v[:, rows], gate, beta[:, rows], document, **self.options
+        )
+
+
+# One call a segment: its intermediates are freed before the next allocates, so that the memory stays warm.
+def _forward_segment(parts: _Segments, tokens: slice, rows: slice, state: Tensor, o: Tensor) -> Tensor:
+    """Writes the segment's part of o; returns the state after it."""
+    c = parts.prepare(tokens, rows)
+    out, states = segment.scan_forward(c, state)
+    size = c.keys.shape[2]
+    reads = segment.bmm(c.scores[..., size:, :], out[..., :size, :]).add_(out[..., size:, :])
+    segment.from_chunks(reads, o[:, tokens])
+    return states[-1].clone()
+
+
+def _backward_segment(
+    parts: _Segments,
+    tokens: slice,
+    rows: slice,
+    do: Tensor,
+    state: Tensor,
+    dstate: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor],
+) -> Tensor:
+    """Writes the segment's part of the gradients; returns that of the state before it."""
+    dq, dk, dv, dg, dbeta = grads
+    c = parts.prepare(tokens, rows)
+    chunks = segment.to_chunks(do[:, tokens], parts.tokens, c.keys.dtype)
+    dreads, dkeys, dvalues, dgate, dbetas, dstate = segment.segment_backward(
+        c, chunks, state, dstate, dg is not None
+    )
+    dreads.mul_(parts.options["scale"])
+    segment.from_chunks(segment.norm_backward(dreads, c.queries, c.q_rstd), dq[:, tokens])
+    segment.from_chunks(segment.norm_backward(dkeys, c.keys, c.k_rstd), dk[:, rows])
+    segment.from_chunks(dvalues, dv[:, rows])
+    segment.from_chunks(dbetas, dbeta[:, rows].unsqueeze(-1))
+    if dg is not None:
+        segment.from_chunks(dgate, dg[:, tokens].unsqueeze(-1))
+    return dstate.clone()
 
 
 def chunk_forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, *, scale: float, use_qk_l2norm: bool, chunk_rows: int | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    scale: float,
+    use_qk_l2norm: bool,
+    chunk_rows: int | None = None,
     segment_rows: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the operator.
 
     Args:
@@ -103,44 +153,39 @@ def chunk_forward(
         parts = _Segments(q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm, chunk_rows, segment_rows)
         for _, tokens, rows in parts.slices():
             starts.append(state)
-            c = parts.prepare(tokens, rows)
-            out, states = segment.scan_forward(c, state)
-            state = states[-1]
-            size = c.keys.shape[2]
-            reads = segment.bmm(c.scores[..., size:, :], out[..., :size, :]).add_(out[..., size:, :])
-            segment.from_chunks(reads, o[:, tokens])
+            state = _forward_segment(parts, tokens, rows, state, o)
     return o, state.unflatten(0, (batch, heads)), torch.stack(starts)
 
 
 def chunk_backward(
-    do: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
-    cu_seqlens: Tensor | None, starts: Tensor, *, scale: float, use_qk_l2norm: bool, chunk_rows: int | None = None,
+    do: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    cu_seqlens: Tensor | None,
+    starts: Tensor,
+    *,
+    scale: float,
+    use_qk_l2norm: bool,
+    chunk_rows: int | None = None,
     segment_rows: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, g (None without it), beta, each in its dtype, and of the initial state [B, H, K,
-    V].
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of q, k, v, g (None without it) and beta, each in its dtype, and of the initial state.
 
     Args:
         do: [B, T, H, V].
         dstate: [B, H, K, V] or None.
         starts: as `chunk_forward` returned it, for the same `chunk_rows` and `segment_rows`.
     """
-    dq, dk, dv, dg, dbeta = (None if x is None else torch.empty_like(x) for x in (q, k, v, g, beta))
+    dq, dk, dv, dg, dbeta = (None if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta))
     carry = torch.zeros_like(starts[0])
     if dstate is not None:
         carry.copy_(dstate.flatten(0, 1))
     with full_precision(q.device.type):
         parts = _Segments(q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm, chunk_rows, segment_rows)
         for i, tokens, rows in reversed(list(parts.slices())):
-            c = parts.prepare(tokens, rows)
-            chunks = segment.to_chunks(do[:, tokens], parts.tokens, c.keys.dtype)
-            dreads, dkeys, dvalues, dgate, dbetas, carry = segment.segment_backward(
-                c, chunks, starts[i], carry, g is not None
-            )
-            segment.from_chunks(segment.norm_backward(dreads * scale, c.queries, c.q_rstd), dq[:, tokens])
-            segment.from_chunks(segment.norm_backward(dkeys, c.keys, c.k_rstd), dk[:, rows])
-            segment.from_chunks(dvalues, dv[:, rows])
-            segment.from_chunks(dbetas, dbeta[:, rows].unsqueeze(-1))
-            if dgate is not None:
-                segment.from_chunks(dgate, dg[:, tokens].unsqueeze(-1))
+            carry = _backward_segment(parts, tokens, rows, do, starts[i], carry, (dq, dk, dv, dg, dbeta))
     return dq, dk, dv, dg, dbeta, carry.view(q.shape[0], q.shape[2], *carry.shape[1:])

@@ -19,10 +19,19 @@ from torchtitan_deltaproduct.ops.normalize import compute_dtype
 
 @torch.library.custom_op("deltaproduct::gated_delta_product", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, num_householder: int, scale: float, output_final_state: bool, use_qk_l2norm: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_householder: int,
+    scale: float,
+    output_final_state: bool,
+    use_qk_l2norm: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments as in `gated_delta_product`, `backend` already resolved to "chunk" or "fla".
 
     Returns:
@@ -48,10 +57,19 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, num_householder: int, scale: float, output_final_state: bool, use_qk_l2norm: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_householder: int,
+    scale: float,
+    output_final_state: bool,
+    use_qk_l2norm: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state_shape = (count, q.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
     by_document = cu_seqlens is not None and (initial_state is not None or output_final_state)
@@ -71,10 +89,22 @@ def _(
 
 @torch.library.custom_op("deltaproduct::gated_delta_product_backward", mutates_args=())
 def _backward(
-    do: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, saved: Tensor, gates: Tensor, num_householder: int,
-    scale: float, use_qk_l2norm: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    do: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    saved: Tensor,
+    gates: Tensor,
+    num_householder: int,
+    scale: float,
+    use_qk_l2norm: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, beta and the initial state, each in the dtype of its tensor."""
     if backend == "fla":
         grads = fla_backend.backward(
@@ -95,10 +125,22 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    do: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, saved: Tensor, gates: Tensor, num_householder: int,
-    scale: float, use_qk_l2norm: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    do: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    saved: Tensor,
+    gates: Tensor,
+    num_householder: int,
+    scale: float,
+    use_qk_l2norm: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(x: Tensor | None) -> Tensor:
         return q.new_empty(0, dtype=torch.float32) if x is None else x.new_empty(x.shape)
 

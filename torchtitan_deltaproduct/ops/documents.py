@@ -35,9 +35,17 @@ def _documents(cu_seqlens: Tensor, n: int) -> Iterator[tuple[int, slice, slice]]
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
-    cu_seqlens: Tensor, *, scale: float, use_qk_l2norm: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    use_qk_l2norm: bool,
+) -> tuple[Tensor, Tensor]:
     """o [1, T, H, V] and the final state [N, H, K, V] of every document; an empty one keeps its initial
     state."""
     options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
@@ -55,12 +63,22 @@ def forward(
 
 
 def backward(
-    do: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor, *, scale: float, use_qk_l2norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    do: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    use_qk_l2norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients as `chunk_backward` returns them, over all documents."""
     options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
-    dq, dk, dv, dg, dbeta = (None if x is None else torch.zeros_like(x) for x in (q, k, v, g, beta))
+    dq, dk, dv, dg, dbeta = (None if x is None else x.new_zeros(x.shape) for x in (q, k, v, g, beta))
     shape = (cu_seqlens.shape[0] - 1, q.shape[2], q.shape[3], v.shape[3])
     dinitial = torch.zeros(shape, dtype=compute_dtype(q, k, v), device=q.device)
     if dstate is not None:

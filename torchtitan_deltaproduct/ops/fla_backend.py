@@ -50,7 +50,7 @@ def _broken_gated_backward() -> str | None:
 
     version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3] if part.isdigit())
     if torch.cuda.get_device_capability()[0] == 9 and (3, 4, 0) <= version < (3, 7, 1):
-        return f"its gated backward is broken on Hopper with Triton {triton.__version__} (fla #640; 3.7.1 has the fix)"
+        return f"its gated backward fails on Hopper with Triton {triton.__version__} (fla #640, needs 3.7.1)"
     return None
 
 
@@ -106,7 +106,9 @@ def saved_shapes(k: Tensor, g: Tensor | None) -> tuple[tuple[int, ...], tuple[in
     return (*k.shape[:3], CHUNK), (0,) if g is None else tuple(k.shape[:3])
 
 
-def _documents(cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _documents(
+    cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(boundaries without empty documents on the device, the same on the CPU, index of the documents kept or
     None)."""
     if cu_seqlens is None:
@@ -120,9 +122,17 @@ def _documents(cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor 
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial_state: Tensor | None,
-    cu_seqlens: Tensor | None, num_householder: int, scale: float, output_final_state: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_householder: int,
+    scale: float,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """o, the final state [N, H, K, V] float32 or None, the solved triangles, the gates summed by chunk or
     None."""
     device_bounds, cpu_bounds, kept = _documents(cu_seqlens, q.device)
@@ -132,22 +142,46 @@ def forward(
     gate = None if g is None else g.float()
     with torch.cuda.device(q.device), full_precision("cuda"):
         o, final = _function().forward(
-            ctx, q, k, v, gate, beta.float(), scale, num_householder, initial, output_final_state, False, device_bounds,
-            cpu_bounds, None,
-        )  # fmt: skip
+            ctx,
+            q,
+            k,
+            v,
+            gate,
+            beta.float(),
+            scale,
+            num_householder,
+            initial,
+            output_final_state,
+            False,
+            device_bounds,
+            cpu_bounds,
+            None,
+        )
     saved = ctx.saved_tensors
     if final is not None and kept is not None:
-        every = final.new_zeros(cu_seqlens.shape[0] - 1, *final.shape[1:]) if states is None else states.clone()
+        every = (
+            final.new_zeros(cu_seqlens.shape[0] - 1, *final.shape[1:]) if states is None else states.clone()
+        )
         every[kept] = final
         final = every
     return o.to(v.dtype), final, saved[_SOLVED], saved[_GATES]
 
 
 def backward(
-    do: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, solved: Tensor, gates: Tensor, num_householder: int,
+    do: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    solved: Tensor,
+    gates: Tensor,
+    num_householder: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of q, k, v, g, beta and the initial state."""
     from fla.ops.utils.index import prepare_chunk_indices
 
@@ -164,9 +198,24 @@ def backward(
         indices = prepare_chunk_indices(rows, CHUNK, cu_seqlens_cpu=cpu_rows)
     ctx = _Context()
     ctx.save_for_backward(
-        q, None, k, None, v, None if g is None else gates, beta.float(), solved, initial, device_bounds, indices
+        q,
+        None,
+        k,
+        None,
+        v,
+        None if g is None else gates,
+        beta.float(),
+        solved,
+        initial,
+        device_bounds,
+        indices,
     )
-    ctx.scale, ctx.num_householder, ctx.use_qk_l2norm_in_kernel, ctx.cp_context = scale, num_householder, False, None
+    ctx.scale, ctx.num_householder, ctx.use_qk_l2norm_in_kernel, ctx.cp_context = (
+        scale,
+        num_householder,
+        False,
+        None,
+    )
     with torch.cuda.device(q.device), full_precision("cuda"):
         grads = _function().backward(ctx, do.contiguous(), dkept)
     dq, dk, dv, dg, dbeta, dinitial = *grads[:5], grads[7]

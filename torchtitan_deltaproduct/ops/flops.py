@@ -12,7 +12,9 @@ from torch.utils.flop_counter import register_flop_formula
 from torchtitan_deltaproduct.ops import custom_op
 
 
-def flops_per_token(num_householder: int, heads: int, head_dim: int, head_v_dim: int, *, backward: bool = False) -> int:
+def flops_per_token(
+    num_householder: int, heads: int, head_dim: int, head_v_dim: int, *, backward: bool = False
+) -> int:
     """FLOPs a token, a multiply-add counted as two.
 
     A micro-step reads `k^T S` (2KV) and adds `k (beta error)^T` (2KV); a token reads `S^T q` (2KV). Decay,

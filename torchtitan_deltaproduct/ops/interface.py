@@ -82,20 +82,40 @@ def gated_delta_product(
         beta = contractive_beta(k, beta)
     if backend == "recurrent":
         o, state = recurrent_gated_delta_product(
-            q, k, v, g, beta, num_householder, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens,
+            q,
+            k,
+            v,
+            g,
+            beta,
+            num_householder,
+            scale=scale,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
             use_qk_l2norm=use_qk_l2norm,
-        )  # fmt: skip
+        )
     else:
         o, state, _, _ = custom_op.FORWARD(
-            q, k, v, g, beta, initial_state, cu_seqlens, num_householder, scale, output_final_state, use_qk_l2norm,
+            q,
+            k,
+            v,
+            g,
+            beta,
+            initial_state,
+            cu_seqlens,
+            num_householder,
+            scale,
+            output_final_state,
+            use_qk_l2norm,
             backend,
-        )  # fmt: skip
+        )
     return o, state if output_final_state else None
 
 
-# Under torch.compile this runs once, as plain Python, while the graph is traced: so it may log and look at the machine.
+# Under torch.compile this runs as plain Python while the graph is traced: it may log and look at the machine.
 @torch.compiler.assume_constant_result
-def resolve_backend(backend: str, device_type: str, dtypes: tuple[str, ...], gated: bool, head_dim: int) -> str:
+def resolve_backend(
+    backend: str, device_type: str, dtypes: tuple[str, ...], gated: bool, head_dim: int
+) -> str:
     """Turns the request into "recurrent", "chunk" or "fla", and logs each distinct (backend, reason) once.
 
     Args:
@@ -115,14 +135,17 @@ def resolve_backend(backend: str, device_type: str, dtypes: tuple[str, ...], gat
         obstacle = fla_backend.obstacle(device_type, dtypes, gated, head_dim)
     if backend == "fla" and obstacle:
         raise ConfigError(
-            f"op backend 'fla' cannot run: {obstacle}\nuse op_backend = \"auto\" (chooses \"chunk\" here), or \"chunk\""
+            f'op backend "fla" cannot run: {obstacle}\nuse op_backend = "auto" (chooses "chunk" here) or "chunk"'
         )
     if backend != "auto":
         chosen, reason = backend, "asked for by name"
     elif obstacle is None:
         chosen, reason = "fla", "16-bit tensors on CUDA"
     else:
-        chosen, reason = "chunk", f"fla cannot run: {obstacle}" if device_type == "cuda" else f"device is {device_type}"
+        chosen, reason = (
+            "chunk",
+            f"fla cannot run: {obstacle}" if device_type == "cuda" else f"device is {device_type}",
+        )
     if (chosen, reason) not in _logged:
         _logged.add((chosen, reason))
         logger.info("gated_delta_product runs on backend %s: %s", chosen, reason)
@@ -130,14 +153,22 @@ def resolve_backend(backend: str, device_type: str, dtypes: tuple[str, ...], gat
 
 
 def _check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, n: int, initial_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    n: int,
+    initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     """Raises ValueError naming the tensor, its shape and the one expected."""
     if n < 1:
         raise ValueError(f"num_householder is {n}, expected at least 1")
     if q.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q and v must be [B, T, H, K] and [B, T*n, H, V], found {list(q.shape)} and {list(v.shape)}")
+        raise ValueError(
+            f"q and v must be [B, T, H, K] and [B, T*n, H, V], found {list(q.shape)} and {list(v.shape)}"
+        )
     batch, length, heads, dim = q.shape
     if length < 1:
         raise ValueError(f"q has no tokens: {list(q.shape)}")

@@ -63,7 +63,13 @@ def recurrent_gated_delta_product(
             tokens, rows = slice(start, stop), slice(start * num_householder, stop * num_householder)
             gate = None if decay is None else decay[:, tokens]
             o, s = _scan(
-                qc[:, tokens] * scale, kc[:, rows], vc[:, rows], gate, bc[:, rows], num_householder, state[i : i + 1]
+                qc[:, tokens] * scale,
+                kc[:, rows],
+                vc[:, rows],
+                gate,
+                bc[:, rows],
+                num_householder,
+                state[i : i + 1],
             )
             outputs.append(o)
             states.append(s)

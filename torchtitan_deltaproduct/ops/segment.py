@@ -119,14 +119,19 @@ def _decays(g: Tensor | None, document: Tensor | None, like: Tensor, tokens: int
         tokens: C.
         n: micro-steps a token.
     """
-    inside, suffix = _visible(tokens, n, like.device, like.dtype), _visible(tokens, 1, like.device, like.dtype)
+    inside, suffix = (
+        _visible(tokens, n, like.device, like.dtype),
+        _visible(tokens, 1, like.device, like.dtype),
+    )
     suffix = suffix[..., tokens:, :]
     if g is None and document is None:
         return Decays(suffix, inside)
     if g is None:
         since = like.new_zeros(like.shape[0], 1, tokens)
     else:
-        since = to_chunks(g.unsqueeze(-1), tokens, like.dtype).squeeze(-1).clamp_(min=MIN_LOG_DECAY).cumsum(-1)
+        since = (
+            to_chunks(g.unsqueeze(-1), tokens, like.dtype).squeeze(-1).clamp_(min=MIN_LOG_DECAY).cumsum(-1)
+        )
     between = (since.unsqueeze(-1) - since.unsqueeze(-2)).clamp_(max=0).exp_()
     enter, leave, across = since.exp(), (since[..., -1:] - since).exp_(), since[..., -1:].exp()
     if document is not None:
@@ -148,9 +153,17 @@ def _decays(g: Tensor | None, document: Tensor | None, like: Tensor, tokens: int
 
 
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, document: Tensor | None, *,
-    tokens: int, scale: float, use_qk_l2norm: bool,
-) -> Chunks:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    document: Tensor | None,
+    *,
+    tokens: int,
+    scale: float,
+    use_qk_l2norm: bool,
+) -> Chunks:
     """All that does not depend on the states. `document` as `_decays` takes it, the rest in the op's
     layout."""
     dtype, n = compute_dtype(q, k, v), k.shape[1] // q.shape[1]
@@ -159,18 +172,30 @@ def prepare(
     betas = to_chunks(beta.unsqueeze(-1), rows, dtype)
     q_rstd = k_rstd = None
     if use_qk_l2norm:
-        q_rstd, k_rstd = (torch.linalg.vecdot(x, x).add_(L2NORM_EPS).rsqrt_().unsqueeze(-1) for x in (queries, keys))
+        q_rstd, k_rstd = (
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(L2NORM_EPS).rsqrt_()
+            for x in (queries, keys)
+        )
         queries.mul_(q_rstd)
         keys.mul_(k_rstd)
     decays = _decays(g, document, keys, tokens, n)
-    readers = torch.cat([(keys * betas).neg_(), queries * scale], -2)
+    readers = keys.new_empty(*keys.shape[:2], rows + tokens, keys.shape[-1])
+    torch.mul(keys, betas.neg(), out=readers[..., :rows, :])
+    torch.mul(queries, scale, out=readers[..., rows:, :])
     scores = bmm(readers, keys.mT).mul_(decays.inside)
     eye = _eye(rows, q.device, dtype).expand(*keys.shape[:2], rows, rows)
     inverse = torch.linalg.solve_triangular(scores[..., :rows, :].neg(), eye, upper=False, unitriangular=True)
-    enter = readers.clone() if decays.enter is None else readers * decays.enter
-    enter[..., :rows, :] = bmm(inverse, enter[..., :rows, :])
+    if decays.enter is None:
+        enter = torch.empty_like(readers)
+        enter[..., rows:, :] = readers[..., rows:, :]
+        enter[..., :rows, :] = bmm(inverse, readers[..., :rows, :])
+    else:
+        enter = readers * decays.enter
+        enter[..., :rows, :] = bmm(inverse, enter[..., :rows, :])
     leave = keys if decays.leave is None else keys * decays.leave
-    return Chunks(queries, keys, values, betas, readers, scores, inverse, enter, leave, decays, q_rstd, k_rstd)
+    return Chunks(
+        queries, keys, values, betas, readers, scores, inverse, enter, leave, decays, q_rstd, k_rstd
+    )
 
 
 def scan_forward(c: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:

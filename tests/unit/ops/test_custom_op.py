@@ -10,7 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.unit.ops.test_parity import make
 from torchtitan_deltaproduct.errors import ConfigError
-from torchtitan_deltaproduct.ops import SAVE_FOR_SELECTIVE_AC, fla_backend, flops_per_token, gated_delta_product, interface
+from torchtitan_deltaproduct.ops import (
+    SAVE_FOR_SELECTIVE_AC,
+    fla_backend,
+    flops_per_token,
+    gated_delta_product,
+    interface,
+)
 
 N = 2
 
@@ -110,7 +116,13 @@ def test_backend_that_cannot_run(backend, message):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("k", (1, 37, 2, 8)), ("v", (1, 74, 3, 6)), ("g", (1, 74, 2)), ("beta", (1, 37, 2)), ("initial_state", (1, 2, 6, 8))],
+    [
+        ("k", (1, 37, 2, 8)),
+        ("v", (1, 74, 3, 6)),
+        ("g", (1, 74, 2)),
+        ("beta", (1, 37, 2)),
+        ("initial_state", (1, 2, 6, 8)),
+    ],
 )
 def test_wrong_shapes_are_named(name, shape):
     args = make(37, N, states=1)

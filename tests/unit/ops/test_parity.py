@@ -9,7 +9,20 @@ from torchtitan_deltaproduct.ops.chunk import chunk_backward, chunk_forward
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
 
 
-def make(length, n, *, batch=1, heads=2, dim=8, dim_v=6, gated=True, top=2.0, states=None, dtype=torch.float64, seed=0):
+def make(
+    length,
+    n,
+    *,
+    batch=1,
+    heads=2,
+    dim=8,
+    dim_v=6,
+    gated=True,
+    top=2.0,
+    states=None,
+    dtype=torch.float64,
+    seed=0,
+):
     """Random arguments by name; `states` documents or sequences get an initial state each."""
     torch.manual_seed(seed)
 
@@ -59,7 +72,9 @@ def test_float64_with_states(length, n, gated, top):
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-@pytest.mark.parametrize("bounds", [[0, 71], [0, 0, 5, 5, 6, 38, 39, 71, 71], list(range(72)), [0, 16, 32, 48, 71]])
+@pytest.mark.parametrize(
+    "bounds", [[0, 71], [0, 0, 5, 5, 6, 38, 39, 71, 71], list(range(72)), [0, 16, 32, 48, 71]]
+)
 @pytest.mark.parametrize("final", [False, True])
 def test_float64_documents(bounds, n, gated, final):
     args = make(71, n, gated=gated, states=len(bounds) - 1 if final else None)
@@ -86,7 +101,9 @@ def test_any_chunk_and_segment_size(chunk_rows, segment_rows):
     with torch.no_grad():
         fast_o, fast_state, starts = chunk_forward(*args.values(), None, **options, **sizes)
         fast = chunk_backward(do, dstate, *list(args.values())[:5], None, starts, **options, **sizes)
-    for name, a, b in zip(("o", "state", *NAMES), (fast_o, fast_state, *fast), (o, state, *grads), strict=True):
+    for name, a, b in zip(
+        ("o", "state", *NAMES), (fast_o, fast_state, *fast), (o, state, *grads), strict=True
+    ):
         assert (a - b).abs().max() < 1e-12, name
 
 
@@ -132,13 +149,21 @@ def test_decode_step(n, gated):
     q, k, v, g, beta, _ = (None if x is None else x.detach() for x in args.values())
     o, final = gated_delta_product(q, k, v, g, beta, n, output_final_state=True, use_qk_l2norm=True)
     _, state = gated_delta_product(
-        q[:, :7], k[:, : 7 * n], v[:, : 7 * n], None if g is None else g[:, :7], beta[:, : 7 * n], n,
-        output_final_state=True, use_qk_l2norm=True,
-    )  # fmt: skip
+        q[:, :7],
+        k[:, : 7 * n],
+        v[:, : 7 * n],
+        None if g is None else g[:, :7],
+        beta[:, : 7 * n],
+        n,
+        output_final_state=True,
+        use_qk_l2norm=True,
+    )
     for t in range(7, 19):
         rows = slice(t * n, t * n + n)
         gate = None if g is None else g[:, t]
-        step, same = recurrent_step(q[:, t], k[:, rows], v[:, rows], gate, beta[:, rows], state, use_qk_l2norm=True)
+        step, same = recurrent_step(
+            q[:, t], k[:, rows], v[:, rows], gate, beta[:, rows], state, use_qk_l2norm=True
+        )
         assert same is state
         assert (step - o[:, t]).abs().max() < 1e-12
     assert (state - final).abs().max() < 1e-12

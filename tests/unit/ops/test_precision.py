@@ -1,4 +1,5 @@
-"""Number formats: contractive under repeated keys, float32 inside whatever is around, deterministic, no stray memory."""
+"""Number formats: contractive under repeated keys, float32 inside whatever is around, deterministic, no stray
+memory."""
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from torchtitan_deltaproduct.ops import gated_delta_product
 from torchtitan_deltaproduct.ops.normalize import ROUNDING, contractive_beta, l2norm
 
 
-def repeated_key_growth(n, *, length=4096, normalise=True, backend="auto", device="cpu", dim=64, seed=0) -> float:
+def repeated_key_growth(
+    n, *, length=4096, normalise=True, backend="auto", device="cpu", dim=64, seed=0
+) -> float:
     """|S| after `length` tokens of one bfloat16 key at beta = 2 without writes, over |S| before.
 
-    Each micro-step is a reflection, so the true ratio is 1. The key is the one of many random ones whose rounding
-    lengthens it the most. Used by `tests/gpu/test_op.py` for fla as well.
+    Each micro-step is a reflection, so the true ratio is 1. The key is the one of many random ones whose
+    rounding lengthens it the most. Used by `tests/gpu/test_op.py` for fla as well.
     """
     torch.manual_seed(seed)
     keys = l2norm(torch.randn(4096, dim)).bfloat16()
@@ -22,9 +25,17 @@ def repeated_key_growth(n, *, length=4096, normalise=True, backend="auto", devic
     beta = torch.full(k.shape[:3], 2.0, device=device)
     state = torch.randn(1, 1, dim, dim, device=device)
     _, final = gated_delta_product(
-        k[:, :length], k, v, None, beta, n, initial_state=state, output_final_state=True, use_qk_l2norm=normalise,
+        k[:, :length],
+        k,
+        v,
+        None,
+        beta,
+        n,
+        initial_state=state,
+        output_final_state=True,
+        use_qk_l2norm=normalise,
         backend=backend,
-    )  # fmt: skip
+    )
     return (final.norm() / state.norm()).item()
 
 
@@ -90,11 +101,15 @@ def test_uninitialised_memory_is_not_read(bounds):
     """Fresh memory is filled with NaN: a buffer read before it is written would show."""
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     args = make(41, 2, dtype=torch.float32)
-    expected = run(args, 2, "chunk", cu_seqlens=cu_seqlens) + run(args, 2, "chunk", False, cu_seqlens=cu_seqlens)
+    expected = run(args, 2, "chunk", cu_seqlens=cu_seqlens) + run(
+        args, 2, "chunk", False, cu_seqlens=cu_seqlens
+    )
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
-        poisoned = run(args, 2, "chunk", cu_seqlens=cu_seqlens) + run(args, 2, "chunk", False, cu_seqlens=cu_seqlens)
+        poisoned = run(args, 2, "chunk", cu_seqlens=cu_seqlens) + run(
+            args, 2, "chunk", False, cu_seqlens=cu_seqlens
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     for (name, a), (_, b) in zip(poisoned, expected, strict=True):
