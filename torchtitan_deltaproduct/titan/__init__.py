@@ -8,5 +8,6 @@
     validator.py      a fixed held-out set, weighted by tokens, in bits per byte
     metrics.py        console line, metrics.jsonl, TensorBoard, wandb
     checkpointer.py   the CheckpointManager subclass: complete or ignored
+    describe.py       the lines a run prints before its first step
     run.py            from a checked config to a finished run: the function `train.py` calls
 """

@@ -65,9 +65,12 @@ def start_logging() -> None:
 
 
 def is_worth_reading(record: logging.LogRecord) -> bool:
-    """Drops torchtitan's own notes (it logs as root): what they say of a run is said once by `Trainer.describe`."""
+    """Drops torchtitan's own notes (it logs as root): what they say of a run is said once by `describe`."""
     wanted = ("Running with configs", "Profiling active", "Memory profiler", "Dumping", "Finished dumping")
-    return record.name != "root" or record.levelno > logging.INFO or str(record.msg).startswith(wanted)
+    text = str(record.msg)
+    if record.name != "root":
+        return True
+    return text.startswith(wanted) if record.levelno <= logging.INFO else not text.startswith("ENV[")
 
 
 def single_process_defaults() -> None:

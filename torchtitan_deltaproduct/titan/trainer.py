@@ -21,6 +21,7 @@ from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enabl
 
 from ..config.job import JobConfig
 from .checkpointer import CheckpointManager
+from .describe import describe
 from .spec import global_batch_size, register
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Trainer(stock.Trainer):
         """Runs to `training.steps` from the newest checkpoint, or from the start."""
         config = self.job_config
         loaded = self.checkpointer.load(step=config.checkpoint.load_step)
+        for line in describe(self):
+            logger.info(line)
         self.metrics_processor.open(self.step)
         if loaded is not None and self.step:
             logger.info("resumed at step %s of %s; data at token %s", self.step, config.training.steps,
