@@ -4,10 +4,11 @@
     python benchmarks/data.py --seq-len 4096
 
 1. Tokens a second of our prepared loader against torchtitan's own (HuggingFaceTextDataset in a
-   ParallelAwareDataloader) on the same text, the Python standard library, with the same tokenizer, in turns in
-   one process. Ours reads tokens that `prepare` made once; theirs tokenises while training. Our streaming
+   ParallelAwareDataloader) on the same text, the Python standard library, with the same tokenizer, in turns
+   in one process. Ours reads tokens that `prepare` made once; theirs tokenises while training. Our streaming
    loader, which tokenises as well, is beside them.
-2. Milliseconds to resume at sample 10 and at sample 10^8, of a synthetic set that is large enough (sparse files).
+2. Milliseconds to resume at sample 10 and at sample 10^8, of a synthetic set that is large enough (its files
+   are sparse).
 
 Exit code 1 if the loader is not 20 times as fast, or if resuming far away takes more than twice as long.
 """

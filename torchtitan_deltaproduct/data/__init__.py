@@ -1,21 +1,19 @@
 """From text to the batches of a training step.
 
-    1 text           corpus/*.txt, *.jsonl(.gz), *.parquet, a `datasets` dataset       text_sources.py
-         | prepare   "def f():\\n" -> [283, 71, 9, 14] + [0]; 0 is the separator        tokenizer.py,
-         prepare.py
-    2 token shards   shards/00003.bin  ... 283 71 9 14 0 | 283 88 ...  (uint16)        shards.py, manifest.py
-         | order     global sample 4711 -> epoch 2, window 913 of data/code            order.py
-    3 window         tokens [913*T - 1, 914*T) of the set, one read                    packing.py
-         | loader    rank r of W takes samples first + r*LB + [0, LB)                  loader.py, prepared.py
+    1 text           corpus/*.txt, *.jsonl(.gz), *.parquet, a dataset of `datasets`        text_sources.py
+         | prepare   "def f():\\n" -> 283 71 9 14, then 0, the separator             tokenizer.py, prepare.py
+    2 token shards   shards/00003.bin  ... 283 71 9 14 0 283 88 ...  (uint16)           shards.py, manifest.py
+         | order     global sample 4711 -> epoch 2, window 913 of data/code                           order.py
+    3 window         tokens [913*T - 1, 914*T) of the set, one read                                 packing.py
+         | loader    rank r takes samples first + r*LB + [0, LB)                        loader.py, prepared.py
     4 batch          {"input": [LB, T], "document_starts": [LB, T]}, labels [LB, T]
 
-`kind = "streaming"` reaches 4 from 1 without shards (streaming.py). Stage 2 to 4 is a pure function of
+`kind = "streaming"` reaches 4 from 1 without shards (streaming.py). Stages 2 to 4 are a pure function of
 (manifest, seed, global sample index): any step can be read directly, by any number of ranks. Every document
-ends with the separator, which also opens the next one: the first token of a document is predicted from the
-separator.
+ends with the separator, which also opens the next one: its first token is predicted from the separator.
 
-    loader = build_loader(config.data, seq_len=2048, local_batch_size=8, global_batch_size=64, dp_rank=0,
-    dp_world_size=2) inputs, labels = next(iter(loader))
+    loader = build_loader(config.data, seq_len=2048, local_batch_size=8, global_batch_size=64)
+    inputs, labels = next(iter(loader))
 
 A further kind of data is one module with `build(data, geometry, tokenizer_path)` and one line in `KINDS`.
 """

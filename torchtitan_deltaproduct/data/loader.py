@@ -1,7 +1,7 @@
 """The training loader: samples of this rank, micro-batch after micro-batch, forever, from any position.
 
-    loader = Loader(source, Geometry(seq_len=2048, local_batch_size=8, global_batch_size=64, dp_rank=0,
-    dp_world_size=2)) for inputs, labels in loader: ...         # {"input": [8, 2048] int64}, [8, 2048] int64
+    loader = Loader(source, Geometry(seq_len=2048, local_batch_size=8, global_batch_size=64, dp_world_size=2))
+    for inputs, labels in loader: ...         # {"input": [8, 2048] int64}, [8, 2048] int64
     loader.state_dict()                       # {"version": 1, "sample": 64, ...}: the same on every rank
 
 Global batch s is samples [s * GB, (s+1) * GB) and is the same for any number of ranks: ranks and
@@ -145,9 +145,8 @@ class Loader:
     def _wrap(self, dataset, **options) -> StatefulDataLoader:
         if self.num_workers:
             options["prefetch_factor"] = self.prefetch_factor
-        # Its own state counts batches of one rank and its workers; ours is the sample index, so it need not
-        # collect any. Its own generator: a loader that is made anew on restart must not draw from the global
-        # one.
+        # Its state counts batches of one rank and its workers; ours is the sample index, so it collects none.
+        # A generator of its own: a loader made anew on restart must not draw from the global one.
         with warnings.catch_warnings():
             # torchdata 0.11 under torch 2.13: "'set_vital' is deprecated", nothing a user can act on.
             warnings.simplefilter("ignore", UserWarning)
@@ -171,7 +170,14 @@ class Loader:
 
     def describe(self) -> str:
         """One line for the log: what is read, and how many steps an epoch has."""
-        return self.source.describe()
+        steps = 1000
+        passes = self.source.epochs(steps * self.geometry.global_batch_size).values()
+        lengths = " / ".join(f"{steps / n:,.0f}" for n in passes)
+        return f"{self.source.describe()}; an epoch is {lengths} steps of {self._step()}"
+
+    def _step(self) -> str:
+        samples, seq_len = self.geometry.global_batch_size, self.geometry.seq_len
+        return f"{samples:,} x {seq_len:,} = {samples * seq_len:,} tokens"
 
     def state_dict(self) -> dict[str, int | str]:
         """The position, equal on all ranks; `order` says of what, so that other data is not taken for it."""

@@ -17,8 +17,7 @@ import numpy as np
 
 from torchtitan_deltaproduct.errors import ConfigError
 
-# Longest pattern of sources; shares are exact to 1/PERIOD, and exact without qualification when decimal
-# weights allow it.
+# Longest pattern of sources. Shares are exact to 1/PERIOD, and quite exact when decimal weights allow it.
 PERIOD = 1 << 16
 
 

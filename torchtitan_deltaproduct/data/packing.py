@@ -7,8 +7,7 @@ first token of a document.
 
     input            .  d  d | d  .  e | e
     label            d  d  d | .  e  e | .
-    document_starts  1  0  0 | 1  1  0 | 1       where the label opens a document; and at each window's first
-    position
+    document_starts  1  0  0 | 1  1  0 | 1       where the label opens a document, and at a window's start
 
 A state that is reset at `document_starts` begins each document by reading the separator, as GPT-2 and its
 evaluation do. So resetting drops no label, no label depends on another document, and losses with and without

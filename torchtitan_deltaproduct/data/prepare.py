@@ -58,6 +58,8 @@ class Settings:
             raise ConfigError("Give either --input PATH... or --dataset NAME, not both and not neither.")
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(f"--validation-fraction is {self.validation_fraction}: expected 0 <= F < 1")
+        if self.shard_mb < 0:
+            raise ConfigError(f"--shard-mb is {self.shard_mb}: expected 0 (automatic) or more")
 
 
 @dataclass
@@ -88,6 +90,8 @@ def prepare(
     Raises:
         DataError: the input, the tokenizer or the target cannot be used; ConfigError: the settings cannot.
     """
+    if workers < 0 or max_bad_records < 0:
+        raise ConfigError("--workers and --max-bad-records must not be negative")
     plan, out = make_plan(settings), Path(settings.out)
     with locked(out):
         if not overwrite and finished(out, plan):
@@ -150,7 +154,9 @@ def locked(out: Path) -> Iterator[None]:
         raise DataError(
             f"Another prepare is writing to {out}.\nWait for it, or choose another folder."
         ) from None
-    else:
+    except OSError as error:
+        log(f"warning: {out} cannot be locked ({error.strerror}); let no other prepare write to it")
+    try:
         yield
     finally:
         os.close(handle)

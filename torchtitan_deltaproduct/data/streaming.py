@@ -262,6 +262,9 @@ class StreamingLoader(Loader):
             self.position = position
             yield batch
 
+    def describe(self) -> str:
+        return f"{self.source.describe()}; a step is {self._step()}"
+
     def epochs(self) -> dict[str, float]:
         """Complete passes; how far the current one is cannot be known."""
         return {self.source.dataset: float(self.position.epoch)}

@@ -99,8 +99,7 @@ def find_eos_id(path: str | Path, eos: str = "") -> int:
     Args:
         path: folder with tokenizer.json.
         eos: the token's text; empty takes `eos_token` of tokenizer_config.json or special_tokens_map.json,
-        else the
-            one usual name that is a special token.
+            else the first of `USUAL_EOS` that is a special token.
     """
     inner = HfTokenizer.from_file(str(tokenizer_file(path)))
     special = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]

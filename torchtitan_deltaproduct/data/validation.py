@@ -4,13 +4,13 @@
     for inputs, labels in validation: ...                          # the whole set, then stops
     bits = nats.sum() / math.log(2) / validation.token_bytes[labels[labels != -100]].sum()
 
-All ranks get the same number of batches; where a rank runs out of windows it gets rows whose labels are all
--100.
+All ranks get the same number of batches; a rank that runs out of windows gets rows whose labels are all -100.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ class ValidationLoader:
         paths: prepared folders, read one after the other.
         seq_len: window length in tokens; the last window of each folder may be partly ignored.
         local_batch_size: windows of one batch on this rank.
-        steps: -1 reads every window once; else steps * local_batch_size windows, evenly spaced so that every part of
-            every folder is represented. They are the same for any number of ranks, which share them.
+        steps: -1 reads every window once; else steps * local_batch_size windows, evenly spaced so that every
+            part of every folder is represented. They are the same for any number of ranks, which share them.
         dp_rank: index of this rank, of `dp_world_size`.
         reset_state_at_documents: adds `document_starts`; as in training. It changes no label.
 
@@ -80,7 +80,7 @@ class ValidationLoader:
     def tokenizer_sha256(self) -> str:
         return self.streams[0].manifest.tokenizer_sha256
 
-    @property
+    @cached_property
     def token_bytes(self) -> torch.Tensor:
         return torch.from_numpy(token_bytes(self.tokenizer_path, self.vocab_size))
 

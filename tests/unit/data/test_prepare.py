@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from torchtitan_deltaproduct.data.manifest import read_manifest
-from torchtitan_deltaproduct.data.prepare import Settings, main, prepare
+from torchtitan_deltaproduct.data.prepare import Settings, locked, main, prepare
 from torchtitan_deltaproduct.data.shards import TokenStream
 from torchtitan_deltaproduct.data.show import document, verify
 from torchtitan_deltaproduct.data.tokenizer import load_tokenizer, token_bytes
@@ -295,6 +295,28 @@ def test_tokenizer_inside_the_output_survives_overwrite(tmp_path, tokenizer):
     settings = Settings(str(out), str(out / "tokenizer"), [str(source)])
     assert prepare(settings, workers=1) and prepare(settings, workers=1, overwrite=True)
     assert len(texts_of(out)) == 4
+
+
+def test_one_prepare_at_a_time(tmp_path, tokenizer):
+    source, out = make_corpus(tmp_path / "in", 2), tmp_path / "out"
+    with locked(out), pytest.raises(DataError, match="Another prepare is writing"):
+        prepare(Settings(str(out), tokenizer, [str(source)]))
+    assert prepare(Settings(str(out), tokenizer, [str(source)]), workers=1)
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path, tokenizer):
+    description = json.loads(Path(tokenizer, "tokenizer.json").read_text())
+    description["model"]["vocab"]["\u0120far"] = 70_000
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    (wide / "tokenizer.json").write_text(json.dumps(description))
+    out = tmp_path / "out"
+    prepare(Settings(str(out), str(wide), [str(make_corpus(tmp_path / "in", 2))]), workers=1)
+    manifest = read_manifest(out)
+    assert (manifest.dtype, manifest.vocab_size) == ("uint32", 70_001)
+    assert [text.encode() for text in texts_of(out)] == [
+        path.read_bytes() for path in sorted((tmp_path / "in").iterdir())
+    ]
 
 
 def test_user_errors(tmp_path, tokenizer):

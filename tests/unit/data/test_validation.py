@@ -59,6 +59,9 @@ def test_fewer_steps_read_windows_from_every_folder(sets):
     everything = build_validation_loader([sets["a"]], seq_len=16, local_batch_size=4, steps=10**6)
     assert len(everything) == len(build_validation_loader([sets["a"]], seq_len=16, local_batch_size=4))
     assert everything.fingerprint() != loader.fingerprint()
+    # The windows are the same for any number of ranks.
+    one, two = (labels_of([sets["a"]], world, 4 // world, steps=3 * world) for world in (1, 2))
+    assert torch.equal(one.flatten(), two.flatten())
     with pytest.raises(ConfigError, match="validation.steps is 0"):
         build_validation_loader([sets["a"]], seq_len=16, local_batch_size=4, steps=0)
 
