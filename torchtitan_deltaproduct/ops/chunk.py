@@ -21,8 +21,7 @@ CPU_CHUNK_ROWS, GPU_CHUNK_ROWS = 32, 64
 """R, rows of a chunk, by `benchmarks/op.py --sweep`: small for a CPU, larger for a GPU (fewer launches)."""
 
 CPU_SEGMENT_ROWS, GPU_SEGMENT_ROWS = 2048, 2**19
-"""B * H * rows of a segment: about 256 KiB a tensor at K = 64 stays in a CPU's L2; 256 MiB on a GPU at K =
-128."""
+"""B * H * rows of a segment. CPU: 512 KiB a tensor at K = 64, by the sweep; GPU: 256 MiB at K = 128."""
 
 
 def plan(
@@ -82,7 +81,7 @@ class _Segments:
 def _forward_segment(parts: _Segments, tokens: slice, rows: slice, state: Tensor, o: Tensor) -> Tensor:
     """Writes the segment's part of o; returns the state after it."""
     c = parts.prepare(tokens, rows)
-    out, states = segment.scan_forward(c, state)
+    out, states = segment.scan_forward(c, state, queries=True)
     size = c.keys.shape[2]
     reads = segment.bmm(c.scores[..., size:, :], out[..., :size, :]).add_(out[..., size:, :])
     segment.from_chunks(reads, o[:, tokens])

@@ -135,7 +135,7 @@ def resolve_backend(
         obstacle = fla_backend.obstacle(device_type, dtypes, gated, head_dim)
     if backend == "fla" and obstacle:
         raise ConfigError(
-            f'op backend "fla" cannot run: {obstacle}\nuse op_backend = "auto" (chooses "chunk" here) or "chunk"'
+            f'op backend "fla" cannot run: {obstacle}\nuse op_backend = "auto", which chooses "chunk" here'
         )
     if backend != "auto":
         chosen, reason = backend, "asked for by name"
