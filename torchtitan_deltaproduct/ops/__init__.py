@@ -3,8 +3,7 @@
     from torchtitan_deltaproduct.ops import gated_delta_product
     o, state = gated_delta_product(q, k, v, g, beta, num_householder=2, output_final_state=True)
 
-`recurrent.py` is the definition, `segment.py` the chunkwise algebra, `interface.py` the choice between
-backends.
+`recurrent.py` is the definition, `segment.py` the chunkwise algebra, `interface.py` chooses the backend.
 """
 
 from torchtitan_deltaproduct.ops.custom_op import SAVE_FOR_SELECTIVE_AC

@@ -1,5 +1,4 @@
-"""Chunkwise gated DeltaProduct in plain PyTorch: forward and hand-written backward, on any device, float32 or
-float64.
+"""Chunkwise gated DeltaProduct in plain PyTorch: forward and hand-written backward, on any device.
 
 The sequence is cut into segments and a segment into chunks. Within a segment all work is batched over its
 chunks (`segment.py` has the algebra); segments follow one another, so that the intermediates of one stay in a

@@ -174,5 +174,4 @@ FORWARD = torch.ops.deltaproduct.gated_delta_product.default
 BACKWARD = torch.ops.deltaproduct.gated_delta_product_backward.default
 
 SAVE_FOR_SELECTIVE_AC = {FORWARD}
-"""Ops whose outputs selective activation checkpointing should keep: recomputing them costs more than their
-memory."""
+"""Ops whose outputs selective activation checkpointing should keep."""

@@ -46,8 +46,7 @@ def forward(
     scale: float,
     use_qk_l2norm: bool,
 ) -> tuple[Tensor, Tensor]:
-    """o [1, T, H, V] and the final state [N, H, K, V] of every document; an empty one keeps its initial
-    state."""
+    """o [1, T, H, V] and the final state [N, H, K, V] of every document; empty ones keep theirs."""
     options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
     o = v.new_empty(*q.shape[:3], v.shape[3])
     shape = (cu_seqlens.shape[0] - 1, q.shape[2], q.shape[3], v.shape[3])

@@ -1,5 +1,4 @@
-"""flash-linear-attention's Triton kernels as a backend; the only module that imports fla, and only when it
-runs.
+"""flash-linear-attention's Triton kernels as a backend; the only module that imports fla, and only to run it.
 
 fla's autograd function is driven by hand, forward and backward, because it runs inside a custom op, below
 autograd. What its forward saves and we cannot rebuild (the solved triangles, the summed gates) are outputs of
@@ -61,8 +60,7 @@ def _function() -> type[torch.autograd.Function]:
 
 
 class _RoundedUnit(torch.autograd.Function):
-    """x -> (y = x / |x| rounded to x's dtype, |x / |x||^2 / |y|^2): saves x and one number a row, not float32
-    copies."""
+    """x -> (y = x / |x| rounded to x's dtype, |x / |x||^2 / |y|^2): saves no float32 copy."""
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,8 +84,7 @@ class _RoundedUnit(torch.autograd.Function):
 
 
 def normalise(q: Tensor, k: Tensor, beta: Tensor, use_qk_l2norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k normalised in float32 and rounded, beta [B, T*n, H] float32 and scaled to the rounded keys'
-    lengths.
+    """q and k normalised in float32 and rounded, beta [B, T*n, H] float32, scaled to the rounded lengths.
 
     The kernels multiply 16-bit keys, whose |k|^2 is off by up to 0.4 %: at beta = 2 the transition would
     expand. With beta' = beta |k exact|^2 / |k rounded|^2 it is again I - beta u u^T for a unit u. The ratio

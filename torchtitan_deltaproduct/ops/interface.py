@@ -1,10 +1,8 @@
 """`gated_delta_product`: the public function, its argument checks and its choice of backend.
 
-    o, state = gated_delta_product(q, k, v, g, beta, num_householder=2, use_qk_l2norm=True,
-    output_final_state=True)
+    o, state = gated_delta_product(q, k, v, g, beta, num_householder=2, output_final_state=True)
 
-`backend="auto"` decides by device and dtype and logs the reason once; a backend asked for by name runs or
-raises.
+`backend="auto"` decides by device and dtype and logs the reason once; one asked for by name runs or raises.
 """
 
 import logging

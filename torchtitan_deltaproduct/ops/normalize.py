@@ -1,5 +1,4 @@
-"""Number formats of the operator: its compute dtype, the L2 norm of queries and keys, and the contractive
-beta.
+"""Number formats of the operator: compute dtype, the L2 norm of queries and keys, the contractive beta.
 
 beta, the decay, norms and the state are float32 whatever the model's dtype (float64 for float64 inputs),
 under autocast too:
@@ -17,8 +16,7 @@ L2NORM_EPS = 1e-6
 """Added to the squared norm, flash-linear-attention's convention."""
 
 ROUNDING = 2.0**-7
-"""Bound on the relative error of |k|^2 after rounding a unit key to bfloat16 (2 * 2^-9), with a margin of
-two."""
+"""Bound on the relative error of |k|^2 after rounding a unit key to bfloat16 (2 * 2^-9), doubled."""
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

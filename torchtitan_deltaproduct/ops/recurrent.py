@@ -1,5 +1,4 @@
-"""The gated DeltaProduct recurrence, written as its definition: the oracle of every other backend, and the
-decode step.
+"""The gated DeltaProduct recurrence as it is defined: the oracle of every other backend; and the decode step.
 
 Slow on purpose: one Python iteration a micro-step, plain autograd, any floating dtype. Per head, with state S
 [K, V]:

@@ -25,8 +25,7 @@ from torch import Tensor
 from torchtitan_deltaproduct.ops.normalize import L2NORM_EPS, compute_dtype
 
 MIN_LOG_DECAY = -100.0
-"""g is clamped here: exp(-100) < 1e-43, while a sum over -inf or -1e9 would lose every other decay of the
-chunk."""
+"""g is clamped here: exp(-100) < 1e-43, a sum over -inf or -1e9 loses all other decays."""
 
 
 @dataclass
@@ -62,8 +61,7 @@ class Chunks:
     scores: Tensor
     """N [R+C, R]."""
     inverse: Tensor
-    """(I - N[keys])^-1 [R, R]; its entries stay within beta times products of norms, even for repeated
-    keys."""
+    """(I - N[keys])^-1 [R, R]; its entries stay bounded, for repeated keys too."""
     enter: Tensor
     """e Y, its key rows times the inverse [R+C, K]: what S0 adds to X and to O."""
     leave: Tensor
@@ -164,8 +162,7 @@ def prepare(
     scale: float,
     use_qk_l2norm: bool,
 ) -> Chunks:
-    """All that does not depend on the states. `document` as `_decays` takes it, the rest in the op's
-    layout."""
+    """All that does not depend on the states. `document` as `_decays` takes it, the rest as the op does."""
     dtype, n = compute_dtype(q, k, v), k.shape[1] // q.shape[1]
     rows = tokens * n
     queries, keys, values = to_chunks(q, tokens, dtype), to_chunks(k, rows, dtype), to_chunks(v, rows, dtype)
@@ -297,8 +294,7 @@ def _gate_gradient(c: Chunks, dreaders: Tensor, dkeys: Tensor, states: Tensor, d
 
 
 def norm_backward(dy: Tensor, y: Tensor, rstd: Tensor | None) -> Tensor:
-    """Gradient of x from that of y = x * rstd, rstd = (|x|^2 + eps)^-1/2; exact with the eps. May overwrite
-    dy."""
+    """Gradient of x from that of y = x * rstd, rstd = (|x|^2 + eps)^-1/2; may overwrite dy."""
     if rstd is None:
         return dy
     return dy.addcmul_(y, torch.linalg.vecdot(y, dy).unsqueeze(-1), value=-1).mul_(rstd)
