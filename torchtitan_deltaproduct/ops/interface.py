@@ -36,7 +36,7 @@ def gated_delta_product(
     use_qk_l2norm: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """The gated DeltaProduct recurrence (arXiv 2502.10297, eq. 5-7; layouts of flash-linear-attention).
+    """The gated DeltaProduct recurrence (arXiv 2502.10297; layouts of flash-linear-attention).
 
     Per head, `S <- exp(g_t) S`, then for each micro-step j `S <- S + beta k (v - k^T S)^T`, then `o_t = scale
     S^T q_t`. Differentiable in q, k, v, g, beta and initial_state. beta, g, norms and state are float32

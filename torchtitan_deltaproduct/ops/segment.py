@@ -4,12 +4,12 @@ A chunk holds C tokens, R = n*C micro-step rows. Its R keys and its C queries ar
 with Y = [-beta K; scale Q] [R+C, K], X [R, V] the rows written to the state, D_ij the decay from row j to
 reader i (0 where i does not see j) and e_i the decay since the chunk began,
 
-    read_i = e_i Y_i S0 + sum_j N_ij X_j,   N = (Y K^T) . D          X = beta V + read[keys],   O =
-    read[queries] X = (I - N[keys])^-1 (beta V + e Y S0),                          S1 = e_C S0 + (l . K)^T X
+    read_i = e_i Y_i S0 + sum_j N_ij X_j,                 N = (Y K^T) . D
+    X = beta V + read[keys] = (I - N[keys])^-1 (beta V + e Y S0),   O = read[queries]
+    S1 = e_C S0 + (l . K)^T X,                            l_j the decay from row j to the chunk's end
 
-where l_j is the decay from row j to the chunk's end. N[keys] is strictly lower triangular: a unit triangular
-solve. This is eq. 8-11 of arXiv 2406.06484 (n = 1, no decay) with n rows a token (arXiv 2502.10297). Only S0
--> S1 is sequential.
+N[keys] is strictly lower triangular: a unit triangular solve. This is the chunkwise form of DeltaNet (arXiv
+2406.06484) with n rows a token (arXiv 2502.10297). Only S0 -> S1 is sequential.
 
     c = prepare(q, k, v, g, beta, document, tokens=16, scale=0.125, use_qk_l2norm=True)
     out, states = scan_forward(c, state, queries=True)
