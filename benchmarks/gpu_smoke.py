@@ -1,7 +1,7 @@
 """One command for a GPU: checks the operator against float64, then times operator and trainer beside each other.
 
-    python -m benchmarks.gpu_smoke                      everything (about 5 minutes on an H200)
-    python -m benchmarks.gpu_smoke --only op            the operator alone
+    python -m benchmarks.gpu_smoke                      everything (about 15 minutes: Triton compiles and tunes for most)
+    python -m benchmarks.gpu_smoke --only errors        or: growth, times, trainer
     python -m benchmarks.gpu_smoke --steps 30 --config train_configs/fineweb/deltaproduct_340M_n1_4k.toml
 
 Errors are ||x - ref|| / ||ref|| against the float64 recurrence on the same bf16 inputs. Times are medians of CUDA-event
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 import torch
 from rich.console import Console
@@ -24,6 +25,12 @@ from benchmarks.synthetic import write_random_set
 from torchtitan_deltaproduct.ops import gated_delta_product
 
 DEVICE = "cuda"
+VARIANTS = {
+    "compile": ["--compile.enable", "true"],
+    "compile-op-ac": ["--compile.enable", "true", "--activation_checkpoint.mode", "selective",
+                      "--activation_checkpoint.selective_ac_option", "op"],
+    "eager": ["--compile.enable", "false"],
+}  # fmt: skip
 
 
 def inputs(n: int, gated: bool, B: int, T: int, H: int, K: int, dtype=torch.bfloat16, seed: int = 0) -> dict:
@@ -39,10 +46,11 @@ def inputs(n: int, gated: bool, B: int, T: int, H: int, K: int, dtype=torch.bflo
     }
 
 
-def run_op(tensors: dict, n: int, backend: str, upstream: torch.Tensor | None = None, **options):
+def run_op(tensors: dict, n: int, backend: str, upstream=None, op=gated_delta_product, **options):
     """Output and gradients (None without `upstream`) of one backend."""
-    leaves = {k: None if x is None else x.detach().clone().requires_grad_(upstream is not None) for k, x in tensors.items()}
-    o, _ = gated_delta_product(**leaves, num_householder=n, use_qk_l2norm=True, backend=backend, **options)
+    with_grad = upstream is not None
+    leaves = {k: None if x is None else x.detach().requires_grad_(with_grad) for k, x in tensors.items()}
+    o, _ = op(**leaves, num_householder=n, use_qk_l2norm=True, backend=backend, **options)
     if upstream is None:
         return o, None
     o.backward(upstream.to(o.dtype))
@@ -53,9 +61,9 @@ def error(x: torch.Tensor, ref: torch.Tensor) -> float:
     return float((x.double() - ref).norm() / ref.norm())
 
 
-def check_op(table: Table) -> None:
+def check_op(table: Table, householders: list[int]) -> None:
     """Rows of relative errors of `fla` and `chunk` against the float64 recurrence."""
-    for n in (1, 2, 3, 4):
+    for n in householders:
         for gated in (False, True):
             for packed in (False, True):
                 tensors = inputs(n, gated, 1, 509, 4, 128, seed=n)
@@ -98,11 +106,13 @@ def milliseconds(fn) -> float:
     return do_bench(fn, warmup=50, rep=200, return_mode="median")
 
 
-def time_op(table: Table) -> None:
-    """fla called directly, beside our op over fla and over chunk, forward and forward + backward."""
+def time_op(table: Table, householders: list[int]) -> None:
+    """fla called directly, beside our op (compiled, as in a block) over fla and over chunk."""
     from fla.ops.gated_delta_product import chunk_gated_delta_product
 
-    for n, B, T, H in ((1, 8, 4096, 8), (2, 8, 4096, 8), (3, 8, 4096, 8)):
+    compiled = torch.compile(gated_delta_product, fullgraph=True)
+    B, T, H = 8, 4096, 8
+    for n in householders:
         tensors = inputs(n, False, B, T, H, 128)
         up = torch.randn(B, T, H, 128, device=DEVICE, dtype=torch.bfloat16)
 
@@ -115,7 +125,7 @@ def time_op(table: Table) -> None:
                 o.backward(up)
 
         def ours(backend: str, backward: bool, tensors=tensors, n=n, up=up):
-            run_op(tensors, n, backend, up if backward else None)
+            run_op(tensors, n, backend, up if backward else None, op=compiled)
 
         for backward in (False, True):
             base = milliseconds(lambda: direct(backward))  # noqa: B023
@@ -126,24 +136,18 @@ def time_op(table: Table) -> None:
             table.add_row(str(n), f"{B} x {T}", str(H), "fwd+bwd" if backward else "fwd", *row)
 
 
-def time_trainer(table: Table, config: str, steps: int, batch: int) -> None:
-    """Tokens/s and MFU of the real trainer, without and with torch.compile."""
+def time_trainer(table: Table, args: argparse.Namespace) -> None:
+    """Tokens/s and MFU of the real trainer on random tokens, medians over the second half of the steps."""
     with tempfile.TemporaryDirectory() as tmp:
         data = write_random_set(Path(tmp, "data"), 8_000_000, 32_000)
-        variants = {
-            "eager": ["--compile.enable", "false"],
-            "compile": ["--compile.enable", "true"],
-            "compile, selective AC": ["--compile.enable", "true", "--activation_checkpoint.mode", "selective",
-                                      "--activation_checkpoint.selective_ac_option", "op"],
-        }  # fmt: skip
-        for name, options in variants.items():
-            run = Path(tmp, name.replace(", ", "-").replace(" ", "-"))
+        for name in args.variants:
+            run = Path(tmp, name)
             command = [
-                sys.executable, "-m", "torchtitan_deltaproduct.train", "--job.config_file", config,
-                "--job.dump_folder", str(run), "--data.paths", str(data), "--training.steps", str(steps),
-                "--training.local_batch_size", str(batch), "--training.global_batch_size", str(batch),
+                sys.executable, "-m", "torchtitan_deltaproduct.train", "--job.config_file", args.config,
+                "--job.dump_folder", str(run), "--data.paths", str(data), "--training.steps", str(args.steps),
+                "--training.local_batch_size", str(args.batch), "--training.global_batch_size", str(args.batch),
                 "--validation.no-enable", "--checkpoint.no-enable", "--lr_scheduler.warmup_steps", "5",
-                "--metrics.no-enable_tensorboard", "--activation_checkpoint.mode", "none", *options,
+                "--metrics.no-enable_tensorboard", "--activation_checkpoint.mode", "none", *VARIANTS[name],
             ]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -152,10 +156,10 @@ def time_trainer(table: Table, config: str, steps: int, batch: int) -> None:
                 continue
             records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             late = records[len(records) // 2 :]
-            speed = sorted(r["tokens_per_second"] for r in late)[len(late) // 2]
-            mfu = sorted(r["mfu"] for r in late)[len(late) // 2]
+            speed, mfu = (median([r[key] for r in late]) for key in ("tokens_per_second", "mfu"))
             losses = f"{records[0]['loss']:.3f} -> {records[-1]['loss']:.3f}"
-            table.add_row(name, f"{speed:,.0f}", f"{100 * mfu:.1f} %", f"{max(r['memory_gib'] for r in late):.1f}", losses)
+            memory = max(r["memory_gib"] for r in late)
+            table.add_row(name, f"{speed:,.0f}", f"{100 * mfu:.1f} %", f"{memory:.1f}", losses)
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -167,8 +171,10 @@ def new_table(title: str, *columns: str) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["op", "trainer"])
+    parser.add_argument("--only", nargs="+", default=["errors", "growth", "times", "trainer"])
+    parser.add_argument("--householders", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--config", default="train_configs/fineweb/deltaproduct_340M_n1_4k.toml")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8, help="sequences of 4,096 tokens a step")
     args = parser.parse_args()
@@ -176,21 +182,23 @@ def main() -> None:
     import triton
 
     console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    if args.only != "trainer":
-        errors = new_table("relative error against float64, T = 509, H = 4, K = V = 128", "n", "gated", "packed",
-                           "backend", "o", "dq", "dk", "dv", "dbeta", "dg")  # fmt: skip
-        check_op(errors)
+    if "errors" in args.only:
+        columns = ("n", "gated", "packed", "backend", "o", "dq", "dk", "dv", "dbeta", "dg")
+        errors = new_table("relative error against float64, T = 509, H = 4, K = V = 128", *columns)
+        check_op(errors, args.householders)
         console.print(errors)
+    if "growth" in args.only:
         growth = new_table("one key, beta = 2: state norm after 4,096 tokens / after 64", "n", "backend", "growth")
         repeated_keys(growth)
         console.print(growth)
-        times = new_table("milliseconds (ratio to fla), K = V = 128, bf16", "n", "B x T", "H", "pass", "fla direct",
-                          "ours over fla", "ours over chunk")  # fmt: skip
-        time_op(times)
+    if "times" in args.only:
+        columns = ("n", "B x T", "H", "pass", "fla direct", "ours over fla", "ours over chunk")
+        times = new_table("milliseconds (speed relative to fla), K = V = 128, bf16", *columns)
+        time_op(times, args.householders)
         console.print(times)
-    if args.only != "op":
+    if "trainer" in args.only:
         speeds = new_table(f"{args.config}, batch {args.batch}", "variant", "tok/s", "MFU", "GiB", "loss")
-        time_trainer(speeds, args.config, args.steps, args.batch)
+        time_trainer(speeds, args)
         console.print(speeds)
 
 
