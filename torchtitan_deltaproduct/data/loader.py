@@ -74,7 +74,7 @@ class Source(Protocol):
         """All that decides which tokens sample i has: JSON values under names a user knows from the TOML."""
 
     def epochs(self, sample: int) -> dict[str, float]:
-        """Passes made over each part of the data by the samples before `sample`."""
+        """Passes made over each part of the data by the samples before `sample`; 0 of endless data."""
 
     def describe(self) -> str:
         """One line for the log."""
@@ -169,9 +169,11 @@ class Loader:
         return self.source.epochs(self.sample)
 
     def describe(self) -> str:
-        """One line for the log: what is read, and how many steps an epoch has."""
+        """One line for the log: what is read, and how many steps an epoch has if it has any."""
         steps = 1000
         passes = self.source.epochs(steps * self.geometry.global_batch_size).values()
+        if not any(passes):
+            return f"{self.source.describe()}; steps of {self._step()}"
         lengths = " / ".join(f"{steps / n:,.0f}" for n in passes)
         return f"{self.source.describe()}; an epoch is {lengths} steps of {self._step()}"
 

@@ -17,6 +17,8 @@ import numpy as np
 
 from torchtitan_deltaproduct.errors import ConfigError
 
+from .counter import mix
+
 # Longest pattern of sources. Shares are exact to 1/PERIOD, and quite exact when decimal weights allow it.
 PERIOD = 1 << 16
 
@@ -46,16 +48,9 @@ class Permutation:
     def _network(self, x: np.ndarray) -> np.ndarray:
         row, col = np.divmod(x, self.cols)
         for even, odd in self.round_keys.reshape(-1, 2):
-            row = (row + (_mix(col ^ even) >> np.uint64(1))) % self.rows
-            col = (col + (_mix(row ^ odd) >> np.uint64(1))) % self.cols
+            row = (row + (mix(col ^ even) >> np.uint64(1))) % self.rows
+            col = (col + (mix(row ^ odd) >> np.uint64(1))) % self.cols
         return row * self.cols + col
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014): every input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @lru_cache(maxsize=64)
