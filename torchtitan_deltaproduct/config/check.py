@@ -163,13 +163,48 @@ def _stream_named(config: JobConfig, _: Environment) -> str | None:
 def _stream_unmixed(config: JobConfig, _: Environment) -> str | None:
     if config.data.kind == "streaming" and config.data.paths:
         return "paths name prepared folders, which streaming does not read"
+    if config.data.kind in _GENERATED and config.data.paths:
+        return f"paths name prepared folders, which {config.data.kind} does not read"
     return None
 
 
 def _dataset_unread(config: JobConfig, _: Environment) -> str | None:
-    if config.data.kind == "prepared" and config.data.dataset:
+    if config.data.kind != "streaming" and config.data.dataset:
         return 'only read with kind = "streaming"'
     return None
+
+
+def _only_read_by(name: str, *kinds: str) -> Judge:
+    default = schema()[f"data.{name}"].default
+
+    def judge(config: JobConfig, _: Environment) -> str | None:
+        if config.data.kind in kinds or getattr(config.data, name) == default:
+            return None
+        return "only read with kind = " + " or ".join(f'"{kind}"' for kind in kinds)
+
+    return judge
+
+
+def _group_named(config: JobConfig, _: Environment) -> str | None:
+    if config.data.kind == "group_word" and not config.data.group:
+        return 'group_word needs [data] group, such as "S3" or "A4_x_Z5"'
+    return None
+
+
+def _curriculum_fits(config: JobConfig, _: Environment) -> str | None:
+    start, steps, stop = config.data.curriculum_start, config.data.curriculum_steps, config.training.seq_len
+    if bool(start) != bool(steps):
+        return "a curriculum needs both curriculum_start (tokens) and curriculum_steps"
+    return f"starts above training.seq_len = {stop}, the length it leads to" if start > stop else None
+
+
+def _lengths_fit(config: JobConfig, _: Environment) -> str | None:
+    low, high, room = config.data.min_length, config.data.max_length, config.training.seq_len
+    if config.data.kind != "formal_language":
+        return None
+    if high > room:
+        return f"rows of max_length = {high} tokens do not fit in training.seq_len = {room}"
+    return f"max_length = {high} is below min_length = {low}" if high < low else None
 
 
 def _weights_match(config: JobConfig, _: Environment) -> str | None:
@@ -185,6 +220,8 @@ def _paths_differ(config: JobConfig, _: Environment) -> str | None:
 
 
 def _validation_data(config: JobConfig, _: Environment) -> str | None:
+    if config.data.kind in _GENERATED:
+        return "generated data is validated on generated samples" if config.validation.paths else None
     if config.validation.enable and not config.validation.paths:
         return "there is nothing to validate on"
     return None
@@ -264,6 +301,8 @@ def _initial_load_exists(config: JobConfig, environment: Environment) -> str | N
     return None
 
 
+_GENERATED = ("group_word", "formal_language")
+
 _RULES: tuple[tuple[tuple[str, ...], Judge], ...] = (
     (("model.expand_v", "model.head_dim"), _value_width),
     (("model.op_backend",), _fla_has_device),
@@ -272,9 +311,18 @@ _RULES: tuple[tuple[tuple[str, ...], Judge], ...] = (
     (("data.kind", "data.dataset"), _stream_named),
     (("data.paths", "data.kind"), _stream_unmixed),
     (("data.dataset", "data.kind"), _dataset_unread),
+    (("data.group", "data.kind"), _group_named),
+    *(((f"data.{name}", "data.kind"), _only_read_by(name, *kinds)) for names, kinds in {
+        "group curriculum_start curriculum_steps": ("group_word",),
+        "language min_length max_length": ("formal_language",),
+        "weights": ("prepared",),
+        "shuffle reset_state_at_documents": ("prepared", "streaming"),
+    }.items() for name in names.split()),
+    (("data.curriculum_start", "data.curriculum_steps", "training.seq_len"), _curriculum_fits),
+    (("data.max_length", "data.min_length", "training.seq_len"), _lengths_fit),
     (("data.weights", "data.paths"), _weights_match),
     (("data.paths",), _paths_differ),
-    (("validation.enable", "validation.paths"), _validation_data),
+    (("validation.enable", "validation.paths", "data.kind"), _validation_data),
     (("lr_scheduler.warmup_steps", "lr_scheduler.decay_ratio", "lr_scheduler.total_steps", "training.steps"),
      _warmup_fits),
     (("lr_scheduler.total_steps", "training.steps"), _schedule_covers_run),

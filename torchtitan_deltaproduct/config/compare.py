@@ -31,9 +31,11 @@ BREAKING = {
     "model.expand_v model.num_householder model.allow_neg_eigval model.use_forget_gate model.use_output_gate "
     "model.use_short_conv model.conv_size model.norm_eps model.tie_word_embeddings derived.mlp_size":
         "another model",
-    "data.kind data.paths data.dataset data.dataset_config data.split data.text_field extra.data_identity":
+    "data.kind data.paths data.dataset data.dataset_config data.split data.text_field extra.data_identity "
+    "data.group data.language data.min_length data.max_length":
         "other data",
     "data.weights data.seed data.shuffle data.shuffle_buffer": "the samples would come in another order",
+    "data.curriculum_start data.curriculum_steps": "words would have other lengths",
     "data.reset_state_at_documents": "another treatment of documents",
     "training.seq_len": "other windows",
     "derived.global_batch_size": "another number of samples a step",

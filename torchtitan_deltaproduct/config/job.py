@@ -28,16 +28,19 @@ class Model(DeltaProductArgs, titan.Model):
 
 @dataclass
 class Data:
-    kind: Literal["prepared", "streaming"] = "prepared"
+    kind: Literal["prepared", "streaming", "group_word", "formal_language"] = "prepared"
     """`prepared`: memory-mapped token shards (`python -m torchtitan_deltaproduct.data.prepare`).
-    `streaming`: a Hugging Face dataset, tokenised on the fly."""
+    `streaming`: a Hugging Face dataset, tokenised on the fly.
+    `group_word`: random words over a group, generated; the label at each position is the prefix product.
+    `formal_language`: parity or arithmetic modulo 5, generated, with one answer at the end of each row."""
     paths: list[str] = field(default_factory=list)
     """Prepared folders to train on; several make a mixture."""
     weights: list[float] = field(default_factory=list)
     """Share of samples drawn from each of `paths` (any positive scale), each with its own epochs.
     Empty: the windows of all paths are one pool, so that shares are in proportion to tokens."""
     seed: int = 0
-    """Seed of the sample order. The order is a function of (data, seed, sample index) and of nothing else."""
+    """Seed of the sample order, or of generated samples. Sample i is a function of (data, seed, i) and of
+    nothing else."""
     shuffle: bool = True
     """prepared: visit windows in a new pseudo-random order each epoch; False: in file order."""
     reset_state_at_documents: bool = False
@@ -53,6 +56,20 @@ class Data:
     """streaming: column that holds the text."""
     shuffle_buffer: int = 0
     """streaming: documents in a block that is shuffled; 0: file order. Resuming re-reads one block."""
+    group: str = ""
+    """group_word: `S5`, `A5`, `Z60`, `D4`, `A4_x_Z5`, `S5_only_swaps`, `S5_limit_to_3`, `S5_4_tokens`; see
+    data/groups.py."""
+    curriculum_start: int = 0
+    """group_word: tokens of a word at step 0, from where the length grows linearly to `training.seq_len`;
+    later positions have no label. 0: full length from the start."""
+    curriculum_steps: int = 0
+    """group_word: step at which words reach their full length."""
+    language: Literal["parity", "modular_arithmetic", "modular_arithmetic_brackets"] = "parity"
+    """formal_language: what to learn; see data/formal.py."""
+    min_length: int = 3
+    """formal_language: fewest tokens of a row without padding, `=` included."""
+    max_length: int = 40
+    """formal_language: most tokens of a row, at most `training.seq_len`; lengths are drawn uniformly."""
     num_workers: int = 0
     """Worker processes of the loader; 0 loads in the training process (prepared data needs no more).
     streaming: 0 or 1."""

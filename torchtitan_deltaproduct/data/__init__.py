@@ -8,7 +8,8 @@
          | loader    rank r takes samples first + r*LB + [0, LB)                        loader.py, prepared.py
     4 batch          {"input": [LB, T], "document_starts": [LB, T]}, labels [LB, T]
 
-`kind = "streaming"` reaches 4 from 1 without shards (streaming.py). Stages 2 to 4 are a pure function of
+`kind = "streaming"` reaches 4 from 1 without shards (streaming.py); `group_word` and `formal_language` reach it from
+a seed alone (group_word.py, formal.py; held out in word_validation.py). Stages 2 to 4 are a pure function of
 (manifest, seed, global sample index): any step can be read directly, by any number of ranks. Every document
 ends with the separator, which also opens the next one: its first token is predicted from the separator.
 
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
     from .validation import ValidationLoader
 
 # Modules are imported when they are needed: `prepare` starts without torch, training without `datasets`.
-KINDS = {"prepared": ".prepared", "streaming": ".streaming"}
+KINDS = {
+    "prepared": ".prepared",
+    "streaming": ".streaming",
+    "group_word": ".group_word",
+    "formal_language": ".formal",
+}
 
 
 def build_loader(
