@@ -2,6 +2,7 @@
 
     python benchmarks/data.py                  # about a minute on one core, no network
     python benchmarks/data.py --seq-len 4096
+    python benchmarks/data.py --generated      # only 3, twenty seconds
 
 1. Tokens a second of our prepared loader against torchtitan's own (HuggingFaceTextDataset in a
    ParallelAwareDataloader) on the same text, the Python standard library, with the same tokenizer, in turns
@@ -9,13 +10,17 @@
    loader, which tokenises as well, is beside them.
 2. Milliseconds to resume at sample 10 and at sample 10^8, of a synthetic set that is large enough (its files
    are sparse).
+3. Tokens a second of generated data, from the index to the batch the trainer gets, against one token at a time in
+   Python (as the authors' program makes its files).
 
-Exit code 1 if the loader is not 20 times as fast, or if resuming far away takes more than twice as long.
+Exit code 1 if the loader is not 20 times as fast, if resuming far away takes more than twice as long, or if words over
+S5 of 128 tokens come at less than 5 million tokens a second.
 """
 
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -24,20 +29,35 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
+from torchtitan_deltaproduct.data.groups import parse_group
 from torchtitan_deltaproduct.data.manifest import Manifest, Shard, write_manifest
 from torchtitan_deltaproduct.data.prepare import Settings, prepare
 from torchtitan_deltaproduct.data.tokenizer import copy_tokenizer, tokenizer_sha256
 from torchtitan_deltaproduct.data.train_tokenizer import train_tokenizer
 
-LEAST_RATIO, MOST_RESUME_RATIO = 20.0, 2.0
+LEAST_RATIO, MOST_RESUME_RATIO, LEAST_WORDS = 20.0, 2.0, 5e6
 ROUNDS, CORPUS_BYTES = 5, 6_000_000
 SAMPLES = (10, 10**8)
+# Settings, tokens of a row, rows of a batch; the first is the one that must reach LEAST_WORDS.
+GENERATED = (
+    ({"group": "S5"}, 128, 2048),
+    ({"group": "S5"}, 128, 128),
+    ({"group": "S3"}, 32, 128),
+    ({"group": "S5_limit_to_3"}, 128, 2048),
+    ({"group": "S5_4_tokens_s_token"}, 128, 2048),
+    ({"group": "S6"}, 128, 2048),
+    ({"group": "A4_x_Z5", "curriculum_start": 16, "curriculum_steps": 1000}, 128, 2048),
+    ({"language": "parity"}, 40, 2048),
+    ({"language": "modular_arithmetic"}, 40, 2048),
+    ({"language": "modular_arithmetic_brackets"}, 40, 2048),
+)
 
 
 def make_data(root: Path) -> dict[str, str]:
@@ -98,9 +118,7 @@ def tokens_per_second(iterator, seconds: float) -> float:
     return tokens / elapsed
 
 
-def compare_throughput(
-    paths: dict[str, str], seq_len: int, batch_size: int, seconds: float
-) -> dict[str, float]:
+def compare_throughput(paths: dict[str, str], seq_len: int, batch_size: int, seconds: float) -> dict[str, float]:
     """Median tokens a second of each loader; they take turns, so that a busy machine slows all alike."""
     prepared = Data(paths=[paths["prepared"]])
     resetting = Data(paths=[paths["prepared"]], reset_state_at_documents=True)
@@ -152,15 +170,70 @@ def resume_seconds(folder: Path, seq_len: int, batch_size: int) -> dict[int, flo
     return {sample: statistics.median(values) for sample, values in found.items()}
 
 
+def one_token_at_a_time(rows: int, seq_len: int) -> float:
+    """Tokens a second of words over S5 made by a Python loop over the same table."""
+    table = parse_group("S5").group.table.tolist()
+    start = time.perf_counter()
+    inputs, labels = [], []
+    for _ in range(rows):
+        word, state, products = random.choices(range(120), k=seq_len), 0, []
+        for element in word:
+            state = table[state][element]
+            products.append(state)
+        inputs.append(word)
+        labels.append(products)
+    torch.from_numpy(np.array(inputs)), torch.from_numpy(np.array(labels))
+    return rows * seq_len / (time.perf_counter() - start)
+
+
+def measure_generated(seconds: float) -> list[tuple[str, int, int, float, float]]:
+    """Name, row length, batch size, median tokens a second, and the same over the Python loop."""
+    measured = []
+    for fields, seq_len, batch_size in GENERATED:
+        kind = "group_word" if "group" in fields else "formal_language"
+        iterator = iter(our_loader(Data(kind=kind, **fields), seq_len, batch_size))
+        next(iterator)
+        rates = [(tokens_per_second(iterator, seconds), one_token_at_a_time(100, 128)) for _ in range(ROUNDS)]
+        rate, slow = (statistics.median(values) for values in zip(*rates, strict=True))
+        name = fields.get("group") or fields["language"]
+        if "curriculum_start" in fields:
+            name += ", curriculum"
+        measured.append((name, seq_len, batch_size, rate, rate / slow))
+    return measured
+
+
+def generated_passes(console: Console, seconds: float) -> bool:
+    """Prints the table of generated data; whether its first line is fast enough."""
+    table = Table(title="Generated batches of rows x tokens, one thread; ratio to a Python loop over tokens")
+    for column in ("data", "tokens", "rows", "tokens/s", "ratio"):
+        table.add_column(column, justify="left" if column == "data" else "right", no_wrap=True)
+    measured = measure_generated(seconds)
+    for name, seq_len, batch_size, rate, ratio in measured:
+        table.add_row(name, str(seq_len), str(batch_size), f"{rate:,.0f}", f"{ratio:.1f}x")
+    console.print(table)
+    name, seq_len, _, rate, _ = measured[0]
+    passed = rate >= LEAST_WORDS
+    console.print(
+        f"{'passed' if passed else 'FAILED'}: {name} of {seq_len} tokens, {rate / 1e6:.1f} million tokens/s "
+        f"(at least {LEAST_WORDS / 1e6:.0f} million wanted)",
+        soft_wrap=True,
+    )
+    return passed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seq-len", type=int, default=2048, help="window length in tokens")
     parser.add_argument("--batch-size", type=int, default=8, help="windows of a batch")
     parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement; there are five each")
+    parser.add_argument("--generated", action="store_true", help="measure only generated data")
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    console, root = Console(), Path(tempfile.mkdtemp(prefix="benchmark-data-"))
+    console = Console()
+    if options.generated:
+        return 0 if generated_passes(console, options.seconds / ROUNDS) else 1
+    root = Path(tempfile.mkdtemp(prefix="benchmark-data-"))
     try:
         paths = make_data(root)
         rates = compare_throughput(paths, options.seq_len, options.batch_size, options.seconds)
@@ -188,6 +261,7 @@ def main() -> int:
         f"resuming far away takes {resume:.2f}x (at most {MOST_RESUME_RATIO:.0f}x wanted)",
         soft_wrap=True,
     )
+    passed &= generated_passes(console, options.seconds / ROUNDS)
     return 0 if passed else 1
 
 
