@@ -1,6 +1,6 @@
 """One command for a GPU: checks the operator against float64, then times operator and trainer beside each other.
 
-    python -m benchmarks.gpu_smoke                      everything (about 15 minutes: Triton compiles and tunes for most)
+    python -m benchmarks.gpu_smoke                      everything (about 15 minutes, most of it Triton tuning)
     python -m benchmarks.gpu_smoke --only errors        or: growth, times, trainer
     python -m benchmarks.gpu_smoke --steps 30 --config train_configs/fineweb/deltaproduct_340M_n1_4k.toml
 
@@ -20,8 +20,8 @@ from statistics import median
 import torch
 from rich.console import Console
 from rich.table import Table
-from benchmarks.synthetic import write_random_set
 
+from benchmarks.synthetic import write_random_set
 from torchtitan_deltaproduct.ops import gated_delta_product
 
 DEVICE = "cuda"

@@ -26,7 +26,7 @@ from torchtitan_deltaproduct.errors import UserError, exit_on_user_error
 CONFIG = Path("train_configs/quickstart.toml")
 ROOT = Path("outputs/quickstart/data")
 # Not the library but what is shipped around it; tests are missing on some systems and would make the data differ.
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "config", "__pycache__"}
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "config"}
 
 
 def collect_corpus(corpus: Path) -> None:
@@ -69,24 +69,26 @@ def unigram_loss(train: Path, validation: Path) -> float:
 
 
 def report(run: Path, baseline: float, seconds: float, config: Path) -> None:
-    """Five lines on what was learned, and what to do next."""
+    """Says what was learned, where it is, and what to type next."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    before, after = (r for r in (records[0], [r for r in records if "validation_loss" in r][-1]))
     steps = [r for r in records if "loss" in r]
-    speed = sorted(r["tokens_per_second"] for r in steps)[len(steps) // 2]
-    name = "validation_{}".format
-    print(
-        f"""
-held-out loss     {before[name("loss")]:.3f} -> {after[name("loss")]:.3f} nats per token,"""
-        f""" {before[name("bits_per_byte")]:.3f} -> {after[name("bits_per_byte")]:.3f} bits per byte
-perplexity        {before[name("perplexity")]:,.0f} -> {after[name("perplexity")]:,.1f};"""
-        f""" token frequencies alone give {np.exp(baseline):,.1f}, {np.exp(baseline - after[name("loss")]):.1f} times as much
-speed             {speed:,.0f} tokens per second, {steps[-1]["tokens"]:,} tokens, {seconds:.0f} s in this launch
-where             {run}/ has metrics.jsonl, tb/ (tensorboard --logdir {run}/tb), checkpoint/, config.json
-next              python -m torchtitan_deltaproduct.config.plan {config}
-                  python -m torchtitan_deltaproduct.train --job.config_file {config} --training.steps 1000 \\
-                    --lr_scheduler.total_steps 1000      # goes on from the last checkpoint"""
+    validations = [r for r in records if "validation_loss" in r]
+    loss, bits, perplexity = (
+        [r[f"validation_{name}"] for r in (validations[0], validations[-1])]
+        for name in ("loss", "bits_per_byte", "perplexity")
     )
+    speed = sorted(r["tokens_per_second"] for r in steps)[len(steps) // 2]
+    more = 2 * steps[-1]["step"]
+    lines = {
+        "held-out loss": f"{loss[0]:.3f} -> {loss[1]:.3f} nats a token, {bits[0]:.3f} -> {bits[1]:.3f} bits a byte",
+        "perplexity": f"{perplexity[0]:,.0f} -> {perplexity[1]:,.1f}; token frequencies alone give "
+        f"{np.exp(baseline):,.0f}, {np.exp(baseline - loss[1]):.1f} times as much",
+        "speed": f"{speed:,.0f} tokens a second; {steps[-1]['tokens']:,} tokens, this launch took {seconds:.0f} s",
+        "where": f"{run}: metrics.jsonl, checkpoint/, config.json, tb/ (tensorboard --logdir {run}/tb)",
+        "next": f"python -m torchtitan_deltaproduct.train --job.config_file {config} --training.steps {more} "
+        f"--job.dump_folder {run.parent}/longer\n{'':16}python -m torchtitan_deltaproduct.config.plan {config}",
+    }
+    print("\n" + "\n".join(f"{name:16}{text}" for name, text in lines.items()))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ Each message has one to three lines: what was found, what was expected, how to f
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -31,12 +32,15 @@ class CheckpointError(UserError):
 def exit_on_user_error(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits: with its return value, or with 2 after printing a `UserError`.
 
-    Only rank 0 of a torchrun job prints, so that the message appears once.
+    Only rank 0 of a torchrun job prints, so that the message appears once. The others wait: torchrun ends all ranks
+    as soon as one of them is gone, and it must not be before rank 0 has spoken.
     """
     try:
         code = main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)
         code = 2
     sys.exit(code or 0)

@@ -7,7 +7,6 @@ the marker first (`retire`), so that a half-deleted one is never taken for a che
     for info in scan("outputs/run/checkpoint"): print(info.step, info.complete, info.reason)
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -79,16 +78,3 @@ def delete(path: Path) -> None:
     """Deletes a checkpoint folder, marker first."""
     retire(path)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def saved_config(path: Path) -> dict:
-    """The settings stored beside a checkpoint.
-
-    Raises:
-        CheckpointError: no readable config.json in `path`.
-    """
-    file = Path(path) / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); it is written with every checkpoint of a run") from None

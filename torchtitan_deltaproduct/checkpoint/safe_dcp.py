@@ -50,7 +50,7 @@ def read_index(folder: Path) -> Metadata:
     try:
         index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no .metadata: it is not a checkpoint, or its save never finished") from None
+        raise CheckpointError(f"{folder} has no .metadata: not a checkpoint, or its save never finished") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"{path} cannot be read ({error}); use another checkpoint") from None
     if not isinstance(index, Metadata):

@@ -1,8 +1,8 @@
 """torchtitan's CheckpointManager, made safe to restart from.
 
 What differs: only complete folders are loaded or counted (`checkpoint.folders`); retention never deletes the last
-complete one and touches nothing but `step-N`; an empty checkpoint folder does not disable `initial_load_path`; reading
-never unpickles foreign objects; the run's settings are stored in every step folder; an async save is awaited at the end.
+complete one and touches nothing but `step-N`; an empty checkpoint folder does not disable `initial_load_path`;
+reading never unpickles foreign objects; every step folder holds the run's settings; the end awaits an async save.
 """
 
 import json

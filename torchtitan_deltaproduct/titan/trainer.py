@@ -26,8 +26,8 @@ from .spec import global_batch_size, register
 
 logger = logging.getLogger(__name__)
 
-# The stock Trainer builds its checkpointer by this name, and its autocast context by that one: `parallelize` gives mixed
-# precision to fully_shard in every layout, and autocast would lower the float32 products of the operator.
+# The stock Trainer builds its checkpointer by this name, and its autocast context by that one: `parallelize` gives
+# mixed precision to fully_shard in every layout, and autocast would lower the float32 products of the operator.
 stock.CheckpointManager = CheckpointManager
 stock.dist_utils.maybe_enable_amp = lambda *args: contextlib.nullcontext()
 

@@ -1,0 +1,56 @@
+"""What is refused before anything starts, and the command itself."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.toy import REPO, arguments, log_of, records, train
+from torchtitan_deltaproduct.errors import ConfigError, DataError
+
+
+def test_missing_data(toy, tmp_path):
+    with pytest.raises(DataError, match="nowhere"):
+        train(toy, tmp_path / "run", "--data.paths", "nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+def test_vocabulary_too_small(toy, tmp_path):
+    with pytest.raises(ConfigError, match=r"(?s)token ids up to 319.*model.vocab_size = 300 \(command line\).*320"):
+        train(toy, tmp_path / "run", "--model.vocab_size", "300")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command(toy, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torchtitan_deltaproduct.train"]
+    done = subprocess.run(
+        [*command, *arguments(toy, run, ("--training.steps", "1"))], cwd=REPO, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in ("device: cpu", "n_h = 2, eigenvalues in [-1, 1]", "step: 4 sequences of 64 = 256 tokens (2 a rank x 2",
+                 "prepared data:", "validation data:", "step 1/1", "finished: step 1 of 1"):  # fmt: skip
+        assert line in done.stdout, (line, done.stdout)
+    assert "\033[" not in done.stdout
+    assert (run / "config.json").exists() and len(records(run)) == 3
+
+
+def test_a_wrong_toml_ends_with_two_and_no_traceback(toy, tmp_path):
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text(toy.read_text().replace("hidden_size = 32", 'hidden_sizes = 32\nuse_forget_gate = "yes"'))
+    done = subprocess.run(
+        [sys.executable, "-m", "torchtitan_deltaproduct.train", "--job.config_file", str(wrong)],
+        cwd=REPO, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
+    assert "hidden_size" in done.stderr and "use_forget_gate" in done.stderr and f"{wrong}:" in done.stderr
+
+
+def test_one_process_prints_a_data_error_under_torchrun(toy, tmp_path):
+    options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    argv = arguments(toy, tmp_path / "run", ("--data.paths", "nowhere"))
+    with open(tmp_path / "run.log", "w") as log:
+        subprocess.run(
+            [sys.executable, *options, "torchtitan_deltaproduct.train", *argv], cwd=REPO, stdout=log, stderr=log
+        )
+    assert log_of(tmp_path / "run").count("error: ") == 1 and "nowhere" in log_of(tmp_path / "run")
