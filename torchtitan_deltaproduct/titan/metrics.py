@@ -116,6 +116,10 @@ class MetricsProcessor(stock.MetricsProcessor):
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()
 
+    def should_log(self, step: int) -> bool:
+        """Whether a step has a console line: the first, every `log_freq`-th and the last."""
+        return super().should_log(step) or step == self.job_config.training.steps
+
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """Adds speed and memory to one step's `values` and writes the record; the console line when it is due."""
         seconds = max(time.perf_counter() - self.time_last_log, 1e-9)
