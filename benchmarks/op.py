@@ -25,9 +25,7 @@ SEGMENTS = (512, 1024, 2048, 4096, 2**30)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024, help="T")
     parser.add_argument("--num-householder", type=int, default=2, help="n")
     parser.add_argument("--batch", type=int, default=1, help="B")
@@ -38,9 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument(
-        "--sweep", action="store_true", help="time chunk for several R and segment sizes instead"
-    )
+    parser.add_argument("--sweep", action="store_true", help="time chunk for several R and segment sizes instead")
     return parser.parse_args()
 
 
@@ -87,13 +83,11 @@ def compare(args: argparse.Namespace) -> Table:
         return gated_delta_product(*values, args.num_householder, use_qk_l2norm=True, backend=backend)[0]
 
     difference = (forward("recurrent") - forward("chunk")).abs().max().item()
-    table = Table(title=title(args), caption=f"largest difference of the outputs: {difference:.1e}")
+    table = Table(caption=f"largest difference of the outputs: {difference:.1e}")
     for column in ("", "recurrent (ms)", "chunk (ms)", "ratio"):
         table.add_column(column, justify="right")
     for name, function in (("forward", forward), ("forward + backward", both)):
-        slow, fast = best(
-            [lambda f=function: f("recurrent"), lambda f=function: f("chunk")], args.repeats, args.device
-        )
+        slow, fast = best([lambda f=function: f("recurrent"), lambda f=function: f("chunk")], args.repeats, args.device)
         table.add_row(name, f"{slow:.1f}", f"{fast:.1f}", f"{slow / fast:.1f}x")
     return table
 
@@ -108,14 +102,12 @@ def sweep(args: argparse.Namespace) -> Table:
 
     def both(rows: int, segment: int) -> None:
         sizes = {"chunk_rows": rows, "segment_rows": segment}
-        _, _, starts = chunk_forward(q, k, v, g, beta, None, None, **options, **sizes)
-        chunk_backward(do, None, q, k, v, g, beta, None, starts, **options, **sizes)
+        _, _, *saved = chunk_forward(q, k, v, g, beta, None, None, **options, **sizes)
+        chunk_backward(do, None, q, k, v, g, beta, None, *saved, **options, **sizes)
 
     cases = [(rows, segment) for rows in ROWS for segment in SEGMENTS]
     times = best([lambda c=case: both(*c) for case in cases], args.repeats, args.device)
-    table = Table(
-        title=title(args), caption="chunk, forward + backward (ms); columns: B * H * rows of a segment"
-    )
+    table = Table(caption="chunk, forward + backward (ms); columns: B * H * rows of a segment")
     table.add_column("R", justify="right")
     for segment in SEGMENTS:
         table.add_column("whole" if segment == SEGMENTS[-1] else str(segment), justify="right")
@@ -136,6 +128,8 @@ def title(args: argparse.Namespace) -> str:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
+    # A line of its own: a table wraps its title.
+    print(title(args))
     Console().print(sweep(args) if args.sweep else compare(args))
 
 

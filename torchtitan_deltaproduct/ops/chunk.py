@@ -2,10 +2,12 @@
 
 The sequence is cut into segments and a segment into chunks. Within a segment all work is batched over its
 chunks (`segment.py` has the algebra); segments follow one another, so that the intermediates of one stay in a
-CPU's cache and its memory does not grow with the sequence. Forward keeps the state at the start of each
-segment; backward walks the segments in reverse and recomputes the rest.
+CPU's cache and their memory does not grow with the sequence. Forward keeps the state at the start of each
+segment and the error v - read of every row, as large as v in the compute dtype (float32: 4 * B * T * n * H * V
+bytes); backward walks the segments in reverse and recomputes the rest.
 
-    o, final_state, starts = chunk_forward(q, k, v, g, beta, None, None, scale=0.125, use_qk_l2norm=True)
+    options = {"scale": 0.125, "use_qk_l2norm": True}
+    o, final_state, starts, errors = chunk_forward(q, k, v, g, beta, None, None, **options)
 """
 
 from collections.abc import Iterator
@@ -23,9 +25,7 @@ CPU_SEGMENT_ROWS, GPU_SEGMENT_ROWS = 2048, 2**19
 """B * H * rows of a segment. CPU: 512 KiB a tensor at K = 64, by the sweep; GPU: 256 MiB at K = 128."""
 
 
-def plan(
-    q: Tensor, k: Tensor, chunk_rows: int | None = None, segment_rows: int | None = None
-) -> tuple[int, int]:
+def plan(q: Tensor, k: Tensor, chunk_rows: int | None = None, segment_rows: int | None = None) -> tuple[int, int]:
     """(tokens a chunk, tokens a segment); the second is a multiple of the first."""
     batch, length, heads, _ = q.shape
     n, cpu = k.shape[1] // max(length, 1), q.device.type == "cpu"
@@ -35,10 +35,12 @@ def plan(
     return tokens, tokens * max(1, segment_rows // max(1, batch * heads * n * tokens))
 
 
-def saved_shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
-    """Shape of `starts`: one state for each segment."""
-    span = plan(q, k)[1]
-    return (q.shape[1] + span - 1) // span, q.shape[0] * q.shape[2], q.shape[3], v.shape[3]
+def saved_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of `starts`, a state for each segment, and of `errors`, R rows for each chunk."""
+    batch, length, heads, dim = q.shape
+    tokens, span = plan(q, k)
+    starts = (-(-length // span), batch * heads, dim, v.shape[3])
+    return starts, (-(-length // tokens) * batch * heads, tokens * (k.shape[1] // length), v.shape[3])
 
 
 class _Segments:
@@ -48,7 +50,8 @@ class _Segments:
         self.tensors = (q, k, v, g, beta)
         self.length, self.n = q.shape[1], k.shape[1] // q.shape[1]
         self.tokens, self.span = plan(q, k, chunk_rows, segment_rows)
-        self.options = {"tokens": self.tokens, "scale": scale, "use_qk_l2norm": use_qk_l2norm}
+        self.scale, self.use_qk_l2norm = scale, use_qk_l2norm
+        self.dtype = compute_dtype(q, k, v)
         self.document = None
         if cu_seqlens is not None:
             bounds = cu_seqlens.to(q.device, torch.int64, non_blocking=True)
@@ -64,27 +67,40 @@ class _Segments:
             stop = min(start + self.span, self.length)
             yield i, slice(start, stop), slice(start * self.n, stop * self.n)
 
+    def chunks(self, tokens: slice) -> slice:
+        """A segment's part of the errors."""
+        heads = self.tensors[0].shape[0] * self.tensors[0].shape[2]
+        return slice(tokens.start // self.tokens * heads, -(-tokens.stop // self.tokens) * heads)
+
+    def values(self, rows: slice) -> Tensor:
+        """[NC*B*H, R, V]."""
+        return segment.to_chunks(self.tensors[2][:, rows], self.tokens * self.n, self.dtype)
+
     def prepare(self, tokens: slice, rows: slice) -> segment.Chunks:
-        q, k, v, g, beta = self.tensors
+        q, k, _, g, beta = self.tensors
         document = self.document
         if document is not None:
             padded = -(-(tokens.stop - tokens.start) // self.tokens) * self.tokens
             document = document[tokens.start : tokens.start + padded + 1]
-        gate = None if g is None else g[:, tokens]
         return segment.prepare(
-            q[:, tokens], k[:, rows], v[:, rows], gate, beta[:, rows], document, **self.options
+            q[:, tokens],
+            k[:, rows],
+            None if g is None else g[:, tokens],
+            beta[:, rows],
+            document,
+            tokens=self.tokens,
+            dtype=self.dtype,
+            use_qk_l2norm=self.use_qk_l2norm,
         )
 
 
 # One call a segment: its intermediates are freed before the next allocates, so that the memory stays warm.
-def _forward_segment(parts: _Segments, tokens: slice, rows: slice, state: Tensor, o: Tensor) -> Tensor:
-    """Writes the segment's part of o; returns the state after it."""
+def _forward_segment(parts: _Segments, tokens: slice, rows: slice, state: Tensor, o: Tensor, errors: Tensor) -> Tensor:
+    """Writes the segment's part of o and of the errors; returns the state after it."""
     c = parts.prepare(tokens, rows)
-    out, states = segment.scan_forward(c, state, queries=True)
-    size = c.keys.shape[2]
-    reads = segment.bmm(c.scores[..., size:, :], out[..., :size, :]).add_(out[..., size:, :])
-    segment.from_chunks(reads, o[:, tokens])
-    return states[-1].clone()
+    reads, state = segment.segment_forward(c, parts.values(rows), state, errors[parts.chunks(tokens)])
+    segment.from_chunks(reads.mul_(parts.scale), o[:, tokens])
+    return state
 
 
 def _backward_segment(
@@ -93,24 +109,29 @@ def _backward_segment(
     rows: slice,
     do: Tensor,
     state: Tensor,
+    errors: Tensor,
     dstate: Tensor,
     grads: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor],
 ) -> Tensor:
     """Writes the segment's part of the gradients; returns that of the state before it."""
     dq, dk, dv, dg, dbeta = grads
     c = parts.prepare(tokens, rows)
-    chunks = segment.to_chunks(do[:, tokens], parts.tokens, c.keys.dtype)
-    dreads, dkeys, dvalues, dgate, dbetas, dstate = segment.segment_backward(
-        c, chunks, state, dstate, dg is not None
+    dreads = segment.to_chunks(do[:, tokens], parts.tokens, parts.dtype).mul_(parts.scale)
+    values = None if dg is None else parts.values(rows)
+    dqueries, dkeys, dvalues, dgate, dbetas, dstate = segment.segment_backward(
+        c, dreads, errors[parts.chunks(tokens)], state, dstate, values
     )
-    dreads.mul_(parts.options["scale"])
-    segment.from_chunks(segment.norm_backward(dreads, c.queries, c.q_rstd), dq[:, tokens])
-    segment.from_chunks(segment.norm_backward(dkeys, c.keys, c.k_rstd), dk[:, rows])
+    if c.rstd is not None:
+        k_rstd, q_rstd = c.rstd.split([dkeys.shape[1], parts.tokens], 1)
+        segment.norm_backward(dqueries, c.queries, q_rstd)
+        segment.norm_backward(dkeys, c.keys, k_rstd)
+    segment.from_chunks(dqueries, dq[:, tokens])
+    segment.from_chunks(dkeys, dk[:, rows])
     segment.from_chunks(dvalues, dv[:, rows])
     segment.from_chunks(dbetas, dbeta[:, rows].unsqueeze(-1))
     if dg is not None:
         segment.from_chunks(dgate, dg[:, tokens].unsqueeze(-1))
-    return dstate.clone()
+    return dstate
 
 
 def chunk_forward(
@@ -126,7 +147,7 @@ def chunk_forward(
     use_qk_l2norm: bool,
     chunk_rows: int | None = None,
     segment_rows: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs the operator.
 
     Args:
@@ -138,8 +159,9 @@ def chunk_forward(
         segment_rows: B * H * rows of a segment; by device if None.
 
     Returns:
-        o [B, T, H, V] in v's dtype, the final state [B, H, K, V] (with `cu_seqlens`: of no use), and the
-        states at the starts of the segments, [segments, B*H, K, V].
+        o [B, T, H, V] in v's dtype, the final state [B, H, K, V] (with `cu_seqlens`: of no use), and for the
+        backward `starts`, the states at the starts of the segments [segments, B*H, K, V], and `errors`, the
+        v - read of every row [chunks*B*H, R, V], both in the compute dtype.
     """
     batch, length, heads, dim = q.shape
     o = v.new_empty(batch, length, heads, v.shape[3])
@@ -149,10 +171,12 @@ def chunk_forward(
     starts = []
     with full_precision(q.device.type):
         parts = _Segments(q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm, chunk_rows, segment_rows)
+        chunks = -(-length // parts.tokens)
+        errors = state.new_empty(chunks * batch * heads, parts.tokens * parts.n, v.shape[3])
         for _, tokens, rows in parts.slices():
             starts.append(state)
-            state = _forward_segment(parts, tokens, rows, state, o)
-    return o, state.unflatten(0, (batch, heads)), torch.stack(starts)
+            state = _forward_segment(parts, tokens, rows, state, o, errors)
+    return o, state.unflatten(0, (batch, heads)), torch.stack(starts), errors
 
 
 def chunk_backward(
@@ -165,6 +189,7 @@ def chunk_backward(
     beta: Tensor,
     cu_seqlens: Tensor | None,
     starts: Tensor,
+    errors: Tensor,
     *,
     scale: float,
     use_qk_l2norm: bool,
@@ -176,7 +201,7 @@ def chunk_backward(
     Args:
         do: [B, T, H, V].
         dstate: [B, H, K, V] or None.
-        starts: as `chunk_forward` returned it, for the same `chunk_rows` and `segment_rows`.
+        starts, errors: as `chunk_forward` returned them, for the same `chunk_rows` and `segment_rows`.
     """
     dq, dk, dv, dg, dbeta = (None if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta))
     carry = torch.zeros_like(starts[0])
@@ -185,5 +210,5 @@ def chunk_backward(
     with full_precision(q.device.type):
         parts = _Segments(q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm, chunk_rows, segment_rows)
         for i, tokens, rows in reversed(list(parts.slices())):
-            carry = _backward_segment(parts, tokens, rows, do, starts[i], carry, (dq, dk, dv, dg, dbeta))
+            carry = _backward_segment(parts, tokens, rows, do, starts[i], errors, carry, (dq, dk, dv, dg, dbeta))
     return dq, dk, dv, dg, dbeta, carry.view(q.shape[0], q.shape[2], *carry.shape[1:])

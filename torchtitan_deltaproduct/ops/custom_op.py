@@ -35,8 +35,8 @@ def _forward(
     """Arguments as in `gated_delta_product`, `backend` already resolved to "chunk" or "fla".
 
     Returns:
-        o, the final state, and two tensors for the backward: fla's solved triangles and gates, chunk's
-            segment starts.
+        o, the final state, and two tensors for the backward: fla's solved triangles and gates; chunk's
+        segment starts and errors (v's number of elements, in the compute dtype).
     """
     none = q.new_empty(0, dtype=torch.float32)
     if cu_seqlens is not None:
@@ -49,10 +49,10 @@ def _forward(
     options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
     if cu_seqlens is not None and (initial_state is not None or output_final_state):
         o, state = documents.forward(q, k, v, g, beta, initial_state, cu_seqlens, **options)
-        starts = none
+        saved = none, none.clone()
     else:
-        o, state, starts = chunk.chunk_forward(q, k, v, g, beta, initial_state, cu_seqlens, **options)
-    return o, state if output_final_state else none.clone(), starts, none.clone()
+        o, state, *saved = chunk.chunk_forward(q, k, v, g, beta, initial_state, cu_seqlens, **options)
+    return o, state if output_final_state else none.clone(), *saved
 
 
 @_forward.register_fake
@@ -74,16 +74,15 @@ def _(
     state_shape = (count, q.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
     by_document = cu_seqlens is not None and (initial_state is not None or output_final_state)
     if backend == "fla":
-        (saved, gates), saved_dtype = fla_backend.saved_shapes(k, g), k.dtype
+        shapes, dtypes = fla_backend.saved_shapes(k, g), (k.dtype, torch.float32)
+    elif by_document:
+        shapes, dtypes = ((0,), (0,)), (torch.float32, torch.float32)
     else:
-        saved, gates, saved_dtype = chunk.saved_shape(q, k, v), (0,), compute_dtype(q, k, v)
-        if by_document:
-            saved, saved_dtype = (0,), torch.float32
+        shapes, dtypes = chunk.saved_shapes(q, k, v), (compute_dtype(q, k, v),) * 2
     return (
         q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3], dtype=v.dtype),
         q.new_empty(state_shape, dtype=compute_dtype(q, k, v) if output_final_state else torch.float32),
-        q.new_empty(saved, dtype=saved_dtype),
-        q.new_empty(gates, dtype=torch.float32),
+        *(q.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)),
     )
 
 
@@ -98,24 +97,27 @@ def _backward(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    saved: Tensor,
-    gates: Tensor,
+    first: Tensor,
+    second: Tensor,
     num_householder: int,
     scale: float,
     use_qk_l2norm: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g, beta and the initial state, each in the dtype of its tensor."""
+    """Gradients of q, k, v, g, beta and the initial state, each in the dtype of its tensor.
+
+    `first` and `second` are what the forward returned for the backward.
+    """
     if backend == "fla":
         grads = fla_backend.backward(
-            do, dstate, q, k, v, g, beta, initial_state, cu_seqlens, saved, gates, num_householder, scale
+            do, dstate, q, k, v, g, beta, initial_state, cu_seqlens, first, second, num_householder, scale
         )
     else:
         options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
-        if cu_seqlens is not None and saved.numel() == 0:
+        if cu_seqlens is not None and first.numel() == 0:
             grads = documents.backward(do, dstate, q, k, v, g, beta, initial_state, cu_seqlens, **options)
         else:
-            grads = chunk.chunk_backward(do, dstate, q, k, v, g, beta, cu_seqlens, saved, **options)
+            grads = chunk.chunk_backward(do, dstate, q, k, v, g, beta, cu_seqlens, first, second, **options)
     *most, dg, dbeta, dinitial = grads
     none = q.new_empty(0, dtype=torch.float32)
     dg = none if g is None else dg
@@ -134,8 +136,8 @@ def _(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    saved: Tensor,
-    gates: Tensor,
+    first: Tensor,
+    second: Tensor,
     num_householder: int,
     scale: float,
     use_qk_l2norm: bool,
@@ -149,20 +151,18 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:
     tensors, ctx.options = inputs[:7], (*inputs[7:9], *inputs[10:])
-    o, state, saved, gates = output
-    ctx.save_for_backward(*tensors, saved, gates)
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.has_state = inputs[9]
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, do, dstate, _dsaved, _dgates):
-    *tensors, saved, gates = ctx.saved_tensors
-    q, k, v, g, beta, initial_state, cu_seqlens = tensors
+def _autograd(ctx, do, dstate, _dfirst, _dsecond):
+    # Read once: under activation checkpointing a second look is an error.
+    saved = ctx.saved_tensors
+    q, _, v, g, _, initial_state, _ = saved[:7]
     if do is None:
         do = v.new_zeros(*q.shape[:3], v.shape[3])
-    dq, dk, dv, dg, dbeta, dinitial = BACKWARD(
-        do, dstate if ctx.has_state else None, *tensors, saved, gates, *ctx.options
-    )
+    dq, dk, dv, dg, dbeta, dinitial = BACKWARD(do, dstate if ctx.has_state else None, *saved, *ctx.options)
     dg = None if g is None else dg
     dinitial = None if initial_state is None else dinitial
     return dq, dk, dv, dg, dbeta, dinitial, None, None, None, None, None, None
@@ -174,4 +174,5 @@ FORWARD = torch.ops.deltaproduct.gated_delta_product.default
 BACKWARD = torch.ops.deltaproduct.gated_delta_product_backward.default
 
 SAVE_FOR_SELECTIVE_AC = {FORWARD}
-"""Ops whose outputs selective activation checkpointing should keep."""
+"""Ops whose outputs selective activation checkpointing should keep. With backend "chunk" that is o and, for
+the backward, the errors: as many elements as v, in float32 (4 * B * T * n * H * V bytes a layer)."""

@@ -55,7 +55,7 @@ def forward(
         states.copy_(initial_state)
     for i, tokens, rows in _documents(cu_seqlens, k.shape[1] // max(q.shape[1], 1)):
         gate = None if g is None else g[:, tokens]
-        o[:, tokens], states[i : i + 1], _ = chunk_forward(
+        o[:, tokens], states[i : i + 1], _, _ = chunk_forward(
             q[:, tokens], k[:, rows], v[:, rows], gate, beta[:, rows], states[i : i + 1], None, **options
         )
     return o, states
@@ -86,10 +86,10 @@ def backward(
         one = slice(i, i + 1)
         inputs = (q[:, tokens], k[:, rows], v[:, rows], None if g is None else g[:, tokens], beta[:, rows])
         state = None if initial_state is None else initial_state[one]
-        # How many segments the documents have is not known when shapes are, so their starts were not kept.
-        starts = chunk_forward(*inputs, state, None, **options)[2]
+        # How many segments the documents have is not known when shapes are, so nothing was kept.
+        saved = chunk_forward(*inputs, state, None, **options)[2:]
         dq[:, tokens], dk[:, rows], dv[:, rows], dgate, dbeta[:, rows], dinitial[one] = chunk_backward(
-            do[:, tokens], dinitial[one], *inputs, None, starts, **options
+            do[:, tokens], dinitial[one], *inputs, None, *saved, **options
         )
         if dg is not None:
             dg[:, tokens] = dgate

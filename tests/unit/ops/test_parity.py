@@ -72,9 +72,7 @@ def test_float64_with_states(length, n, gated, top):
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-@pytest.mark.parametrize(
-    "bounds", [[0, 71], [0, 0, 5, 5, 6, 38, 39, 71, 71], list(range(72)), [0, 16, 32, 48, 71]]
-)
+@pytest.mark.parametrize("bounds", [[0, 71], [0, 0, 5, 5, 6, 38, 39, 71, 71], list(range(72)), [0, 16, 32, 48, 71]])
 @pytest.mark.parametrize("final", [False, True])
 def test_float64_documents(bounds, n, gated, final):
     args = make(71, n, gated=gated, states=len(bounds) - 1 if final else None)
@@ -99,11 +97,9 @@ def test_any_chunk_and_segment_size(chunk_rows, segment_rows):
     grads = torch.autograd.grad((o * do).sum() + (state * dstate).sum(), tuple(args.values()))
     sizes = {"chunk_rows": chunk_rows, "segment_rows": segment_rows}
     with torch.no_grad():
-        fast_o, fast_state, starts = chunk_forward(*args.values(), None, **options, **sizes)
-        fast = chunk_backward(do, dstate, *list(args.values())[:5], None, starts, **options, **sizes)
-    for name, a, b in zip(
-        ("o", "state", *NAMES), (fast_o, fast_state, *fast), (o, state, *grads), strict=True
-    ):
+        fast_o, fast_state, *saved = chunk_forward(*args.values(), None, **options, **sizes)
+        fast = chunk_backward(do, dstate, *list(args.values())[:5], None, *saved, **options, **sizes)
+    for name, a, b in zip(("o", "state", *NAMES), (fast_o, fast_state, *fast), (o, state, *grads), strict=True):
         assert (a - b).abs().max() < 1e-12, name
 
 
@@ -161,9 +157,7 @@ def test_decode_step(n, gated):
     for t in range(7, 19):
         rows = slice(t * n, t * n + n)
         gate = None if g is None else g[:, t]
-        step, same = recurrent_step(
-            q[:, t], k[:, rows], v[:, rows], gate, beta[:, rows], state, use_qk_l2norm=True
-        )
+        step, same = recurrent_step(q[:, t], k[:, rows], v[:, rows], gate, beta[:, rows], state, use_qk_l2norm=True)
         assert same is state
         assert (step - o[:, t]).abs().max() < 1e-12
     assert (state - final).abs().max() < 1e-12
