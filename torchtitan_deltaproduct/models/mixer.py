@@ -97,20 +97,34 @@ class DeltaProductMixer(nn.Module):
         Returns:
             [B, T, hidden].
         """
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.args.use_short_conv:
-            q, k, v = self.q_conv1d(q, positions), self.k_conv1d(k, positions), self.v_conv1d(v, positions)
-        else:
-            q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        batch = x.shape[0] if cu_seqlens is None else 1
         o, _ = gated_delta_product(
-            *self._operands(q, k, v, x, decay, batch),
+            *self.operands(x, decay, cu_seqlens, positions),
             self.args.num_householder,
             cu_seqlens=cu_seqlens,
             use_qk_l2norm=True,
             backend=self.args.op_backend,
         )
         return self._output(o, x)
+
+    def operands(
+        self,
+        x: Tensor,
+        decay: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """What the operator is given for `forward`'s arguments; also for whoever studies a trained model.
+
+        Returns:
+            q [B, T, H, K], k [B, T*n, H, K], v [B, T*n, H, V], g [B, T, H] or None, and beta [B, T*n, H] in the
+            model's range. q and k are not normalised yet (`ops.normalize.l2norm`). With `cu_seqlens` B is 1.
+        """
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.args.use_short_conv:
+            q, k, v = self.q_conv1d(q, positions), self.k_conv1d(k, positions), self.v_conv1d(v, positions)
+        else:
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        return self._operands(q, k, v, x, decay, x.shape[0] if cu_seqlens is None else 1)
 
     def extend(self, x: Tensor, cache: MixerCache) -> tuple[Tensor, MixerCache]:
         """Continues a sequence, x [B, T, hidden], and overwrites the state in place when T is 1."""
