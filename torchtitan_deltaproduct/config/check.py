@@ -174,11 +174,11 @@ def _dataset_unread(config: JobConfig, _: Environment) -> str | None:
     return None
 
 
-def _only_read_by(name: str, *kinds: str) -> Judge:
-    default = schema()[f"data.{name}"].default
+def _only_read_by(key: str, *kinds: str) -> Judge:
+    default = schema()[key].default
 
     def judge(config: JobConfig, _: Environment) -> str | None:
-        if config.data.kind in kinds or getattr(config.data, name) == default:
+        if config.data.kind in kinds or get_value(config, key) == default:
             return None
         return "only read with kind = " + " or ".join(f'"{kind}"' for kind in kinds)
 
@@ -205,6 +205,15 @@ def _lengths_fit(config: JobConfig, _: Environment) -> str | None:
     if high > room:
         return f"rows of max_length = {high} tokens do not fit in training.seq_len = {room}"
     return f"max_length = {high} is below min_length = {low}" if high < low else None
+
+
+def _tested_longer(config: JobConfig, _: Environment) -> str | None:
+    lengths, low = config.validation.lengths, config.data.max_length
+    if len(set(lengths)) < len(lengths):
+        return "a length is listed twice"
+    if config.data.kind == "formal_language" and lengths and min(lengths) < low:
+        return f"length L has rows of max_length = {low} to L tokens: {min(lengths)} is too short"
+    return None
 
 
 def _weights_match(config: JobConfig, _: Environment) -> str | None:
@@ -312,14 +321,16 @@ _RULES: tuple[tuple[tuple[str, ...], Judge], ...] = (
     (("data.paths", "data.kind"), _stream_unmixed),
     (("data.dataset", "data.kind"), _dataset_unread),
     (("data.group", "data.kind"), _group_named),
-    *(((f"data.{name}", "data.kind"), _only_read_by(name, *kinds)) for names, kinds in {
-        "group curriculum_start curriculum_steps": ("group_word",),
-        "language min_length max_length": ("formal_language",),
-        "weights": ("prepared",),
-        "shuffle reset_state_at_documents": ("prepared", "streaming"),
-    }.items() for name in names.split()),
+    *(((key, "data.kind"), _only_read_by(key, *kinds)) for keys, kinds in {
+        "data.group data.curriculum_start data.curriculum_steps": ("group_word",),
+        "data.language data.min_length data.max_length": ("formal_language",),
+        "data.weights": ("prepared",),
+        "data.shuffle data.reset_state_at_documents validation.seq_len validation.steps": ("prepared", "streaming"),
+        "validation.lengths validation.samples": _GENERATED,
+    }.items() for key in keys.split()),
     (("data.curriculum_start", "data.curriculum_steps", "training.seq_len"), _curriculum_fits),
     (("data.max_length", "data.min_length", "training.seq_len"), _lengths_fit),
+    (("validation.lengths", "data.max_length"), _tested_longer),
     (("data.weights", "data.paths"), _weights_match),
     (("data.paths",), _paths_differ),
     (("validation.enable", "validation.paths", "data.kind"), _validation_data),

@@ -64,7 +64,7 @@ NOTABLE = {
         "decides what this start does",
     "checkpoint.last_save_model_only checkpoint.export_dtype": "decides what the last checkpoint holds",
     "checkpoint.enable": "decides whether this start saves and resumes",
-    "validation.paths validation.seq_len validation.steps validation.local_batch_size":
+    "validation.paths validation.seq_len validation.steps validation.local_batch_size validation.samples":
         "held-out losses are not comparable with earlier ones",
     "versions.torch versions.torchtitan versions.flash-linear-attention versions.triton":
         "results may differ in rounding",
@@ -79,6 +79,7 @@ HARMLESS = {
     "checkpoint.folder checkpoint.interval checkpoint.async_mode checkpoint.keep_latest_k "
     "checkpoint.enable_first_step_checkpoint": "when and where to save",
     "validation.enable validation.freq": "how often to validate",
+    "validation.lengths": "which lengths to report",
     "model.hidden_ratio model.intermediate_size": "two ways to give the same MLP width",
     "versions.*": "for the record",
 }

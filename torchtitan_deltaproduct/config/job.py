@@ -105,12 +105,18 @@ class Optimizer(titan.Optimizer):
 @dataclass
 class Validation(titan.Validation):
     paths: list[str] = field(default_factory=list)
-    """Prepared folders to validate on, in file order: the same windows every time."""
+    """Prepared folders to validate on, in file order: the same windows every time. Generated data
+    (`group_word`, `formal_language`) needs none: it is validated on its own held-out stream."""
     seq_len: int = 0
     """Window length in tokens; 0: as in training."""
     steps: int = -1
     """Windows to read, in units of `local_batch_size`, evenly spaced and the same for any number of ranks; -1: every
     window of the set once."""
+    lengths: list[int] = field(default_factory=list)
+    """Generated data: lengths in tokens to report besides the one of training, longer ones as a rule. Of a formal
+    language, length L has rows of `data.max_length` to L tokens."""
+    samples: int = 1024
+    """Generated data: held-out rows at each length, over all ranks."""
 
 
 @dataclass

@@ -119,6 +119,8 @@ RANGES = {
     "validation.freq": _COUNT,
     "validation.steps": _or(-1, 1, "every window of the set"),
     "validation.local_batch_size": _COUNT,
+    "validation.lengths": Range(lambda value: all(length >= 1 for length in value), "must all be at least 1"),
+    "validation.samples": _COUNT,
     "validation.seq_len": _or(0, 1, "the length of training"),
     "debug.seed": _SEED,
 }

@@ -35,6 +35,8 @@ KINDS = {
     "group_word": ".group_word",
     "formal_language": ".formal",
 }
+GENERATED = ("group_word", "formal_language")
+"""Kinds made from a seed: they read no files, have no tokenizer, and are validated on generated samples."""
 
 
 def build_loader(

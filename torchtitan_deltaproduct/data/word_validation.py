@@ -61,6 +61,35 @@ def build_word_validation(
     return WordValidation(source, local_batch_size, samples, dp_rank, dp_world_size)
 
 
+def build_word_validations(
+    data,
+    *,
+    seq_len: int,
+    lengths: list[int],
+    local_batch_size: int,
+    samples: int,
+    dp_rank: int = 0,
+    dp_world_size: int = 1,
+) -> dict[int, "WordValidation"]:
+    """The held-out samples of a run: at the length of training, key 0, and at each of `lengths`, in tokens.
+
+    A formal language has rows as in training under key 0, and rows of `data.max_length` to L tokens under key L (the
+    setting of Grazzi et al. 2025: trained on 3 to 40, tested on 40 to 256). Other arguments and errors:
+    `build_word_validation`.
+    """
+    common = {
+        "local_batch_size": local_batch_size,
+        "samples": samples,
+        "dp_rank": dp_rank,
+        "dp_world_size": dp_world_size,
+    }
+    found = {0: build_word_validation(data, seq_len=seq_len, **common)}
+    for length in lengths:
+        ends = {"min_length": data.max_length, "max_length": length} if data.kind == "formal_language" else {}
+        found[length] = build_word_validation(data, seq_len=length, **ends, **common)
+    return found
+
+
 class WordValidation:
     """Batches of one rank; see `build_word_validation`.
 

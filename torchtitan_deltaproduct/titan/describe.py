@@ -22,7 +22,7 @@ def describe(trainer) -> list[str]:
         trainer.dataloader.describe(),
     ]
     if config.validation.enable:
-        lines.append(trainer.validator.loader.describe())
+        lines.append(trainer.validator.describe())
     lines += [
         f"step: {samples} sequences of {training.seq_len:,} = {tokens:,} tokens ({training.local_batch_size} a rank x "
         f"{trainer.gradient_accumulation_steps} accumulated x {ranks} rank{'s' if ranks > 1 else ''})",

@@ -2,6 +2,7 @@
 
     {"step": 20, "loss": 5.1, "lr": 0.0003, "grad_norm": 0.8, "tokens": 327680, "tokens_per_second": 9000.0, ...}
     {"step": 20, "validation_loss": 5.2, "validation_bits_per_byte": 1.9, "validation_perplexity": 181.3, ...}
+    {"step": 20, "validation_loss": 0.1, "validation_token_accuracy": 0.97, "validation_token_accuracy_128": 0.8, ...}
 
 `metrics.jsonl` and the TensorBoard folder belong to the run, not to a launch: on a restart at step s, what a killed run
 logged beyond s is dropped, so that the files read as if the run had never stopped.
@@ -155,14 +156,13 @@ class MetricsProcessor(stock.MetricsProcessor):
             f"{c.turquoise}mem {values['memory_gib']:.2f} GiB{c.reset}{eta}"
         )
 
-    def log_validation(self, step: int, values: dict[str, float]) -> None:
+    def log_validation(self, step: int, values: dict[str, float], summary: str) -> None:
         """Writes a validation record and its console line; `values` without the `validation_` prefix."""
         self.write(step, {f"validation_{name}": value for name, value in values.items()})
         c = self.color
         logger.info(
             f"{c.yellow}validation at step {step}  {c.green}loss {values['loss']:.4f}  "
-            f"{c.reset}perplexity {values['perplexity']:,.2f}  bits/byte {values['bits_per_byte']:.4f}  "
-            f"({values['tokens']:,.0f} tokens in {values['seconds']:.1f} s)"
+            f"{c.reset}{summary}  ({values['tokens']:,.0f} tokens in {values['seconds']:.1f} s)"
         )
         self.restart_clock()
 

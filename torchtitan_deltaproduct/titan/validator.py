@@ -1,11 +1,13 @@
-"""Loss on a fixed held-out set: the same windows every time, weighted by tokens, in nats and in bits per byte.
+"""Evaluation on a fixed held-out set: the same windows every time, weighted by tokens, whatever the number of ranks.
 
 torchtitan's own validator reads another window at each call, averages per-rank means, and hangs when ranks run out of
-data at different steps; here every rank has the same number of batches, padded with ignored labels.
+data at different steps; here every rank has the same number of batches, padded with ignored labels. `Validator` reports
+loss in nats and in bits per byte of text; `word_validator.WordValidator` reports accuracies on generated data.
 """
 
 import math
 import time
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -17,12 +19,13 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 
 from ..config.job import JobConfig
-from ..data import build_validation_loader
+from ..data import GENERATED, build_validation_loader
+from ..data.loader import Batch
 from .metrics import MetricsProcessor
 
 
-class Validator(BaseValidator):
-    """Runs the model over the validation windows; `last` is the newest result."""
+class HeldOutValidator(BaseValidator):
+    """What every validator does: when, a pass without gradients, sums over ranks. `last` is the newest result."""
 
     def __init__(
         self,
@@ -34,65 +37,103 @@ class Validator(BaseValidator):
         validation_context,
     ) -> None:
         self.job_config = job_config
+        self.dp_world_size, self.dp_rank = dp_world_size, dp_rank
         self.parallel_dims = parallel_dims
         self.metrics = metrics_processor
         self.context = validation_context
-        config = job_config.validation
-        self.loader = build_validation_loader(
-            config.paths,
-            seq_len=config.seq_len or job_config.training.seq_len,
-            local_batch_size=config.local_batch_size,
-            steps=config.steps,
-            dp_rank=dp_rank,
-            dp_world_size=dp_world_size,
-            reset_state_at_documents=job_config.data.reset_state_at_documents,
-        )
         self.last: dict[str, float] = {}
 
     def should_validate(self, step: int) -> bool:
         """Before the first step, every `freq` steps, and after the last."""
         return step % self.job_config.validation.freq == 0 or step == self.job_config.training.steps
 
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """One pass of the model over the held-out data, on all ranks: sums and means over all of them."""
+        raise NotImplementedError
+
+    def summary(self, values: dict[str, float]) -> str:
+        """What the console line says of `values`, the loss and the time apart."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """One line for the log on the held-out data."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> dict[str, float]:
-        """Evaluates, logs, and returns loss (nats per token), perplexity, bits_per_byte, tokens, bytes, seconds."""
-        start = time.perf_counter()
-        model = model_parts[0]
+        """Evaluates, logs, and returns what `evaluate` found and the `seconds` it took."""
+        start, model = time.perf_counter(), model_parts[0]
         model.eval()
-        totals = torch.zeros(3, dtype=torch.float64)  # summed loss, tokens, bytes
-        token_bytes = self.loader.token_bytes
-        for inputs, labels in self.loader:
-            valid = labels[labels != IGNORE_INDEX]
-            batch = {name: tensor.to(utils.device_type) for name, tensor in inputs.items()}
-            with self.context():
-                logits = model(batch.pop("input"), **batch)
-                loss = cross_entropy_loss(logits, labels.to(utils.device_type))
-            totals += torch.tensor([loss.item(), valid.numel(), token_bytes[valid].sum().item()], dtype=torch.float64)
+        self.last = self.evaluate(model)
         model.train()
         # The root group stays gathered after a forward pass, and only a backward pass would put it back: without this,
         # a checkpoint saved next would look for the optimizer state of the gathered parameters.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+        self.last["seconds"] = round(time.perf_counter() - start, 2)
+        self.metrics.log_validation(step, self.last, self.summary(self.last))
+        return self.last
+
+    def outputs(self, model: nn.Module, loader: Iterable[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields the logits [B, T, vocab] and labels [B, T] of each batch, on the device."""
+        for inputs, labels in loader:
+            batch = {name: tensor.to(utils.device_type) for name, tensor in inputs.items()}
+            with self.context():
+                logits = model(batch.pop("input"), **batch)
+            yield logits, labels.to(utils.device_type)
+
+    def sum_over_ranks(self, totals: torch.Tensor) -> list[float]:
+        """totals: [n] float64 of this rank -> n sums over the ranks that read other data."""
         if self.parallel_dims.dp_enabled:
-            on_device = totals.to(utils.device_type)
-            dist.all_reduce(on_device, group=self.parallel_dims.get_mesh("batch").get_group())
-            totals = on_device.cpu()
-        loss_sum, tokens, n_bytes = totals.tolist()
-        loss = loss_sum / tokens
-        self.last = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
+            totals = totals.to(utils.device_type)
+            dist.all_reduce(totals, group=self.parallel_dims.get_mesh("batch").get_group())
+        return totals.tolist()
+
+
+class Validator(HeldOutValidator):
+    """Loss (nats per token), perplexity and bits per byte on prepared text."""
+
+    def __init__(self, job_config: JobConfig, **given) -> None:
+        super().__init__(job_config, **given)
+        config = job_config.validation
+        self.loader = build_validation_loader(
+            config.paths,
+            seq_len=config.seq_len or job_config.training.seq_len,
+            local_batch_size=config.local_batch_size,
+            steps=config.steps,
+            dp_rank=self.dp_rank,
+            dp_world_size=self.dp_world_size,
+            reset_state_at_documents=job_config.data.reset_state_at_documents,
+        )
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        totals = torch.zeros(3, dtype=torch.float64)  # summed loss, tokens, bytes
+        token_bytes = self.loader.token_bytes
+        for logits, labels in self.outputs(model, self.loader):
+            loss = cross_entropy_loss(logits, labels).item()
+            valid = labels[labels != IGNORE_INDEX].cpu()
+            totals += torch.tensor([loss, valid.numel(), token_bytes[valid].sum().item()], dtype=torch.float64)
+        loss_sum, tokens, n_bytes = self.sum_over_ranks(totals)
+        return {
+            "loss": loss_sum / tokens,
+            "perplexity": math.exp(min(loss_sum / tokens, 700.0)),
             "bits_per_byte": loss_sum / math.log(2) / n_bytes,
             "tokens": tokens,
             "bytes": n_bytes,
-            "seconds": round(time.perf_counter() - start, 2),
         }
-        self.metrics.log_validation(step, self.last)
-        return self.last
+
+    def summary(self, values: dict[str, float]) -> str:
+        return f"perplexity {values['perplexity']:,.2f}  bits/byte {values['bits_per_byte']:.4f}"
+
+    def describe(self) -> str:
+        return self.loader.describe()
 
 
-def build_validator(job_config: JobConfig, **given) -> Validator:
+def build_validator(job_config: JobConfig, **given) -> HeldOutValidator:
     """The signature TrainSpec asks for; of what it gives, pipeline parallelism's part is not used."""
+    from .word_validator import WordValidator
+
     names = ("dp_world_size", "dp_rank", "parallel_dims", "metrics_processor", "validation_context")
-    return Validator(job_config, **{name: given[name] for name in names})
+    kind = WordValidator if job_config.data.kind in GENERATED else Validator
+    return kind(job_config, **{name: given[name] for name in names})
