@@ -7,7 +7,8 @@ recurrence.
     torch.ops.deltaproduct.gated_delta_product(q, k, v, g, beta, None, None, 2, 0.125, False, True, "chunk")
 
 A custom op cannot return None: tensors that do not apply (the final state, gradients of absent inputs) have
-no elements.
+no elements. Inductor caches compiled graphs by the op's name and signature, not by its shapes: a change of the
+outputs needs a change of either, or graphs cached by an older version fail ("mismatch in length of strides").
 """
 
 import torch
