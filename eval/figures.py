@@ -180,11 +180,12 @@ def interpretation_figure(heads: list[dict], title: str, args, names: list[str] 
         figure = plt.figure(figsize=(max(7.5, 2.4 * columns + 0.8), 5.4 + map_height), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         grid = figure.add_gridspec(3 if names else 2, columns, height_ratios=[2.3, 2.3, map_height][: 2 + bool(names)])
-        first = None
+        first, tallest = None, 0.0
         for index, head in enumerate(heads):
             beta = figure.add_subplot(grid[0, index], sharey=first)
-            first = first or beta
+            first = beta if first is None else first
             _beta_panel(beta, head, args)
+            tallest = max(tallest, beta.get_ylim()[1])
             keys = figure.add_subplot(grid[1, index])
             _key_panel(keys, head)
             if index == 0:
@@ -193,6 +194,7 @@ def interpretation_figure(heads: list[dict], title: str, args, names: list[str] 
             else:
                 beta.tick_params(labelleft=False)
                 keys.tick_params(labelleft=False)
+        first.set_ylim(0, tallest)
         if names:
             _element_map(figure, figure.add_subplot(grid[2, :]), heads, args, names)
         handles, labels = first.get_legend_handles_labels()
@@ -207,7 +209,7 @@ def _beta_panel(axis, head: dict, args) -> None:
         edges = np.linspace(0, top, len(share) + 1)
         axis.stairs(share, edges, fill=True, color=COLOURS[j % len(COLOURS)], alpha=0.25)
         axis.stairs(share, edges, color=COLOURS[j % len(COLOURS)], linewidth=1.6, label=f"Householder {j}")
-    axis.set(title=f"head {head['head']}", xlim=(-0.02 * top, 1.02 * top), xlabel=r"$\beta$", ylim=(0, None))
+    axis.set(title=f"head {head['head']}", xlim=(-0.02 * top, 1.02 * top), xlabel=r"$\beta$")
     axis.set_xticks([0, top / 2, top])
 
 
@@ -233,7 +235,8 @@ def _element_map(figure, axis, heads: list[dict], args, names: list[str]) -> Non
     top = 2 if args.allow_neg_eigval else 1
     image = axis.imshow(values, vmin=0, vmax=top, cmap="cividis", aspect="auto")
     axis.set_yticks(range(len(steps)), [f"head {h}, Householder {step['householder']}" for h, step in steps])
-    axis.set_xticks(range(len(names)), names, rotation=0 if len(names) <= 8 else 40, ha="center" if len(names) <= 8 else "right")  # fmt: skip
+    crowded = len(names) > 8
+    axis.set_xticks(range(len(names)), names, rotation=40 * crowded, ha="right" if crowded else "center")
     axis.set(title=r"mean $\beta$ at each group element", xlabel="group element (cycles)")
     axis.grid(False)
     axis.tick_params(length=0)

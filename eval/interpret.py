@@ -120,7 +120,7 @@ def interpret(loaded: LoadedModel, folder: Path, console: Console, words: int = 
     problem = problem_of(loaded.config, train_length, seed)
     inputs, _ = problem.sources[0].batch(np.arange(words))
     views, occurrences = view_layers(loaded.model, inputs["input"])
-    args = loaded.model.args
+    args, run = loaded.model.args, loaded.run.resolve()
     group = None if problem.formal else problem.sources[0].problem.group
     names = list(group.names) if group is not None and group.order <= MAX_ELEMENTS else None
     record = {
@@ -140,7 +140,7 @@ def interpret(loaded: LoadedModel, folder: Path, console: Console, words: int = 
             mean, near = ("  ".join(f"{h[key]:.2f}" for h in head["householders"]) for key in ("mean", "above_1.9"))
             dims = f"{head['dimension_95']} of {args.head_dim}"
             out.add_row(str(index), str(head["head"]), mean, near, dims, f"{head['effective_rank']:.1f}")
-        title = f"{loaded.label}: {problem.name}, layer {index}"
+        title = f"{problem.name}, layer {index}: {run.parent.name}/{run.name}, step {loaded.step}"
         interpretation_figure(heads, title, args, names, folder / f"{stem}_layer{index}.png")
     (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     console.print(out)
