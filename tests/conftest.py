@@ -3,6 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+# As in the processes that tests start: with other thread counts sums differ in their last bits.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -141,11 +141,12 @@ def learned(run: Path) -> dict:
     return {(r["step"], name): value for r in records(run) for name, value in r.items() if name not in skip}
 
 
-def weights(run: Path, step: int) -> dict:
+def weights(run: Path, step: int | str) -> dict:
     """Everything a checkpoint holds, flat: {"layers.0...weight": tensor, "train_state.step": 8, ...}."""
+    folder = run / "checkpoint" / (step if isinstance(step, str) else f"step-{step}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        state = _load_state_dict_from_keys(storage_reader=SafeReader(str(run / f"checkpoint/step-{step}")))
+        state = _load_state_dict_from_keys(storage_reader=SafeReader(str(folder)))
 
     def walk(tree: dict, prefix: str):
         for name, value in tree.items():
