@@ -6,6 +6,7 @@
     losses = {r["step"]: r["loss"] for r in records(run) if "loss" in r}
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -111,10 +112,22 @@ def launch(config: Path, run: Path, *options: str, ranks: int = 1, wait: bool = 
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to torchrun and all its workers at once."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL to a process and all its descendants (torchrun's workers have sessions of their own)."""
+    for pid in [process.pid, *descendants(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     time.sleep(0.2)
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, their children, ... of a process."""
+    listing = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listing.splitlines()]
+    found = [pid]
+    for parent in found:
+        found += [child for child, its_parent in pairs if its_parent == parent]
+    return found[1:]
 
 
 def log_of(run: Path) -> str:
