@@ -21,7 +21,7 @@ from .words import wilson  # noqa: E402
 
 # Okabe & Ito (2008), without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MAX_POINTS = 256
+MAX_POINTS = 128
 """Points of a drawn curve; longer ones show means of neighbouring positions."""
 
 
@@ -65,7 +65,8 @@ def accuracy_figure(settings: list[Setting], path: Path) -> None:
             else:
                 _group_panels(row, chosen, handles)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)))
+        handles["guessing"] = handles.pop("guessing")
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
         save(figure, path)
 
 
@@ -82,11 +83,7 @@ def _group_panels(axes, settings: list[Setting], handles: dict) -> None:
     for axis in axes:
         axis.set_xlabel("position t in the word (tokens)")
         _frame(axis, settings)
-    left.axhline(100 * settings[0].problem.chance, color="#777777", linestyle=":", linewidth=1.2)
-    left.annotate(
-        "guessing", (1, 100 * settings[0].problem.chance), xycoords=("axes fraction", "data"), xytext=(-2, -3),
-        textcoords="offset points", ha="right", va="top", color="#666666", fontsize=8.5,
-    )  # fmt: skip
+    _guessing(left, settings, handles)
 
 
 def _formal_panels(axes, settings: list[Setting], handles: dict) -> None:
@@ -108,7 +105,12 @@ def _formal_panels(axes, settings: list[Setting], handles: dict) -> None:
     right.set_xlabel("length of the row (tokens)")
     right.axhline(0, color="#777777", linewidth=0.8)
     _frame(left, settings)
-    left.axhline(100 * settings[0].problem.chance, color="#777777", linestyle=":", linewidth=1.2)
+    _guessing(left, settings, handles)
+
+
+def _guessing(axis, settings: list[Setting], handles: dict) -> None:
+    handle = axis.axhline(100 * settings[0].problem.chance, color="#555555", linestyle=":", linewidth=1.4)
+    handles.setdefault("guessing", handle)
 
 
 def _look(settings: list[Setting], index: int) -> dict:
@@ -165,9 +167,10 @@ def _frame(axis, settings: list[Setting]) -> None:
     axis.set(xlim=(0, longest * 1.01), ylim=(-2, 103))
     for length in sorted({setting.problem.train_length for setting in settings}):
         axis.axvline(length, color="#444444", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+        side = "left" if length < 0.2 * longest else "right" if length > 0.8 * longest else "center"
         axis.annotate(
             f"trained to {length:,} tokens", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 1),
-            textcoords="offset points", va="bottom", ha="center", color="#444444", fontsize=8.5,
+            textcoords="offset points", va="bottom", ha=side, color="#444444", fontsize=8.5,
         )  # fmt: skip
     axis.set_title(axis.get_title(loc="left"), loc="left", pad=18)
 

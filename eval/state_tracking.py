@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = [load_model(run, options.step, device) for run in options.runs]
+    # One checkpoint under two names is no second seed.
+    loaded = list({(model.run.resolve(), model.step): model for model in loaded}.values())
     folder = Path(options.out) if options.out else default_folder(loaded)
     folder.mkdir(parents=True, exist_ok=True)
     if options.interpret:

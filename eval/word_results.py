@@ -88,6 +88,7 @@ class RunResult:
             for key in keys
             if key in config.get(table, {})
         }
+        settings["checkpoint.step"] = loaded.step
         seeds = (config["data"]["seed"], config["debug"]["seed"])
         return cls(loaded.label, problem, counts, settings, seeds, loaded.step, config["training"]["steps"])
 
@@ -249,7 +250,7 @@ def table(settings: list[Setting], criterion: Criterion) -> Table:
     out = Table(title="State tracking: token accuracy on held-out words", title_justify="left")
     for name in ("problem", "setting", "seed"):
         out.add_column(name)
-    for name in ("training length", "tested length", "all right", "solved"):
+    for name in ("training length", "tested length", "whole words", "solved"):
         out.add_column(name, justify="right")
     for setting in settings:
         several = len(setting.runs) > 1

@@ -10,6 +10,7 @@ interrupted ones go on. Then tests at four times the training length. Exit code 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ from torchtitan_deltaproduct.config import JobConfig, load_config
 from torchtitan_deltaproduct.config.compare import compare_configs, read_snapshot, refuse_breaking, snapshot
 from torchtitan_deltaproduct.errors import ConfigError, UserError, exit_on_user_error
 
-CONFIGS = Path("train_configs/state_tracking/laptop")
+CONFIGS = "train_configs/state_tracking/laptop_S3_*.toml"
 CLEAR_FAILURE = 0.7
 """A setting that should fail does so clearly below this token accuracy at the tested length; guessing gives 1/6."""
 SECONDS_BETWEEN_LINES = 15.0
@@ -51,22 +52,23 @@ class Run:
     def log(self) -> Path:
         return self.folder / "train.log"
 
-    def last_record(self) -> dict:
-        """The newest training record of metrics.jsonl, or {}."""
+    def where(self) -> tuple[int, str]:
+        """The newest step of metrics.jsonl, and its loss and validation accuracy in words."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
-            return {}
+            return 0, "starting"
         with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - 8192))
+            stream.seek(max(0, path.stat().st_size - 65536))
             lines = stream.read().decode(errors="ignore").splitlines()
-        for line in reversed(lines):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and "loss" in record:
-                return record
-        return {}
+        newest: dict = {}
+        for line in lines:
+            # The first line may be cut by the seek, and the last by the writer.
+            with contextlib.suppress(ValueError):
+                newest |= json.loads(line)
+        note = "starting" if newest.get("loss") is None else f"loss {newest['loss']:.4f}"
+        if "validation_token_accuracy" in newest:
+            note += f", validation accuracy {newest['validation_token_accuracy']:.1%}"
+        return newest.get("step", 0), note
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,13 +97,13 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--out", default="outputs/state_tracking", help="folder of the runs and the results (default: %(default)s)")
     add("--jobs", type=int, default=0, help="runs at a time (default: as many as there are cores)")
     add("--words", type=int, default=1024, help="words tested a run (default: %(default)s)")
-    add("--configs", nargs="+", metavar="TOML", help=f"S3 settings to run (default: {CONFIGS}/S3_*.toml)")
+    add("--configs", nargs="+", metavar="TOML", help=f"S3 settings to run (default: {CONFIGS})")
     options, overrides = parser.parse_known_args(arguments)
     if options.jobs < 0 or options.words < 1:
         raise ConfigError(f"--jobs {options.jobs} --words {options.words}: must be at least 1")
-    options.configs = [Path(path) for path in options.configs or sorted(CONFIGS.glob("S3_*.toml"))]
+    options.configs = [Path(path) for path in options.configs or sorted(Path().glob(CONFIGS))]
     if not options.configs:
-        raise UserError(f"{CONFIGS}/S3_*.toml are not here: run this from the top folder of the repository")
+        raise UserError(f"{CONFIGS} are not here: run this from the top folder of the repository")
     return options, overrides
 
 
@@ -115,8 +117,10 @@ def plan(configs: list[Path], seeds: list[int], out: Path, overrides: list[str])
     for seed in dict.fromkeys(seeds):
         for path in configs:
             folder = out / path.stem / f"seed-{seed}"
-            arguments = ["--job.config_file", str(path), "--job.dump_folder", str(folder), "--data.seed", str(seed),
-                         "--debug.seed", str(seed), *overrides]  # fmt: skip
+            arguments = ["--job.config_file", str(path), "--job.dump_folder", str(folder)]
+            arguments += ["--data.seed", str(seed), "--debug.seed", str(seed)]
+            # What `auto` means on a CPU; written out, it also is what the run records of itself.
+            arguments += ["--training.mixed_precision_param", "float32", *overrides]
             config = load_config(arguments)
             if (config.data.kind, config.data.group) != ("group_word", "S3"):
                 raise ConfigError(f"{path} is not on group words over S3, which this demonstration is about")
@@ -219,10 +223,7 @@ class Display:
             return
         self.said = time.monotonic()
         for run in active:
-            record = run.last_record()
-            step, total = record.get("step", 0), run.config.training.steps
-            loss = record.get("loss")
-            note = "starting" if loss is None else f"loss {loss:.4f}"
+            (step, note), total = run.where(), run.config.training.steps
             if self.bars:
                 self.bars.start_task(self.tasks[run.name])
                 self.bars.update(self.tasks[run.name], completed=step, note=note)

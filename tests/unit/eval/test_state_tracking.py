@@ -11,9 +11,9 @@ import torch
 from eval import state_tracking
 from eval.models import load_model
 from eval.word_results import Criterion, RunResult, by_setting
-from eval.words import Counts, Problem, count_words, model_reader, problem_of, wilson
+from eval.words import count_words, model_reader, problem_of, wilson
 from tests import toy
-from tests.unit.eval.words_toy import PARITY, write_toml
+from tests.unit.eval.words_toy import PARITY, fake, flat, write_toml
 from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
 from torchtitan_deltaproduct.data.formal import FormalSource
 from torchtitan_deltaproduct.data.group_word import GroupWordSource
@@ -155,18 +155,6 @@ def test_parity_by_length():
     assert counts.scored[10:].tolist() == (own[:, 10:] >= 0).sum(0).tolist()
 
 
-def fake(problem, counts, n=2, negative=True, seed=1, **more):
-    settings = {"model.num_householder": n, "model.allow_neg_eigval": negative, **more}
-    return RunResult(f"run {seed}", problem, counts, settings, (seed, seed), 10, 10)
-
-
-def flat(accuracy, problem=None, **fields):
-    """A run of the same accuracy at each position of S3."""
-    problem = problem or Problem("S3", False, 32, 128, 1 / 6, (), 0)
-    correct = np.full(problem.length, round(accuracy * 1000))
-    return fake(problem, Counts(1000, np.full(problem.length, 1000), correct, correct), **fields)
-
-
 def test_settings_and_seeds():
     runs = [flat(0.2, n=1), flat(1.0, seed=1), flat(0.5, seed=2), flat(0.3, negative=False),
             flat(0.99, seed=1, **{"optimizer.lr": 1})]  # fmt: skip
@@ -186,12 +174,21 @@ def test_settings_and_seeds():
 def test_command(run, tmp_path, capsys):
     parity = write_toml(tmp_path / "parity.toml", PARITY, vocab=3)
     toy.train(parity, tmp_path / "parity")
+    toy.train(write_toml(tmp_path / "s3.toml"), tmp_path / "other", "--data.seed", "6", "--checkpoint.interval", "1")
     words = ["--words", "40", "--length", "24", "--segment", "5", "--seed", "3"]
-    state_tracking.main([str(run), str(run), str(tmp_path / "parity"), *words, "--out", str(tmp_path / "out")])
+    runs = [
+        run,
+        run / "checkpoint/step-2",
+        tmp_path / "other",
+        tmp_path / "other/checkpoint/step-1",
+        tmp_path / "parity",
+    ]
+    state_tracking.main([*map(str, runs), *words, "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    for text in ("n_h = 2, [-1, 1]", "mean of 2", "@ 24", "scaled", "17-24", "40 test words"):
+    for text in ("n_h = 2, [-1, 1]", "mean of 2", "@ 24", "scaled", "17-24", "40 or 80 test words"):
         assert text in said, said
     content = json.loads((tmp_path / "out/state_tracking.json").read_text())
+    assert [s["differs"] for s in content["settings"]] == ["step 2", "step 1", ""]
     s3 = content["settings"][0]
     assert (s3["problem"], s3["seeds"], s3["runs"][0]["test_seed"]) == ("S3", 2, 3)
     rows = list(csv.DictReader((tmp_path / "out/state_tracking.csv").open()))

@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
+
+from eval.word_results import RunResult
+from eval.words import Counts, Problem
+
 TOML = """
 [model]
 vocab_size = {vocab}
@@ -35,3 +40,15 @@ def write_toml(path: Path, data: str = S3, n: int = 2, negative: bool = True, vo
     """Writes a run of two steps on words of 8 tokens."""
     path.write_text(TOML.format(data=data, n=n, negative=str(negative).lower(), vocab=vocab))
     return path
+
+
+def fake(problem, counts, n=2, negative=True, seed=1, **more):
+    settings = {"model.num_householder": n, "model.allow_neg_eigval": negative, **more}
+    return RunResult(f"run {seed}", problem, counts, settings, (seed, seed), 10, 10)
+
+
+def flat(accuracy, problem=None, **fields):
+    """A run of the same accuracy at each position of S3."""
+    problem = problem or Problem("S3", False, 32, 128, 1 / 6, (), 0)
+    correct = np.full(problem.length, round(accuracy * 1000))
+    return fake(problem, Counts(1000, np.full(problem.length, 1000), correct, correct), **fields)
