@@ -30,7 +30,7 @@ def test_random_kills(toy, tmp_path, ranks, options):
     generator, kills = random.Random(ranks), 0
     while not (killed / "checkpoint/step-400/.metadata").exists() and kills < 8:
         process = launch(toy, killed, *options, ranks=ranks, wait=False)
-        time.sleep(generator.uniform(0.3, 1.0) * duration)
+        time.sleep(generator.uniform(0.15, 0.6) * duration)
         kills += process.poll() is None
         kill(process)
     launch(toy, killed, *options, ranks=ranks)
