@@ -101,8 +101,9 @@ def _formal_panels(axes, settings: list[Setting], handles: dict) -> None:
     buckets = settings[0].runs[0].buckets()
     right.set_xticks(range(len(buckets)), [f"{b['first']}-{b['last']}" for b in buckets], rotation=30, ha="right")
     left.set(title=f"{name}: right answers", ylabel="accuracy (%)", xlabel="length of the row (tokens)")
-    right.set(title=f"{name}: accuracy above guessing", ylabel="scaled accuracy (1 is all right)", ylim=(-0.1, 1.05))
-    right.set_xlabel("length of the row (tokens)")
+    right.set(xlabel="length of the row (tokens)", ylabel="scaled accuracy (1: all right)")
+    right.set_title("the same, scaled", loc="left", pad=18)
+    right.set_ylim(min(-0.1, right.get_ylim()[0]), 1.05)
     right.axhline(0, color="#777777", linewidth=0.8)
     _frame(left, settings)
     _guessing(left, settings, handles)
@@ -116,10 +117,9 @@ def _guessing(axis, settings: list[Setting], handles: dict) -> None:
 def _look(settings: list[Setting], index: int) -> dict:
     """Colour by n_h; solid for [-1, 1], dashed for [0, 1]; a further setting of the same two has dots."""
     own = settings[index].runs[0]
-    order = sorted({setting.runs[0].n_h for setting in settings})
     same = [i for i, s in enumerate(settings) if (s.runs[0].n_h, s.runs[0].range) == (own.n_h, own.range)]
     lines = ("-", "-.", ":") if own.range == "[-1, 1]" else ("--", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
-    return {"color": COLOURS[order.index(own.n_h) % len(COLOURS)], "linestyle": lines[same.index(index) % 3]}
+    return {"color": COLOURS[(own.n_h - 1) % len(COLOURS)], "linestyle": lines[same.index(index) % 3]}
 
 
 def _curves(axis, curves: list[tuple], look: dict):

@@ -63,7 +63,7 @@ class Run:
         newest: dict = {}
         for line in lines:
             # The first line may be cut by the seek, and the last by the writer.
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, TypeError):
                 newest |= json.loads(line)
         note = "starting" if newest.get("loss") is None else f"loss {newest['loss']:.4f}"
         if "validation_token_accuracy" in newest:
