@@ -124,8 +124,9 @@ def _asked_step(path: Path, found: list[CheckpointInfo], step: int) -> Checkpoin
 
 def run_folder(checkpoint: Path) -> Path:
     """The run that a `step-N` folder belongs to: RUN/checkpoint/step-N, or its parent if it stands alone."""
-    inside = (checkpoint.parents[1] / "config.json").exists() if len(checkpoint.parts) > 2 else False
-    return checkpoint.parents[1] if inside else checkpoint.parent
+    path = checkpoint if len(checkpoint.parts) > 2 else checkpoint.resolve()
+    outer = path.parents[1]
+    return outer if (outer / "config.json").exists() else path.parent
 
 
 def architecture(config: dict) -> DeltaProductArgs:

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -315,4 +316,6 @@ def verdict(settings: list, criterion) -> tuple[bool, list[str]]:
 
 
 if __name__ == "__main__":
+    # So that the runs are stopped too when the demonstration is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     exit_on_user_error(main)
