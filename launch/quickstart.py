@@ -107,8 +107,8 @@ def main() -> None:
     config = load_config(["--job.config_file", str(CONFIG), *overrides])
     # Two threads for one process; one each for several, or they fight over the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // int(ranks))))
-    # Waiting threads spin briefly, then sleep: endless spinning (the default) starves whoever else needs a core, sleeping
-    # at once halves the speed of an idle machine.
+    # Waiting threads spin briefly, then sleep: endless spinning (the default) starves whoever else needs a core,
+    # sleeping at once halves the speed of an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     begin = time.monotonic()
     call(python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, "-m", f"{package}.train",
