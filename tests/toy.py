@@ -8,6 +8,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -152,6 +153,15 @@ def learned(run: Path) -> dict:
 
     skip = TIMING_FIELDS | {"step", "validation_seconds"}
     return {(r["step"], name): value for r in records(run) for name, value in r.items() if name not in skip}
+
+
+def assert_close(run: Path, reference: Path) -> None:
+    """Losses to 5e-5; gradient norms and perplexities, in which rounding differences grow, to 1e-3."""
+    ours, theirs = learned(run), learned(reference)
+    assert ours.keys() == theirs.keys() and len(theirs) > 40
+    for key, value in theirs.items():
+        tolerance = 1e-3 if key[1] in ("grad_norm", "validation_perplexity") else 5e-5
+        assert math.isclose(ours[key], value, rel_tol=tolerance), (run.name, key, ours[key], value)
 
 
 def weights(run: Path, step: int | str) -> dict:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.dist.helper import run_distributed
-from tests.toy import arguments, learned, records, train
+from tests.toy import arguments, assert_close, records, train
 from torchtitan_deltaproduct.config import load_config
 
 TWO_RANKS = {
@@ -35,15 +35,6 @@ def train_all(rank: int, commands: list[list[str]]) -> None:
 
     for argv in commands:
         run(load_config(argv))
-
-
-def assert_close(run, reference) -> None:
-    """Losses to 2e-5; gradient norms, in which rounding differences grow from step to step, to 5e-4."""
-    ours, theirs = learned(run), learned(reference)
-    assert ours.keys() == theirs.keys() and len(theirs) > 40
-    for key, value in theirs.items():
-        tolerance = 5e-4 if key[1] == "grad_norm" else 2e-5
-        assert math.isclose(ours[key], value, rel_tol=tolerance), (run.name, key, ours[key], value)
 
 
 @pytest.fixture(scope="module")
