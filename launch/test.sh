@@ -5,7 +5,8 @@
 #   bash launch/test.sh -m slow                   the long checks
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/install.sh test
+source launch/install.sh
+install_project test
 # Two ranks with one thread each: with more, OpenMP's threads fight over the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 python -m pytest "$@"
