@@ -4,22 +4,22 @@
     python -m eval.state_tracking outputs/state_tracking/*/seed-* --length 512    a table and a picture of all
     python -m eval.state_tracking RUN --interpret                                 beta and keys of each head
 
-RUN is a run folder (its newest complete checkpoint, or `--step`) or one `checkpoint/step-N`. Runs that differ in their
-seeds alone are averaged. Results go to `--out`, by default RUN/eval: state_tracking.json, .csv and .png.
+RUN is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or an export of `to_hf`.
+Runs that differ in their seeds alone are averaged. Results go to `--out`, by default RUN/eval: state_tracking.json, .csv
+and .png.
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
+from torchtitan_deltaproduct.checkpoint.load import LoadedModel
+from torchtitan_deltaproduct.errors import exit_on_user_error
 
-from .models import LoadedModel, load_model
+from .options import add_model_options, at_least, load_models, output_folder
 from .word_results import Criterion, RunResult, Setting, by_setting, seed_name, table, write_csv, write_json
 from .words import Problem, model_reader, problem_of
 
@@ -27,12 +27,8 @@ from .words import Problem, model_reader, problem_of
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = [load_model(run, options.step, device) for run in options.runs]
-    # One checkpoint under two names is no second seed.
-    loaded = list({(model.run.resolve(), model.step): model for model in loaded}.values())
-    folder = Path(options.out) if options.out else default_folder(loaded)
-    folder.mkdir(parents=True, exist_ok=True)
+    loaded = load_models(options)
+    folder = output_folder(options, loaded)
     if options.interpret:
         from .interpret import interpret
 
@@ -50,17 +46,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.state_tracking", description=__doc__.split("\n")[0])
+    add_model_options(parser, dtype="float32")
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folder, or one of its checkpoint/step-N")
-    add("--step", type=int, help="checkpoint step (default: the newest complete one)")
     add("--length", type=int, default=0,
         help="tokens of the tested words (default: 4 times the training length; formal languages 256)")  # fmt: skip
     add("--words", type=int, default=1024, help="words tested (default: %(default)s)")
     add("--seed", type=int, help="of the test words (default: data.seed of the run; the stream is another)")
     add("--batch", type=int, default=64, help="words read at a time (default: %(default)s)")
     add("--segment", type=int, default=256, help="tokens of a word read at a time (default: %(default)s)")
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("--out", help="folder for the results (default: eval/ in the run, or in the folder common to all runs)")
     add("--interpret", action="store_true", help="show beta and the key subspace of each head instead")
     limits = Criterion()
     add("--solved-at-training", type=float, default=limits.at_training, metavar="A",
@@ -68,18 +61,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--solved-beyond", type=float, default=limits.beyond, metavar="A",
         help="and at the tested length of at least this (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(arguments)
-    for name in ("words", "batch", "segment"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name} {getattr(options, name)}: must be at least 1")
-    if options.length < 0:
-        raise ConfigError(f"--length {options.length}: must be at least 1, or left out")
+    at_least(options, 1, "words", "batch", "segment")
+    at_least(options, 0, "length")
     return options
-
-
-def default_folder(loaded: list[LoadedModel]) -> Path:
-    """`eval` in the folder that all runs lie in."""
-    common = os.path.commonpath([model.run.resolve() for model in loaded])
-    return Path(os.path.relpath(common) if Path(common).is_relative_to(Path.cwd()) else common) / "eval"
 
 
 def evaluate(

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
 
-from .models import LoadedModel
 from .words import Counts, Problem, wilson
 
 # What tells settings apart, beside the problem: the whole model and how it was trained, but for its seeds.

@@ -176,6 +176,8 @@ def problem_of(config: dict, length: int = 0, seed: int | None = None, split: st
     Raises:
         CheckpointError: the run was not trained on generated words. ConfigError: no words of that length.
     """
+    if "data" not in config:
+        raise CheckpointError("the model's folder does not say what it was trained on: give its run, or our own export")
     data, seq_len = config["data"], config["training"]["seq_len"]
     seed = data["seed"] if seed is None else seed
     if length >= 1 << POSITION_BITS:

@@ -242,10 +242,10 @@ class Display:
 def conclude(runs: list[Run], options: argparse.Namespace, console: Console) -> int:
     """Tests the runs, prints the tables and the verdict; returns the exit code."""
     # Only now: torch would take its time before the first line, and memory while the runs train.
-    from eval.models import load_model
     from eval.state_tracking import evaluate, report
     from eval.word_results import Criterion, by_setting
     from eval.words import problem_of
+    from torchtitan_deltaproduct.checkpoint.load import load_model
 
     results = []
     for run in runs:

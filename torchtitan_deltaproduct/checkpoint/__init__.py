@@ -1,12 +1,28 @@
-"""What a checkpoint folder is, when it is usable, and which ones are kept; independent of the trainer.
+"""What a checkpoint is, when it is usable, and how a model gets out of one or into one; independent of the trainer.
 
     RUN/checkpoint/step-500/.metadata        DCP index, written last: without it the folder is not a checkpoint
                             /__0_0.distcp    DCP data, one or more files a rank
                             /config.json     the run's settings when this step was saved
     folders.py    scan a run's checkpoints: step, size, complete or why not; retention
     safe_dcp.py   read DCP without unpickling anything but its own index classes and plain tensors
+    load.py       `load_model`: run folder, step or Hugging Face folder -> model
+    hf.py         the Hugging Face layout, ours, fla's and the paper's
+    to_hf.py      command: export a run, verified          from_hf.py   command: import a folder
+
+    from torchtitan_deltaproduct.checkpoint import load_model
+    model = load_model("outputs/run").model
 """
+
+from importlib import import_module
+from typing import Any
 
 from .folders import CheckpointInfo, latest_complete, scan, stale_steps
 
-__all__ = ["CheckpointInfo", "latest_complete", "scan", "stale_steps"]
+__all__ = ["CheckpointInfo", "LoadedModel", "latest_complete", "load_model", "scan", "stale_steps"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: loading brings the model and the Hugging Face libraries.
+    if name in ("LoadedModel", "load_model"):
+        return getattr(import_module(".load", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

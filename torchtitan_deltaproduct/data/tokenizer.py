@@ -86,9 +86,9 @@ def tokenizer_sha256(path: str | Path) -> str:
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copies tokenizer.json and its companions into the folder `target`."""
+    """Copies tokenizer.json and its companions into the folder `target`; tokenizer.json comes last."""
     Path(target).mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", *COMPANIONS):
+    for name in (*COMPANIONS, "tokenizer.json"):
         if Path(source, name).is_file():
             shutil.copyfile(Path(source, name), Path(target, name))
 

@@ -52,6 +52,25 @@ def init_cache(
 
 
 @torch.no_grad()
+def advance(model: DeltaProductLM, tokens: Tensor, cache: list[MixerCache]) -> tuple[Tensor, list[MixerCache]]:
+    """Reads the next tokens up to the head: what `prefill` does, for those who need no logits, or few at a time.
+
+    Args:
+        model: the model.
+        tokens: [B, T] int64, T at least 1.
+        cache: from `init_cache`, or what an earlier call returned.
+
+    Returns:
+        The hidden states [B, T, hidden] that `model.head` takes, and the cache after the last token.
+    """
+    x, after = model.tok_embeddings(tokens), []
+    for layer, entry in zip(model.layers.values(), cache, strict=True):
+        x, entry = layer.extend(x, entry)
+        after.append(entry)
+    return x, after
+
+
+@torch.no_grad()
 def prefill(
     model: DeltaProductLM, tokens: Tensor, cache: list[MixerCache], last_only: bool = False
 ) -> tuple[Tensor, list[MixerCache]]:
@@ -66,11 +85,8 @@ def prefill(
     Returns:
         Logits [B, T, vocab] ([B, 1, vocab] with `last_only`) and the cache after the last token.
     """
-    x, after = model.tok_embeddings(tokens), []
-    for layer, entry in zip(model.layers.values(), cache, strict=True):
-        x, entry = layer.extend(x, entry)
-        after.append(entry)
-    return model.head(x[:, -1:] if last_only else x), after
+    x, cache = advance(model, tokens, cache)
+    return model.head(x[:, -1:] if last_only else x), cache
 
 
 def step(model: DeltaProductLM, token: Tensor, cache: list[MixerCache]) -> tuple[Tensor, list[MixerCache]]:

@@ -15,11 +15,30 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components import checkpoint as stock
 
-from ..checkpoint.folders import CheckpointInfo, delete, inspect, retire, scan, stale_steps
+from ..checkpoint.folders import CheckpointInfo, delete, retire, scan, stale_steps
+from ..checkpoint.hf import is_hf_folder
+from ..checkpoint.load import find_checkpoint
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from ..errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+
+def initial_checkpoint(path: Path) -> CheckpointInfo:
+    """The checkpoint that `checkpoint.initial_load_path` names: a run folder (its newest complete step) or a step.
+
+    Raises:
+        CheckpointError: there is no complete one, or it is a Hugging Face folder, which has to be imported first.
+    """
+    if path.is_dir() and is_hf_folder(path):
+        raise CheckpointError(
+            f"checkpoint.initial_load_path = {str(path)!r} is a Hugging Face folder; import it first:\n"
+            f"  python -m torchtitan_deltaproduct.checkpoint.from_hf {path} IMPORTED"
+        )
+    try:
+        return find_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint.initial_load_path: {error}") from None
 
 
 class CheckpointManager(stock.CheckpointManager):
@@ -59,10 +78,7 @@ class CheckpointManager(stock.CheckpointManager):
             # A seed checkpoint (step 0) holds weights only.
             self._load_from(info, model_only=info.step == 0)
         elif self.initial_load_path:
-            path = Path(self.initial_load_path)
-            info = inspect(path, 0)
-            if not info.complete:
-                raise CheckpointError(f"checkpoint.initial_load_path = {str(path)!r} is not usable: {info.reason}")
+            info = initial_checkpoint(Path(self.initial_load_path))
             self._load_from(info, model_only=self.initial_load_model_only)
         return info
 

@@ -19,6 +19,7 @@ from ..config import JobConfig
 from ..config.compare import compare_configs, read_snapshot, refuse_breaking, snapshot, write_snapshot
 from ..data import GENERATED
 from ..data.manifest import read_manifest
+from ..data.tokenizer import copy_tokenizer
 from ..errors import ConfigError
 from . import device
 
@@ -40,6 +41,7 @@ def run(config: JobConfig) -> None:
     trainer, owns_group = None, not dist.is_initialized()
     try:
         trainer = Trainer(config, snapshot)
+        keep_tokenizer(Path(config.job.dump_folder, "tokenizer"), trainer.dataloader.tokenizer_path)
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(0, last_step=True)
             logger.info("seed checkpoint written to %s", trainer.checkpointer.folder)
@@ -112,6 +114,12 @@ def check_run_folder(config: JobConfig) -> dict:
     if os.environ["RANK"] == "0":
         write_snapshot(Path(config.job.dump_folder, "config.json"), current)
     return current
+
+
+def keep_tokenizer(folder: Path, source: str) -> None:
+    """Copies the tokenizer into the run folder, which is then complete in itself; tokenizer.json comes last."""
+    if os.environ["RANK"] == "0" and source and not (folder / "tokenizer.json").exists():
+        copy_tokenizer(source, folder)
 
 
 def check_data(config: JobConfig) -> list[str] | None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from eval import state_tracking
-from eval.models import load_model
 from eval.word_results import Criterion, RunResult, by_setting
 from eval.words import count_words, model_reader, problem_of, wilson
 from tests import toy
 from tests.unit.eval.words_toy import PARITY, fake, flat, write_toml
+from torchtitan_deltaproduct.checkpoint.load import load_model
 from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
 from torchtitan_deltaproduct.data.formal import FormalSource
 from torchtitan_deltaproduct.data.group_word import GroupWordSource

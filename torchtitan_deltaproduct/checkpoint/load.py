@@ -1,15 +1,17 @@
-"""The one way to name a model: every eval takes a run folder or one of its checkpoint steps.
+"""The one way to name a model: a run folder, one of its checkpoint steps, or a Hugging Face folder.
 
     loaded = load_model("outputs/run")                       # newest complete step
     loaded = load_model("outputs/run", step=500)
     loaded = load_model("outputs/run/checkpoint/step-500", device="cuda")
+    loaded = load_model("exported/DP2")                      # ours, fla's, or the paper's released layout
     logits = loaded.model(tokens)                            # loaded.config["data"]["group"], loaded.step
 
-Only the weights are read, whatever the number of ranks that wrote them, and nothing is unpickled but DCP's own index
-(`checkpoint.safe_dcp`). The architecture is that of the `config.json` beside the weights.
+Only the weights are read, whatever the number of ranks that wrote them. Nothing is unpickled but DCP's own index
+(`safe_dcp`). The architecture is that of the `config.json` beside the weights.
 """
 
 import logging
+import os
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,12 +21,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from torchtitan_deltaproduct.checkpoint.folders import CheckpointInfo, inspect, scan
-from torchtitan_deltaproduct.checkpoint.safe_dcp import SafeLoadPlanner, SafeReader, read_index
-from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
-from torchtitan_deltaproduct.config.compare import read_snapshot
-from torchtitan_deltaproduct.errors import CheckpointError
-from torchtitan_deltaproduct.models import DeltaProductLM
+from ..config.architecture import DeltaProductArgs
+from ..config.compare import read_snapshot
+from ..errors import CheckpointError
+from ..models import DeltaProductLM
+from .folders import CheckpointInfo, inspect, scan
+from .hf import check_shapes, is_hf_folder, open_hf
+from .safe_dcp import SafeLoadPlanner, SafeReader, read_index
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +38,21 @@ class LoadedModel:
 
     Attributes:
         model: whole on its device, in evaluation mode, without gradients.
-        config: tables of the job config it was saved under, such as `config["data"]["group"]`.
-        step: optimizer steps taken.
-        run: the run folder.
+        config: tables of the job config it was trained under, such as `config["data"]["group"]`; {} if not known.
+        step: optimizer steps taken; None if not known.
+        run: the run folder, or the Hugging Face folder.
         label: a short name for tables, `outputs/run step 500`.
+        tokenizer: folder with the tokenizer.json it was trained with; None if there is none.
+        train_length: tokens of a training sequence; None if not known.
     """
 
     model: DeltaProductLM
     config: dict
-    step: int
+    step: int | None
     run: Path
     label: str
+    tokenizer: Path | None
+    train_length: int | None
 
 
 def load_model(
@@ -57,7 +64,7 @@ def load_model(
     """Loads a model's weights; see the module for what `path` may be.
 
     Args:
-        path: a run folder, its folder of checkpoints, or one `step-N` of them.
+        path: a run folder, its folder of checkpoints, one `step-N` of them, or a Hugging Face folder.
         step: of the checkpoint in a run folder; None: the newest complete one.
         device: where the model goes.
         dtype: of the weights; those of the decay stay float32.
@@ -65,20 +72,40 @@ def load_model(
     Raises:
         CheckpointError: nothing usable is there, or the weights do not fit the config beside them.
     """
+    path = Path(path)
+    if path.is_dir() and is_hf_folder(path):
+        return _load_hf(path, step, device, dtype)
     info = find_checkpoint(path, step)
-    snapshot = _snapshot_of(info.path)
-    args = architecture(snapshot["config"])
-    state = read_weights(info.path, args)
+    config = snapshot_of(info.path)["config"]
+    args = architecture(config)
+    model = _build(args, read_weights(info.path, args), device, dtype)
+    run = run_folder(info.path)
+    length = config.get("training", {}).get("seq_len")
+    return LoadedModel(model, config, info.step, run, f"{run} step {info.step}", find_tokenizer(run, config), length)
+
+
+def _load_hf(path: Path, step: int | None, device: torch.device | str, dtype: torch.dtype) -> LoadedModel:
+    if step is not None:
+        raise CheckpointError(f"{path} is a Hugging Face folder, which has no steps, and step {step} was asked for")
+    found = open_hf(path)
+    model = _build(found.args, found.weights(), device, dtype)
+    config = found.training.get("config", {})
+    length = config.get("training", {}).get("seq_len") or found.config.get("max_position_embeddings")
+    tokenizer = path if (path / "tokenizer.json").exists() else None
+    return LoadedModel(model, config, found.training.get("step"), path, str(path), tokenizer, length)
+
+
+def _build(
+    args: DeltaProductArgs, state: dict[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype
+) -> DeltaProductLM:
     with torch.device("meta"):
         model = DeltaProductLM(args)
     model.load_state_dict(state, assign=True)
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    run = run_folder(info.path)
-    return LoadedModel(model, snapshot["config"], info.step, run, f"{run} step {info.step}")
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def find_checkpoint(path: str | Path, step: int | None = None) -> CheckpointInfo:
-    """The complete checkpoint that a path (see the module) and a step name.
+    """The complete DCP checkpoint that a path (see the module) and a step name.
 
     Raises:
         CheckpointError: there is none; the message says what is there.
@@ -86,7 +113,9 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> CheckpointInfo
     path = Path(path)
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {what}; expected a run folder or one of its checkpoint/step-N")
+        raise CheckpointError(
+            f"{path} {what}; expected a run folder, one of its checkpoint/step-N, or a Hugging Face folder"
+        )
     number = path.name.removeprefix("step-")
     if (path / ".metadata").exists() or (number != path.name and number.isdigit()):
         return _one_step(path, int(number) if number.isdigit() else 0, step)
@@ -97,7 +126,10 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> CheckpointInfo
         return _asked_step(path, found, step)
     if not complete:
         why = f": the newest, step {found[-1].step}, is not usable: {found[-1].reason}" if found else ""
-        raise CheckpointError(f"{path} has no complete checkpoint{why}\nexpected {folder}/step-N as training saves it")
+        raise CheckpointError(
+            f"{path} has no complete checkpoint{why}\n"
+            f"expected {folder}/step-N as training saves it, or config.json and model.safetensors in {path}"
+        )
     for info in found:
         if info.step > complete[-1].step:
             logger.warning("%s: step %d is left out: %s", path, info.step, info.reason)
@@ -129,6 +161,13 @@ def run_folder(checkpoint: Path) -> Path:
     return outer if (outer / "config.json").exists() else path.parent
 
 
+def find_tokenizer(run: Path, config: dict) -> Path | None:
+    """Where a run's tokenizer is: its own copy, the one its TOML names, or that of its prepared data."""
+    data, asked = config.get("data", {}), config.get("model", {}).get("hf_assets_path")
+    places = [run / "tokenizer", *([Path(asked)] if asked else []), *(Path(p, "tokenizer") for p in data.get("paths", []))]
+    return next((place for place in places if (place / "tokenizer.json").exists()), None)
+
+
 def architecture(config: dict) -> DeltaProductArgs:
     """The model that the `[model]` table of a snapshot describes; the operator's backend is chosen anew."""
     known = {f.name for f in fields(DeltaProductArgs)}
@@ -140,24 +179,17 @@ def read_weights(folder: Path, args: DeltaProductArgs) -> dict[str, torch.Tensor
     """The model's state dict from a DCP folder, on the CPU, each tensor in the dtype it was saved in.
 
     Raises:
-        CheckpointError: a parameter is missing, or has another shape than `args` says.
+        CheckpointError: a parameter is missing, has another shape than `args` says, or cannot be read.
     """
+    saved = {
+        name: entry
+        for name, entry in read_index(folder).state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    check_shapes(folder, {name: entry.size for name, entry in saved.items()}, args)
     with torch.device("meta"):
-        expected = DeltaProductLM(args).state_dict()
-    saved = read_index(folder).state_dict_metadata
-    missing = [name for name in expected if not isinstance(saved.get(name), TensorStorageMetadata)]
-    other = [
-        f"{name} is {list(saved[name].size)}, expected {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name not in missing and saved[name].size != tensor.shape
-    ]
-    if missing or other:
-        lines = [f"{name} is missing" for name in missing] + other
-        raise CheckpointError(
-            f"{folder} does not hold the model that its config.json describes: {'; '.join(lines[:4])}"
-            + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
-        )
-    state = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in expected}
+        names = DeltaProductLM(args).state_dict().keys()
+    state = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
     try:
         with warnings.catch_warnings():
             # It warns that no process group is there: one process reads all shards.
@@ -170,13 +202,12 @@ def read_weights(folder: Path, args: DeltaProductArgs) -> dict[str, torch.Tensor
     return state
 
 
-def _checkpoint_folder(run: Path) -> str:
-    """Name of the folder of checkpoints in a run: `checkpoint.folder` of its config.json, else the default."""
-    snapshot = read_snapshot(run / "config.json")
-    return "checkpoint" if snapshot is None else snapshot["config"].get("checkpoint", {}).get("folder", "checkpoint")
+def snapshot_of(checkpoint: Path) -> dict:
+    """The snapshot (`config.compare`) beside a `step-N` folder's weights, or that of its run.
 
-
-def _snapshot_of(checkpoint: Path) -> dict:
+    Raises:
+        CheckpointError: there is none.
+    """
     for path in (checkpoint / "config.json", run_folder(checkpoint) / "config.json"):
         snapshot = read_snapshot(path)
         if snapshot is not None:
@@ -185,3 +216,15 @@ def _snapshot_of(checkpoint: Path) -> dict:
         f"{checkpoint} has no config.json beside its weights, so the model is not known\n"
         "copy the config.json of the run into the folder"
     )
+
+
+def common_folder(loaded: list[LoadedModel]) -> Path:
+    """The folder that all the models lie in, relative to the current one where it is inside."""
+    common = Path(os.path.commonpath([model.run.resolve() for model in loaded]))
+    return Path(os.path.relpath(common)) if common.is_relative_to(Path.cwd()) else common
+
+
+def _checkpoint_folder(run: Path) -> str:
+    """Name of the folder of checkpoints in a run: `checkpoint.folder` of its config.json, else the default."""
+    snapshot = read_snapshot(run / "config.json")
+    return "checkpoint" if snapshot is None else snapshot["config"].get("checkpoint", {}).get("folder", "checkpoint")

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from eval.models import load_model
 from tests import toy
 from tests.unit.eval.words_toy import write_toml
+from torchtitan_deltaproduct.checkpoint.load import load_model
 from torchtitan_deltaproduct.errors import CheckpointError
 
 

@@ -1,0 +1,67 @@
+"""What all evals have in common on the command line: which models, on which device, where the results go.
+
+    parser = argparse.ArgumentParser(...); add_model_options(parser)
+    options = parser.parse_args(arguments)
+    for loaded in load_models(options): ...
+    folder = output_folder(options, loaded_models)
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from torchtitan_deltaproduct.checkpoint.load import LoadedModel, common_folder, load_model
+from torchtitan_deltaproduct.errors import ConfigError
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
+    """Adds MODEL..., --step, --device, --dtype (default: `dtype`) and --out."""
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="run folder, one of its checkpoint/step-N, or Hugging Face folder")
+    add("--step", type=int, help="checkpoint step of run folders (default: the newest complete one)")
+    add("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda if there is one)")
+    add("--dtype", choices=DTYPES, default=dtype,
+        help="of weights and activations; auto: bfloat16 on cuda, float32 on cpu (default: %(default)s)")  # fmt: skip
+    add("--out", help="folder for the results (default: eval/ in the model's folder, or in the one common to all)")
+
+
+def device_of(options: argparse.Namespace) -> str:
+    """The device asked for, or the best there is.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device is visible; leave it out to run on the CPU")
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_models(options: argparse.Namespace) -> list[LoadedModel]:
+    """Loads every model asked for, each once.
+
+    Raises:
+        CheckpointError: one of them cannot be loaded.
+    """
+    device = device_of(options)
+    dtype = DTYPES[options.dtype] or (torch.bfloat16 if device == "cuda" else torch.float32)
+    loaded = [load_model(path, options.step, device, dtype) for path in options.models]
+    # One checkpoint under two names is one model.
+    return list({(model.run.resolve(), model.step): model for model in loaded}.values())
+
+
+def output_folder(options: argparse.Namespace, loaded: list[LoadedModel]) -> Path:
+    """`--out`, or `eval` in the folder that all models lie in; made if need be."""
+    folder = Path(options.out) if options.out else common_folder(loaded) / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def at_least(options: argparse.Namespace, least: int, *names: str) -> None:
+    """Raises ConfigError if one of the named whole numbers is below `least`."""
+    for name in names:
+        value = getattr(options, name)
+        if value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")

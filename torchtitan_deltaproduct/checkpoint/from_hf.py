@@ -1,0 +1,103 @@
+"""Imports a Hugging Face folder (ours, fla's, or the paper's released layout) as a checkpoint to train from.
+
+    python -m torchtitan_deltaproduct.checkpoint.from_hf downloads/DP2_-1_1_4k data/DP2
+
+makes data/DP2, a run folder at step 0: config.json, the tokenizer, and checkpoint/step-0 with the weights alone. It
+prints the `[model]` table to put into a TOML, and the one line that starts training from it:
+
+    [checkpoint]
+    initial_load_path = "data/DP2"
+
+Evals take the run folder, and the Hugging Face folder itself. Every tensor is accounted for, or an error lists what is
+missing and what is left over.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import warnings
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+
+from ..config.architecture import DeltaProductArgs
+from ..data.tokenizer import copy_tokenizer
+from ..errors import CheckpointError, exit_on_user_error
+from ..models import counts
+from .hf import HfModel, is_hf_folder, open_hf
+
+
+def import_hf(source: str | Path, out: str | Path) -> HfModel:
+    """Writes the run folder `out`; see the module.
+
+    Raises:
+        CheckpointError: `source` is not such a folder or is damaged, or `out` is there already.
+    """
+    source, out = Path(source), Path(out)
+    if not source.is_dir():
+        raise CheckpointError(f"{source} {'is not a folder' if source.exists() else 'does not exist'}")
+    if not is_hf_folder(source):
+        raise CheckpointError(f"{source} is no Hugging Face folder: expected config.json and model.safetensors in it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is there already; choose another folder")
+    found = open_hf(source)
+    weights = found.weights()
+    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    step = unfinished / "checkpoint" / "step-0"
+    step.mkdir(parents=True)
+    try:
+        if (source / "tokenizer.json").exists():
+            copy_tokenizer(source, unfinished / "tokenizer")
+        snapshot = json.dumps(_snapshot(found), indent=1) + "\n"
+        for folder in (step, unfinished):
+            (folder / "config.json").write_text(snapshot)
+        with warnings.catch_warnings():
+            # It warns that no process group is there: one process writes all.
+            warnings.simplefilter("ignore")
+            dcp.save(weights, checkpoint_id=str(step), no_dist=True)
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return found
+
+
+def _snapshot(found: HfModel) -> dict:
+    """What evals and a later training run look up: the architecture, the training length, and the origin."""
+    length = found.config.get("max_position_embeddings")
+    config = dict(found.training.get("config", {}))
+    config |= {"model": asdict(found.args), "job": {"description": f"weights of {found.folder}"}}
+    if length:
+        config.setdefault("training", {"seq_len": length})
+    return {"config": config, "derived": {}, "versions": {}, "extra": {"origin": str(found.folder.resolve())}}
+
+
+def model_table(args: DeltaProductArgs) -> str:
+    """The `[model]` table of a TOML for this architecture."""
+    lines = ["[model]"]
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name not in ("op_backend", "init_scheme", "initializer_range") and value is not None:
+            lines.append(f"{field.name} = {json.dumps(value)}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m torchtitan_deltaproduct.checkpoint.from_hf", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("source", metavar="HF", help="folder with config.json and model.safetensors")
+    parser.add_argument("out", metavar="OUT", help="run folder to make")
+    options = parser.parse_args(arguments)
+    found = import_hf(options.source, options.out)
+    tokenizer = "with its tokenizer" if (Path(options.out) / "tokenizer").exists() else "it brings no tokenizer"
+    print(f"{options.out}: {counts.total_parameters(found.args):,} parameters, {tokenizer}\n")
+    print(f"To train from it:\n\n{model_table(found.args)}\n")
+    print(f'[checkpoint]\ninitial_load_path = "{options.out}"')
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,222 @@
+"""Exports a trained model to the Hugging Face layout, and verifies what was written.
+
+    python -m torchtitan_deltaproduct.checkpoint.to_hf outputs/run exported/DP2
+    python -m torchtitan_deltaproduct.checkpoint.to_hf outputs/run exported/DP2 --step 500 --dtype bfloat16
+
+The folder gets config.json, safetensors, the tokenizer, training.json and a model card. It opens with
+`AutoModelForCausalLM.from_pretrained` where fla is installed (`import fla` first) and with every eval here. It appears
+under its name only after it was read back: the weights must be the run's, bit for bit in the written dtype, and give
+the run's logits.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..data.tokenizer import copy_tokenizer, find_eos_id
+from ..errors import CheckpointError, ConfigError, DataError, exit_on_user_error
+from ..models.hf_names import to_hf as under_fla_names
+from .hf import is_hf_folder, write_hf
+from .load import LoadedModel, load_model
+from .model_card import model_card
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENS = 64
+"""Tokens of the two sequences on which logits are compared."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """How the written folder compares with the run.
+
+    Attributes:
+        tensors: number compared.
+        logit_difference: largest |logit of the export - logit of the run in float32|; exactly 0 for float32.
+        fla: what fla's own class made of the folder.
+    """
+
+    tensors: int
+    logit_difference: float
+    fla: str
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+    max_shard_size: str = "5GB",
+    tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+) -> Verified:
+    """Writes `out`; see the module.
+
+    Args:
+        run: anything `load_model` takes.
+        out: folder to make.
+        step: of a run folder; None: the newest complete one.
+        dtype: of the written weights, a key of `DTYPES`. The decay's stay float32.
+        max_shard_size: of one file of weights.
+        tokenizer: folder with tokenizer.json; None: the run's own.
+        overwrite: replaces an export that is there already.
+
+    Raises:
+        CheckpointError: `run` cannot be loaded, `out` is in the way, or what was written is not what was to be.
+    """
+    out = Path(out)
+    _check_target(out, overwrite)
+    loaded = load_model(run, step)
+    source = Path(tokenizer) if tokenizer else loaded.tokenizer
+    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        state = {name: _cast(name, tensor, DTYPES[dtype]) for name, tensor in loaded.model.state_dict().items()}
+        ids = _token_ids(source, loaded.model.args.vocab_size)
+        length = loaded.train_length or 4096
+        training = {"step": loaded.step, "run": str(loaded.run), "config": loaded.config}
+        write_hf(
+            *(unfinished, state, loaded.model.args),
+            training=training,
+            max_shard_size=max_shard_size,
+            **(ids | {"max_position_embeddings": length}),
+        )
+        if source is not None:
+            copy_tokenizer(source, unfinished)
+        (unfinished / "README.md").write_text(model_card(loaded, out.name, dtype))
+        verified = verify(unfinished, loaded, state)
+        replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+        if out.exists():
+            out.rename(replaced)
+        unfinished.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return verified
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir() or not is_hf_folder(out):
+        raise CheckpointError(f"{out} is there and is no exported model; choose another folder")
+    if not overwrite:
+        raise CheckpointError(f"{out} holds a model already; choose another folder, or replace it with --overwrite")
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The decay's parameters are float32 in every model: as in `models.mixer.Decay`."""
+    return tensor if ".decay." in name else tensor.to(dtype)
+
+
+def _token_ids(tokenizer: Path | None, vocab_size: int) -> dict[str, int | None]:
+    """A document begins and ends with the separator, so it is both `bos` and `eos`; none without a tokenizer.
+
+    Raises:
+        CheckpointError: the tokenizer's separator has no row in the embedding.
+    """
+    if tokenizer is None:
+        return {}
+    try:
+        separator = find_eos_id(tokenizer)
+    except DataError as error:
+        raise CheckpointError(f"the tokenizer to export cannot be used: {error}") from None
+    if separator >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {tokenizer} is not the model's: its separator has id {separator:,}, and the model has "
+            f"{vocab_size:,} tokens\nname the right one with --tokenizer FOLDER"
+        )
+    return {"bos_token_id": separator, "eos_token_id": separator}
+
+
+@torch.no_grad()
+def verify(folder: Path, loaded: LoadedModel, state: dict[str, torch.Tensor]) -> Verified:
+    """Reads `folder` back and compares it with the run.
+
+    Args:
+        folder: what `write_hf` wrote.
+        loaded: the run, in float32.
+        state: the weights that were to be written.
+
+    Raises:
+        CheckpointError: a tensor or a logit differs.
+    """
+    dtype = next(iter(state.values())).dtype
+    written = load_model(folder, dtype=dtype).model
+    found = written.state_dict()
+    for name, tensor in state.items():
+        if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor):
+            raise CheckpointError(f"the export reads back with another {name}; nothing was kept: check the disk")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(loaded.model.args.vocab_size, (2, TOKENS), generator=generator)
+    difference = (written.float()(tokens) - loaded.model(tokens)).abs().max().item()
+    if dtype == torch.float32 and difference != 0:
+        raise CheckpointError(f"the export's logits differ by {difference:.2g} from the run's; nothing was kept")
+    return Verified(len(state), difference, _open_with_fla(folder, under_fla_names(state, loaded.model.args)))
+
+
+def _open_with_fla(folder: Path, expected: dict[str, torch.Tensor]) -> str:
+    """Opens the folder with `AutoModelForCausalLM` and compares its parameters; says what came of it."""
+    try:
+        with warnings.catch_warnings():
+            # That there is no GPU; nothing is computed here.
+            warnings.simplefilter("ignore")
+            import fla.models  # noqa: F401  (registers its classes)
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
+    except Exception as error:  # a broken installation raises nearly anything
+        return f"not opened with fla's class, which cannot be imported here ({type(error).__name__}: {error})"
+    transformers_logging.disable_progress_bar()
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, local_files_only=True
+    )
+    wrong = [f"{kind}: {', '.join(sorted(map(str, keys))[:4])}" for kind, keys in report.items() if keys]
+    parameters = dict(theirs.named_parameters())
+    wrong += [
+        f"another {name}"
+        for name, tensor in expected.items()
+        if not torch.equal(parameters[name].float(), tensor.to(parameters[name].dtype).float())
+    ]
+    if wrong:
+        raise CheckpointError(f"fla's {type(theirs).__name__} opens the export differently: {'; '.join(wrong[:4])}")
+    return f"opened by fla's {type(theirs).__name__} with the same parameters"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m torchtitan_deltaproduct.checkpoint.to_hf", description=__doc__.split("\n")[0]
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder, or one of its checkpoint/step-N")
+    add("out", metavar="OUT", help="folder to make")
+    add("--step", type=int, help="checkpoint step (default: the newest complete one)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the written weights (default: %(default)s)")
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights (default: %(default)s)")
+    add("--tokenizer", metavar="FOLDER", help="folder with tokenizer.json (default: the run's own)")
+    add("--overwrite", action="store_true", help="replace a model that is in OUT already")
+    options = vars(parser.parse_args(arguments))
+    if not options["max_shard_size"][:-2].isdigit() or options["max_shard_size"][-2:] not in ("KB", "MB", "GB"):
+        raise ConfigError(f"--max-shard-size {options['max_shard_size']}: expected a size such as 500MB or 5GB")
+    out = options["out"]
+    verified = export(options.pop("run"), options.pop("out"), **options)
+    files = sorted(path for path in Path(out).iterdir() if path.is_file())
+    size = sum(path.stat().st_size for path in files)
+    print(f"{out}: {', '.join(path.name for path in files)} ({size / 1e6:,.1f} MB)")
+    same = "the run's logits exactly" if verified.logit_difference == 0 else (
+        f"logits within {verified.logit_difference:.2g} of the run's in float32"
+    )  # fmt: skip
+    print(f"verified: {verified.tensors} tensors read back bit for bit, {same}; {verified.fla}")
+    if not (Path(out) / "tokenizer.json").exists():
+        print("note: without a tokenizer: the run names none; add one with --tokenizer FOLDER --overwrite")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
