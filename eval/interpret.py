@@ -114,7 +114,7 @@ def spectrum(moment: np.ndarray) -> dict[str, np.ndarray]:
 
 def interpret(loaded: LoadedModel, folder: Path, console: Console, words: int = 256, seed: int | None = None) -> None:
     """Writes and prints the interpretation of one model over `words` test words of its training length."""
-    from .figures import interpretation_figure
+    from .word_figures import interpretation_figure
 
     train_length = problem_of(loaded.config).train_length
     problem = problem_of(loaded.config, train_length, seed)

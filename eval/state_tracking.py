@@ -5,8 +5,8 @@
     python -m eval.state_tracking RUN --interpret                                 beta and keys of each head
 
 RUN is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or an export of `to_hf`.
-Runs that differ in their seeds alone are averaged. Results go to `--out`, by default RUN/eval: state_tracking.json, .csv
-and .png.
+Runs that differ in their seeds alone are averaged. Results go to `--out`, by default RUN/eval: state_tracking.json,
+.csv and .png.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def evaluate(
 
 def report(settings: list[Setting], criterion: Criterion, stem: Path, console: Console) -> None:
     """Prints the table and writes `stem`.json, .csv and .png."""
-    from .figures import accuracy_figure
+    from .word_figures import accuracy_figure
 
     console.print(table(settings, criterion))
     words = sorted({run.counts.words for setting in settings for run in setting.runs})

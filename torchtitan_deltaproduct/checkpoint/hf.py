@@ -127,8 +127,8 @@ def check_shapes(where: Path, found: dict[str, torch.Size], args: DeltaProductAr
         if name in found and found[name] != tensor.shape
     ]
     if wrong:
-        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise CheckpointError(f"{where} does not hold the model its config.json describes: {'; '.join(wrong[:4])}{more}")
+        shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        raise CheckpointError(f"{where} does not hold the model that its config.json describes: {shown}")
 
 
 def _read_json(path: Path) -> dict:
@@ -159,7 +159,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); it is cut short or damaged: copy it again") from None
+            raise CheckpointError(f"{path} is cut short or damaged ({error}); copy it again") from None
     return tensors
 
 

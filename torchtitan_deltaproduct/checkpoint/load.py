@@ -163,8 +163,8 @@ def run_folder(checkpoint: Path) -> Path:
 
 def find_tokenizer(run: Path, config: dict) -> Path | None:
     """Where a run's tokenizer is: its own copy, the one its TOML names, or that of its prepared data."""
-    data, asked = config.get("data", {}), config.get("model", {}).get("hf_assets_path")
-    places = [run / "tokenizer", *([Path(asked)] if asked else []), *(Path(p, "tokenizer") for p in data.get("paths", []))]
+    asked, sets = config.get("model", {}).get("hf_assets_path"), config.get("data", {}).get("paths", [])
+    places = [run / "tokenizer", *([Path(asked)] if asked else []), *(Path(path, "tokenizer") for path in sets)]
     return next((place for place in places if (place / "tokenizer.json").exists()), None)
 
 

@@ -1,9 +1,9 @@
 """fla's own model class on a CPU: its Python forward as it is, its Triton kernels replaced by what they compute.
 
-    with kernels_replaced(monkeypatch):
-        logits = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    replace_kernels(monkeypatch)
+    found = logits(AutoModelForCausalLM.from_pretrained(folder), tokens)
 
-The operator becomes fla's own `naive_recurrent_gated_delta_product`; norms, convolution and SwiGLU a line of torch each.
+The operator becomes fla's own `naive_recurrent_gated_delta_product`; norms, convolution and SwiGLU a line of torch.
 """
 
 import torch

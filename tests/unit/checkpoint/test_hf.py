@@ -136,7 +136,8 @@ def test_import_and_train_from_it(run, exported, toy, tmp_path, capsys):
     imported = load_model(tmp_path / "imported")
     assert imported.step == 0 and imported.tokenizer == tmp_path / "imported/tokenizer"
     toys.assert_same_weights(imported.model.state_dict(), load_model(run).model.state_dict())
-    toys.train(toy, tmp_path / "new", "--checkpoint.initial_load_path", str(tmp_path / "imported"), "--training.steps", "1")
+    start = ("--checkpoint.initial_load_path", str(tmp_path / "imported"), "--training.steps", "1")
+    toys.train(toy, tmp_path / "new", *start)
     before = [r["validation_loss"] for r in toys.records(tmp_path / "new") if r["step"] == 0]
     last = [r["validation_loss"] for r in toys.records(run) if r["step"] == 8 and "validation_loss" in r]
     assert before == last
