@@ -31,7 +31,7 @@ def test_ls(run, capsys):
         30: "one of the newest 2", 40: "the newest", 50: "not by retention",
     }.items():  # fmt: skip
         assert said in rows[step], rows[step]
-    assert "not usable: complete.json is damaged" in rows[50] and "cut short" in rows[5] and "complete" in rows[20]
+    assert "not usable: complete.json is damaged" in rows[50] and "has no complete.json" in rows[5]
 
 
 def test_verify(run, capsys):
