@@ -1,12 +1,20 @@
 """Signals are noted and counted, summed over ranks into one reason; the walltime by measured durations."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 
-from torchtitan_deltaproduct.titan.stopping import FLAGS, Stopping
+from tests.toy import REPO
+from torchtitan_deltaproduct.data.group_word import GroupWordSource
+from torchtitan_deltaproduct.data.loader import Geometry, Loader
+from torchtitan_deltaproduct.titan.stopping import FLAGS, SIGNALS, Stopping
 
 
 def test_signals_are_noted_and_handlers_put_back():
@@ -41,3 +49,47 @@ def test_without_a_limit(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     stopping = Stopping()
     assert stopping.set_walltime(0, 60) == "" and not stopping.out_of_time(1e9, 1e9)
+
+
+PROGRAM = """
+import signal, sys, time
+from pathlib import Path
+from torchtitan_deltaproduct.titan.stopping import SIGNALS, shield_compile_workers
+shield_compile_workers()
+import torch
+from torch._inductor.async_compile import AsyncCompile
+pool = AsyncCompile.process_pool()
+AsyncCompile.wakeup()
+time.sleep(2)
+children = [int(p) for t in Path(f"/proc/self/task").iterdir() for p in (t / "children").read_text().split()]
+assert pool.process.pid in children
+blocked = int(next(l.split()[1] for l in Path(f"/proc/{pool.process.pid}/status").read_text().splitlines()
+                   if l.startswith("SigBlk")), 16)
+assert all(blocked >> (number - 1) & 1 for number in SIGNALS), hex(blocked)
+assert not set(SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+for number in SIGNALS:
+    pool.process.send_signal(number)
+assert torch.compile(lambda x: x.sin().sum())(torch.zeros(8)).item() == 0
+assert pool.process.poll() is None
+"""
+
+
+def test_compile_workers_outlive_a_signal(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = subprocess.run([sys.executable, str(program)], cwd=REPO, capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"PYTHONPATH": str(REPO)})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_reading_workers_outlive_a_signal():
+    """A worker that reads ahead is signalled with its rank, and goes on."""
+    source = GroupWordSource("S3", 8)
+    batches = iter(Loader(source, Geometry(8, 2, 2), num_workers=1, prefetch_factor=1))
+    next(batches)
+    for child in multiprocessing.active_children():
+        for number in SIGNALS:
+            os.kill(child.pid, number)
+    for _ in range(5):
+        inputs, _ = next(batches)
+    assert torch.equal(inputs["input"], source.batch(np.arange(10, 12))[0]["input"])
