@@ -53,10 +53,7 @@ class Finding:
 
 
 def python() -> Finding:
-    version = platform.python_version()
-    if sys.version_info < (3, 11):
-        return Finding(BAD, "python", version, "use Python 3.11 or later")
-    return Finding(GOOD, "python", f"{version} ({sys.executable})")
+    return Finding(GOOD, "python", f"{platform.python_version()} ({sys.executable})")
 
 
 def versions() -> Finding:

@@ -42,7 +42,7 @@ def global_batch(run: Path, step: int):
     config, samples = snapshot["config"], snapshot["derived"]["global_batch_size"]
     if config["data"]["kind"] == "streaming":
         raise ConfigError(f"{run} streams its data: a step cannot be reached without reading all before it")
-    if not 1 <= step:
+    if not step >= 1:
         raise ConfigError(f"--step {step}: steps count from 1")
     loader = build_loader(
         SimpleNamespace(**config["data"] | {"num_workers": 0}),
