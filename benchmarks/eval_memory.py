@@ -1,19 +1,19 @@
 """Peak memory of `eval.length_extrapolation` against the length: it must not grow. A fresh process for each row.
 
-    python -m benchmarks.eval_memory                          # 4k, 64k and 1M tokens; a few minutes on one core
+    python -m benchmarks.eval_memory                          # 4k, 64k and 1M tokens; 3 minutes of one core
     python -m benchmarks.eval_memory --lengths 4096 32768
 
 The model has the quick start's size (4 layers, hidden 192, 3 heads of 64, n_h = 2, vocabulary 4,096) and random
 weights, the text is random tokens. Beside it: the same losses by one forward pass over the whole sequence, as far as
 `--whole` allows. Peak memory is the largest resident set that the kernel saw of the process (ru_maxrss), programs and
-libraries included.
+libraries included. Speed is by CPU time above that of a single token, so that neither the start nor waiting for the
+core counts; below two seconds it says nothing.
 
 Exit code 1 if the longest sequence takes over 1.1 times the memory of the shortest.
 """
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -60,28 +60,24 @@ def whole(folder: Path, length: int) -> None:
         F.cross_entropy(model(tokens[None, :-1])[0], tokens[1:])
 
 
-def measure(*command: str) -> tuple[int, str]:
-    """Runs a command; returns its peak resident set in bytes and what it said."""
+def measure(*command: str) -> tuple[int, float]:
+    """Runs a command; returns its peak resident set in bytes and its CPU time in seconds."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen([sys.executable, *command], stdout=output, stderr=output, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        said = output.read()
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{said[-2000:]}")
-    return usage.ru_maxrss * 1024, said
+        if process.returncode:
+            output.seek(0)
+            sys.exit(f"{' '.join(command)} failed:\n{output.read()[-2000:]}")
+    return usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 
 
-def row(folder: Path, length: int, with_whole: bool) -> tuple[int, str, int | None]:
-    """Peak memory, tokens a second, and peak memory of one forward pass."""
+def segmented(folder: Path, length: int) -> tuple[int, float]:
+    """`measure` of the eval on one sequence."""
     options = ["--length", str(length), "--sequences", "1", "--documents", "packed", "--device", "cpu"]
     inputs = [str(folder / "model"), "--data", str(folder / "data"), "--out", str(folder / f"out{length}")]
-    peak, said = measure("-m", "eval.length_extrapolation", *inputs, *options)
-    speed = re.search(r"tokens in .*, ([\d,]+) tokens/s", said)[1]
-    me = ("-m", "benchmarks.eval_memory", "--whole-of", str(folder), str(length))
-    return peak, speed, measure(*me)[0] if with_whole else None
+    return measure("-m", "eval.length_extrapolation", *inputs, *options)
 
 
 def main() -> int:
@@ -102,12 +98,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         measure("-m", "benchmarks.eval_memory", "--make", name, str(max(args.lengths) + 1000))
-        base, _, _ = row(folder, 1, with_whole=False)
+        base, start = segmented(folder, 1)
         table.caption = f"one sequence, one CPU thread; {base / 2**20:,.0f} MiB for a single token"
         for length in sorted(args.lengths):
-            peak, speed, other = row(folder, length, length <= args.whole)
+            peak, seconds = segmented(folder, length)
             first = first or peak
-            beside = "not run" if other is None else f"{other / 2**20:,.0f}"
+            speed = f"{length / (seconds - start):,.0f}" if seconds - start > 2 else ""
+            beside = "not run"
+            if length <= args.whole:
+                other, _ = measure("-m", "benchmarks.eval_memory", "--whole-of", name, str(length))
+                beside = f"{other / 2**20:,.0f}"
             table.add_row(f"{length:,}", f"{peak / 2**20:,.0f}", f"{peak / first:.3f}", speed, beside)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     return int(peak > MOST_RATIO * first)

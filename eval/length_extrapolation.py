@@ -121,9 +121,10 @@ def plan(loaded: list[LoadedModel], options: argparse.Namespace, folder: Path, r
     """Chooses the sequences of each dataset, checks that they fit each model, and says what they are."""
     jobs, names = [], short_names(loaded)
     weights = ranks.first(lambda: [fingerprint(model.model) for model in loaded])
-    for data, data_name in zip(options.data, short_paths(options.data), strict=True):
+    paths = list(dict.fromkeys(data.rstrip("/") for data in options.data))
+    for data, data_name in zip(paths, short_paths(paths), strict=True):
         wanted = Wanted(
-            data.rstrip("/"), options.length, options.sequences, options.documents, options.seed, options.split,
+            data, options.length, options.sequences, options.documents, options.seed, options.split,
             options.text_field, options.eos, options.search_mb << 20,
         )  # fmt: skip
         said = set()

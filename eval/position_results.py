@@ -183,13 +183,13 @@ class Result:
         """One line on what happens beyond the training length."""
         if self.beyond is None:
             return None
-        change, half = self.beyond["difference"], self.beyond["difference_high"] - self.beyond["difference"]
+        half = self.beyond["difference_high"] - self.beyond["difference"]
         spans = [f"{s['first']:,} to {s['last']:,}" for s in (self.beyond["training"], self.beyond["beyond"])]
-        clear = "" if math.isfinite(half) and abs(change) > half else " (no clear change)"
+        unclear = " (no clear change)" if abs(self.beyond["difference"]) <= half else ""
         return (
             f"{self.model['name']}, {self.data['name']}: loss {self.beyond['training']['loss']:.3f} at positions "
             f"{spans[0]}, up to its training length; {self.beyond['beyond']['loss']:.3f} at {spans[1]}: "
-            f"{change:+.3f} ± {half:.3f}{clear}"
+            f"{_with_error(self.beyond, 'difference', '+.3f')}{unclear}"
         )
 
     def to_dict(self, folder: Path) -> dict:

@@ -100,7 +100,7 @@ class Texts:
         asked, found, seen = about["wanted"]["sequences"], about["long_documents"], about["documents"]
         among = f"{'' if about['all_seen'] else 'the first '}{seen:,} document{'s' * (seen != 1)}"
         few = f" (all there are; {asked:,} were asked for)" if self.sequences < asked else ""
-        head = f"{self.sequences:,} sequences of {self.length:,} tokens{few}"
+        head = f"{self.sequences:,} sequence{'s' * (self.sequences != 1)} of {self.length:,} tokens{few}"
         if about["kind"] == "long":
             return f"{head}: the starts of long documents (long enough: {found:,} of {among})"
         why = "" if found is None else f" (long enough: {found:,} of {among})"

@@ -1,8 +1,10 @@
 """The command: results against independent loops, killed and resumed, on two ranks, in other buckets; and errors."""
 
 import csv
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,14 +15,16 @@ import pytest
 import torch
 
 from eval import length_extrapolation
-from eval.length_extrapolation import short_names, short_paths
+from eval.length_extrapolation import notes, short_names, short_paths
 from eval.position_loss import POSITION
 from eval.position_parts import fingerprint, open_parts
 from eval.texts import Wanted, open_texts
 from tests import toy as toys
-from torchtitan_deltaproduct.checkpoint import to_hf
+from tests.unit.models.conftest import small_model
+from torchtitan_deltaproduct.checkpoint.hf import write_hf
 from torchtitan_deltaproduct.checkpoint.load import load_model
 from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data.tokenizer import copy_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 LENGTH, SEQUENCES = 300, 6
@@ -57,6 +61,13 @@ def command(out, *arguments):
     given = list(map(str, arguments))
     options = next((i for i, word in enumerate(given) if word.startswith("--")), len(given))
     return [*given[: options - 1], "--data", given[options - 1], "--out", str(out), *SIZE, *given[options:]]
+
+
+def export(loaded, folder):
+    """A Hugging Face folder of a model and its tokenizer."""
+    folder.mkdir()
+    write_hf(folder, loaded.model.state_dict(), loaded.model.args, training={}, max_position_embeddings=64)
+    copy_tokenizer(loaded.tokenizer, folder)
 
 
 def raw(out):
@@ -123,7 +134,7 @@ def test_files(run, data, whole):
 
 def test_several_models_and_datasets(run, data, tmp_path, capsys):
     """A Hugging Face folder of a step has its losses; one checkpoint under two names is one model."""
-    to_hf.main([str(run), str(tmp_path / "exported"), "--step", "4"])
+    export(load_model(run, 4), tmp_path / "exported")
     book = tmp_path / "book.txt"
     book.write_text("def f(x):\n    return x\n" * 200)
     models = [run, run / "checkpoint/step-8", run / "checkpoint/step-4", tmp_path / "exported"]
@@ -211,7 +222,7 @@ def start(out, *arguments, ranks):
 
 
 def test_two_ranks_killed_then_one(run, data, tmp_path):
-    """SIGKILL to both ranks in the middle, then one rank goes on: as if nothing had happened. And two to the end."""
+    """SIGKILL to two ranks in the middle of their parts; then one rank goes on, or two: the same bits."""
     options = ("--documents", "packed", "--segment", "1", "--length", "150")
     evaluate(tmp_path / "one", run, data / "train", *options)
     process = start(tmp_path / "two", run, data / "train", *options, ranks=2)
@@ -303,20 +314,17 @@ def test_wrong_tokenizer(run, data, tmp_path, capsys):
     with pytest.raises(DataError, match="prepared with another tokenizer than .*run step 8"):
         evaluate(tmp_path / "out", copy, data / "train")
     evaluate(tmp_path / "out", copy, data / "train", "--tokenizer", data / "train/tokenizer")
-    to_hf.main([str(run), str(tmp_path / "bare")])
+    export(load_model(run), tmp_path / "bare")
     (tmp_path / "bare/tokenizer.json").unlink()
     capsys.readouterr()
     evaluate(tmp_path / "out", tmp_path / "bare", data / "train")
-    assert "bare step 8 has no tokenizer.json: that it fits the data cannot be checked" in capsys.readouterr().out
+    assert "bare has no tokenizer.json: that it fits the data cannot be checked" in capsys.readouterr().out
     (tmp_path / "book.txt").write_text("word " * 4000)
     with pytest.raises(DataError, match="has no tokenizer.json to read it with"):
         evaluate(tmp_path / "out", tmp_path / "bare", tmp_path / "book.txt")
 
 
 def test_tokens_that_the_model_does_not_know(run, data, tmp_path):
-    from tests.unit.models.conftest import small_model
-    from torchtitan_deltaproduct.checkpoint.hf import write_hf
-
     model = small_model(torch.float32)
     (tmp_path / "hf").mkdir()
     write_hf(tmp_path / "hf", model.state_dict(), model.args, training={})
@@ -337,7 +345,23 @@ def test_wrong_arguments(run, data, tmp_path):
         length_extrapolation.main([str(run), "--data", str(data / "validation"), "--out", str(tmp_path)])
 
 
-def test_names(run, tmp_path):
+def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(length_extrapolation, "SECONDS_BETWEEN_LINES", 0.0)
+    evaluate(tmp_path, run, data / "train", "--sequences", "1", "--batch", "1", "--documents", "packed")
+    said = capsys.readouterr().out
+    for tokens in (64, 128, 192, 256, 300):
+        assert re.search(rf"run step 8, data/train: {tokens} of 300 tokens, [\d,]+ tokens/s, 0:\d\d left", said), said
+    assert "1 sequence of 300 tokens" in said and "one sequence: there are no standard errors" in said
+    assert re.search(r"1 - 32 │ +\d\.\d{3}  +\d+\.\d\d", said) and "nan" not in said
+    texts, loaded = open_texts(Wanted(str(data / "train"), 300, 4, "packed"), None, tmp_path / "texts"), load_model(run)
+    reset = dataclasses.replace(loaded, config={"data": {"reset_state_at_documents": True}})
+    assert notes(loaded, "m", loaded.tokenizer, texts) == []
+    assert notes(reset, "m", loaded.tokenizer, texts) == [
+        "m was trained with its state reset at documents; here it is carried across them"
+    ]
+
+
+def test_names(run):
     assert short_paths(["a/b/c"]) == ["b/c"] and short_paths(["x.txt"]) == ["x.txt"]
     assert short_paths(["p/a/v", "q/a/v"]) == ["p/a/v", "q/a/v"] and short_paths(["a", "b/c"]) == ["a", "b/c"]
     assert short_paths(["r/p/a/v", "r/q/a/v"]) == ["p/a/v", "q/a/v"]
