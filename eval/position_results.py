@@ -296,13 +296,13 @@ def read_results(path: Path, buckets: str) -> list[Result]:
     Raises:
         DataError: the file, or raw results it names, are not there. ConfigError: `buckets` is none.
     """
+    if not path.exists():
+        raise DataError(f"There is no {path}: expected a folder in which length_extrapolation left its results")
     try:
         entries = json.loads(path.read_text())["results"]
         found = [(entry["model"], entry["data"], read_parts(path.parent / entry["raw"])) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error!r})\nexpected a folder in which length_extrapolation left its results"
-        ) from None
+        raise DataError(f"{path} cannot be read ({error!r})\nmake it again: the same command without --from") from None
     lasts = parse_buckets(buckets, found[0][2].about["length"], training_lengths([model for model, _, _ in found]))
     return results_of(found, lasts)
 
