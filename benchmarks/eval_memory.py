@@ -1,6 +1,6 @@
 """Peak memory of `eval.length_extrapolation` against the length: it must not grow. A fresh process for each row.
 
-    python -m benchmarks.eval_memory                          # 4k, 64k and 1M tokens; 3 minutes of one core
+    python -m benchmarks.eval_memory                          # 4k, 64k and 1M tokens; 3.5 minutes of one core
     python -m benchmarks.eval_memory --lengths 4096 32768
 
 The model has the quick start's size (4 layers, hidden 192, 3 heads of 64, n_h = 2, vocabulary 4,096) and random

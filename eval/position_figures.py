@@ -45,7 +45,7 @@ def loss_figure(results: list[Result], path: Path, log_positions: bool) -> None:
             _label(row, chosen, log_positions)
             row[0].set_title(f"{name}: {_sequences(chosen[0])}", loc="left", pad=22)
         handles["95 % over sequences"] = Patch(color="#777777", alpha=0.25, linewidth=0)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
         save(figure, path)
 
 
