@@ -22,7 +22,7 @@ from .job import JobConfig
 from .load import load_config
 from .memory import activation_width, checkpoint_bytes, final_checkpoint_bytes, rank_memory, shard_degree
 from .schedule import lr_factor
-from .snapshot import effective_global_batch_size
+from .snapshots import effective_global_batch_size
 from .values import nearest, shorten, show
 
 # Dense bfloat16 peaks of the vendors' data sheets, FLOP/s.
