@@ -17,15 +17,16 @@ from torchtitan_deltaproduct.errors import ConfigError
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
-    """Adds MODEL..., --step, --device, --dtype (default: `dtype`) and --out."""
+def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", results: bool = True) -> None:
+    """Adds MODEL..., --step, --device, --dtype (default: `dtype`) and, for evals that write `results`, --out."""
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="run folder, one of its checkpoint/step-N, or Hugging Face folder")
     add("--step", type=int, help="checkpoint step of run folders (default: the newest complete one)")
     add("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, default=dtype,
         help="of weights and activations; auto: bfloat16 on cuda, float32 on cpu (default: %(default)s)")  # fmt: skip
-    add("--out", help="folder for the results (default: eval/ in the model's folder, or in the one common to all)")
+    if results:
+        add("--out", help="folder for the results (default: eval/ in the model's folder, or in the one common to all)")
 
 
 def device_of(options: argparse.Namespace) -> str:
