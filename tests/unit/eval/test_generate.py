@@ -102,6 +102,14 @@ def test_the_text_comes_while_it_is_made(toy_run):
     assert b"Traceback" not in process.stderr.read()
 
 
+def test_interrupted(toy_run, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "continue_prompts", interrupt)
+    assert generate.main([str(toy_run)]) == 130 and "interrupted" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("wrong", "said"), [
     (["--tokens", "0"], "--tokens 0"),
     (["--temperature", "-1"], "temperature -1"),
