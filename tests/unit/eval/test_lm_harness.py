@@ -87,7 +87,7 @@ def test_log_likelihoods_are_those_of_our_forward(logged, model, vocabulary, tas
     assert seen == {"py_choice": 35, "py_last": 8}[task]
     if task == "py_choice":
         best = [max(range(len(s["resps"])), key=lambda i, s=s: float(s["resps"][i][0][0])) for s in samples]
-        right = sum(choice == sample["target"] for choice, sample in zip(best, samples, strict=True))
+        right = sum(choice == int(sample["target"]) for choice, sample in zip(best, samples, strict=True))
         assert logged.results["results"][task]["acc,none"] == right / len(samples)
     else:
         mean = sum(log_probability(model, vocabulary, *arguments_of(s)[0])[0] for s in samples) / len(samples)
