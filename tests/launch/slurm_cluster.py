@@ -1,4 +1,4 @@
-"""A real SLURM cluster on this machine for tests: munged, slurmctld and two slurmd, nodes n1 and n2, in a temporary folder.
+"""A real SLURM cluster on this machine for tests: munged, slurmctld and two slurmd, as nodes n1 and n2.
 
     from tests.launch.slurm_cluster import cluster                 # a fixture, once a session; importing it is enough
 
@@ -89,8 +89,8 @@ class Cluster:
         host, ports = socket.gethostname(), [free_port() for _ in range(3)]
         conf = CONF.format(host=host, controller_port=ports[0], ports=ports[1:], folder=self.folder)
         (self.folder / "slurm.conf").write_text(conf)
-        munge = {"key-file": key, **{f"{part}-file": self.folder / f"munge.{part}" for part in ("pid", "log", "seed")}}
-        self.run("munged", f"--socket={self.folder}/munge.socket", *(f"--{name}={path}" for name, path in munge.items()))
+        files = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+        self.run("munged", f"--socket={self.folder}/munge.socket", *files)
         self.run("slurmctld", "-f", self.environment["SLURM_CONF"])
         for node in ("n1", "n2"):
             self.run("slurmd", "-f", self.environment["SLURM_CONF"], "-N", node)
