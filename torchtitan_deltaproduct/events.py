@@ -25,16 +25,15 @@ NAME = "events.jsonl"
 def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
     """Adds an event, by one write: a kill leaves a line or none, and ranks do not mix theirs.
 
-    A run folder that cannot be written (a full disk) is no reason to stop training: the event is then lost.
+    A folder that is not there or cannot be written (a full disk) is no reason to stop training: the event is lost.
 
     Args:
-        run: the run folder; made if need be.
+        run: the run folder.
         event: its kind.
         fields: JSON values.
     """
     record = {"event": event, "time": round(time.time(), 3), **fields}
     try:
-        Path(run).mkdir(parents=True, exist_ok=True)
         handle = os.open(Path(run, NAME), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(handle, (json.dumps(record) + "\n").encode())

@@ -77,7 +77,9 @@ HARMLESS = {
     "profiling.* metrics.*": "logging",
     "comm.*": "timeouts and traces",
     "checkpoint.folder checkpoint.interval checkpoint.async_mode checkpoint.keep_latest_k "
-    "checkpoint.enable_first_step_checkpoint": "when and where to save",
+    "checkpoint.enable_first_step_checkpoint checkpoint.keep_every": "when and where to save, and what to keep",
+    "checkpoint.verify_on_load": "whether checksums are compared",
+    "guard.*": "when to stop or to warn",
     "validation.enable validation.freq": "how often to validate",
     "validation.lengths": "which lengths to report",
     "model.hidden_ratio model.intermediate_size": "two ways to give the same MLP width",
