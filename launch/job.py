@@ -103,11 +103,13 @@ def train(job: Job, site: Site) -> str:
     layout = Layout(
         job.nodes, job.ranks_per_node, job.max_restarts, '"$endpoint"', '"$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"'
     )
+    # A tenth of the time that is left is kept for the decision below.
+    seconds = max(1, site.signal_seconds * 9 // 10)
     # srun does not take this over from sbatch since SLURM 22.05.
     cores = f" --cpus-per-task={job.ranks_per_node * site.cpus_per_rank}" if site.cpus_per_rank else ""
     words = layout.torchrun_arguments()
     lines = [
-        f"srun --ntasks-per-node=1{cores} --kill-on-bad-exit=0 --wait={site.signal_seconds}",
+        f"srun --ntasks-per-node=1{cores} --kill-on-bad-exit=0 --wait={seconds}",
         *([f"  {site.container}"] if site.container else []),
         f"  {python(site)} -m launch.torchrun",
         f"    {' '.join(words[:3])}",
@@ -127,7 +129,7 @@ trap 'ended_by_slurm=yes' TERM
 
 # One torchrun a node. It gives the ranks SHUTDOWN_TIMEOUT seconds to save after a signal, and a node that is done
 # leaves the others as long (--wait) instead of killing them.
-export SHUTDOWN_TIMEOUT={site.signal_seconds}
+export SHUTDOWN_TIMEOUT={seconds}
 {command} || code=$?
 trap - TERM"""
 

@@ -43,7 +43,7 @@ def decide(
     reason = stop["reason"] if stop else None
     requeue, why = judge_stop(stop) if stop else judge_silence(events, code)
     if ended_by_slurm and reason not in ("finished", "failed"):
-        return False, f"{why}; SLURM is ending the job (cancelled or preempted) and decides what follows"
+        return False, f"{why}; SLURM ends the job (cancelled or preempted) and decides what follows"
     if requeue and restarts >= maximum:
         return False, f"{why}; but it was requeued {restarts} times already, of at most {maximum}"
     return requeue, why
@@ -52,7 +52,8 @@ def decide(
 def judge_stop(stop: dict[str, Any]) -> tuple[bool, str]:
     """The answer for a run that left word of its stop."""
     reason, detail = stop["reason"], stop.get("detail")
-    told = f"{reason} at step {stop['step']:,}" + (f": {detail}" if detail else "")
+    at = "before training began" if stop["step"] is None else f"at step {stop['step']:,}"
+    told = f"{reason} {at}" + (f": {detail}" if detail else "")
     if reason in ("signal", "walltime") and not stop.get("saved"):
         told += ", without a new checkpoint"
     if detail == "SIGINT":
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     out_of_time = time.time() >= float(os.environ.get("SLURM_JOB_END_TIME") or "inf")
     ended_by_slurm = options.ended_by_slurm == "yes" and not out_of_time
     requeue, why = decide(events, restarts, options.max, options.code, ended_by_slurm)
-    line = f"job {job}, requeued {restarts} times: {'requeue' if requeue else 'end'}: {why}"
+    line = f"job {job}, requeued {restarts} times: {'requeue' if requeue else 'no requeue'}: {why}"
     print(line, flush=True)
     try:
         log = options.run / "launch/requeues.log"

@@ -6,7 +6,7 @@
         job = cluster.run("sbatch", "--parsable", "job.sbatch")
         cluster.wait_for(job, "COMPLETED")
 
-Needs Debian's packages slurm-wlm and munge, and root (`bash .ci/slurm.sh`); where they are missing its tests are
+Needs Debian's packages slurm-wlm and munge, and root (`bash .ci/packages.sh`); where they are missing its tests are
 skipped and say so. Both nodes have this host's address, so a rendezvous endpoint must be 127.0.0.1. Partition `main`
 is the default; a job in `urgent` takes the nodes of one in `main`, which SLURM then requeues.
 """
@@ -36,7 +36,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 AuthType=auth/munge
 # A requeued job waits until its credential has expired: two minutes by default.
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=2
 SlurmUser=root
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -153,7 +153,7 @@ def missing() -> str:
     """Why no cluster can be started here; empty if one can."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if absent:
-        return f"no {', '.join(absent)}: apt-get install slurm-wlm munge (as .ci/slurm.sh does)"
+        return f"no {', '.join(absent)}: apt-get install slurm-wlm munge (as .ci/packages.sh does)"
     return "" if os.geteuid() == 0 else "SLURM's daemons need root"
 
 
