@@ -148,6 +148,13 @@ class Cluster:
             assert time.monotonic() < end, f"job {job} is not {wanted} after {seconds} s: {found}"
             time.sleep(0.1)
 
+    def until_empty(self, seconds: float = 60) -> None:
+        """Waits until no job is left in the queue."""
+        end = time.monotonic() + seconds
+        while left := self.run("squeue", "--noheader"):
+            assert time.monotonic() < end, f"jobs are left after {seconds} s:\n{left}"
+            time.sleep(0.2)
+
 
 def missing() -> str:
     """Why no cluster can be started here; empty if one can."""
