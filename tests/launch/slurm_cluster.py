@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,8 +25,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.helper import free_port
-
+REPO = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 # Debian keeps daemons where a user's PATH does not look.
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -35,8 +35,8 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 AuthType=auth/munge
-# A requeued job waits until its credential has expired: two minutes by default.
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+# A requeued job waits until its credential has expired: by default, and with less than 5 s, two minutes.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmUser=root
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -80,6 +80,8 @@ class Cluster:
 
     def start(self) -> None:
         """Starts the daemons and waits until both nodes are idle."""
+        from tests.dist.helper import free_port  # here, because it imports torch, which the guardian can do without
+
         self.folder.chmod(0o755)
         for name in ("state", "spool-n1", "spool-n2"):
             (self.folder / name).mkdir()
@@ -170,10 +172,24 @@ def cluster() -> Iterator[Cluster]:
     if reason := missing():
         pytest.skip(f"no SLURM cluster: {reason}")
     # Not below pytest's folder: munged refuses a socket that others cannot reach.
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
-        cluster = Cluster(Path(folder))
-        try:
-            cluster.start()
-            yield cluster
-        finally:
-            cluster.stop()
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm-")))
+    # Ends the cluster when this process closes the pipe, or is killed.
+    command = [sys.executable, "-m", "tests.launch.slurm_cluster", str(cluster.folder)]
+    guardian = subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        guardian.stdin.close()
+        assert guardian.wait(timeout=60) == 0
+
+
+def guard(folder: Path) -> None:
+    """Waits for the end of stdin, then ends the cluster in `folder` and removes it."""
+    sys.stdin.read()
+    Cluster(folder).stop()
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    guard(Path(sys.argv[1]))
