@@ -3,7 +3,7 @@
     PAUSE=0.5 torchrun --nproc_per_node 2 -m tests.dist.slow_train --job.config_file toy.toml
 
 Moments: `startup` (the config is being read), `step S`, `save of step S` (a file is being written), `validation at S`.
-Nothing else of the trainer is changed.
+HANG="1:5" makes rank 1 hang in step 5 of its first launch. Nothing else of the trainer is changed.
 """
 
 import os
@@ -20,6 +20,13 @@ def moment(name: str) -> None:
     time.sleep(PAUSE)
 
 
+def hang_if_asked(trainer) -> None:
+    rank, _, step = os.environ.get("HANG", "").partition(":")
+    first_launch = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if rank == os.environ["RANK"] and step == str(trainer.step) and first_launch:
+        time.sleep(1e6)
+
+
 def slowly(trainer) -> None:
     """Puts pauses into a trainer."""
     from torchtitan_deltaproduct.checkpoint.writer import MarkedWriter
@@ -28,6 +35,7 @@ def slowly(trainer) -> None:
 
     def slow_step(batches):
         moment(f"step {trainer.step}")
+        hang_if_asked(trainer)
         return step(batches)
 
     def slow_outputs(*given):

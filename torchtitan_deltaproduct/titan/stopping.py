@@ -89,3 +89,19 @@ class Stopping:
         """Why to stop, from the flags summed over all ranks: `SIGTERM`, `SIGINT`, `SIGUSR1` or `walltime`."""
         names = [number.name for number in SIGNALS] + [WALLTIME]
         return next((name for name, total in zip(names, totals, strict=True) if total > 0), None)
+
+
+def shield_compile_workers() -> None:
+    """Starts Inductor's compile workers deaf to stop signals; call it before anything is compiled.
+
+    A cluster signals every process of a job: workers that die of it would take a compilation with them, and with it the
+    run that was about to save and stop. A blocked signal stays blocked in processes that are started meanwhile. They
+    need no signal to end: they follow their pipe.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        AsyncCompile.warm_pool()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

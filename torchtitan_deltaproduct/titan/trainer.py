@@ -28,6 +28,7 @@ from .. import events
 from ..config.job import JobConfig
 from .checkpointer import CheckpointManager
 from .describe import describe, resumed
+from .rendezvous import own_store
 from .spec import global_batch_size, register
 from .spikes import LossSpikes
 from .stopping import FLAGS, Stopping
@@ -71,6 +72,10 @@ class Trainer(stock.Trainer):
         self.checkpointer.verify_on_load = job_config.checkpoint.verify_on_load
         if job_config.validation.enable:
             self.validator.after_batch = self.after_validation_batch
+
+    def init_distributed(self):
+        with own_store():
+            return super().init_distributed()
 
     @property
     def tokens_seen(self) -> int:
