@@ -77,13 +77,11 @@ def head(job: Job, site: Site) -> str:
 
 
 TIME_LEFT = """\
-# The ranks want to know when their time is over; older SLURMs do not tell.
-if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
-  end="$(SLURM_TIME_FORMAT=standard squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e || true)"
-  if [[ "$end" == *T* ]]; then
-    SLURM_JOB_END_TIME="$(date --date="$end" +%s)"
-    export SLURM_JOB_END_TIME
-  fi
+# The ranks want to know when their time is over; SLURM 22.05 does not tell.
+end="$(SLURM_TIME_FORMAT=standard squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e || true)"
+if [[ "$end" == *T* ]]; then
+  SLURM_JOB_END_TIME="$(date --date="$end" +%s)"
+  export SLURM_JOB_END_TIME
 fi"""
 
 
