@@ -21,7 +21,7 @@ from ..checkpoint import CheckpointInfo, scan
 from ..checkpoint.marker import checksum
 from ..config import JobConfig
 from ..config.compare import compare_configs, refuse_breaking
-from ..config.snapshot import read_snapshot, snapshot, write_snapshot
+from ..config.snapshots import read_snapshot, snapshot, write_snapshot
 from ..data import GENERATED
 from ..data.manifest import read_manifest
 from ..data.tokenizer import copy_tokenizer
