@@ -87,9 +87,8 @@ fi"""
 
 def rendezvous(site: Site) -> str:
     """Where the nodes meet."""
-    first = shlex.quote(site.rdzv_host)
-    if not first.strip("'"):
-        first = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)'
+    listed = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)'
+    first = shlex.quote(site.rdzv_host) if site.rdzv_host else listed
     return f"""\
 # The nodes meet at the first of them, on a port of this job's own.
 first={first}

@@ -22,7 +22,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from torchtitan_deltaproduct.config.snapshot import versions
+from torchtitan_deltaproduct.config.snapshots import versions
 
 from .sbatch import ROOT
 
