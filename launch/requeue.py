@@ -4,7 +4,8 @@
 
     run's last stop      requeued?   why
     signal, walltime     yes         preempted or out of time, and saved; SIGINT is a person's wish and ends it
-    hung, killed         yes         the next start may have better luck; not after three kills without progress
+    hung, lost_peer,     yes         the next start may have better luck; not after three kills without progress
+    killed
     finished             no          there is nothing left to do
     failed               no          it would fail again
 
@@ -58,7 +59,7 @@ def judge_stop(stop: dict[str, Any]) -> tuple[bool, str]:
         told += ", without a new checkpoint"
     if detail == "SIGINT":
         return False, f"{told}; a person stopped it"
-    return reason in ("signal", "walltime", "hung"), told
+    return reason in ("signal", "walltime", "hung", "lost_peer"), told
 
 
 def judge_silence(events: list[dict[str, Any]], code: int) -> tuple[bool, str]:

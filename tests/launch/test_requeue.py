@@ -26,6 +26,8 @@ def stop(reason, detail="", saved=True, step=1234):
     ([stop("failed", "DataError", step=None)], 2, False, "failed before training began: DataError"),
     # The ranks left behind by a failing one fail too; the first says why.
     ([LAUNCH, stop("hung"), stop("failed", "connection closed")], 1, True, "hung"),
+    ([LAUNCH, stop("lost_peer", "RuntimeError: Connection closed by peer", saved=False)], 1, True, "lost_peer at"),
+    ([LAUNCH, stop("lost_peer"), stop("failed", "ValueError: x")], 1, False, "ValueError"),
     # torchrun started the ranks again.
     ([LAUNCH, stop("failed", "a bad moment"), LAUNCH, stop("signal", "SIGTERM")], 143, True, "signal"),
     ([LAUNCH, stop("signal", "SIGTERM"), LAUNCH], 137, True, "killed by SIGKILL after step 12"),
