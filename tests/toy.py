@@ -156,11 +156,11 @@ def learned(run: Path) -> dict:
 
 
 def assert_close(run: Path, reference: Path) -> None:
-    """Losses to 5e-5; gradient norms and perplexities, in which rounding differences grow, to 1e-3."""
+    """Losses to 5e-5; perplexities to 1e-3 and gradient norms, in which rounding differences grow most, to 1e-2."""
     ours, theirs = learned(run), learned(reference)
     assert ours.keys() == theirs.keys() and len(theirs) > 40
     for key, value in theirs.items():
-        tolerance = 1e-3 if key[1] in ("grad_norm", "validation_perplexity") else 5e-5
+        tolerance = {"grad_norm": 1e-2, "validation_perplexity": 1e-3}.get(key[1], 5e-5)
         assert math.isclose(ours[key], value, rel_tol=tolerance), (run.name, key, ours[key], value)
 
 

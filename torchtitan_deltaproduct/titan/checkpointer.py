@@ -319,7 +319,8 @@ class CheckpointManager(stock.CheckpointManager):
 
     def close(self) -> None:
         """Waits for a running save and for deletions."""
-        if getattr(self, "deleter", None) is not None:
+        # Also called on an object whose making failed, or that saves nothing.
+        if getattr(self, "enable", False) and hasattr(self, "deleter"):
             self.finish_running_save()
             self.deleter.shutdown()
         super().close()
