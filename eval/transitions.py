@@ -19,8 +19,8 @@ from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
 
 from .states import Glimpse
 
-BETA_BINS, DECAY_BINS, PLANE_BINS, MODULUS_BINS, ANGLE_BINS = 40, 40, 64, 50, 36
-"""beta: over [0, 2] or [0, 1]; e^g and moduli: [0, 1]; real and imaginary part: [-1, 1]; angles: [0, pi]."""
+BETA_BINS, DECAY_BINS, PLANE_BINS, MODULUS_BINS, ANGLE_BINS = 40, 40, 65, 50, 36
+"""beta: over [0, 2] or [0, 1]; e^g, moduli: [0, 1]; real, imaginary part: [-1, 1], 0 in a middle; angles: [0, pi]."""
 REAL = 1e-6
 """An eigenvalue is complex if its imaginary part is larger."""
 
@@ -57,6 +57,7 @@ class Tally:
         modulus: [L, H, MODULUS_BINS].
         angle: [L, H, ANGLE_BINS] of |angle|; 0 keeps a direction, pi reflects it.
         rotating: [L, H] eigenvalues that are complex.
+        negative: [L, H] eigenvalues whose real part is below 0.
         tokens: [L] read.
     """
 
@@ -67,6 +68,7 @@ class Tally:
     modulus: np.ndarray
     angle: np.ndarray
     rotating: np.ndarray
+    negative: np.ndarray
     tokens: np.ndarray
 
     @classmethod
@@ -78,7 +80,7 @@ class Tally:
 
         return cls(
             zeros(n, BETA_BINS), np.zeros((*heads, n)), zeros(DECAY_BINS), zeros(PLANE_BINS, PLANE_BINS),
-            zeros(MODULUS_BINS), zeros(ANGLE_BINS), zeros(), np.zeros(heads[0], dtype=np.int64),
+            zeros(MODULUS_BINS), zeros(ANGLE_BINS), zeros(), zeros(), np.zeros(heads[0], dtype=np.int64),
         )  # fmt: skip
 
     def __iadd__(self, other: "Tally") -> "Tally":
@@ -108,6 +110,7 @@ class Tally:
         self.modulus[layer] += histogram(values.abs(), MODULUS_BINS, 0, 1)
         self.angle[layer] += histogram(values.angle().abs(), ANGLE_BINS, 0, torch.pi)
         self.rotating[layer] += (values.imag.abs() > REAL).sum(0).numpy()
+        self.negative[layer] += (values.real < 0).sum(0).numpy()
 
 
 def bins_of(values: Tensor, bins: int, low: float, high: float) -> Tensor:
