@@ -54,8 +54,8 @@ static void lay_out(const char *const *from, int wide, vec *x, int count, int co
         }
 }
 
-/* G += X^T X, over the rows of x. */
-static void gram(const vec *restrict x, vec *restrict g, int count, int cols) {
+/* G = X^T X over the rows of x, or G += X^T X. */
+static void gram(const vec *restrict x, vec *restrict g, int count, int cols, int add) {
     for (int i = 0; i < cols; i += TILE)
         for (int j = 0; j <= i; j += TILE) {
             vec s[TILE][TILE] = {{{0}}};
@@ -64,7 +64,10 @@ static void gram(const vec *restrict x, vec *restrict g, int count, int cols) {
                 for (int a = 0; a < TILE; a++)
                     for (int b = 0; b < TILE; b++) s[a][b] += p[a] * q[b];
             for (int a = 0; a < TILE && i + a < cols; a++)
-                for (int b = 0; b < TILE && j + b <= i + a; b++) g[row(i + a) + j + b] += s[a][b];
+                for (int b = 0; b < TILE && j + b <= i + a; b++) {
+                    vec *to = g + row(i + a) + j + b;
+                    *to = add ? *to + s[a][b] : s[a][b];
+                }
         }
 }
 
@@ -183,9 +186,10 @@ static void tridiagonal(vec *g, int n, int stride, vec *work, vec *d, vec *e) {
 }
 
 /* The shift of a sweep from l on, and whether a lane has not converged there. */
-static int shift(const vec *d, const vec *e, int n, int l, vec *sigma) {
+static int shift(const vec *d, vec *e, int n, int l, vec *sigma) {
     vec b = e[l * GROUPS], d0 = d[l * GROUPS], d1 = d[(l + 1) * GROUPS];
     mask open = b > EPS2;
+    e[l * GROUPS] = pick(open, b, zero); /* where it is not zero the shifts for what follows make it grow again */
     if (l + 2 < n) { /* a lane that is done here works on its next eigenvalue */
         b = pick(open, b, e[(l + 1) * GROUPS]);
         d0 = pick(open, d0, d1);
@@ -201,7 +205,6 @@ static int shift(const vec *d, const vec *e, int n, int l, vec *sigma) {
 
 /* Eigenvalues of GROUPS * LANES matrices T of trace 1 (or 0), left in d; NaN in lanes that do not converge. */
 static void eigenvalues(vec *d, vec *e, int n) {
-    vec one = zero + 1.0;
     for (int h = 0; h < GROUPS; h++) e[(n - 1) * GROUPS + h] = zero;
     for (int l = 0; l < n - 1; l++)
         for (int sweep = 0;; sweep++) {
@@ -215,7 +218,7 @@ static void eigenvalues(vec *d, vec *e, int n) {
                 break;
             }
             for (int h = 0; h < GROUPS; h++) {
-                c[h] = one;
+                c[h] = zero + 1.0;
                 s[h] = zero;
                 gamma[h] = d[(n - 1) * GROUPS + h] - sigma[h];
                 p[h] = gamma[h] * gamma[h];
@@ -223,7 +226,7 @@ static void eigenvalues(vec *d, vec *e, int n) {
             for (int i = n - 2; i >= l; i--)
                 for (int h = 0; h < GROUPS; h++) {
                     /* 1 / r and 1 / p from one division. r = 0: nothing to rotate; p = 0 alone: a quarter turn. */
-                    vec bb = e[i * GROUPS + h], r = p[h] + bb, rp = r * p[h];
+                    vec bb = e[i * GROUPS + h], r = p[h] + bb, rp = r * p[h], one = zero + 1.0;
                     mask both = rp > 1e-290, none = ~(r > 0);
                     vec inverse = one / pick(both, rp, one), over_r = p[h] * inverse;
                     vec old_c = c[h], old_gamma = gamma[h], alpha = d[i * GROUPS + h];
@@ -252,7 +255,6 @@ int singular_values(const void *states, int wide, double *out, long batch, int r
     memset(x, 0, counts[0] * sizeof(vec));
     for (long first = 0; first < batch; first += LANES * GROUPS) {
         for (int h = 0; h < GROUPS; h++) {
-            memset(g, 0, counts[1] * sizeof(vec));
             for (int r = 0; r < rows; r += BLOCK) {
                 const char *from[LANES];
                 for (int l = 0; l < LANES; l++) {
@@ -262,7 +264,7 @@ int singular_values(const void *states, int wide, double *out, long batch, int r
                 }
                 int count = rows - r < BLOCK ? rows - r : BLOCK;
                 lay_out(from, wide, x, count, cols);
-                gram(x, g, count, cols);
+                gram(x, g, count, cols, r > 0);
             }
             tridiagonal(g, cols, stride, work, d + h, e + h);
             trace[h] = zero;

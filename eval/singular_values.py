@@ -37,7 +37,7 @@ def effective_rank(states: Tensor) -> Tensor:
         [...] float64, from 1 to min(K, V); 0 for a state of zeros, which has no direction at all; NaN for one that is
         not finite.
     """
-    values = singular_values(states)
+    values = _values(states)
     total = values.sum(-1, keepdim=True)
     shares = values / total
     rank = torch.special.entr(shares).sum(-1).exp()
@@ -54,11 +54,16 @@ def singular_values(states: Tensor, compiled: bool = True) -> Tensor:
     Returns:
         [..., min(K, V)] float64 on the device of `states`, descending; NaN for a matrix that is not finite.
     """
+    return _values(states, compiled).sort(-1, descending=True).values
+
+
+def _values(states: Tensor, compiled: bool = True) -> Tensor:
+    """`singular_values` in any order."""
     tall = states if states.shape[-2] >= states.shape[-1] else states.mT
     rows, cols = tall.shape[-2:]
     flat = tall.reshape(-1, rows, cols).contiguous()
     flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
-    size = flat.new_ones(len(flat), 1)
+    size = 1.0
     if flat.dtype == torch.float64:
         # Its squares could overflow.
         size = flat.abs().amax((-2, -1)).unsqueeze(-1)
@@ -67,8 +72,7 @@ def singular_values(states: Tensor, compiled: bool = True) -> Tensor:
     squares = _squares(flat, compiled)
     largest = squares.amax(-1, keepdim=True)
     squares = torch.where(squares < rows * torch.finfo(torch.float64).eps * largest, 0.0, squares)
-    values = squares.sqrt().sort(-1, descending=True).values * size
-    return values.view(*states.shape[:-2], cols)
+    return (squares.sqrt() * size).view(*states.shape[:-2], cols)
 
 
 def _squares(states: Tensor, compiled: bool) -> Tensor:
@@ -76,12 +80,9 @@ def _squares(states: Tensor, compiled: bool) -> Tensor:
     library = None
     if compiled and states.device.type == "cpu" and len(states) >= FEWEST:
         library = load("singular_values")
-    out = states.new_empty(len(states), states.shape[2], dtype=torch.float64)
     if library is None:
-        finite = states.isfinite().all(-1).all(-1)
-        doubles = torch.where(finite[:, None, None], states, 0.0).double()
-        out = torch.linalg.eigvalsh(doubles.mT @ doubles)
-        return torch.where(finite[:, None], out, torch.nan)
+        return _library_squares(states)
+    out = states.new_empty(len(states), states.shape[2], dtype=torch.float64)
 
     def work(first: int) -> None:
         part, to = states[first : first + share], out[first : first + share]
@@ -99,9 +100,15 @@ def _squares(states: Tensor, compiled: bool) -> Tensor:
         # ctypes releases the interpreter's lock.
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, firsts))
-    return _finite_or_nan(out)
+    failed = ~out.isfinite().all(-1)
+    if failed.any():
+        # Not finite, or one of the rare cases that the compiled code leaves alone.
+        out[failed] = _library_squares(states[failed])
+    return out
 
 
-def _finite_or_nan(squares: Tensor) -> Tensor:
-    """What did not converge, or was not finite, is NaN throughout."""
-    return torch.where(squares.isfinite().all(-1, keepdim=True), squares, torch.nan)
+def _library_squares(states: Tensor) -> Tensor:
+    """`_squares` by `torch.linalg`; NaN for matrices that are not finite, on which LAPACK would raise."""
+    finite = states.isfinite().all(-1).all(-1)
+    doubles = torch.where(finite[:, None, None], states, 0.0).double()
+    return torch.where(finite[:, None], torch.linalg.eigvalsh(doubles.mT @ doubles), torch.nan)
