@@ -17,10 +17,11 @@ from torchtitan_deltaproduct.errors import ConfigError
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
-    """Adds MODEL..., --step, --device, --dtype (default: `dtype`) and --out."""
+def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", optional: bool = False) -> None:
+    """Adds MODEL... (`optional`: it may be left out), --step, --device, --dtype (default: `dtype`) and --out."""
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="run folder, one of its checkpoint/step-N, or Hugging Face folder")
+    nargs = "*" if optional else "+"
+    add("models", nargs=nargs, metavar="MODEL", help="run folder, one of its checkpoint/step-N, or Hugging Face folder")
     add("--step", type=int, help="checkpoint step of run folders (default: the newest complete one)")
     add("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, default=dtype,

@@ -121,6 +121,10 @@ class TokenStream:
             filled += len(piece)
         return filled
 
+    def close(self) -> None:
+        """Closes the maps, whose pages count as memory of the process; reading opens them again."""
+        self._maps.clear()
+
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Stream positions in [start, stop) where a document begins: [d] int64."""
         found = []

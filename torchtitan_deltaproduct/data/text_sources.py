@@ -79,15 +79,15 @@ def list_files(inputs: Iterable[str | Path]) -> list[Path]:
             inner = (path for path in sorted(given.rglob("*")) if path.is_file())
             found = [p for p in inner if not any(part.startswith(".") for part in p.relative_to(given).parts)]
         else:
-            raise DataError(f"There is no file or folder {given}.\nCheck the path given to --input.")
+            raise DataError(f"There is no file or folder {given}.\nCheck the path.")
         if not found:
-            raise DataError(f"The folder {given} has no files in it.\nCheck the path given to --input.")
+            raise DataError(f"The folder {given} has no files in it.\nCheck the path.")
         files += found
     for file in files:
         if file.suffix in UNREADABLE:
             raise DataError(
                 f"{file} is of a kind that is not read here.\n"
-                "Give text, JSON lines (also .gz) or Parquet; unpack archives first; for Arrow use --dataset."
+                "Give text, JSON lines (also .gz) or Parquet; unpack archives first; of Arrow name the folder."
             )
     return files
 
@@ -135,6 +135,23 @@ def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
     """All records of a unit in order; those that cannot be read as `BadRecord`."""
     readers = {"text": _read_texts, "json": _read_json, "parquet": _read_parquet, "dataset": _read_dataset}
     return readers[unit.kind](unit)
+
+
+def stream_dataset(name: str, config: str, split: str, field: str) -> Iterator[Document | BadRecord]:
+    """The rows of a dataset of `open_dataset` in order, downloaded as they are read.
+
+    Raises:
+        DataError: it cannot be opened or read on, or has no column `field`.
+    """
+    import datasets
+
+    try:
+        for number, row in enumerate(open_dataset(name, config, split, streaming=True)):
+            if field not in row:
+                raise DataError(_no_field(f"dataset {name}", field, list(row)))
+            yield from _rows([row[field]], name, number, field)
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"dataset {name} cannot be read on: {error}") from None
 
 
 def open_dataset(name: str, config: str, split: str, streaming: bool):
