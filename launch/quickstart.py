@@ -51,7 +51,13 @@ def call(*command: str) -> None:
     """Prints and runs a command of this package; its failure ends the quick start with the same exit code."""
     shown = ["python" if part == sys.executable else part for part in command]
     print(f"\n$ {shlex.join(shown)}", flush=True)
-    code = subprocess.call(command)
+    process = subprocess.Popen(command)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # Ctrl-C reached the command too: let it save what it has.
+        process.wait()
+        code = 130
     if code:
         sys.exit(code)
 

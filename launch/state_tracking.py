@@ -27,7 +27,8 @@ from rich.table import Table
 
 from torchtitan_deltaproduct.checkpoint import latest_complete
 from torchtitan_deltaproduct.config import JobConfig, load_config
-from torchtitan_deltaproduct.config.compare import compare_configs, read_snapshot, refuse_breaking, snapshot
+from torchtitan_deltaproduct.config.compare import compare_configs, refuse_breaking
+from torchtitan_deltaproduct.config.snapshot import read_snapshot, snapshot
 from torchtitan_deltaproduct.errors import ConfigError, UserError, exit_on_user_error
 
 CONFIGS = "train_configs/state_tracking/laptop_S3_*.toml"

@@ -48,7 +48,7 @@ def test_killed_and_restarted(toy, tmp_path, ranks, options, moment):
     kill(process)
     assert not (killed / "checkpoint/step-8").exists()
     launch(toy, killed, *options, ranks=ranks)
-    assert "resumed at step" in log_of(killed)
+    assert "resumed step" in log_of(killed)
     assert learned(killed) == learned(unbroken)
     assert_same_weights(weights(killed, 8), weights(unbroken, 8))
 
@@ -68,9 +68,12 @@ def test_retention_counts_only_complete_ones(toy, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoint/step-300-bad").mkdir(parents=True)
     (run / "checkpoint/step-7").mkdir()
-    train(toy, run, "--checkpoint.keep_latest_k", "2")
-    assert [(i.step, i.complete) for i in scan(run / "checkpoint")] == [(6, True), (7, False), (8, True)]
+    (run / "checkpoint/step-7/notes.txt").write_text("not ours")
+    train(toy, run, "--checkpoint.keep_latest_k", "2", "--checkpoint.keep_every", "4", "--checkpoint.interval", "1")
+    assert [(i.step, i.complete) for i in scan(run / "checkpoint")] == [(4, True), (7, True), (8, True)]
     assert (run / "checkpoint/step-300-bad").is_dir()
+    kept = [path.read_text() for path in (run / "checkpoint").glob("step-7.found-*/notes.txt")]
+    assert kept == ["not ours"]
 
 
 def continue_on(rank: int, commands: list[list[str]]) -> None:
@@ -137,7 +140,7 @@ def test_initial_weights(toy, tmp_path):
     after = [r for r in records(tmp_path / "a") if "validation_loss" in r][-1]
     assert first["validation_loss"] == after["validation_loss"]
     assert [r["step"] for r in records(tmp_path / "b") if "loss" in r] == [1]
-    with pytest.raises(CheckpointError, match="not usable"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         train(toy, tmp_path / "c", "--checkpoint.initial_load_path", str(tmp_path))
 
 
@@ -149,6 +152,9 @@ def test_a_step_by_name(toy, tmp_path):
     train(toy, tmp_path / "b", "--checkpoint.load_step", "2", "--checkpoint.keep_latest_k", "0")
     assert learned(tmp_path / "b") == learned(tmp_path / "a")
     assert_same_weights(weights(tmp_path / "a", 8), weights(tmp_path / "b", 8))
+    # The later steps of the past that was given up are kept, under names that no restart takes for checkpoints.
+    names = {path.name.partition(".")[0] for path in (tmp_path / "b/checkpoint").glob("step-*.rewound-*")}
+    assert names == {"step-4", "step-6"}
 
 
 def test_seed_checkpoint(toy, tmp_path):

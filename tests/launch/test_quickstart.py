@@ -28,7 +28,7 @@ def test_from_nothing_and_again(tmp_path):
     second = quickstart(tmp_path, "2", "--training.steps", "4", "--lr_scheduler.total_steps", "4",
                         "--training.local_batch_size", "1")  # fmt: skip
     assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-2000:]
-    assert "already prepared" in second.stdout and "resumed at step 3" in second.stdout
+    assert "already prepared" in second.stdout and "resumed step 3" in second.stdout
     assert "FSDP2 over 2 ranks" in second.stdout and "step 4/4" in second.stdout
 
 

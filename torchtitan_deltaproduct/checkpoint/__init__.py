@@ -1,9 +1,12 @@
 """What a checkpoint is, when it is usable, and how a model gets out of one or into one; independent of the trainer.
 
-    RUN/checkpoint/step-500/.metadata        DCP index, written last: without it the folder is not a checkpoint
+    RUN/checkpoint/step-500/complete.json    written last, sizes and checksums: without it this is not a checkpoint
+                            /.metadata       DCP index
                             /__0_0.distcp    DCP data, one or more files a rank
                             /config.json     the run's settings when this step was saved
+    marker.py     complete.json                               writer.py    the DCP writer that makes it
     folders.py    scan a run's checkpoints: step, size, complete or why not; retention
+    ls.py         command: what a run has, and why each is kept             verify.py   command: read all of it back
     safe_dcp.py   read DCP without unpickling anything but its own index classes and plain tensors
     load.py       `load_model`: run folder, step or Hugging Face folder -> model
     hf.py         the Hugging Face layout, ours, fla's and the paper's
@@ -16,9 +19,9 @@
 from importlib import import_module
 from typing import Any
 
-from .folders import CheckpointInfo, latest_complete, scan, stale_steps
+from .folders import CheckpointInfo, latest_complete, retention, scan
 
-__all__ = ["CheckpointInfo", "LoadedModel", "latest_complete", "load_model", "scan", "stale_steps"]
+__all__ = ["CheckpointInfo", "LoadedModel", "latest_complete", "load_model", "retention", "scan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,10 @@
-"""A run's checkpoint folders: which are complete, which is newest, which may go.
+"""A run's checkpoint folders: which are complete, which is newest, which are kept.
 
-DCP writes `.metadata` last and by rename, so it is the commit marker; it also lists every data file with the bytes it
-must hold. A folder is complete when the index reads and no file is missing or short. Whoever deletes a folder removes
-the marker first (`retire`), so that a half-deleted one is never taken for a checkpoint.
+A folder is complete when its marker (`marker.py`) reads and every file it lists is there with the listed size. Whoever
+deletes a folder removes the marker first (`retire`), so that a half-deleted one is never taken for a checkpoint.
 
     for info in scan("outputs/run/checkpoint"): print(info.step, info.complete, info.reason)
+    retention([100, 200, 300, 400], keep_latest_k=2, keep_every=200)      # {200: "...", 300: "...", 400: "..."}
 """
 
 import re
@@ -14,20 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .safe_dcp import read_index
+from .marker import MARKER, SAVING, Marker, ours, read_marker, wrong_sizes
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """One `step-N` folder: `reason` says why it is not complete (empty if it is); sizes in bytes."""
+    """One `step-N` folder.
+
+    Attributes:
+        complete: whether it can be used.
+        reason: why it is not complete; empty if it is.
+        size: bytes on disk.
+        marker: None where there is none that reads.
+    """
 
     step: int
     path: Path
     complete: bool
     reason: str
     size: int
+    marker: Marker | None = None
 
 
 def scan(folder: str | Path) -> list[CheckpointInfo]:
@@ -39,24 +47,33 @@ def scan(folder: str | Path) -> list[CheckpointInfo]:
     return sorted((inspect(path, int(m[1])) for m, path in matches if m), key=lambda info: info.step)
 
 
-def inspect(path: Path, step: int) -> CheckpointInfo:
-    """Compares a folder with its own index."""
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+def inspect(path: Path, step: int | None = None) -> CheckpointInfo:
+    """Compares a folder with its marker; reads no data.
+
+    Args:
+        path: the folder.
+        step: that its name says; None: whatever the marker says (0 if none reads).
+    """
+    size = folder_size(path)
     try:
-        index = read_index(path)
+        marker = read_marker(path)
     except CheckpointError as error:
-        return CheckpointInfo(step, path, False, str(error), size)
-    needed: dict[str, int] = {}
-    for info in (index.storage_data or {}).values():
-        end = info.offset + info.length
-        needed[info.relative_path] = max(end, needed.get(info.relative_path, 0))
-    for name, length in sorted(needed.items()):
-        file = path / name
-        found = file.stat().st_size if file.is_file() else -1
-        if found < length:
-            what = "is missing" if found < 0 else f"has {found:,} bytes of {length:,}"
-            return CheckpointInfo(step, path, False, f"{name} {what}", size)
-    return CheckpointInfo(step, path, True, "", size)
+        return CheckpointInfo(step or 0, path, False, str(error), size)
+    reason = wrong_sizes(path, marker)
+    if not reason and step not in (None, marker.step):
+        reason = f"its marker says step {marker.step}: the folder was renamed"
+    return CheckpointInfo(marker.step if step is None else step, path, not reason, reason, size, marker)
+
+
+def folder_size(path: Path) -> int:
+    """Bytes of all files below a folder, some of which may vanish meanwhile."""
+    total = 0
+    for file in path.rglob("*"):
+        try:
+            total += file.stat().st_size if file.is_file() else 0
+        except OSError:
+            continue
+    return total
 
 
 def latest_complete(folder: str | Path) -> CheckpointInfo | None:
@@ -64,17 +81,66 @@ def latest_complete(folder: str | Path) -> CheckpointInfo | None:
     return next((info for info in reversed(scan(folder)) if info.complete), None)
 
 
-def stale_steps(complete: Iterable[int], keep_latest_k: int) -> list[int]:
-    """Steps to delete so that the newest `keep_latest_k` complete ones remain; 0 keeps all."""
-    return sorted(complete)[:-keep_latest_k] if keep_latest_k > 0 else []
+def retention(complete: Iterable[int], keep_latest_k: int, keep_every: int = 0) -> dict[int, str]:
+    """Which of the complete steps are kept, and why.
+
+    Args:
+        complete: steps of the complete checkpoints.
+        keep_latest_k: so many of the newest are kept; 0: all.
+        keep_every: steps divisible by it are milestones and always kept; 0: there are none.
+
+    Returns:
+        step -> reason; a step that is not in it may go. The newest is always in it.
+    """
+    newest_first = sorted(set(complete), reverse=True)
+    kept = {}
+    for place, step in enumerate(newest_first, start=1):
+        if place == 1:
+            kept[step] = "the newest"
+        elif keep_latest_k <= 0:
+            kept[step] = "all are kept"
+        elif place <= keep_latest_k:
+            kept[step] = f"one of the newest {keep_latest_k}"
+        elif keep_every > 0 and step and step % keep_every == 0:
+            kept[step] = f"milestone, every {keep_every:,} steps"
+    return kept
+
+
+def deletable(found: Iterable[CheckpointInfo], keep_latest_k: int, keep_every: int = 0) -> list[CheckpointInfo]:
+    """What retention deletes: complete folders not kept, and what cut-short saves older than the newest left.
+
+    Never the last complete one, and nothing that this package did not write.
+    """
+    found = list(found)
+    complete = [info for info in found if info.complete]
+    kept = retention((info.step for info in complete), keep_latest_k, keep_every)
+    newest = max((info.step for info in complete), default=-1)
+    return [
+        info
+        for info in found
+        if ours(info.path) and (info.step not in kept if info.complete else info.step < newest and not info.marker)
+    ]
 
 
 def retire(path: Path) -> None:
-    """Takes the commit marker off a folder, so that it no longer counts as a checkpoint."""
-    (path / ".metadata").unlink(missing_ok=True)
+    """Takes the commit marker off a folder, so that it no longer counts as a checkpoint; it stays ours to delete."""
+    (path / SAVING).touch()
+    (path / MARKER).unlink(missing_ok=True)
 
 
 def delete(path: Path) -> None:
-    """Deletes a checkpoint folder, marker first."""
+    """Deletes a checkpoint folder: the marker first, and last what says that it was ours.
+
+    Raises:
+        OSError: something of it could not be deleted; it no longer counts as a checkpoint.
+    """
+    if not path.exists():
+        return
     retire(path)
-    shutil.rmtree(path, ignore_errors=True)
+    for child in path.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        elif child.name != SAVING:
+            child.unlink()
+    (path / SAVING).unlink()
+    path.rmdir()

@@ -27,6 +27,7 @@ from ..data.tokenizer import copy_tokenizer
 from ..errors import CheckpointError, exit_on_user_error
 from ..models import counts
 from .hf import HfModel, is_hf_folder, open_hf
+from .writer import About, MarkedWriter
 
 
 def import_hf(source: str | Path, out: str | Path) -> HfModel:
@@ -46,17 +47,16 @@ def import_hf(source: str | Path, out: str | Path) -> HfModel:
     weights = found.weights()
     unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
     step = unfinished / "checkpoint" / "step-0"
-    step.mkdir(parents=True)
+    unfinished.mkdir(parents=True)
     try:
         if (source / "tokenizer.json").exists():
             copy_tokenizer(source, unfinished / "tokenizer")
-        snapshot = json.dumps(_snapshot(found), indent=1) + "\n"
-        for folder in (step, unfinished):
-            (folder / "config.json").write_text(snapshot)
+        snapshot = _snapshot(found)
+        (unfinished / "config.json").write_text(json.dumps(snapshot, indent=1) + "\n")
         with warnings.catch_warnings():
             # It warns that no process group is there: one process writes all.
             warnings.simplefilter("ignore")
-            dcp.save(weights, checkpoint_id=str(step), no_dist=True)
+            dcp.save(weights, storage_writer=MarkedWriter(step, About(0, 1, "import"), snapshot), no_dist=True)
         if out.exists():
             out.rmdir()
         unfinished.rename(out)

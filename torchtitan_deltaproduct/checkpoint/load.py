@@ -22,11 +22,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..config.architecture import DeltaProductArgs
-from ..config.compare import read_snapshot
+from ..config.snapshot import read_snapshot
 from ..errors import CheckpointError
 from ..models import DeltaProductLM
 from .folders import CheckpointInfo, inspect, scan
 from .hf import check_shapes, is_hf_folder, open_hf
+from .marker import MARKER, wrong_checksums
 from .safe_dcp import SafeLoadPlanner, SafeReader, read_index
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def load_model(
     if path.is_dir() and is_hf_folder(path):
         return _load_hf(path, step, device, dtype)
     info = find_checkpoint(path, step)
+    if damaged := wrong_checksums(info.path, info.marker):
+        raise CheckpointError(f"{info.path}: {'; '.join(damaged)}; use another step of the run")
     config = snapshot_of(info.path)["config"]
     args = architecture(config)
     model = _build(args, read_weights(info.path, args), device, dtype)
@@ -117,8 +120,9 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> CheckpointInfo
             f"{path} {what}; expected a run folder, one of its checkpoint/step-N, or a Hugging Face folder"
         )
     number = path.name.removeprefix("step-")
-    if (path / ".metadata").exists() or (number != path.name and number.isdigit()):
-        return _one_step(path, int(number) if number.isdigit() else 0, step)
+    is_step = number != path.name and number.isdigit()
+    if is_step or (path / MARKER).exists():
+        return _one_step(path, int(number) if is_step else None, step)
     folder = path / _checkpoint_folder(path)
     found = scan(folder if folder.is_dir() else path)
     complete = [info for info in found if info.complete]
@@ -136,10 +140,10 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> CheckpointInfo
     return complete[-1]
 
 
-def _one_step(path: Path, number: int, step: int | None) -> CheckpointInfo:
-    if step is not None and step != number:
-        raise CheckpointError(f"{path} is one step, and step {step} was asked for: give its run folder")
+def _one_step(path: Path, number: int | None, step: int | None) -> CheckpointInfo:
     info = inspect(path, number)
+    if step not in (None, info.step):
+        raise CheckpointError(f"{path} is one step, and step {step} was asked for: give its run folder")
     if not info.complete:
         raise CheckpointError(f"{path} is not usable: {info.reason}")
     return info
@@ -203,7 +207,7 @@ def read_weights(folder: Path, args: DeltaProductArgs) -> dict[str, torch.Tensor
 
 
 def snapshot_of(checkpoint: Path) -> dict:
-    """The snapshot (`config.compare`) beside a `step-N` folder's weights, or that of its run.
+    """The snapshot (`config.snapshot`) beside a `step-N` folder's weights, or that of its run.
 
     Raises:
         CheckpointError: there is none.

@@ -297,6 +297,20 @@ def _checkpointing_on(name: str, default: Any) -> Judge:
     return judge
 
 
+def _milestones_are_saved(config: JobConfig, _: Environment) -> str | None:
+    every, interval = config.checkpoint.keep_every, config.checkpoint.interval
+    if every % interval == 0:
+        return None
+    return f"no milestone would be saved: must be a multiple of interval = {interval}"
+
+
+def _hang_before_timeout(config: JobConfig, _: Environment) -> str | None:
+    hang, timeout = config.guard.hang_seconds, config.comm.train_timeout_seconds
+    if not hang or hang < timeout:
+        return None
+    return f"collectives give up after {timeout} s, before stacks are written; must be below that"
+
+
 def _seed_checkpoint(config: JobConfig, environment: Environment) -> str | None:
     if config.checkpoint.create_seed_checkpoint and (environment.world_size or 1) > 1:
         return f"is made by one process, not by {environment.world_size} ranks: start it without torchrun"
@@ -356,6 +370,8 @@ _RULES: tuple[tuple[tuple[str, ...], Judge], ...] = (
     *(((f"checkpoint.{name}", "checkpoint.enable"), _checkpointing_on(name, default)) for name, default in {
         "initial_load_path": None, "load_step": -1, "load_only": False, "create_seed_checkpoint": False,
         "enable_first_step_checkpoint": False}.items()),
+    (("checkpoint.keep_every", "checkpoint.interval"), _milestones_are_saved),
+    (("guard.hang_seconds", "comm.train_timeout_seconds"), _hang_before_timeout),
     (("checkpoint.create_seed_checkpoint",), _seed_checkpoint),
     (("checkpoint.initial_load_path",), _initial_load_exists),
 )  # fmt: skip

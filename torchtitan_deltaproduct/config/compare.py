@@ -1,6 +1,6 @@
 """Is this the run that the checkpoints in its folder belong to?
 
-    comparison = compare_configs(read_snapshot(folder / "config.json"), snapshot(config))
+    comparison = compare_configs(read_snapshot(folder / "config.json"), snapshot(config))      # config.snapshot
     refuse_breaking(comparison, folder, config.provenance)        # ConfigError
     for change in comparison.notable + comparison.harmless:
         logger.info("%s", change)                                 # optimizer.lr: 0.0003 -> 0.0001 (...)
@@ -9,20 +9,14 @@ Breaking: the result would be no continuation (another model, other data, anothe
 and worth a line in the log. Harmless: changes nothing that is learned.
 """
 
-import json
 import os
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError
-from .job import JobConfig
+from ..errors import ConfigError
 from .unsupported import refusal
 from .values import shorten, show
 
@@ -77,7 +71,9 @@ HARMLESS = {
     "profiling.* metrics.*": "logging",
     "comm.*": "timeouts and traces",
     "checkpoint.folder checkpoint.interval checkpoint.async_mode checkpoint.keep_latest_k "
-    "checkpoint.enable_first_step_checkpoint": "when and where to save",
+    "checkpoint.enable_first_step_checkpoint checkpoint.keep_every": "when and where to save, and what to keep",
+    "checkpoint.verify_on_load": "whether checksums are compared",
+    "guard.*": "when to stop or to warn",
     "validation.enable validation.freq": "how often to validate",
     "validation.lengths": "which lengths to report",
     "model.hidden_ratio model.intermediate_size": "two ways to give the same MLP width",
@@ -169,77 +165,6 @@ def refuse_breaking(
     )
 
 
-def snapshot(config: JobConfig, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The resolved config and what produced it, ready for JSON.
-
-    Args:
-        config: A loaded config.
-        extra: More to record. `data_identity` (any JSON value, such as the checksum of the manifests) tells
-            data that moved from data that changed; `world_size` replaces the environment's.
-    """
-    extra = dict(extra or {})
-    world_size = int(extra.pop("world_size", os.environ.get("WORLD_SIZE", "1")))
-    derived = {
-        "world_size": world_size,
-        "global_batch_size": effective_global_batch_size(config, world_size),
-        "mlp_size": config.model.mlp_size,
-    }
-    content = {"config": config.to_dict(), "derived": derived, "versions": versions(), "extra": extra}
-    return json.loads(json.dumps(content))
-
-
-def effective_global_batch_size(config: JobConfig, world_size: int) -> int:
-    """Sequences a step of all ranks together."""
-    training = config.training
-    if training.global_batch_size > 0:
-        return training.global_batch_size
-    return training.local_batch_size * world_size
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes, and the git revision of this package where it runs from a checkout."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "torchtitan", "torchtitan-deltaproduct", "flash-linear-attention", "triton"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    if revision := _git_revision():
-        found["git"] = revision
-    return found
-
-
-def write_snapshot(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Writes a snapshot; whenever the process dies, `path` is the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, path)
-
-
-def read_snapshot(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The snapshot in a file; None if there is no such file.
-
-    Raises:
-        CheckpointError: The file is not a snapshot.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(content, dict) and isinstance(content.get("config"), dict):
-            return content
-        reason = 'it has no "config"'
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        reason = str(error)
-    raise CheckpointError(f"{path} is not a config snapshot: {reason}; delete it to skip the comparison")
-
-
 def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys: those of the config without a prefix, the other parts under their name."""
     flat: dict[str, Any] = {}
@@ -258,15 +183,3 @@ def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:
     if identity is not None:
         flat["extra.data_identity"] = identity
     return flat
-
-
-def _git_revision() -> str | None:
-    package = Path(__file__).resolve().parents[1]
-    if not (package.parent / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

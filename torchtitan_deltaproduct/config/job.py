@@ -126,6 +126,23 @@ class Checkpoint(titan.Checkpoint):
     """True saves only weights at the end: such a run cannot be continued. Ours defaults to False."""
     keep_latest_k: int = 3
     """Complete checkpoints kept, newest first; 0: keep all; 1 is not allowed."""
+    keep_every: int = 0
+    """Steps divisible by it are milestones, kept for good; 0: none."""
+    verify_on_load: bool = True
+    """Compare the checksum of every file before resuming; a damaged checkpoint gives way to the one before."""
+
+
+@dataclass
+class Guard:
+    walltime_minutes: float = 0.0
+    """Minutes from the start after which the run saves and stops; 0: the end of its SLURM job, if it is in one."""
+    walltime_margin_seconds: float = 60.0
+    """Seconds kept free at the end, beyond twice the longest recent step and save."""
+    hang_seconds: float = 1200.0
+    """Seconds without a finished step, validation batch or save after which a rank writes its stacks to RUN/stacks and
+    exits, so that the launcher starts the run again; six times as long until the first step has ended. 0: never."""
+    spike_threshold: float = 8.0
+    """A loss so many deviations above the median of the last 128 steps is reported with its samples; 0: none is."""
 
 
 @dataclass
@@ -167,6 +184,7 @@ class JobConfig(titan.JobConfig):
     optimizer: Optimizer = field(default_factory=Optimizer)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    guard: Guard = field(default_factory=Guard)
     metrics: Metrics = field(default_factory=Metrics)
     compile: Compile = field(default_factory=Compile)
     comm: Comm = field(default_factory=Comm)

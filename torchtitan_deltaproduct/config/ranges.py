@@ -100,6 +100,11 @@ RANGES = {
         lambda value: value == 0 or value >= 2,
         "must be 0 (keep all) or at least 2: the newest may be incomplete when a run dies",
     ),
+    "checkpoint.keep_every": _COUNT_OR_ZERO,
+    "guard.walltime_minutes": _COUNT_OR_ZERO,
+    "guard.walltime_margin_seconds": _COUNT_OR_ZERO,
+    "guard.hang_seconds": _COUNT_OR_ZERO,
+    "guard.spike_threshold": _COUNT_OR_ZERO,
     "checkpoint.load_step": _or(-1, 0, "the newest complete one"),
     "checkpoint.exclude_from_loading": _subset("optimizer", "lr_scheduler", "dataloader", "train_state"),
     "activation_checkpoint.selective_ac_option": Range(

@@ -59,10 +59,14 @@ RULES = (
     Rule("checkpoint.enable_ft_dataloader_checkpoints", "torchft is not supported", _DELETE),
     Rule(
         "checkpoint.initial_load_in_hf*",
-        "loading Hugging Face weights is not supported yet",
-        "start from a DCP checkpoint folder",
+        "Hugging Face weights are imported before training, not by it",
+        "run python -m torchtitan_deltaproduct.checkpoint.from_hf HF OUT and name OUT in checkpoint.initial_load_path",
     ),
-    Rule("checkpoint.last_save_in_hf", "saving in the Hugging Face layout is not supported yet", _DELETE),
+    Rule(
+        "checkpoint.last_save_in_hf",
+        "a run is exported after training, not by it",
+        "run python -m torchtitan_deltaproduct.checkpoint.to_hf RUN OUT",
+    ),
     Rule(
         "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns",
         "the list of operations to recompute is fixed for this model",

@@ -11,6 +11,7 @@ other ranks or workers.
 
 import hashlib
 import json
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,6 +104,12 @@ class _Positions(torch.utils.data.Sampler):
             position += self.micro_batch
 
 
+def ignore_stop_signals(*_) -> None:
+    """For processes that read ahead: a cluster signals every process of a job, and only the rank is to act on it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _as_is(item):
     return item
 
@@ -156,6 +163,7 @@ class Loader:
                 collate_fn=_as_is,
                 num_workers=self.num_workers,
                 snapshot_every_n_steps=1 << 60,
+                worker_init_fn=ignore_stop_signals if self.num_workers else None,
                 generator=torch.Generator(),
                 **options,
             )

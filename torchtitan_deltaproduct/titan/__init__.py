@@ -7,7 +7,11 @@
     trainer.py        the Trainer subclass: one step, the loop, what is saved
     validator.py      a fixed held-out set, weighted by tokens, in bits per byte
     metrics.py        console line, metrics.jsonl, TensorBoard, wandb
-    checkpointer.py   the CheckpointManager subclass: complete or ignored
+    checkpointer.py   the CheckpointManager subclass: complete or ignored, retried, verified
+    stopping.py       signals and walltime: when all ranks stop, after the same step
+    watchdog.py       heartbeat, and the stacks of a run that hangs
+    spikes.py         a loss far above the recent ones
+    rendezvous.py     a store of its own for every restart of the ranks
     describe.py       the lines a run prints before its first step
     run.py            from a checked config to a finished run: the function `train.py` calls
 """

@@ -1,27 +1,328 @@
 """torchtitan's CheckpointManager, made safe to restart from.
 
-What differs: only complete folders are loaded or counted (`checkpoint.folders`); retention never deletes the last
-complete one and touches nothing but `step-N`; an empty checkpoint folder does not disable `initial_load_path`;
-reading never unpickles foreign objects; every step folder holds the run's settings; the end awaits an async save.
+Saving: a folder counts once its marker is written, with the checksum of every file (`checkpoint.marker`). A save that
+fails, on whatever rank, is reported and counted, its remains are removed, and it is tried again soon; training goes on.
+Only the save before an end is tried until it succeeds or the run ends without it.
+
+Loading: the newest complete checkpoint whose checksums hold, chosen by rank 0 for all; a damaged one is named and left
+out. Reading never unpickles foreign objects.
+
+Retention: over complete checkpoints only; never the newest, never a milestone, never what this package did not write.
 """
 
-import json
 import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torchtitan.components import checkpoint as stock
 
-from ..checkpoint.folders import CheckpointInfo, delete, retire, scan, stale_steps
+from .. import events
+from ..checkpoint.folders import CheckpointInfo, deletable, delete, inspect, scan
 from ..checkpoint.hf import is_hf_folder
 from ..checkpoint.load import find_checkpoint
+from ..checkpoint.marker import SAVING, ours, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
+from ..checkpoint.writer import About, MarkedWriter
 from ..errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+LAST_TRIES, PAUSE = 3, 5.0
+"""Tries of the save before an end, and seconds between them."""
+
+
+class CheckpointManager(stock.CheckpointManager):
+    """See the module docstring. The trainer sets what is below.
+
+    Attributes:
+        snapshot: settings to store beside each save.
+        run: the run folder, for events.
+        keep_every: steps divisible by it are kept for good; 0: none.
+        verify_on_load: whether to compare checksums before resuming.
+        failed_saves: number of saves of this launch that failed.
+    """
+
+    snapshot: dict | None = None
+    run: Path = Path()
+    keep_every: int = 0
+    verify_on_load: bool = True
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.failed_saves = 0
+        self.retry_at: int | None = None
+        self.saving_step: int | None = None
+        self.durations: list[float] = []
+        self.deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-deleter")
+
+    @property
+    def save_seconds(self) -> float:
+        """The longest of the last saves, from its start until it was complete; 0 before the first."""
+        return max(self.durations[-5:], default=0.0)
+
+    def due(self, step: int, last_step: bool = False) -> bool:
+        """Whether `step` is to be saved: by the interval, as the last one, or because an earlier save failed."""
+        owed = self.retry_at is not None and step >= self.retry_at
+        return self._should_save(step, last_step) or (owed and self.enable and not self.load_only)
+
+    @torch.no_grad()
+    def save(self, curr_step: int, last_step: bool = False, reason: str = "") -> bool:
+        """Saves `curr_step` if it is due or a `reason` is given; collective.
+
+        Args:
+            curr_step: optimizer steps taken.
+            last_step: of the whole run.
+            reason: of an extra save before the run stops, such as `SIGUSR1`: complete when this returns.
+
+        Returns:
+            Whether the step is complete on disk, or on its way there.
+
+        Raises:
+            CheckpointError: the save before an end failed for good.
+        """
+        if not self.enable or self.load_only or not (reason or self.due(curr_step, last_step)):
+            return False
+        self.finish_running_save()
+        final = last_step or bool(reason)
+        if final and self._is_saved(curr_step):
+            return True
+        why = reason or ("last step" if last_step else "interval" if curr_step % self.interval == 0 else "first step")
+        why = "retry" if self.retry_at is not None and not final else why
+        for attempt in range(LAST_TRIES if final else 1):
+            if attempt:
+                time.sleep(PAUSE)
+            if self._try_to_save(curr_step, why, last_step, wait=final):
+                self.retry_at = None
+                self._purge_stale_checkpoints(wait=last_step)
+                return True
+        self.retry_at = curr_step + max(1, self.interval // 10)
+        if final:
+            raise CheckpointError(
+                f"step {curr_step} could not be saved to {self.folder} in {LAST_TRIES} tries, see above\n"
+                f"the newest complete checkpoint is {self._newest()}; make room, and start again to continue from it"
+            )
+        logger.warning("training goes on; the next try is at step %d", self.retry_at)
+        return False
+
+    def _try_to_save(self, step: int, why: str, last_step: bool, wait: bool) -> bool:
+        """Writes one folder; False if it failed on any rank, and then on all."""
+        folder = Path(self._create_checkpoint_id(step))
+        self._make_room(folder)
+        start = time.monotonic()
+        states = self._states_to_save(last_step)
+        writer = MarkedWriter(folder, About(step, dist.get_world_size(), why), self.snapshot)
+        try:
+            if wait or self.async_mode == stock.AsyncMode.DISABLED:
+                dcp.save(states, storage_writer=writer)
+                self._saved(step, why, start)
+            else:
+                self._start_async(states, writer, step, why, start)
+        except CheckpointException as error:
+            self._failed(step, error)
+            return False
+        return True
+
+    def _states_to_save(self, last_step: bool) -> dict:
+        if not (last_step and self.last_save_model_only):
+            return self._flattened_model_states_sd()
+        states = self.states[stock.MODEL].state_dict()
+        return {name: tensor.to(self.export_dtype) for name, tensor in states.items()}
+
+    def _start_async(self, states: dict, writer: MarkedWriter, step: int, why: str, start: float) -> None:
+        pinned = self.async_mode == stock.AsyncMode.ASYNC_WITH_PINNED_MEM
+        if self.stager is None:
+            self.stager = DefaultStager(StagingOptions(*([pinned] * 4)))
+        kind = AsyncCheckpointerType.PROCESS if pinned else AsyncCheckpointerType.THREAD
+        response = dcp.async_save(
+            states, storage_writer=writer, process_group=self.pg, async_checkpointer_type=kind,
+            async_stager=self.stager,
+        )  # fmt: skip
+        if isinstance(response, AsyncSaveResponse):
+            self.save_future, self.staging_future = response.upload_completion, response.staging_completion
+            self.staging = pinned
+        else:
+            self.save_future = response
+        self.saving_step = step
+
+        def done(future: Future) -> None:
+            if future.exception() is None:
+                self._saved(step, why, start)
+
+        self.save_future.add_done_callback(done)
+
+    def finish_running_save(self) -> None:
+        """Waits for an asynchronous save; if it failed, the next step that is due stands in for it."""
+        if self.save_future is None:
+            return
+        future, self.save_future = self.save_future, None
+        try:
+            future.result()
+        except CheckpointException as error:
+            self._failed(self.saving_step, error)
+
+    def _make_room(self, folder: Path) -> None:
+        """Clears away what an earlier save of this step left (rank 0): ours is deleted, what is not ours moved."""
+        if dist.get_rank() == 0:
+            try:
+                if folder.exists() and not ours(folder) and any(folder.iterdir()):
+                    aside = folder.with_name(f"{folder.name}.found-{int(time.time())}")
+                    folder.rename(aside)
+                    logger.warning("%s was there and not written by this package: moved to %s", folder, aside)
+                delete(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / SAVING).touch()
+            except OSError as error:
+                # The save itself will fail for the same reason, on all ranks, and say so.
+                logger.warning("%s cannot be prepared: %s", folder, error)
+        dist.barrier()
+
+    def _saved(self, step: int, why: str, start: float) -> None:
+        seconds = time.monotonic() - start
+        self.durations.append(seconds)
+        if dist.get_rank() == 0:
+            logger.info("saved step %d in %.1f s (%s)", step, seconds, why)
+            events.append(self.run, "save", step=step, seconds=round(seconds, 2), reason=why)
+
+    def _failed(self, step: int, error: CheckpointException) -> None:
+        self.failed_saves += 1
+        rank, (cause, _) = next(iter(error.failures.items()), (0, (error, None)))
+        said = (str(cause).splitlines() or [type(cause).__name__])[0]
+        if dist.get_rank() == 0:
+            logger.warning("step %d was not saved, on rank %d: %s (%d failed so far)",
+                           step, rank, said, self.failed_saves)  # fmt: skip
+            events.append(self.run, "save_failed", step=step, rank=rank, error=said)
+            try:
+                delete(Path(self._create_checkpoint_id(step)))
+            except OSError as left:
+                logger.warning("its remains could not be removed: %s", left)
+
+    def _is_saved(self, step: int) -> bool:
+        """Whether this very step is complete already (rank 0 looks for all)."""
+        found = [inspect(Path(self._create_checkpoint_id(step)), step).complete if dist.get_rank() == 0 else False]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    @torch.no_grad()
+    def load(self, step: int = -1) -> CheckpointInfo | None:
+        """Loads the newest good checkpoint of this run, the asked `step`, or the initial one; else None. Collective.
+
+        Raises:
+            CheckpointError: `step` is not there or not good, no checkpoint is, or it does not fit the model.
+        """
+        if not self.enable:
+            return None
+        info = self._choose(step)
+        if info is not None:
+            # A seed checkpoint (step 0) holds weights only.
+            self._load_from(info, model_only=info.step == 0)
+            self._set_newer_aside(info.step)
+        elif self.initial_load_path:
+            info = initial_checkpoint(Path(self.initial_load_path))
+            if problems := self._damage(info):
+                raise CheckpointError(f"checkpoint.initial_load_path: {info.path}: {'; '.join(problems)}")
+            self._load_from(info, model_only=self.initial_load_model_only)
+        return info
+
+    def _choose(self, asked: int) -> CheckpointInfo | None:
+        # Rank 0 looks for all: on a network file system another rank may not see the newest folder yet.
+        seen = [scan(self.folder) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(seen, src=0)
+        complete = [info for info in seen[0] if info.complete]
+        if asked != -1:
+            complete = [info for info in complete if info.step == asked]
+            if not complete:
+                raise CheckpointError(self._no_such_step(asked, seen[0]))
+        newest = complete[-1].step if complete else -1
+        for info in seen[0]:
+            if not info.complete and info.step > newest and asked == -1:
+                logger.warning("checkpoint step %d is left out: %s", info.step, info.reason)
+        for info in reversed(complete):
+            problems = self._damage(info)
+            if not problems:
+                return info
+            logger.warning("checkpoint step %d is damaged and left out: %s", info.step, "; ".join(problems))
+            if dist.get_rank() == 0:
+                events.append(self.run, "bad_checkpoint", step=info.step, problems=problems)
+        if complete:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be used: {', '.join(f'step {i.step}' for i in complete)} damaged\n"
+                "restore one from a copy, or start over with another job.dump_folder"
+            )
+        return None
+
+    def _set_newer_aside(self, step: int) -> None:
+        """After `load_step`: later steps belong to a past that is being written anew, and must not be resumed from."""
+        if dist.get_rank() == 0 and not self.load_only:
+            newer = [info for info in scan(self.folder) if info.complete and info.step > step]
+            for info in newer:
+                info.path.rename(info.path.with_name(f"{info.path.name}.rewound-{int(time.time())}"))
+            if newer:
+                logger.warning("rewound to step %d: later checkpoints renamed, %s -> step-N.rewound-*",
+                               step, ", ".join(f"step-{info.step}" for info in newer))  # fmt: skip
+        dist.barrier()
+
+    def _damage(self, info: CheckpointInfo) -> list[str]:
+        """What is wrong with the files of a checkpoint, each rank reading its share; the same on all."""
+        if not self.verify_on_load:
+            return []
+        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        mine = wrong_checksums(info.path, info.marker, dist.get_rank(), dist.get_world_size())
+        dist.all_gather_object(found, mine)
+        return [problem for of_rank in found for problem in of_rank]
+
+    def _no_such_step(self, asked: int, seen: list[CheckpointInfo]) -> str:
+        why = next((f": {info.reason}" for info in seen if info.step == asked), "")
+        have = ", ".join(str(info.step) for info in seen if info.complete) or "none"
+        return (
+            f"checkpoint.load_step = {asked}, but {self.folder} has no complete step {asked}{why}\n"
+            f"complete steps there: {have}; name one of them, or leave load_step out for the newest"
+        )
+
+    def _load_from(self, info: CheckpointInfo, model_only: bool) -> None:
+        states = self._states_to_load(model_only)
+        try:
+            dcp.load(states, storage_reader=SafeReader(str(info.path)), planner=SafeLoadPlanner())
+        except (CheckpointException, RuntimeError, ValueError) as error:
+            cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+            raise CheckpointError(
+                f"{info.path} does not fit this run: {str(cause).splitlines()[0]}\n"
+                "expected the same [model] and optimizer as when it was saved (see its config.json)"
+            ) from error
+        if stock.MODEL in self.states:
+            self.states[stock.MODEL].load_state_dict(states)
+
+    def _purge_stale_checkpoints(self, wait: bool = False) -> None:
+        if dist.get_rank() == 0:
+            running = self.saving_step if self.save_future is not None else None
+            for info in deletable(scan(self.folder), self.keep_latest_k, self.keep_every):
+                if info.step != running:
+                    self.deleter.submit(self._delete, info)
+            if wait:
+                self.deleter.submit(lambda: None).result()
+
+    def _delete(self, info: CheckpointInfo) -> None:
+        try:
+            delete(info.path)
+        except OSError as error:
+            logger.warning("checkpoint step %d could not be deleted: %s", info.step, error)
+
+    def _newest(self) -> str:
+        complete = [info.step for info in scan(self.folder) if info.complete]
+        return f"step {complete[-1]}" if complete else "none: the run would start over"
+
+    def close(self) -> None:
+        """Waits for a running save and for deletions."""
+        if getattr(self, "deleter", None) is not None:
+            self.finish_running_save()
+            self.deleter.shutdown()
+        super().close()
 
 
 def initial_checkpoint(path: Path) -> CheckpointInfo:
@@ -39,90 +340,3 @@ def initial_checkpoint(path: Path) -> CheckpointInfo:
         return find_checkpoint(path)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint.initial_load_path: {error}") from None
-
-
-class CheckpointManager(stock.CheckpointManager):
-    """See the module docstring. `snapshot` is set by the trainer: the settings to store beside each save."""
-
-    snapshot: dict | None = None
-
-    @torch.no_grad()
-    def save(self, curr_step: int, last_step: bool = False) -> None:
-        """Saves step `curr_step` if it is due; collective."""
-        if not self._should_save(curr_step, last_step):
-            return
-        self._async_wait()
-        folder = Path(self._create_checkpoint_id(curr_step))
-        if dist.get_rank() == 0:
-            # What a killed save left here, or the same step of a run that was rewound: replaced as a whole.
-            delete(folder)
-            folder.mkdir(parents=True)
-            if self.snapshot is not None:
-                (folder / "config.json").write_text(json.dumps(self.snapshot, indent=1))
-        dist.barrier()
-        super().save(curr_step, last_step)
-        if last_step:
-            self._purge_stale_checkpoints()
-
-    @torch.no_grad()
-    def load(self, step: int = -1) -> CheckpointInfo | None:
-        """Loads the newest complete checkpoint of this run, the asked `step`, or the initial one; else None.
-
-        Raises:
-            CheckpointError: `step` is not there or not complete, or the checkpoint does not fit the model.
-        """
-        if not self.enable:
-            return None
-        info = self._choose(step)
-        if info is not None:
-            # A seed checkpoint (step 0) holds weights only.
-            self._load_from(info, model_only=info.step == 0)
-        elif self.initial_load_path:
-            info = initial_checkpoint(Path(self.initial_load_path))
-            self._load_from(info, model_only=self.initial_load_model_only)
-        return info
-
-    def _choose(self, step: int) -> CheckpointInfo | None:
-        found = scan(self.folder)
-        complete = [info for info in found if info.complete]
-        if step != -1:
-            for info in complete:
-                if info.step == step:
-                    return info
-            why = next((f": {info.reason}" for info in found if info.step == step), "")
-            have = ", ".join(str(info.step) for info in complete) or "none"
-            raise CheckpointError(
-                f"checkpoint.load_step = {step}, but {self.folder} has no complete step {step}{why}\n"
-                f"complete steps there: {have}; name one of them, or leave load_step out for the newest"
-            )
-        for info in found:
-            if not info.complete and (not complete or info.step > complete[-1].step):
-                logger.warning("skipping checkpoint step %d: %s", info.step, info.reason)
-        return complete[-1] if complete else None
-
-    def _load_from(self, info: CheckpointInfo, model_only: bool) -> None:
-        states = self._states_to_load(model_only)
-        try:
-            dcp.load(states, storage_reader=SafeReader(str(info.path)), planner=SafeLoadPlanner())
-        except (CheckpointException, RuntimeError, ValueError) as error:
-            cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
-            raise CheckpointError(
-                f"{info.path} does not fit this run: {str(cause).splitlines()[0]}\n"
-                "expected the same [model] and optimizer as when it was saved (see its config.json)"
-            ) from error
-        if stock.MODEL in self.states:
-            self.states[stock.MODEL].load_state_dict(states)
-
-    def _purge_stale_checkpoints(self) -> None:
-        if self.keep_latest_k > 0 and dist.get_rank() == 0:
-            complete = {info.step: info.path for info in scan(self.folder) if info.complete}
-            for step in stale_steps(complete, self.keep_latest_k):
-                retire(complete[step])
-                self.purge_queue.put(str(complete[step]))
-
-    def close(self) -> None:
-        """Waits for a running save and for deletions."""
-        if getattr(self, "save_future", None) is not None:
-            self.save_future.result()
-            self.save_future = None
-        super().close()

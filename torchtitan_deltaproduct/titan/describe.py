@@ -1,5 +1,9 @@
 """The lines a run prints before its first step: what was built, each derived number with what it derives from."""
 
+import time
+
+from ..checkpoint import CheckpointInfo
+from ..events import last_stop
 from ..models import counts
 from .device import peak_flops
 from .spec import global_batch_size
@@ -36,6 +40,46 @@ def describe(trainer) -> list[str]:
     return lines
 
 
+def resumed(
+    info: CheckpointInfo, past: list[dict], ranks: int, step: int, steps: int, tokens: int, now: float | None = None
+) -> str:
+    """The line at a restart: from what, why the run had stopped, and where in the data it is.
+
+    `resumed step 12,000 of 66,758 (saved 14:02 on SIGUSR1, 16 -> 8 ranks); data at token 6.29 B`
+
+    Args:
+        info: the checkpoint it resumed from.
+        past: events of the launches before.
+        ranks: of this launch.
+        step: optimizer steps taken.
+        steps: of the whole run.
+        tokens: training tokens consumed.
+        now: seconds since 1970; None: by the clock.
+    """
+    saved, today = time.localtime(info.marker.time), time.localtime(now)
+    when = time.strftime("%H:%M" if saved[:3] == today[:3] else "%Y-%m-%d %H:%M", saved)
+    reason = info.marker.reason
+    on = f"on {reason}" if reason.startswith("SIG") or reason == "walltime" else f"by {reason}"
+    parts = [f"saved {when} {on}"]
+    if info.marker.ranks != ranks:
+        parts.append(f"{info.marker.ranks} -> {ranks} ranks")
+    launched = any(event["event"] == "launch" for event in past)
+    stop = last_stop(past)
+    if stop is None:
+        parts += ["the last launch was killed"] if launched else []
+    elif stop["reason"] in ("failed", "hung"):
+        parts.append(f"the last launch {'hung' if stop['reason'] == 'hung' else 'failed'}: {stop['detail']}")
+    return f"resumed step {step:,} of {steps:,} ({', '.join(parts)}); data at token {count(tokens)}"
+
+
+def count(number: int) -> str:
+    """`6.29 B`, `12.6 M`, `614,400`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,}"
+
+
 def _decay(schedule) -> str:
     when = "" if schedule.decay_ratio is None else f" over the last {schedule.decay_ratio:.0%}"
     return f"{schedule.decay_type} decay{when}"
@@ -50,4 +94,5 @@ def _saving(config) -> str:
         return "no checkpoints (checkpoint.enable = false): a run that stops starts over"
     mode = "" if config.async_mode == "disabled" else f", {config.async_mode}"
     kept = f"the newest {config.keep_latest_k} kept" if config.keep_latest_k else "all kept"
+    kept += f", and every {config.keep_every:,}th step" if config.keep_every and config.keep_latest_k else ""
     return f"checkpoint every {config.interval:,} steps{mode}, {kept}"

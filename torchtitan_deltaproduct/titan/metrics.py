@@ -8,6 +8,7 @@
 logged beyond s is dropped, so that the files read as if the run had never stopped.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -27,7 +28,8 @@ from ..config.job import JobConfig
 logger = logging.getLogger(__name__)
 
 # Fields that describe the machine, not the training: left out when two runs are compared.
-TIMING_FIELDS = {"time", "tokens_per_second", "mfu", "memory_gib", "data_seconds", "seconds"}
+TIMING_FIELDS = {"time", "tokens_per_second", "mfu", "memory_gib", "data_seconds", "seconds", "failed_saves",
+                 "lost_records"}  # fmt: skip
 
 
 def truncate_records(path: Path, last_step: int) -> int:
@@ -49,18 +51,59 @@ def truncate_records(path: Path, last_step: int) -> int:
     return dropped
 
 
+class RecordFile:
+    """metrics.jsonl, opened to append. A disk that is full costs records, which are counted, not the run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lost, self.torn = path, 0, False
+        self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(self, record: dict) -> None:
+        """Appends one line by one write."""
+        # After a line that was cut short, a new one begins: readers leave out what does not parse.
+        line = (b"\n" if self.torn else b"") + json.dumps(record).encode() + b"\n"
+        try:
+            self.torn = os.write(self.handle, line) < len(line)
+            error = "the disk is full" if self.torn else ""
+        except OSError as reason:
+            error = reason.strerror or str(reason)
+        if error:
+            self.lost += 1
+            if self.lost == 1:
+                logger.warning("%s cannot be written (%s); records are lost until it can", self.path, error)
+
+    def close(self) -> None:
+        os.close(self.handle)
+
+
 class TensorBoard(stock.BaseLogger):
-    """Scalars in one folder across restarts; `purge_step` hides what a killed run wrote past the resumed step."""
+    """Scalars in one folder across restarts; `purge_step` hides what a killed run wrote past the resumed step.
+
+    The library's writer dies with its first failed write, on a full disk say. It is made anew some steps later.
+    """
+
+    RETRY = 100
+    """Steps between tries."""
 
     def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.retry_at = folder, 0
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def log(self, metrics: dict, step: int) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+        if self.writer is None and step < self.retry_at:
+            return
+        try:
+            self.writer = self.writer or SummaryWriter(str(self.folder))
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
+        except OSError as error:
+            logger.warning("TensorBoard's files in %s cannot be written (%s)", self.folder, error)
+            self.writer, self.retry_at = None, step + self.RETRY
 
     def close(self) -> None:
-        self.writer.close()
+        with contextlib.suppress(OSError):
+            if self.writer is not None:
+                self.writer.close()
 
 
 def wandb_logger(job_config: JobConfig, folder: Path) -> stock.BaseLogger:
@@ -104,12 +147,20 @@ class MetricsProcessor(stock.MetricsProcessor):
             dropped = truncate_records(path, step)
             if dropped:
                 logger.info("metrics.jsonl: dropped %d records past step %d, which this run repeats", dropped, step)
-            self.records = path.open("a", buffering=1)
+            self.records = RecordFile(path)
             if self.job_config.metrics.enable_tensorboard:
                 self.logger.add_logger(TensorBoard(folder / self.job_config.metrics.save_tb_folder, step))
             if self.job_config.metrics.enable_wandb:
                 self.logger.add_logger(wandb_logger(self.job_config, folder))
         self.restart_clock()
+
+    def has_validation(self, step: int) -> bool:
+        """Whether this step was validated before, by the run's own record; False on other ranks than 0."""
+        path = Path(self.job_config.job.dump_folder) / "metrics.jsonl"
+        if not self.is_writer or not path.exists():
+            return False
+        records = map(json.loads, path.read_text().splitlines())
+        return any(r["step"] == step and "validation_loss" in r for r in records)
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last record (validation, a save) out of the next one's speed."""
@@ -172,7 +223,8 @@ class MetricsProcessor(stock.MetricsProcessor):
             return
         # NaN is not JSON: a record of a skipped step carries null.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self.records.write(json.dumps({"step": step} | finite | {"time": round(time.time(), 3)}) + "\n")
+        lost = {"lost_records": self.records.lost} if self.records.lost else {}
+        self.records.write({"step": step} | finite | lost | {"time": round(time.time(), 3)})
         self.logger.log({k: v for k, v in values.items() if math.isfinite(v)}, step)
 
     def close(self) -> None:

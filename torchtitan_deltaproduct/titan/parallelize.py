@@ -21,6 +21,7 @@ from torchtitan.tools import utils
 
 from ..config.job import JobConfig
 from ..ops import SAVE_FOR_SELECTIVE_AC
+from .stopping import shield_compile_workers
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
             base_folder=job_config.job.dump_folder,
         )
     if compile_model:
+        shield_compile_workers()
         for name, block in model.layers.named_children():
             compiled = torch.compile(block, backend=job_config.compile.backend, fullgraph=True)
             model.layers.register_module(name, compiled)

@@ -7,29 +7,69 @@ process group starts: data that is not there or does not fit the model, and sett
 already in the run folder.
 """
 
+import contextlib
 import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from ..checkpoint import scan
+from .. import events
+from ..checkpoint import CheckpointInfo, scan
+from ..checkpoint.marker import checksum
 from ..config import JobConfig
-from ..config.compare import compare_configs, read_snapshot, refuse_breaking, snapshot, write_snapshot
+from ..config.compare import compare_configs, refuse_breaking
+from ..config.snapshot import read_snapshot, snapshot, write_snapshot
 from ..data import GENERATED
 from ..data.manifest import read_manifest
 from ..data.tokenizer import copy_tokenizer
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
 from . import device
+from .stopping import Stopping
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: JobConfig) -> None:
-    """Trains as `config` says, resuming from the newest complete checkpoint of its run folder."""
+def run(config: JobConfig, stopping: Stopping | None = None) -> None:
+    """Trains as `config` says, resuming from the newest complete checkpoint of its run folder.
+
+    Args:
+        config: a checked config.
+        stopping: where signals are noted already; None: they are from here on.
+    """
     start_logging()
     single_process_defaults()
+    with contextlib.nullcontext(stopping) if stopping else Stopping() as noted:
+        trainer = None
+        try:
+            trainer = build(config, noted)
+            if config.checkpoint.create_seed_checkpoint:
+                trainer.checkpointer.save(0, last_step=True)
+                logger.info("seed checkpoint written to %s", trainer.checkpointer.folder)
+            else:
+                ended = trainer.train()
+                if os.environ["RANK"] == "0":
+                    record_stop(config, trainer.step, ended, trainer.saves)
+        except BaseException as error:
+            step = None if trainer is None else trainer.step
+            said = (str(error).splitlines() or [""])[0]
+            detail = said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
+            record_stop(config, step, "failed", False, detail)
+            raise
+        finally:
+            if trainer is not None:
+                trainer.close()
+            if trainer is not None and trainer.owns_group and dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def build(config: JobConfig, stopping: Stopping) -> "Trainer":
+    """Looks for what can be wrong, then starts the process group and builds the trainer."""
     device_type, reason = device.select_device()
     logger.info("device: %s (%s)", device_type, reason)
     resolve_precision(config, device_type)
@@ -38,20 +78,26 @@ def run(config: JobConfig) -> None:
 
     from .trainer import Trainer  # after `install`: torchtitan's modules bind the device as they are imported
 
-    trainer, owns_group = None, not dist.is_initialized()
-    try:
-        trainer = Trainer(config, snapshot)
-        keep_tokenizer(Path(config.job.dump_folder, "tokenizer"), trainer.dataloader.tokenizer_path)
-        if config.checkpoint.create_seed_checkpoint:
-            trainer.checkpointer.save(0, last_step=True)
-            logger.info("seed checkpoint written to %s", trainer.checkpointer.folder)
-        else:
-            trainer.train()
-    finally:
-        if trainer is not None:
-            trainer.close()
-        if owns_group and dist.is_initialized():
-            dist.destroy_process_group()
+    owns_group = not dist.is_initialized()
+    trainer = Trainer(config, snapshot, stopping)
+    trainer.owns_group = owns_group
+    keep_tokenizer(Path(config.job.dump_folder, "tokenizer"), trainer.dataloader.tokenizer_path)
+    return trainer
+
+
+def record_stop(config: JobConfig, step: int | None, ended: str, saved: bool, detail: str = "") -> None:
+    """The event that launchers and `status` go by.
+
+    Args:
+        config: of the run.
+        step: optimizer steps taken; None if it did not come so far.
+        ended: `finished`, `failed`, `walltime`, or the name of a signal.
+        saved: whether all that was learned is in a complete checkpoint.
+        detail: the error's first line.
+    """
+    reason, detail = ("signal", ended) if ended.startswith("SIG") else (ended, detail)
+    rank = int(os.environ["RANK"])
+    events.append(config.job.dump_folder, "stop", step=step, reason=reason, detail=detail, saved=saved, rank=rank)
 
 
 def start_logging() -> None:
@@ -104,7 +150,7 @@ def check_run_folder(config: JobConfig) -> dict:
     folder = Path(config.job.dump_folder, config.checkpoint.folder)
     if config.checkpoint.enable:
         asked = config.checkpoint.load_step
-        found = [i for i in scan(folder) if i.complete and asked in (-1, i.step)]
+        found = [i for i in scan(folder) if i.complete and asked in (-1, i.step) and has_settings(i)]
         saved = read_snapshot(found[-1].path / "config.json") if found else None
         if saved is not None:
             comparison = compare_configs(saved, current)
@@ -114,6 +160,12 @@ def check_run_folder(config: JobConfig) -> dict:
     if os.environ["RANK"] == "0":
         write_snapshot(Path(config.job.dump_folder, "config.json"), current)
     return current
+
+
+def has_settings(info: CheckpointInfo) -> bool:
+    """Whether the config.json of a checkpoint is the one that was saved with it."""
+    written = info.marker.files.get("config.json")
+    return written is not None and written == checksum(info.path / "config.json")
 
 
 def keep_tokenizer(folder: Path, source: str) -> None:

@@ -3,13 +3,18 @@
 One step reads the micro-batches of a global batch, divides the summed loss by the global number of valid tokens,
 clips, and updates. A step whose loss or gradient is not finite is skipped on every rank and counted; the schedule
 follows the step number all the same, so that a run that skipped differs from one that did not by that update alone.
+
+With the loss, ranks exchange whether to stop (`stopping`): all end after the same step, with a complete checkpoint.
 """
 
 import contextlib
 import gc
 import logging
 import math
+import time
+from collections import deque
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,10 +24,15 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
 
+from .. import events
 from ..config.job import JobConfig
 from .checkpointer import CheckpointManager
-from .describe import describe
+from .describe import describe, resumed
+from .rendezvous import own_store
 from .spec import global_batch_size, register
+from .spikes import LossSpikes
+from .stopping import FLAGS, Stopping
+from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -37,72 +47,168 @@ class NonFiniteError(RuntimeError):
 
 
 class Trainer(stock.Trainer):
-    """torchtitan's Trainer for DeltaProduct; see the module docstring."""
+    """torchtitan's Trainer for DeltaProduct; see the module docstring.
 
-    def __init__(self, job_config: JobConfig, snapshot: dict | None = None) -> None:
+    Args:
+        job_config: a checked config.
+        snapshot: of the config, to be stored beside every checkpoint.
+        stopping: where signals are noted; None: they are not.
+    """
+
+    def __init__(self, job_config: JobConfig, snapshot: dict | None = None, stopping: Stopping | None = None) -> None:
         register(job_config)
         super().__init__(job_config)
-        dims = self.parallel_dims
+        dims, guard = self.parallel_dims, job_config.guard
+        self.run_folder = Path(job_config.job.dump_folder)
         self.samples_per_step = global_batch_size(job_config, dims.dp_replicate * dims.dp_shard)
         self.skipped_steps = self.skipped_in_a_row = 0
-        self.checkpointer.snapshot = snapshot
+        self.validated_step = -1
+        self.step_seconds: deque[float] = deque(maxlen=20)
+        self.spikes = LossSpikes(guard.spike_threshold)
+        self.stopping = stopping or Stopping()
+        self.watchdog = Watchdog(self.run_folder, dist.get_rank(), guard.hang_seconds)
+        self.checkpointer.snapshot, self.checkpointer.run = snapshot, self.run_folder
+        self.checkpointer.keep_every = job_config.checkpoint.keep_every
+        self.checkpointer.verify_on_load = job_config.checkpoint.verify_on_load
+        if job_config.validation.enable:
+            self.validator.after_batch = self.after_validation_batch
+
+    def init_distributed(self):
+        with own_store():
+            return super().init_distributed()
 
     @property
     def tokens_seen(self) -> int:
         """Training tokens consumed by all ranks up to the current step."""
         return self.step * self.samples_per_step * self.job_config.training.seq_len
 
+    @property
+    def samples(self) -> tuple[int, int]:
+        """First and last global sample index of the current step."""
+        return (self.step - 1) * self.samples_per_step, self.step * self.samples_per_step - 1
+
     @record
-    def train(self) -> None:
-        """Runs to `training.steps` from the newest checkpoint, or from the start."""
+    def train(self) -> str:
+        """Runs to `training.steps` from the newest checkpoint, or from the start.
+
+        Returns:
+            Why it ended: `finished`, a signal's name, or `walltime`.
+        """
         config = self.job_config
-        loaded = self.checkpointer.load(step=config.checkpoint.load_step)
-        for line in describe(self):
-            logger.info(line)
-        self.metrics_processor.open(self.step)
-        if loaded is not None and self.step:
-            logger.info("resumed at step %s of %s; data at token %s", self.step, config.training.steps,
-                        f"{self.tokens_seen:,}")  # fmt: skip
-        elif loaded is not None:
-            logger.info("starting from the weights of %s", loaded.path)
+        self.start()
         profiling = {"global_step": self.step, "base_folder": config.job.dump_folder}
         with (
             maybe_enable_profiling(config.profiling, **profiling) as profiler,
             maybe_enable_memory_snapshot(config.profiling, **profiling) as memory_profiler,
         ):
-            if config.validation.enable and self.step == 0:
-                self.validator.validate(self.model_parts, 0)
+            stop = self.agree_to_stop() or self.validate_if_due()
+            if stop:
+                logger.warning("stopped on %s before step %d: there was nothing new to save", stop, self.step + 1)
+                return stop
             batches = self.batch_generator(self.dataloader)
             first_step = self.step + 1
             while self.should_continue_training():
+                begin = time.monotonic()
                 self.step += 1
                 self.gc_handler.run(self.step)
-                self.train_step(batches)
-                self.finish_step()
+                stop = self.train_step(batches)
+                stop = self.finish_step(stop, begin, first=self.step == first_step)
                 for tool in (profiler, memory_profiler):
                     if tool:
                         tool.step()
+                if stop:
+                    saved = "it is saved; the same command goes on from it" if self.saves else "nothing was saved"
+                    logger.warning("stopped on %s after step %d: %s", stop, self.step, saved)
+                    return stop
                 if self.step == first_step:
                     # Compilation and lazy initialisation are over: a hang from here on is a fault.
                     seconds = config.comm.train_timeout_seconds
                     dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
         logger.info("finished: step %d of %d", self.step, config.training.steps)
+        return "finished"
 
-    def finish_step(self) -> None:
+    @property
+    def saves(self) -> bool:
+        """Whether this run writes checkpoints."""
+        return self.checkpointer.enable and not self.checkpointer.load_only
+
+    def start(self) -> None:
+        """Loads, says what there is, and opens the run's files."""
+        config, guard, ranks = self.job_config, self.job_config.guard, dist.get_world_size()
+        loaded = self.checkpointer.load(step=config.checkpoint.load_step)
+        for line in describe(self):
+            logger.info(line)
+        if line := self.stopping.set_walltime(guard.walltime_minutes, guard.walltime_margin_seconds):
+            logger.info(line)
+        self.metrics_processor.open(self.step)
+        validated = [self.metrics_processor.has_validation(self.step)]
+        dist.broadcast_object_list(validated, src=0)
+        self.validated_step = self.step if validated[0] else -1
+        if loaded is not None and self.step:
+            past = events.read_events(self.run_folder)
+            logger.info(resumed(loaded, past, ranks, self.step, config.training.steps, self.tokens_seen))
+        elif loaded is not None:
+            logger.info("starting from the weights of %s", loaded.path)
+        if dist.get_rank() == 0:
+            events.append(self.run_folder, "launch", step=self.step, ranks=ranks, **events.whereabouts())
+        self.watchdog.start(self.step)
+
+    def finish_step(self, stop: str | None, begin: float, first: bool) -> str | None:
         """What follows the update of a step: validation when due, then a checkpoint when due.
 
-        Validation goes first: once step s is saved, a restart begins at s + 1 and would not come back to it.
-        """
-        config, last = self.job_config, self.step == self.job_config.training.steps
-        if config.validation.enable and self.validator.should_validate(self.step):
-            self.validator.validate(self.model_parts, self.step)
-        if self.checkpointer._should_save(self.step, last):
-            self.refuse_non_finite_weights()
-            self.checkpointer.save(self.step, last_step=last)
-            self.metrics_processor.restart_clock()
+        Validation goes first: once step s is saved, a restart begins at s + 1. A run that has to stop leaves it out, or
+        breaks it off, and the restart makes up for it.
 
-    def train_step(self, data_iterator) -> None:
-        """One optimizer step over one global batch."""
+        Args:
+            stop: why the run has to stop, or None.
+            begin: when the step began, by the monotonic clock.
+            first: of this launch: its duration says nothing about the next.
+
+        Returns:
+            `stop`, or the reason found during validation.
+        """
+        last = self.step == self.job_config.training.steps
+        self.watchdog.beat(self.step, "step")
+        stop = stop or self.validate_if_due()
+        if not first:
+            self.step_seconds.append(time.monotonic() - begin)
+        if self.saves and (stop or self.checkpointer.due(self.step, last)):
+            self.refuse_non_finite_weights()
+            self.checkpointer.save(self.step, last_step=last, reason=stop or "")
+            self.watchdog.beat(self.step, "save")
+            self.metrics_processor.restart_clock()
+        return stop
+
+    def validate_if_due(self) -> str | None:
+        """Validates the current step unless that was done before; returns why to stop if that broke it off."""
+        due = self.job_config.validation.enable and self.validator.should_validate(self.step)
+        if not due or self.validated_step == self.step:
+            return None
+        stop = self.validator.validate(self.model_parts, self.step)
+        if not stop:
+            self.validated_step = self.step
+        return stop
+
+    def after_validation_batch(self) -> str | None:
+        """Called by the validator after each batch, on all ranks."""
+        self.watchdog.beat(self.step, "validation batch")
+        return self.agree_to_stop()
+
+    def agree_to_stop(self) -> str | None:
+        """Why to stop, if any rank wants to; the same answer on all ranks, which must all ask."""
+        flags = torch.tensor(self.stop_flags(), device=self.device)
+        dist.all_reduce(flags)
+        return Stopping.reason(flags.tolist())
+
+    def stop_flags(self) -> list[float]:
+        return self.stopping.flags(max(self.step_seconds, default=0.0), self.checkpointer_seconds)
+
+    @property
+    def checkpointer_seconds(self) -> float:
+        return self.checkpointer.save_seconds if self.saves else 0.0
+
+    def train_step(self, data_iterator) -> str | None:
+        """One optimizer step over one global batch; returns why to stop after it, the same on all ranks."""
         self.optimizers.zero_grad()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         microbatches, tokens = self.next_global_batch(data_iterator)
@@ -114,15 +220,18 @@ class Trainer(stock.Trainer):
             losses.append(loss.detach())
         parameters = [p for model in self.model_parts for p in model.parameters()]
         grad_norm = dist_utils.clip_grad_norm_(parameters, self.job_config.training.max_norm, foreach=True)
-        loss = torch.stack(losses).sum()
+        flags = torch.tensor(self.stop_flags(), device=self.device)
+        totals = torch.cat([torch.stack(losses).sum().float().view(1), flags])
         if self.parallel_dims.dp_cp_enabled:
-            dist.all_reduce(loss, group=self.parallel_dims.get_mesh("loss").get_group())
-        # The one wait for the device in a step: everything below decides on these two numbers.
-        loss_value, norm_value = torch.stack([loss.float(), grad_norm.float()]).tolist()
+            dist.all_reduce(totals, group=self.parallel_dims.get_mesh("loss").get_group())
+        # The one wait for the device in a step: everything below decides on these numbers.
+        numbers = torch.cat([totals, grad_norm.float().view(1)]).tolist()
+        loss_value, norm_value = numbers[0], numbers[-1]
         self.checkpointer.maybe_wait_for_staging()
         if math.isfinite(loss_value) and math.isfinite(norm_value):
             self.optimizers.step()
             self.skipped_in_a_row = 0
+            self.look_for_spike(loss_value)
         else:
             self.skip_step(loss_value, norm_value)
         self.lr_schedulers.step()
@@ -135,8 +244,20 @@ class Trainer(stock.Trainer):
                 "tokens": self.tokens_seen,
                 "epoch": round(max(self.dataloader.epochs().values()), 4),
                 "skipped_steps": self.skipped_steps,
+                "failed_saves": self.checkpointer.failed_saves if self.saves else 0,
             },
         )
+        return Stopping.reason(numbers[1 : 1 + FLAGS])
+
+    def look_for_spike(self, loss: float) -> None:
+        """Reports a loss far above the recent ones, with the samples it came from."""
+        found = self.spikes.observe(loss)
+        if found:
+            first, last = self.samples
+            logger.warning("step %d: %s; samples %d to %d, shown by: python -m torchtitan_deltaproduct.data.show_batch "
+                           "%s --step %d", self.step, found, first, last, self.run_folder, self.step)  # fmt: skip
+            if dist.get_rank() == 0:
+                events.append(self.run_folder, "loss_spike", step=self.step, loss=loss, samples=[first, last])
 
     def next_global_batch(self, data_iterator) -> tuple[list, torch.Tensor]:
         """This rank's micro-batches, and the number of valid tokens in the whole global batch (at least 1)."""
@@ -158,10 +279,13 @@ class Trainer(stock.Trainer):
             if p.grad is not None and not local(p.grad).isfinite().all()
         ]
         where = f"; first non-finite gradient on rank {dist.get_rank()}: {bad[0]}" if bad else ""
+        first, last = self.samples
         logger.warning(
-            "step %d skipped on all ranks: loss %g, gradient norm %g (%d in a row, %d in all)%s",
-            self.step, loss, grad_norm, self.skipped_in_a_row, self.skipped_steps, where,
+            "step %d skipped on all ranks: loss %g, gradient norm %g, samples %d to %d (%d in a row, %d in all)%s",
+            self.step, loss, grad_norm, first, last, self.skipped_in_a_row, self.skipped_steps, where,
         )  # fmt: skip
+        if dist.get_rank() == 0:
+            events.append(self.run_folder, "skipped_step", step=self.step, samples=[first, last])
         limit = self.job_config.training.max_skipped_steps
         if self.skipped_in_a_row >= limit:
             raise NonFiniteError(
@@ -181,16 +305,18 @@ class Trainer(stock.Trainer):
                 "the newest checkpoint, with a lower optimizer.lr or a smaller training.max_norm"
             )
 
-    def state_dict(self) -> dict[str, int]:
-        return {"version": 1, "step": self.step, "skipped_steps": self.skipped_steps,
-                "skipped_in_a_row": self.skipped_in_a_row}  # fmt: skip
+    def state_dict(self) -> dict:
+        return {"version": 2, "step": self.step, "skipped_steps": self.skipped_steps,
+                "skipped_in_a_row": self.skipped_in_a_row, "spikes": self.spikes.state_dict()}  # fmt: skip
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict) -> None:
         self.step = state_dict["step"]
         self.skipped_steps = state_dict["skipped_steps"]
         self.skipped_in_a_row = state_dict["skipped_in_a_row"]
+        self.spikes.load_state_dict(state_dict["spikes"])
 
     def close(self) -> None:
+        self.watchdog.close()
         super().close()
         # torchtitan switches the collector off for the process, and a test or a notebook lives on.
         gc.enable()

@@ -7,7 +7,7 @@ loss in nats and in bits per byte of text; `word_validator.WordValidator` report
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,10 @@ from ..config.job import JobConfig
 from ..data import GENERATED, build_validation_loader
 from ..data.loader import Batch
 from .metrics import MetricsProcessor
+
+
+class Interrupted(Exception):
+    """The run has to stop; the text is the reason."""
 
 
 class HeldOutValidator(BaseValidator):
@@ -42,6 +46,8 @@ class HeldOutValidator(BaseValidator):
         self.metrics = metrics_processor
         self.context = validation_context
         self.last: dict[str, float] = {}
+        self.after_batch: Callable[[], str | None] = lambda: None
+        """Called on all ranks after each batch; a reason to stop, the same on all, breaks the pass off."""
 
     def should_validate(self, step: int) -> bool:
         """Before the first step, every `freq` steps, and after the last."""
@@ -60,20 +66,28 @@ class HeldOutValidator(BaseValidator):
         raise NotImplementedError
 
     @torch.no_grad()
-    def validate(self, model_parts: list[nn.Module], step: int) -> dict[str, float]:
-        """Evaluates, logs, and returns what `evaluate` found and the `seconds` it took."""
+    def validate(self, model_parts: list[nn.Module], step: int) -> str | None:
+        """Evaluates, logs, and keeps what was found, and the `seconds` it took, in `last`.
+
+        Returns:
+            None, or why the run has to stop: then the pass was broken off and nothing is logged.
+        """
         start, model = time.perf_counter(), model_parts[0]
         model.eval()
-        self.last = self.evaluate(model)
-        model.train()
-        # The root group stays gathered after a forward pass, and only a backward pass would put it back: without this,
-        # a checkpoint saved next would look for the optimizer state of the gathered parameters.
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        try:
+            self.last = self.evaluate(model)
+        except Interrupted as reason:
+            return str(reason)
+        finally:
+            model.train()
+            # The root group stays gathered after a forward pass, and only a backward pass would put it back: without
+            # this, a checkpoint saved next would look for the optimizer state of the gathered parameters.
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         self.last["seconds"] = round(time.perf_counter() - start, 2)
         self.metrics.log_validation(step, self.last, self.summary(self.last))
-        return self.last
+        return None
 
     def outputs(self, model: nn.Module, loader: Iterable[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields the logits [B, T, vocab] and labels [B, T] of each batch, on the device."""
@@ -82,6 +96,8 @@ class HeldOutValidator(BaseValidator):
             with self.context():
                 logits = model(batch.pop("input"), **batch)
             yield logits, labels.to(utils.device_type)
+            if reason := self.after_batch():
+                raise Interrupted(reason)
 
     def sum_over_ranks(self, totals: torch.Tensor) -> list[float]:
         """totals: [n] float64 of this rank -> n sums over the ranks that read other data."""

@@ -1,4 +1,4 @@
-"""Completeness, selection and retention over real DCP folders."""
+"""Completeness, selection and retention over real DCP folders, and over random sets of folders."""
 
 import pickle
 import warnings
@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan_deltaproduct.checkpoint import latest_complete, scan, stale_steps
-from torchtitan_deltaproduct.checkpoint.folders import delete, retire
+from torchtitan_deltaproduct.checkpoint import CheckpointInfo, latest_complete, retention, scan
+from torchtitan_deltaproduct.checkpoint.folders import deletable, delete, retire
+from torchtitan_deltaproduct.checkpoint.marker import MARKER, SAVING, Marker, read_marker, wrong_checksums
 from torchtitan_deltaproduct.checkpoint.safe_dcp import SafeLoadPlanner, SafeReader, read_index
+from torchtitan_deltaproduct.checkpoint.writer import About, MarkedWriter
 from torchtitan_deltaproduct.errors import CheckpointError
 
 
@@ -24,7 +26,8 @@ def save(folder, step: int, value: float = 1.0):
     path = folder / f"step-{step}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(state(value), checkpoint_id=str(path), no_dist=True)
+        writer = MarkedWriter(path, About(step, 1, "interval"), {"config": {"x": 1}})
+        dcp.save(state(value), storage_writer=writer, no_dist=True)
     return path
 
 
@@ -43,18 +46,47 @@ def test_scan_orders_by_number_and_ignores_foreign_names(run):
     assert scan(run / "nowhere") == []
 
 
+def test_marker_lists_every_file(run):
+    folder = run / "step-10"
+    marker = read_marker(folder)
+    on_disk = {path.name for path in folder.iterdir()} - {MARKER}
+    assert set(marker.files) == on_disk == {".metadata", "__0_0.distcp", "config.json"}
+    assert (marker.step, marker.ranks, marker.reason) == (10, 1, "interval")
+    assert wrong_checksums(folder, marker) == []
+
+
 def data_file(path):
     return next(path.glob("*.distcp"))
+
+
+def flip(path, at=-4):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "config.json"])
+def test_a_flipped_bit_is_found(run, name):
+    flip(run / "step-10" / name)
+    info = next(i for i in scan(run) if i.step == 10)
+    assert info.complete and wrong_checksums(info.path, info.marker) == [
+        f"{name} is not what was written (its checksum differs)"
+    ]
+    shares = [wrong_checksums(info.path, info.marker, share, 2) for share in (0, 1)]
+    assert sorted(map(len, shares)) == [0, 1]
 
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda p: (p / ".metadata").unlink(), "has no .metadata"),
-        (lambda p: (p / ".metadata").write_bytes((p / ".metadata").read_bytes()[:-20]), "cannot be read"),
+        (lambda p: (p / MARKER).unlink(), "its save never finished"),
+        (lambda p: (p / MARKER).write_text((p / MARKER).read_text()[:-20]), "is damaged"),
+        (lambda p: (p / MARKER).write_text("[]"), "is damaged"),
+        (lambda p: (p / MARKER).write_text((p / MARKER).read_text().replace(": 1,", ": 9,")), "version 9"),
         (lambda p: data_file(p).unlink(), "is missing"),
+        (lambda p: (p / ".metadata").unlink(), ".metadata is missing"),
         (lambda p: data_file(p).write_bytes(data_file(p).read_bytes()[:-1]), "bytes of"),
-        (retire, "has no .metadata"),
+        (retire, "was cut short"),
     ],
 )
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(run, damage, reason):
@@ -64,17 +96,58 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(run, damage, re
     assert latest_complete(run).step == 10
 
 
+def test_a_renamed_folder_is_not_another_step(run):
+    (run / "step-5").rename(run / "step-400")
+    assert "marker says step 5" in scan(run)[-1].reason and latest_complete(run).step == 200
+
+
 def test_delete_leaves_nothing(run):
     delete(run / "step-10")
-    assert [i.step for i in scan(run)] == [5, 200]
+    assert [i.step for i in scan(run)] == [5, 200] and not (run / "step-10").exists()
+    delete(run / "step-10")
 
 
-@given(st.sets(st.integers(0, 10_000)), st.integers(0, 5))
-def test_retention_keeps_the_newest(steps, keep):
-    gone = stale_steps(steps, keep)
-    kept = steps - set(gone)
-    assert len(kept) == (min(keep, len(steps)) if keep else len(steps))
-    assert not gone or not kept or max(gone) < min(kept)
+STEPS = st.sets(st.integers(0, 400).map(lambda k: 5 * k))
+
+
+@given(STEPS, st.integers(0, 5), st.sampled_from([0, 10, 50, 500]))
+def test_retention(steps, keep, every):
+    kept = retention(steps, keep, every)
+    newest = sorted(steps)[-keep:] if keep else sorted(steps)
+    milestones = {step for step in steps if every and step and step % every == 0}
+    assert set(kept) == set(newest) | (milestones if keep else set())
+    assert not steps or kept[max(steps)] == "the newest"
+    assert all(kept.values())
+
+
+FOLDERS = st.dictionaries(
+    st.integers(0, 30), st.sampled_from(["complete", "torn", "saving", "foreign"]), max_size=12
+)
+
+
+@given(FOLDERS, st.integers(2, 4), st.sampled_from([0, 6]))
+def test_deletable_over_random_folders(tmp_path_factory, folders, keep, every):
+    """Never a foreign folder, never the last complete one, never a torn one that someone may want to look at."""
+    root = tmp_path_factory.mktemp("run")
+    found = []
+    for step, kind in folders.items():
+        path = root / f"step-{step}"
+        path.mkdir()
+        if kind in ("complete", "torn"):
+            (path / MARKER).touch()
+        if kind == "saving":
+            (path / SAVING).touch()
+        marker = Marker(step, 0.0, 1, "interval", {}) if kind in ("complete", "torn") else None
+        found.append(CheckpointInfo(step, path, kind == "complete", "", 0, marker))
+    gone = {info.step for info in deletable(found, keep, every)}
+    complete = {step for step, kind in folders.items() if kind == "complete"}
+    assert complete - gone == set(retention(complete, keep, every))
+    assert max(complete, default=None) not in gone
+    assert not any(folders[step] in ("foreign", "torn") for step in gone)
+    newest = max(complete, default=-1)
+    assert {s for s, kind in folders.items() if kind == "saving"} & gone == {
+        s for s, kind in folders.items() if kind == "saving" and s < newest
+    }
 
 
 def test_safe_loading_round_trip(run):

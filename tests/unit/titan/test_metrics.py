@@ -1,9 +1,11 @@
 """metrics.jsonl across restarts, the console line, non-finite values."""
 
 import json
+import os
+from pathlib import Path
 
 from tests.toy import records, train
-from torchtitan_deltaproduct.titan.metrics import clock, truncate_records
+from torchtitan_deltaproduct.titan.metrics import RecordFile, TensorBoard, clock, truncate_records
 
 
 def write(path, steps, tail=""):
@@ -42,3 +44,35 @@ def test_one_record_a_step_in_every_sink(toy, tmp_path, capsys):
     assert list(scalars) == list(range(1, 9))
     assert all(abs(scalars[r["step"]] - r["loss"]) < 1e-5 for r in steps)
     assert "validation_bits_per_byte" in board.Tags()["scalars"]
+
+
+def test_a_full_disk_costs_records_and_one_warning(tmp_path, caplog):
+    full = RecordFile(Path("/dev/full"))
+    full.write({"step": 1})
+    full.write({"step": 2})
+    full.close()
+    assert full.lost == 2 and caplog.text.count("cannot be written (No space left on device)") == 1
+    file = RecordFile(tmp_path / "metrics.jsonl")
+    file.write({"step": 1})
+    os.write(file.handle, b'{"step": 2, "lo')
+    file.torn = True
+    file.write({"step": 3})
+    file.close()
+    truncate_records(tmp_path / "metrics.jsonl", 9)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 3]
+
+
+def test_tensorboard_comes_back(tmp_path, monkeypatch, caplog):
+    board = TensorBoard(tmp_path / "tb", 0)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(board.writer, "add_scalar", fail)
+    board.log({"loss": 1.0}, 1)
+    assert "cannot be written" in caplog.text and board.writer is None
+    board.log({"loss": 1.0}, 2)
+    assert board.writer is None
+    board.log({"loss": 1.0}, 1 + TensorBoard.RETRY)
+    assert board.writer is not None
+    board.close()

@@ -152,7 +152,7 @@ def test_stopped_and_resumed(words, tmp_path):
     """The curriculum goes on where it was; a run that ends at step 4 and one that does not are the same."""
     train(words, tmp_path / "a")
     train(words, tmp_path / "b", "--training.steps", "4", "--validation.freq", "100")
-    (tmp_path / "b/checkpoint/step-4/.metadata").unlink()  # as if killed while it was written
+    (tmp_path / "b/checkpoint/step-4/complete.json").unlink()  # as if killed while it was written
     train(words, tmp_path / "b")
     assert learned(tmp_path / "b") == learned(tmp_path / "a")
     assert_same_weights(weights(tmp_path / "a", 6), weights(tmp_path / "b", 6))

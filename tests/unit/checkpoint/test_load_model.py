@@ -1,7 +1,7 @@
 """Loading a model for evaluation: by run, by step, from shards; and what is said when it cannot be."""
 
-import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch
 from tests import toy
 from tests.unit.eval.words_toy import write_toml
 from torchtitan_deltaproduct.checkpoint.load import load_model
+from torchtitan_deltaproduct.checkpoint.marker import checksum, read_marker, write_marker
 from torchtitan_deltaproduct.errors import CheckpointError
 
 
@@ -43,9 +44,17 @@ def test_dtype(run):
 
 
 def test_newest_complete_one(copy, caplog):
-    (copy / "checkpoint/step-2/.metadata").unlink()
+    (copy / "checkpoint/step-2/complete.json").unlink()
     assert load_model(copy).step == 1
     assert "step 2 is left out" in caplog.text
+
+
+def rewrite(folder, change):
+    """Changes the config.json of step 2 and what the marker says of it."""
+    path = folder / "checkpoint/step-2/config.json"
+    path.write_text(change(path.read_text()))
+    marker = read_marker(path.parent)
+    write_marker(path.parent, replace(marker, files=marker.files | {"config.json": checksum(path)}))
 
 
 def damage_cut(folder):
@@ -54,19 +63,19 @@ def damage_cut(folder):
 
 
 def damage_config(folder):
-    path = folder / "checkpoint/step-2/config.json"
-    content = json.loads(path.read_text())
-    content["config"]["model"]["num_householder"] = 3
-    path.write_text(json.dumps(content))
+    rewrite(folder, lambda text: text.replace('"num_householder": 2', '"num_householder": 3'))
 
 
 def damage_layers(folder):
-    path = folder / "checkpoint/step-2/config.json"
-    path.write_text(path.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'))
+    rewrite(folder, lambda text: text.replace('"num_hidden_layers": 1', '"num_hidden_layers": 2'))
 
 
 def damage_no_config(folder):
-    (folder / "checkpoint/step-2/config.json").unlink()
+    step = folder / "checkpoint/step-2"
+    marker = read_marker(step)
+    del marker.files["config.json"]
+    write_marker(step, marker)
+    (step / "config.json").unlink()
     (folder / "config.json").unlink()
 
 
@@ -78,12 +87,17 @@ def damage_zeros(folder):
 @pytest.mark.parametrize(("damage", "said"), [
     (damage_cut, "bytes of"), (damage_config, r"k_proj.weight is \[32, 16\], expected \[48, 16\]"),
     (damage_layers, "layers.1.mixer_norm.weight is missing"), (damage_no_config, "no config.json"),
-    (damage_zeros, "cannot be read"),
+    (damage_zeros, "is not what was written"),
 ])  # fmt: skip
 def test_what_cannot_be_loaded(copy, damage, said):
     damage(copy)
     with pytest.raises(CheckpointError, match=said):
         load_model(copy, 2)
+
+
+def test_a_step_under_another_name(copy):
+    (copy / "checkpoint/step-2").rename(copy / "best")
+    assert load_model(copy / "best").step == 2
 
 
 def test_wrong_paths_and_steps(run, tmp_path):

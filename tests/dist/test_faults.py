@@ -1,0 +1,181 @@
+"""Disks, files and ranks that fail under a run: training goes on, or goes back, and what it learns does not change."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.dist.helper import run_distributed
+from tests.dist.test_signals import start
+from tests.toy import (
+    REPO,
+    arguments,
+    assert_close,
+    assert_same_weights,
+    learned,
+    log_of,
+    records,
+    train,
+    weights,
+)
+from torchtitan_deltaproduct.checkpoint import scan
+from torchtitan_deltaproduct.config import load_config
+from torchtitan_deltaproduct.errors import CheckpointError
+from torchtitan_deltaproduct.events import last_stop, read_events
+
+
+@pytest.fixture(scope="module")
+def unbroken(toy, tmp_path_factory):
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    train(toy, run)
+    return run
+
+
+def of_kind(run, kind):
+    return [event for event in read_events(run) if event["event"] == kind]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a tmpfs cannot be mounted here: " + mounted.stderr.decode().strip())
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk(toy, unbroken, small_disk, monkeypatch, capsys):
+    """Full from the first save until step 5: saves fail meanwhile, the training does not."""
+    from torchtitan_deltaproduct.titan import trainer
+
+    ballast, original = small_disk / "ballast", trainer.Trainer.train_step
+
+    def step(self, batches):
+        if self.step == 2:
+            with open(ballast, "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+                while True:
+                    file.write(bytes(4096))
+        if self.step == 5:
+            ballast.unlink()
+        return original(self, batches)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
+    run = small_disk / "run"
+    train(toy, run)
+    said = capsys.readouterr().out
+    assert "No space left on device" in said and "training goes on; the next try is at step 3" in said
+    assert [info.step for info in scan(run / "checkpoint") if info.complete] == [5, 6, 8]
+    assert [event["step"] for event in of_kind(run, "save")] == [5, 6, 8]
+    assert [r["failed_saves"] for r in records(run) if "loss" in r] == [0, 0, 1, 2, 3, 3, 3, 3]
+    assert learned(run) == learned(unbroken)
+    assert_same_weights(weights(run, 8), weights(unbroken, 8))
+
+
+def test_a_folder_that_cannot_be_written(toy, tmp_path, monkeypatch):
+    """To the end: the run says so with its own error, after it has tried."""
+    from torchtitan_deltaproduct.titan import checkpointer
+
+    monkeypatch.setattr(checkpointer, "PAUSE", 0.0)
+    run = tmp_path / "run"
+    (run).mkdir()
+    (run / "checkpoint").write_text("a file where the folder should be")
+    with pytest.raises(CheckpointError, match=r"step 8 could not be saved .* in 3 tries"):
+        train(toy, run)
+    assert len(of_kind(run, "save_failed")) >= 5
+    stop = last_stop(read_events(run))
+    assert stop["reason"] == "failed" and "could not be saved" in stop["detail"] and stop["saved"] is False
+
+
+def failing_writes(rank: int, argv: list[str], steps: tuple[int, ...]) -> None:
+    from torchtitan_deltaproduct.checkpoint.writer import MarkedWriter
+    from torchtitan_deltaproduct.titan.run import run
+
+    original = MarkedWriter.write_data
+
+    def write_data(self, *given):
+        if rank == 1 and self.about.step in steps:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(self, *given)
+
+    MarkedWriter.write_data = write_data
+    run(load_config(argv))
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_one_rank_cannot_write(toy, unbroken, tmp_path, mode):
+    run = tmp_path / "run"
+    run_distributed(failing_writes, 2, (arguments(toy, run, ("--checkpoint.async_mode", mode)), (2,)))
+    failed = of_kind(run, "save_failed")
+    assert [(event["step"], event["rank"]) for event in failed] == [(2, 1)] and "Input/output error" in failed[0]["error"]
+    saved = [(event["step"], event["reason"]) for event in of_kind(run, "save")]
+    # A synchronous save is tried again at the next step; of an asynchronous one the next that is due learns.
+    expected = [(3, "retry"), (4, "interval")] if mode == "disabled" else [(4, "interval")]
+    assert saved == [*expected, (6, "interval"), (8, "last step")]
+    assert not (run / "checkpoint/step-2").exists()
+    assert_close(run, unbroken)
+
+
+def damage(folder, at=-3000):
+    path = next(folder.glob("*.distcp"))
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint(toy, unbroken, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(toy, run, "--training.steps", "6")
+    damage(run / "checkpoint/step-6")
+    train(toy, run)
+    said = capsys.readouterr().out
+    assert "checkpoint step 6 is damaged and left out: __0_0.distcp is not what was written" in said
+    assert "resumed step 4 of 8" in said and of_kind(run, "bad_checkpoint")[0]["step"] == 6
+    assert learned(run) == learned(unbroken)
+    assert_same_weights(weights(run, 8), weights(unbroken, 8))
+
+
+def test_nothing_good_is_left(toy, tmp_path):
+    run = tmp_path / "run"
+    train(toy, run, "--training.steps", "4")
+    for step in (2, 4):
+        damage(run / f"checkpoint/step-{step}")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be used: step 2, step 4 damaged"):
+        train(toy, run)
+    with pytest.raises(CheckpointError, match="can be used: step 4 damaged"):
+        train(toy, run, "--checkpoint.load_step", "4")
+    assert {info.step for info in scan(run / "checkpoint")} == {2, 4}
+
+
+def test_a_hanging_rank(toy, unbroken, tmp_path):
+    """Rank 1 never ends step 5: both write their stacks and exit, torchrun starts both again."""
+    run = tmp_path / "run"
+    options = ("--guard.hang_seconds", "8", "--training.local_batch_size", "1")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
+    module = ["-m", "tests.dist.slow_train", *arguments(toy, run, options)]
+    with open(f"{run}.log", "a") as log:
+        environment = os.environ | {"HANG": "1:5", "PAUSE": "0.01", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *torchrun, *module]
+        done = subprocess.run(command, stdout=log, stderr=log, cwd=REPO, env=environment, timeout=400)
+    assert done.returncode == 0, log_of(run)[-3000:]
+    stacks = [(run / f"stacks/rank-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "in hang_if_asked" in stacks[1] and "in hang_if_asked" not in stacks[0]
+    assert {event["rank"] for event in of_kind(run, "stop") if event["reason"] == "hung"} == {0, 1}
+    assert "the last launch hung: no sign of life" in log_of(run)
+    assert_close(run, unbroken)
+
+
+def test_walltime(toy, unbroken, tmp_path):
+    """Stops by itself in time, and the next launch goes on."""
+    run = tmp_path / "run"
+    limit = ("--guard.walltime_minutes", "1", "--guard.walltime_margin_seconds", "58")
+    assert start(toy, run, *limit).wait(timeout=240) == 0, log_of(run)[-3000:]
+    stop = last_stop(read_events(run))
+    assert (stop["reason"], stop["detail"], stop["saved"]) == ("walltime", "", True) and stop["step"] < 8
+    train(toy, run)
+    assert learned(run) == learned(unbroken)
+    assert_same_weights(weights(run, 8), weights(unbroken, 8))

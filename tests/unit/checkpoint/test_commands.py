@@ -1,0 +1,56 @@
+"""`ls` says what there is and why it is kept; `verify` reads it back."""
+
+import pytest
+
+from tests.unit.checkpoint.test_folders import flip, save
+from torchtitan_deltaproduct.checkpoint import ls, verify
+from torchtitan_deltaproduct.config.snapshot import write_snapshot
+from torchtitan_deltaproduct.errors import CheckpointError
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Steps 10 to 50, the newest torn, 5 left over from a save that was killed; 2 kept, and every 20th."""
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path / "checkpoint", step)
+    (tmp_path / "checkpoint/step-50/complete.json").write_text("{")
+    (tmp_path / "checkpoint/step-5").mkdir()
+    (tmp_path / "checkpoint/step-5/.saving").touch()
+    settings = {"folder": "checkpoint", "keep_latest_k": 2, "keep_every": 20}
+    write_snapshot(tmp_path / "config.json", {"config": {"checkpoint": settings}})
+    return tmp_path
+
+
+def test_ls(run, capsys):
+    ls.main([str(run)])
+    rows = {int(cells[1]): line for line in capsys.readouterr().out.splitlines() if (cells := line.split("│"))[1:]
+            and cells[1].strip().isdigit()}  # fmt: skip
+    assert set(rows) == {5, 10, 20, 30, 40, 50}
+    for step, said in {
+        5: "nothing: goes with the next save", 10: "nothing: goes with the next save", 20: "milestone, every 20 steps",
+        30: "one of the newest 2", 40: "the newest", 50: "not by retention",
+    }.items():  # fmt: skip
+        assert said in rows[step], rows[step]
+    assert "not usable: complete.json is damaged" in rows[50] and "has no complete.json" in rows[5]
+
+
+def test_verify(run, capsys):
+    assert verify.main([str(run), "--step", "40"]) == 0
+    assert "step 40: 3 files as they were written" in capsys.readouterr().out
+    flip(run / "checkpoint/step-30/__0_0.distcp")
+    assert verify.main([str(run)]) == 1
+    said = capsys.readouterr().out
+    assert "step 30: NOT USABLE: __0_0.distcp is not what was written" in said
+    assert "step 50: NOT USABLE" in said and "step 20: 3 files" in said
+    assert verify.main([str(run / "checkpoint/step-20")]) == 0
+
+
+def test_wrong_paths(run, tmp_path):
+    for path, said in [(tmp_path / "nowhere", "does not exist"), (run / "config.json", "is not a folder")]:
+        with pytest.raises(CheckpointError, match=said):
+            ls.main([str(path)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds no step-N"):
+        ls.main([str(tmp_path / "empty")])
+    with pytest.raises(CheckpointError, match="no step-7; steps there: 5, 10"):
+        verify.main([str(run), "--step", "7"])

@@ -1,0 +1,96 @@
+"""What `status` says of runs in every state, from their files alone."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from torchtitan_deltaproduct import status
+from torchtitan_deltaproduct.errors import UserError
+
+NOW = 1_795_600_000.0
+
+
+def write(run, records=(), events=(), beat=None, steps=100):
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 9, "lo')
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (run / "config.json").write_text(json.dumps({"config": {"training": {"steps": steps}}}))
+    if beat is not None:
+        (run / "heartbeat.json").write_text(json.dumps(beat))
+    return run
+
+
+def show(run) -> str:
+    console = Console(width=200, highlight=False, record=True)
+    console.print(status.report(run, NOW))
+    return console.export_text()
+
+
+def step(number, loss=3.0, **more):
+    return {"step": number, "loss": loss, "tokens": 1000 * number, "tokens_per_second": 500.0, "seconds": 2.0} | more
+
+
+LAUNCH = {"event": "launch", "time": NOW - 7200, "step": 0, "ranks": 8, "host": "n1", "slurm_job": "17"}
+AGAIN = {"event": "launch", "time": NOW - 600, "step": 40, "ranks": 16, "host": "n2", "slurm_job": None}
+SAVE = {"event": "save", "time": NOW - 300, "step": 40, "seconds": 3.21, "reason": "interval"}
+SKIP = {"event": "skipped_step", "time": NOW - 400, "step": 31, "samples": [1, 2]}
+BEAT = {"time": NOW - 3, "step": 50, "after": "step", "host": "n2", "pid": 1}
+
+
+def stop(reason, detail="", saved=True, **more):
+    return {"event": "stop", "time": NOW - 660, "step": 40, "reason": reason, "detail": detail, "saved": saved} | more
+
+
+def test_a_running_run(tmp_path):
+    records = [step(n, 10 / n, mfu=0.25) for n in range(1, 51)]
+    records.insert(20, {"step": 20, "validation_loss": 0.7, "validation_perplexity": 2.0})
+    records.append({"step": 50, "validation_loss": 0.9, "validation_perplexity": 2.46})
+    events = [LAUNCH, SKIP, SAVE, stop("signal", "SIGUSR1"), AGAIN, {"event": "save_failed", "step": 45}, SAVE]
+    said = show(write(tmp_path / "run", records, events, BEAT))
+    for text in ("running, heartbeat 3 s ago on n2 after the step", "50 of 100 (50.0%), 50,000 tokens", "█",
+                 "lowest 0.2000", "loss 0.9000 at step 50, perplexity 2.46; best 0.7000 at step 20",
+                 "500 tokens/s, 2 s a step, MFU 25.0%, 1 min to go",
+                 "1 x skipped step (last at step 31); 1 x save failed (last at step 45)",
+                 "step 40, complete with checksums 5 min ago, took 3.2 s (interval)",
+                 "from step 0 on 8 ranks of n1, SLURM job 17, SIGUSR1 at step 40",
+                 "from step 40 on 16 ranks of n2"):  # fmt: skip
+        assert text in said, (text, said)
+
+
+@pytest.mark.parametrize(("events", "beat", "said"), [
+    ([LAUNCH, stop("finished")], None, "finished 11 min ago"),
+    ([LAUNCH, stop("signal", "SIGTERM")], None, "stopped on SIGTERM 11 min ago, everything saved"),
+    ([LAUNCH, stop("walltime", saved=False)], None, "stopped at its walltime 11 min ago, not saved"),
+    ([LAUNCH, stop("failed", "OSError: [x] no")], None, "failed 11 min ago: OSError: [x] no"),
+    ([LAUNCH, stop("hung", "no sign of life for 9 s")], BEAT, "hung 11 min ago: no sign"),
+    ([LAUNCH], BEAT | {"time": NOW - 4000}, "silent: no heartbeat for 1 h 6 min, and no word of a stop"),
+    ([LAUNCH], None, "silent: no heartbeat yet"),
+    ([LAUNCH, AGAIN], BEAT, "8 ranks of n1, SLURM job 17, killed"),
+])  # fmt: skip
+def test_states(tmp_path, events, beat, said):
+    assert said in show(write(tmp_path / "run", [step(1)], events, beat))
+
+
+def test_odd_files(tmp_path):
+    assert "silent" in show(write(tmp_path / "run", [], [LAUNCH]))
+    (tmp_path / "run/config.json").write_text("{")
+    (tmp_path / "run/heartbeat.json").write_text("")
+    assert "none yet" in show(tmp_path / "run")
+    assert "nan" not in show(write(tmp_path / "run", [step(1, None), step(2, None)], [LAUNCH]))
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="dump_folder of a run"):
+            status.report(path, NOW)
+
+
+def test_sparkline():
+    assert status.sparkline([0.0, 1.0, 2.0, 7.0], 4) == "▁▂▃█"
+    assert status.sparkline([5.0] * 9, 3) == "▁▁▁"
+    assert len(status.sparkline(list(range(1000)), 48)) == 48 and len(status.sparkline([1.0, 2.0], 48)) == 2
+
+
+@pytest.mark.parametrize(("seconds", "said"), [
+    (42, "42 s"), (200, "3 min"), (19200, "5 h 20 min"), (183600, "2 d 3 h"),
+])  # fmt: skip
+def test_ago(seconds, said):
+    assert status.ago(seconds) == said

@@ -1,0 +1,75 @@
+"""Lists the checkpoints of a run: size, complete or why not, and why each is kept.
+
+    python -m torchtitan_deltaproduct.checkpoint.ls outputs/run
+
+Looks at names, sizes and markers; `checkpoint.verify` reads everything back.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..config.snapshot import read_snapshot
+from ..errors import CheckpointError, exit_on_user_error
+from .folders import CheckpointInfo, deletable, retention, scan
+
+
+def checkpoint_folder(run: Path) -> tuple[Path, dict]:
+    """The folder of a run's checkpoints and its `[checkpoint]` settings ({} if they are not known).
+
+    Raises:
+        CheckpointError: there is no such run.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"{run} {'is not a folder' if run.exists() else 'does not exist'}; expected a run folder")
+    snapshot = read_snapshot(run / "config.json")
+    settings = {} if snapshot is None else snapshot["config"].get("checkpoint", {})
+    folder = run / settings.get("folder", "checkpoint")
+    return (folder if folder.is_dir() else run), settings
+
+
+def listing(found: list[CheckpointInfo], settings: dict) -> Table:
+    """One line a `step-N` folder, oldest first."""
+    keep, every = settings.get("keep_latest_k", 3), settings.get("keep_every", 0)
+    kept = retention((info.step for info in found if info.complete), keep, every)
+    going = {info.step for info in deletable(found, keep, every)}
+    table = Table()
+    for name in ("step", "size", "saved", "ranks"):
+        table.add_column(name, justify="right")
+    for name in ("by", "state", "kept because"):
+        table.add_column(name)
+    for info in found:
+        marker = info.marker
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(marker.time)) if marker else ""
+        reason = info.reason.removeprefix(f"{info.path} ").removeprefix(f"{info.path}/")
+        state = "[green]complete[/]" if info.complete else f"[red]not usable[/]: {reason}"
+        why = kept.get(info.step, "") if info.complete else "not by retention"
+        why = "nothing: goes with the next save" if info.step in going else why
+        ranks, by = (str(marker.ranks), marker.reason) if marker else ("", "")
+        table.add_row(f"{info.step:,}", f"{info.size / 1e6:,.1f} MB", saved, ranks, by, state, why)
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m torchtitan_deltaproduct.checkpoint.ls", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    options = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    folder, settings = checkpoint_folder(options.run)
+    found = scan(folder)
+    if not found:
+        raise CheckpointError(f"{folder} holds no step-N; a run saves there every checkpoint.interval steps")
+    console.print(listing(found, settings))
+    complete = [info.step for info in found if info.complete]
+    newest = f"a restart goes on from step {complete[-1]:,}" if complete else "none is usable: a restart starts over"
+    console.print(f"{len(complete)} of {len(found)} complete, {sum(i.size for i in found) / 1e6:,.1f} MB; {newest}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,138 @@
+"""complete.json, the commit marker of a checkpoint: written last, it lists every file with its size and SHA-256.
+
+    {"format": "torchtitan-deltaproduct checkpoint", "version": 1, "step": 500, "time": 1764000000.0, "ranks": 8,
+     "reason": "interval", "files": {"__0_0.distcp": {"bytes": 1232436, "sha256": "9f..."}, ".metadata": {...}}}
+
+A folder without it is not a checkpoint, whatever else is in it. Sizes are compared whenever a folder is looked at;
+checksums when a run resumes from it, when a model is loaded, and by `checkpoint.verify`. Whoever deletes a folder
+removes the marker first. `.saving` says that a save of ours is under way, or was when it was killed.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+MARKER, SAVING = "complete.json", ".saving"
+FORMAT, VERSION = "torchtitan-deltaproduct checkpoint", 1
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What complete.json says.
+
+    Attributes:
+        step: optimizer steps taken.
+        time: of the save, seconds since 1970.
+        ranks: processes that saved.
+        reason: `interval`, `last step`, `first step`, `SIGUSR1`, `walltime`, `import`, ...
+        files: name -> (bytes, SHA-256).
+    """
+
+    step: int
+    time: float
+    ranks: int
+    reason: str
+    files: dict[str, tuple[int, str]]
+
+
+def checksum(path: Path) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest
+
+
+def write_marker(folder: Path, marker: Marker) -> None:
+    """Writes complete.json: whenever the machine stops, it is whole or absent."""
+    files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(marker.files.items())}
+    body = {"format": FORMAT, "version": VERSION, **vars(marker), "files": files}
+    unfinished = folder / f"{MARKER}.tmp"
+    with open(unfinished, "w") as file:
+        json.dump(body, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, folder / MARKER)
+    _sync_folder(folder)
+    (folder / SAVING).unlink(missing_ok=True)
+
+
+def read_marker(folder: Path) -> Marker:
+    """Reads complete.json.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another format.
+    """
+    path = folder / MARKER
+    try:
+        body = json.loads(path.read_text())
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
+        version = body["version"] if body["format"] == FORMAT else "of another format"
+        marker = Marker(int(body["step"]), float(body["time"]), int(body["ranks"]), str(body["reason"]), files)
+    except FileNotFoundError:
+        raise CheckpointError(_missing(folder)) from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); use another checkpoint") from None
+    if version != VERSION:
+        raise CheckpointError(f"{path} has version {version}, expected {VERSION}: use the release that wrote it")
+    return marker
+
+
+def ours(folder: Path) -> bool:
+    """Whether a folder was written, or begun, by this package: only such a one may be deleted."""
+    return (folder / SAVING).exists() or (folder / MARKER).exists()
+
+
+def wrong_sizes(folder: Path, marker: Marker) -> str:
+    """The first file that is missing or has another size, in words; empty if there is none."""
+    for name, (size, _) in sorted(marker.files.items()):
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found:,} bytes of {size:,}"
+    return ""
+
+
+def wrong_checksums(folder: Path, marker: Marker, share: int = 0, shares: int = 1) -> list[str]:
+    """Files that are not what was written, in words.
+
+    Args:
+        folder: the checkpoint.
+        marker: its marker.
+        share: which part of the files to read, of `shares`: ranks divide the work.
+    """
+    problems = []
+    for name in sorted(marker.files)[share::shares]:
+        try:
+            same = checksum(folder / name) == marker.files[name]
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
+            continue
+        if not same:
+            problems.append(f"{name} is not what was written (its checksum differs)")
+    return problems
+
+
+def _missing(folder: Path) -> str:
+    if (folder / SAVING).exists():
+        return f"{folder} has no {MARKER}: its save is under way or was cut short"
+    return f"{folder} has no {MARKER}: it is no checkpoint of this package, or its save never finished"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename last through a power cut; not every file system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

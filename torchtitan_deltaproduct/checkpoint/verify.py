@@ -1,0 +1,61 @@
+"""Reads checkpoints back and compares every file with the checksum it was saved with.
+
+    python -m torchtitan_deltaproduct.checkpoint.verify outputs/run             all complete steps
+    python -m torchtitan_deltaproduct.checkpoint.verify outputs/run --step 500
+    python -m torchtitan_deltaproduct.checkpoint.verify outputs/run/checkpoint/step-500
+
+Exit code 0: all that was read is as it was written; 1: something is not, or nothing is complete.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from ..errors import CheckpointError, exit_on_user_error
+from .folders import CheckpointInfo, inspect, scan
+from .ls import checkpoint_folder
+from .marker import MARKER, wrong_checksums
+
+
+def chosen(run: Path, step: int | None) -> list[CheckpointInfo]:
+    """The folders to read, newest first.
+
+    Raises:
+        CheckpointError: there are none, or not the step asked for.
+    """
+    if (run / MARKER).exists():
+        return [inspect(run)]
+    folder, _ = checkpoint_folder(run)
+    found = scan(folder)
+    asked = [info for info in found if step in (None, info.step)]
+    if not asked:
+        have = ", ".join(str(info.step) for info in found) or "none"
+        what = "no step-N" if step is None else f"no step-{step}"
+        raise CheckpointError(f"{folder} has {what}; steps there: {have}")
+    return asked[::-1]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m torchtitan_deltaproduct.checkpoint.verify", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or one checkpoint/step-N")
+    parser.add_argument("--step", type=int, help="only this step (default: all)")
+    options = parser.parse_args(arguments)
+    good = bad = 0
+    for info in chosen(options.run, options.step):
+        start = time.monotonic()
+        problems = wrong_checksums(info.path, info.marker) if info.complete else [info.reason]
+        seconds = max(time.monotonic() - start, 1e-9)
+        good, bad = good + (not problems), bad + bool(problems)
+        if problems:
+            print(f"step {info.step}: NOT USABLE: {'; '.join(problems)}")
+        else:
+            size = sum(size for size, _ in info.marker.files.values())
+            print(f"step {info.step}: {len(info.marker.files)} files as they were written, "
+                  f"{size / 1e6:,.1f} MB at {size / seconds / 1e6:,.0f} MB/s")  # fmt: skip
+    return 1 if bad or not good else 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

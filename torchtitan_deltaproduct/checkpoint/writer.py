@@ -1,0 +1,76 @@
+"""DCP's file writer, with checksums and the commit marker.
+
+    dcp.save(states, storage_writer=MarkedWriter(folder, about, snapshot))
+
+Each rank reads back and hashes the files it wrote; the coordinator writes DCP's index, config.json and, last of all,
+complete.json. What fails on one rank (a full disk, say) is raised on all by DCP, and no marker is written.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from .marker import Marker, checksum, write_marker
+
+INDEX = ".metadata"
+
+
+@dataclass(frozen=True)
+class About:
+    """What the marker says beside the files; see `marker.Marker`."""
+
+    step: int
+    ranks: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Hashed(WriteResult):
+    """A write result with size and SHA-256 of the file it is in."""
+
+    file: tuple[int, str] = (0, "")
+
+
+class MarkedWriter(FileSystemWriter):
+    """Writes one checkpoint folder; see the module.
+
+    Args:
+        folder: of the checkpoint.
+        about: goes into the marker.
+        snapshot: settings of the run, for config.json; None writes none.
+    """
+
+    def __init__(self, folder: str | Path, about: About, snapshot: dict | None = None) -> None:
+        super().__init__(folder, overwrite=True)
+        self.about, self.snapshot = about, snapshot
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes this rank's files, then reads them back."""
+        results = super().write_data(plan, planner).wait()
+        folder = Path(self.path)
+        hashes = {name: checksum(folder / name) for name in {r.storage_data.relative_path for r in results}}
+        hashed: Future[list[WriteResult]] = Future()
+        hashed.set_result(
+            [
+                _Hashed(r.index, r.size_in_bytes, r.storage_data, file=hashes[r.storage_data.relative_path])
+                for r in results
+            ]
+        )
+        return hashed
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the coordinator, when all ranks have written."""
+        super().finish(metadata, results)
+        folder = Path(self.path)
+        files = {r.storage_data.relative_path: r.file for of_rank in results for r in of_rank}
+        names = [INDEX]
+        if self.snapshot is not None:
+            (folder / "config.json").write_text(json.dumps(self.snapshot, indent=1))
+            names.append("config.json")
+        files |= {name: checksum(folder / name) for name in names}
+        write_marker(folder, Marker(self.about.step, round(time.time(), 3), self.about.ranks, self.about.reason, files))

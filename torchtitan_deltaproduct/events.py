@@ -1,0 +1,81 @@
+"""RUN/events.jsonl: what happened to a run, one JSON line an event, over all its launches.
+
+    {"event": "launch", "time": 1764000000.0, "step": 12000, "ranks": 8, "host": "n1", "slurm_job": "123",
+     "slurm_restart": 2, "resumed_from": 12000}
+    {"event": "stop", "time": 1764003600.0, "step": 12345, "reason": "signal", "detail": "SIGUSR1", "saved": true}
+
+    append(run, "launch", step=0, ranks=8)
+    last_stop(read_events(run))            # None after a hard kill: a launch without a stop
+
+Reasons of a stop: `finished`, `signal`, `walltime`, `failed` (an error of the run's own), `hung`. Other events: `save`,
+`save_failed`, `skipped_step`, `loss_spike`, `bad_checkpoint`. A launcher decides by this file whether to start the run
+again, and `status` tells the run's story from it. Needs nothing but the standard library.
+"""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+NAME = "events.jsonl"
+
+
+def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
+    """Adds an event, by one write: a kill leaves a line or none, and ranks do not mix theirs.
+
+    A folder that is not there or cannot be written (a full disk) is no reason to stop training: the event is lost.
+
+    Args:
+        run: the run folder.
+        event: its kind.
+        fields: JSON values.
+    """
+    record = {"event": event, "time": round(time.time(), 3), **fields}
+    try:
+        handle = os.open(Path(run, NAME), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, (json.dumps(record) + "\n").encode())
+        finally:
+            os.close(handle)
+    except OSError:
+        pass
+    return record
+
+
+def read_events(run: str | Path) -> list[dict[str, Any]]:
+    """All events in order; [] if there are none. A line that a kill or a full disk cut short is left out."""
+    try:
+        lines = Path(run, NAME).read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "event" in record:
+            found.append(record)
+    return found
+
+
+def last_stop(events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How the newest launch ended: its first stop that says why, or None if it was killed outright.
+
+    The first, because the ranks that a failing one leaves behind fail too, for want of it.
+    """
+    stop = None
+    for record in events:
+        if record["event"] == "launch":
+            stop = None
+        elif record["event"] == "stop" and stop is None:
+            stop = record
+    return stop
+
+
+def whereabouts() -> dict[str, Any]:
+    """Host and SLURM job of this process, for a `launch`."""
+    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")
+    return {"host": socket.gethostname(), "slurm_job": job, "slurm_restart": int(restart) if restart else None}

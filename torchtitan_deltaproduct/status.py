@@ -1,0 +1,226 @@
+"""Where a run is, from the files it writes: metrics.jsonl, events.jsonl, heartbeat.json.
+
+    python -m torchtitan_deltaproduct.status outputs/run
+    watch -n 10 python -m torchtitan_deltaproduct.status outputs/*/run
+
+Reads no checkpoint and needs neither torch nor the machine that trains.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .errors import UserError, exit_on_user_error
+from .events import last_stop, read_events
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+FRESH = 60.0
+"""Seconds after which a heartbeat is no longer taken for a living run."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m torchtitan_deltaproduct.status", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folder")
+    options = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for run in options.runs:
+        console.print(report(run, time.time()))
+
+
+def report(run: Path, now: float) -> Table:
+    """The lines of one run.
+
+    Args:
+        run: the run folder.
+        now: seconds since 1970.
+
+    Raises:
+        UserError: the folder is not a run's.
+    """
+    records, events = read_records(run / "metrics.jsonl"), read_events(run)
+    if not records and not events:
+        what = "has neither metrics.jsonl nor events.jsonl" if run.is_dir() else "is not a folder"
+        raise UserError(f"{run} {what}; expected the dump_folder of a run that was started")
+    config, beat = read_json(run / "config.json").get("config", {}), read_json(run / "heartbeat.json")
+    steps = [r for r in records if "loss" in r]
+    total = config.get("training", {}).get("steps")
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in [
+        ("run", f"[bold]{escape(str(run))}[/]"),
+        ("state", state(events, beat, now)),
+        ("step", progress(steps, total)),
+        ("loss", losses(steps)),
+        ("validation", validation(records)),
+        ("speed", speed(steps, total)),
+        ("trouble", trouble(steps, events)),
+        ("checkpoint", checkpoint(events, now)),
+        *launches(events, now),
+    ]:
+        if text:
+            table.add_row(name, text)
+    return table
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of metrics.jsonl; lines that a kill or a full disk cut short are left out."""
+    found = []
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            found.append(record)
+    return found
+
+
+def state(events: list[dict], beat: dict, now: float) -> str:
+    """One or two words, coloured, and since when."""
+    stop, age = last_stop(events), now - beat.get("time", 0)
+    if stop is None and beat and age < FRESH:
+        return f"[green]running[/], heartbeat {age:.0f} s ago on {beat.get('host')} after the {beat.get('after')}"
+    if stop is None:
+        since = f"no heartbeat for {ago(age)}" if beat else "no heartbeat yet"
+        return f"[red]silent[/]: {since}, and no word of a stop: killed, hanging, or starting"
+    when = ago(now - stop["time"])
+    if stop["reason"] == "finished":
+        return f"[green]finished[/] {when} ago"
+    word = {"signal": f"stopped on {stop['detail']}", "walltime": "stopped at its walltime"}.get(stop["reason"])
+    if word:
+        return f"[yellow]{word}[/] {when} ago, {'everything saved' if stop['saved'] else 'not saved'}"
+    return f"[red]{stop['reason']}[/] {when} ago: {escape(stop['detail'])}"
+
+
+def progress(steps: list[dict], total: int | None) -> str:
+    if not steps:
+        return ""
+    step, tokens = steps[-1]["step"], steps[-1].get("tokens", 0)
+    share = f" of {total:,} ({step / total:.1%})" if total else ""
+    return f"{step:,}{share}, {tokens:,} tokens"
+
+
+def losses(steps: list[dict], width: int = 48) -> str:
+    """A line of blocks over the whole run, between its extremes, and the mean of the last steps."""
+    values = [r["loss"] for r in steps if r["loss"] is not None]
+    if not values:
+        return ""
+    last = values[-20:]
+    mean = sum(last) / len(last)
+    return f"{sparkline(values, width)}  {mean:.4f} over the last {len(last)} steps, lowest {min(values):.4f}"
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """`█▆▄▃▂▁`: means of up to `width` stretches of the values, low to high."""
+    width = min(width, len(values))
+    bounds = [i * len(values) // width for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    low, high = min(means), max(means)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
+
+
+def validation(records: list[dict]) -> str:
+    found = [r for r in records if "validation_loss" in r]
+    if not found:
+        return ""
+    newest = found[-1]
+    best = min(found, key=lambda r: r["validation_loss"] if r["validation_loss"] is not None else float("inf"))
+    extra = [
+        f"{name} {newest[key]:,.4g}"
+        for name, key in (("perplexity", "validation_perplexity"), ("bits/byte", "validation_bits_per_byte"),
+                          ("token accuracy", "validation_token_accuracy"))
+        if newest.get(key) is not None
+    ]  # fmt: skip
+    said = f"loss {newest['validation_loss']:.4f} at step {newest['step']:,}" + "".join(f", {e}" for e in extra)
+    return said if best is newest else f"{said}; best {best['validation_loss']:.4f} at step {best['step']:,}"
+
+
+def speed(steps: list[dict], total: int | None) -> str:
+    """Medians of the last steps: one that validates or saves is not typical."""
+    recent = sorted(steps[-50:], key=lambda r: r.get("seconds", 0))
+    if not recent or "seconds" not in recent[0]:
+        return ""
+    typical = recent[len(recent) // 2]
+    mfu = f", MFU {typical['mfu']:.1%}" if typical.get("mfu") else ""
+    left = (total or 0) - steps[-1]["step"]
+    eta = f", {ago(left * typical['seconds'])} to go" if left > 0 else ""
+    said = f"{typical['tokens_per_second']:,.0f} tokens/s, {typical['seconds']:.3g} s a step{mfu}{eta}"
+    return f"{said}, {typical['memory_gib']:.1f} GiB a device" if "memory_gib" in typical else said
+
+
+def trouble(steps: list[dict], events: list[dict]) -> str:
+    parts = []
+    for kind in ("skipped_step", "loss_spike", "save_failed", "bad_checkpoint"):
+        found = [event for event in events if event["event"] == kind]
+        if found:
+            parts.append(f"{len(found)} x {kind.replace('_', ' ')} (last at step {found[-1]['step']:,})")
+    lost = steps[-1].get("lost_records", 0) if steps else 0
+    return "; ".join(parts + ([f"{lost} records lost"] if lost else []))
+
+
+def checkpoint(events: list[dict], now: float) -> str:
+    saves = [event for event in events if event["event"] == "save"]
+    if not saves:
+        return "none yet"
+    newest = saves[-1]
+    when, took = ago(now - newest["time"]), newest["seconds"]
+    return f"step {newest['step']:,}, complete with checksums {when} ago, took {took:.1f} s ({newest['reason']})"
+
+
+def launches(events: list[dict], now: float) -> Iterable[tuple[str, str]]:
+    """One line a launch: when, from which step, on how many ranks, and how it ended."""
+    starts = [i for i, event in enumerate(events) if event["event"] == "launch"]
+    for number, a in enumerate(starts, start=1):
+        b = starts[number] if number < len(starts) else len(events)
+        launch = events[a]
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(launch["time"]))
+        ranks = f"{launch['ranks']} rank{'s' if launch['ranks'] > 1 else ''}"
+        where = f"{launch['host']}, SLURM job {launch['slurm_job']}" if launch.get("slurm_job") else launch["host"]
+        end = ending(last_stop(events[a:b]), newest=b == len(events))
+        yield f"launch {number}", f"{when} from step {launch['step']:,} on {ranks} of {where}{escape(end)}"
+
+
+def ending(stop: dict | None, newest: bool) -> str:
+    """How a launch ended, to be appended to how it began."""
+    if stop is None:
+        return "" if newest else ", killed"
+    at = "" if stop["step"] is None else f" at step {stop['step']:,}"
+    if stop["reason"] in ("signal", "walltime", "finished"):
+        return f", {stop['detail'] or stop['reason']}{at}"
+    return f", {stop['reason']}{at}: {stop['detail']}"
+
+
+def ago(seconds: float) -> str:
+    """`42 s`, `3 min`, `5 h 20 min`, `2 d 3 h`."""
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

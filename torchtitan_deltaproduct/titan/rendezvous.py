@@ -1,0 +1,80 @@
+"""A key-value store of its own for every start of the ranks.
+
+torchrun (2.11 to 2.13) keeps one store over its restarts, with the keys of the ranks that died in it. A restarted rank
+that is quicker than its peers reads the dead one's address there ("Gloo connectFullMesh failed: connection refused"),
+or a dead NCCL identifier, and the restart is lost. So ranks first agree on a name that no earlier start knew, and the
+process group lives under it.
+
+    with own_store():
+        torch.distributed.init_process_group("gloo")
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+
+import torch.distributed as dist
+
+POLL = 0.02
+"""Seconds between looks at the store."""
+
+
+@contextmanager
+def own_store(timeout: timedelta = timedelta(minutes=5)) -> Iterator[None]:
+    """Within it, `init_process_group` without a store gets one that holds nothing of an earlier start.
+
+    Does nothing where torchrun did not start this process, or lets every start have a store of its own.
+
+    Args:
+        timeout: for all ranks to appear.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        yield
+        return
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, ranks, is_master=False, timeout=timeout)
+    named = dist.PrefixStore(agree(dist.PrefixStore("agree", store), rank, ranks, timeout), store)
+    original = dist.init_process_group
+    dist.init_process_group = partial(original, store=named, rank=rank, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.init_process_group = original
+
+
+def agree(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:
+    """A name that rank 0 makes up, the same on all ranks of this start; whatever an earlier start left in the store.
+
+    Rank r says hello with a random token; rank 0 answers with that token and the name; rank r, who alone knows whether
+    the token is its own, confirms under the name. Answers to the dead are overwritten or ignored.
+
+    Raises:
+        TimeoutError: not all ranks appeared.
+    """
+    end = time.monotonic() + timeout.total_seconds()
+    own = secrets.token_hex(8)
+    waiting = set(range(1, ranks)) if rank == 0 else {0}
+    if rank != 0:
+        store.set(f"hello/{rank}", own)
+    while waiting:
+        for other in sorted(waiting):
+            if rank == 0:
+                if store.check([f"hello/{other}"]):
+                    store.set(f"answer/{other}", f"{store.get(f'hello/{other}').decode()}:{own}")
+                if store.check([f"{own}/{other}"]):
+                    waiting.remove(other)
+            elif store.check([f"answer/{rank}"]):
+                token, _, name = store.get(f"answer/{rank}").decode().partition(":")
+                if token == own:
+                    store.set(f"{name}/{rank}", "here")
+                    return name
+        if time.monotonic() > end:
+            who = ", ".join(map(str, sorted(waiting)[:8]))
+            raise TimeoutError(f"rank {rank} waited {timeout.total_seconds():.0f} s for rank {who} to start")
+        time.sleep(POLL if waiting else 0)
+    return own
