@@ -25,7 +25,7 @@ from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.data.formal import FormalSource
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 
-from .length_extrapolation import check_fit, compute, short_names
+from .length_extrapolation import check_fit, compute, short_names, short_paths
 from .options import add_model_options, at_least, load_models, output_folder
 from .position_parts import fingerprint
 from .ranks import Ranks
@@ -88,7 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 class Job:
     """One model on one dataset."""
 
-    def __init__(self, loaded: LoadedModel, name: str, texts: Sequences, parts: Parts):
+    def __init__(self, loaded: LoadedModel, name: str, data_name: str, texts: Sequences, parts: Parts):
         self.loaded, self.texts, self.parts = loaded, texts, parts
         args = loaded.model.args
         self.model = {
@@ -96,8 +96,7 @@ class Job:
             "train_length": loaded.train_length, "num_householder": args.num_householder, "head_dim": args.head_dim,
             "head_v_dim": args.head_v_dim, "allow_neg_eigval": args.allow_neg_eigval,
         }  # fmt: skip
-        name = texts.about["wanted"]["data"]
-        self.data = {"name": name, "short": "/".join(Path(name).parts[-2:]), "said": texts.describe(), **texts.about}
+        self.data = {"name": data_name, "said": texts.describe(), **texts.about}
 
     def result(self) -> Result:
         """Of the measurements, which must be complete."""
@@ -136,7 +135,8 @@ def plan(loaded: list[LoadedModel], options: argparse.Namespace, folder: Path, r
     """Chooses the sequences of each dataset, checks that they fit each model, and says what they are."""
     jobs, names = [], short_names(loaded)
     weights = ranks.first(lambda: [fingerprint(model.model) for model in loaded])
-    for data in options.data or [""]:
+    paths = list(dict.fromkeys(data.rstrip("/") for data in options.data)) or [""]
+    for data, data_name in zip(paths, short_paths(paths), strict=True):
         said = set()
         for model, name, checksum in zip(loaded, names, weights, strict=True):
             reading = reading_of(model, options)
@@ -146,10 +146,10 @@ def plan(loaded: list[LoadedModel], options: argparse.Namespace, folder: Path, r
                 return texts, open_parts(folder, model, checksum, texts, reading)
 
             texts, parts = ranks.first(prepare)
-            jobs.append(Job(model, name, texts, parts))
+            jobs.append(Job(model, name, data_name or texts.about["wanted"]["data"], texts, parts))
             how = "emptied" if reading.reset else "carried across them"
             starts = "" if texts.about["eos_id"] is None else f"; at document starts the states are {how}"
-            line = f"{jobs[-1].data['name']}: {texts.describe()}{starts}"
+            line = f"{data or jobs[-1].data['name']}: {texts.describe()}{starts}"
             if line not in said:
                 said.add(line)
                 console.print(line, soft_wrap=True)
@@ -180,7 +180,7 @@ def sequences_of(loaded: LoadedModel, data: str, options: argparse.Namespace, fo
             )
         return Words(loaded, options)
     tokenizer = Path(options.tokenizer) if options.tokenizer else loaded.tokenizer
-    wanted = Wanted(data.rstrip("/"), options.length, options.sequences, options.documents, options.seed, options.split,
+    wanted = Wanted(data, options.length, options.sequences, options.documents, options.seed, options.split,
                     options.text_field, options.eos)  # fmt: skip
     texts = open_texts(wanted, tokenizer, folder / "texts")
     check_fit(loaded, tokenizer, texts)

@@ -29,8 +29,9 @@ def load(name: str) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_compiled(source)))
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or ["no reason given"]
-        logger.warning("%s is not compiled, the slower PyTorch is used: %s", source.name, said[0])
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or ["no reason given"]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        logger.warning("%s is not compiled, the slower PyTorch is used: %s", source.name, reason)
         return None
 
 

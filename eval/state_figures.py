@@ -6,6 +6,8 @@
     documents_figure(result, path)          the change at document starts, heads by tokens since the start
     beta_figure(result, path)               beta of each head and Householder
     spectrum_figure(result, path)           eigenvalues of the transitions in the complex plane, a panel a layer
+
+Where there are more positions than points can be seen, neighbours are averaged.
 """
 
 from pathlib import Path
@@ -45,7 +47,7 @@ def curves_figure(results: list[Result], path: Path) -> None:
             _frame(axis, results, index, handles)
         spread = ", mean and standard deviation" if results[0].rank.shape[2] > 1 else ""
         whose = f"{results[0].model['name']} on " if len(results) == 1 else ""
-        _finish(figure, axes, handles, f"{whose}{results[0].data['short']}: {_sequences(results[0])}{spread}")
+        _finish(figure, axes, handles, f"{whose}{results[0].data['name']}: {_sequences(results[0])}{spread}")
         save(figure, path)
 
 
@@ -61,7 +63,7 @@ def sequence_figure(result: Result, path: Path) -> None:
             (handles["mean of the heads"],) = axis.plot(x, y, color="#000000", linewidth=1.8)
             _document_lines(axis, result, handles)
             _frame(axis, [result], index, handles)
-        _finish(figure, axes, handles, f"{result.model['name']} on {result.data['short']}: one sequence")
+        _finish(figure, axes, handles, f"{result.model['name']} on {result.data['name']}: one sequence")
         save(figure, path)
 
 
@@ -93,7 +95,7 @@ def map_figure(results: list[Result], path: Path) -> None:
         label = f"effective rank (of at most {_full(results[0])})"
         figure.colorbar(image, ax=axes, label=label, pad=0.01, fraction=0.04)
         figure.suptitle(
-            f"{results[0].data['short']}: mean over heads and {_sequences(results[0])}", x=0.01, ha="left", fontsize=11
+            f"{results[0].data['name']}: mean over heads and {_sequences(results[0])}", x=0.01, ha="left", fontsize=11
         )
         save(figure, path)
 
@@ -129,7 +131,7 @@ def documents_figure(result: Result, path: Path) -> None:
             _layer_scale(figure, right, layers)
         starts = f"{change.documents:,} document start{'s' * (change.documents > 1)}"
         what = f"effective rank less that of the last state before a document, mean of {starts}"
-        figure.suptitle(f"{result.model['name']} on {result.data['short']}: {what}", x=0.01, ha="left", fontsize=11)
+        figure.suptitle(f"{result.model['name']} on {result.data['name']}: {what}", x=0.01, ha="left", fontsize=11)
         save(figure, path)
 
 
@@ -158,7 +160,7 @@ def beta_figure(result: Result, path: Path) -> None:
                 axis.axhline(layer * heads - 0.5, color="#666666", linewidth=0.6)
         axes[0, 0].set_ylabel(f"layer ({heads} heads each)")
         figure.colorbar(image, ax=axes, label="share of tokens (%)", pad=0.02, fraction=0.06, aspect=25)
-        figure.suptitle(f"{result.model['name']} on {result.data['short']}", x=0.01, ha="left", fontsize=11)
+        figure.suptitle(f"{result.model['name']} on {result.data['name']}", x=0.01, ha="left", fontsize=11)
         save(figure, path)
 
 
@@ -179,7 +181,7 @@ def spectrum_figure(result: Result, path: Path) -> None:
         else:
             _lines(figure, axes, counts.sum(3))
         several = f"the {n} eigenvalues" if n > 1 else "the eigenvalue"
-        title = f"{result.model['name']} on {result.data['short']}: {several} of each token's transition"
+        title = f"{result.model['name']} on {result.data['name']}: {several} of each token's transition"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         save(figure, path)
 

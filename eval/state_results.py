@@ -63,7 +63,7 @@ class Result:
 
     Attributes:
         model: name, label, path, step, train_length, num_householder, head_dim, head_v_dim, allow_neg_eigval.
-        data: name, short, said (a line), and what the sequences say about themselves.
+        data: name, said (a line), and what the sequences say about themselves.
         about: see `state_parts.open_parts`.
         numbers: what was measured.
     """
@@ -234,7 +234,7 @@ def _finite(value):
 def table(results: list[Result]) -> Table:
     """A line a layer of each model; all results are of one dataset."""
     first = results[0]
-    title = f"Effective rank on {first.data['short']}: mean over heads and sequences ± std over sequences"
+    title = f"Effective rank on {first.data['name']}: mean over heads and sequences ± std over sequences"
     out = Table(title=title, title_justify="left", min_width=len(title))
     for name in ("model", "layer"):
         out.add_column(name)

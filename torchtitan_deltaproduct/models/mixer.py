@@ -31,7 +31,7 @@ class MixerCache(NamedTuple):
     """The last conv_size-1 inputs of the q, k and v convolutions, each [B, C, conv_size-1]; None without."""
 
 
-# q, k, v, g, beta as `DeltaProductMixer.operands` returns them and the state before -> o [B, T, H, V] and the state after.
+# q, k, v, g, beta as `DeltaProductMixer.operands` returns them and the state before -> o [B, T, H, V], the state after.
 Operator = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
