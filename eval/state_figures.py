@@ -160,7 +160,8 @@ def beta_figure(result: Result, path: Path) -> None:
                 axis.axhline(layer * heads - 0.5, color="#666666", linewidth=0.6)
         axes[0, 0].set_ylabel(f"layer ({heads} heads each)")
         figure.colorbar(image, ax=axes, label="share of tokens (%)", pad=0.02, fraction=0.06, aspect=25)
-        figure.suptitle(f"{result.model['name']} on {result.data['name']}", x=0.01, ha="left", fontsize=11)
+        title = f"{result.model['name']} on {result.data['name']}: tokens by beta"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         save(figure, path)
 
 
@@ -292,7 +293,7 @@ def _finish(figure, axes, handles: dict, title: str) -> None:
         if name in handles:
             handles[name] = handles.pop(name)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    columns = min(len(handles), int(figure.get_figwidth() / 1.8))
+    columns = min(len(handles), int(figure.get_figwidth() / 1.7))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9)
 
 

@@ -23,6 +23,8 @@ VERSION = 1
 QUANTILES = (0.1, 0.5, 0.9)
 WINDOW_BINS = 32
 """Bins before and after a document start."""
+CHANGE_TOKENS = 128
+"""After a document start, for the change that tables tell."""
 LEAST_BIN = 16
 """Tokens of such a bin, if states are not farther apart."""
 DEFINITION = (
@@ -132,8 +134,9 @@ class Result:
                 {
                     "head": h,
                     **{f"at_{name}": self.spread(self.rank[index, h, :, p]) for name, p in at.items()},
-                    "change_after_document_start": self.change.after(128)[index, h],
+                    "change_after_document_start": self.change.after(CHANGE_TOKENS)[index, h],
                     **self._transition(index, h),
+                    **self._between(index, h),
                 }
                 for h in range(self.rank.shape[1])
             ]
@@ -145,6 +148,12 @@ class Result:
             "document_starts": len(self.numbers.starts), "document_starts_compared": self.change.documents,
             "layers": layers,
         }  # fmt: skip
+
+    def _between(self, layer: int, head: int) -> dict:
+        """Of one head: mean over sequences and positions after each micro-step, if they were measured."""
+        if self.numbers.rank.shape[-1] == 1:
+            return {}
+        return {"mean_after_each_householder": self.numbers.rank[layer, head].mean((0, 1), dtype=np.float64).tolist()}
 
     def _transition(self, layer: int, head: int) -> dict:
         """Of one head: mean beta of each Householder; eigenvalues by their mean modulus and the share not real."""
@@ -241,7 +250,7 @@ def table(results: list[Result]) -> Table:
     for name in ("at the training length", "at the end", "growth", "heads at the end", "new document"):
         out.add_column(name, justify="right")
     for result in results:
-        growth, after = result.growth(), result.change.after(128).mean(1)
+        growth, after = result.growth(), result.change.after(CHANGE_TOKENS).mean(1)
         for index in range(result.rank.shape[0]):
             heads = result.mean[index, :, -1]
             out.add_row(

@@ -161,6 +161,8 @@ def test_between_householders(run, data, whole, tmp_path, no_pictures):
     # One micro-step is a rank-one change.
     assert np.abs(between[..., 0] - between[..., 1]).max() > 1e-3
     assert "rank_between" not in plain
+    head = entries(tmp_path)[0]["layers"][1]["heads"][0]
+    assert head["mean_after_each_householder"] == pytest.approx(between[1, 0].mean((0, 1)).tolist(), rel=1e-5)
 
 
 def test_states_emptied_at_documents(run, data, whole, tmp_path, capsys, no_pictures):
