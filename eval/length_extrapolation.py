@@ -5,6 +5,7 @@
     python -m eval.length_extrapolation outputs/run --data book.txt corpus.jsonl --documents long
     torchrun --nproc_per_node 8 -m eval.length_extrapolation outputs/run --data data/code/validation
     python -m eval.length_extrapolation --from outputs/run/eval --buckets 64                      no model runs
+    python -m eval.length_extrapolation --from outputs/*/eval --out compared                      runs side by side
 
 MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder.
 DATA is a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]. Results go to `--out`, by
@@ -93,7 +94,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="number of equal buckets, or their last positions (default: two an octave)")  # fmt: skip
     add("--x-axis", choices=("auto", "log", "linear"), default="auto",
         help="of the picture; auto: linear for equal buckets (default: %(default)s)")  # fmt: skip
-    add("--from", dest="source", metavar="FOLDER", help="results to put into other --buckets; takes no models")
+    add("--from", dest="source", nargs="+", default=[], metavar="FOLDER",
+        help="results to put into other --buckets, or side by side; takes no models")  # fmt: skip
     options = parser.parse_args(arguments)
     if bool(options.source) == bool(options.models) or bool(options.source) == bool(options.data):
         raise ConfigError(f"expected MODEL... --data DATA..., or --from FOLDER alone; python -m eval.{NAME} --help")
@@ -119,7 +121,7 @@ class Job:
 
 def plan(loaded: list[LoadedModel], options: argparse.Namespace, folder: Path, ranks: Ranks, console) -> list[Job]:
     """Chooses the sequences of each dataset, checks that they fit each model, and says what they are."""
-    jobs, names = [], short_names(loaded)
+    jobs, names = [], short_names([(model.run, model.step) for model in loaded])
     weights = ranks.first(lambda: [fingerprint(model.model) for model in loaded])
     paths = list(dict.fromkeys(data.rstrip("/") for data in options.data))
     for data, data_name in zip(paths, short_paths(paths), strict=True):
@@ -158,11 +160,11 @@ def short_paths(paths: list[str]) -> list[str]:
     return paths
 
 
-def short_names(loaded: list[LoadedModel]) -> list[str]:
+def short_names(models: list[tuple[Path, int | None]]) -> list[str]:
     """What tells models apart: the path below the folder that all runs lie in, and the step where it is known."""
-    runs = [model.run.resolve() for model in loaded]
+    runs = [run.resolve() for run, _ in models]
     common = os.path.commonpath([run.parent for run in runs])
-    steps = ["" if model.step is None else f" step {model.step}" for model in loaded]
+    steps = ["" if step is None else f" step {step}" for _, step in models]
     return [os.path.relpath(run, common) + step for run, step in zip(runs, steps, strict=True)]
 
 
@@ -241,10 +243,16 @@ def size(job: Job, part: Part) -> int:
 
 
 def rebucket(options: argparse.Namespace, console: Console) -> None:
-    """Writes the results of an earlier run again, in other buckets."""
-    folder = Path(options.source)
-    results = read_results(folder / f"{NAME}.json", options.buckets)
-    target = Path(options.out) if options.out else folder
+    """Writes the results of earlier runs again: in other buckets, or several side by side."""
+    folders = [Path(source) for source in options.source]
+    if len(folders) > 1 and not options.out:
+        raise ConfigError(f"--from {' '.join(options.source)}: several results side by side need --out FOLDER")
+
+    def rename(models: list[dict]) -> list[str]:
+        return short_names([(Path(model["path"]), model["step"]) for model in models])
+
+    results = read_results([folder / f"{NAME}.json" for folder in folders], options.buckets, rename)
+    target = Path(options.out) if options.out else folders[0]
     target.mkdir(parents=True, exist_ok=True)
     for line in dict.fromkeys(f"{result.data['wanted']['data']}: {result.data['said']}" for result in results):
         console.print(line, soft_wrap=True)

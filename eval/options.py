@@ -17,8 +17,17 @@ from torchtitan_deltaproduct.errors import ConfigError
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", optional: bool = False) -> None:
-    """Adds MODEL... (`optional`: it may be left out), --step, --device, --dtype (default: `dtype`) and --out."""
+def add_model_options(
+    parser: argparse.ArgumentParser, dtype: str = "auto", optional: bool = False, results: bool = True
+) -> None:
+    """Adds MODEL..., --step, --device, --dtype and --out.
+
+    Args:
+        parser: to add them to.
+        dtype: the default of --dtype.
+        optional: MODEL... may be left out.
+        results: the eval writes results: there is --out.
+    """
     add = parser.add_argument
     nargs = "*" if optional else "+"
     add("models", nargs=nargs, metavar="MODEL", help="run folder, one of its checkpoint/step-N, or Hugging Face folder")
@@ -26,7 +35,8 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", opti
     add("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, default=dtype,
         help="of weights and activations; auto: bfloat16 on cuda, float32 on cpu (default: %(default)s)")  # fmt: skip
-    add("--out", help="folder for the results (default: eval/ in the model's folder, or in the one common to all)")
+    if results:
+        add("--out", help="folder for the results (default: eval/ in the model's folder, or in the one common to all)")
 
 
 def device_of(options: argparse.Namespace) -> str:

@@ -13,6 +13,7 @@ import csv
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -65,22 +66,10 @@ def parse_buckets(text: str, length: int, marks: tuple[int, ...] = ()) -> list[i
 
 @lru_cache
 def student_t(degrees: int, share: float = 0.95) -> float:
-    """The t with P(|T| < t) = share (Abramowitz & Stegun 26.7.3 and 26.7.4, solved by bisection)."""
+    """The t with P(|T| < t) = share."""
+    from scipy.stats import t  # takes a second to import
 
-    def inside(angle: float) -> float:
-        c2, term, total = math.cos(angle) ** 2, 1.0, 0.0
-        odd = degrees % 2
-        for k in range(1, (degrees - odd) // 2 + 1):
-            total += term
-            term *= c2 * ((2 * k) / (2 * k + 1) if odd else (2 * k - 1) / (2 * k))
-        total *= math.sin(angle) * (math.cos(angle) if odd else 1.0)
-        return 2 / math.pi * (angle + total) if odd else total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < share else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
+    return float(t.ppf((1 + share) / 2, degrees))
 
 
 def mean_interval(values: np.ndarray) -> dict[str, float]:
@@ -286,23 +275,35 @@ def _text(value: float) -> str | int:
     return f"{value:.6f}" if math.isfinite(value) else ""
 
 
-def read_results(path: Path, buckets: str) -> list[Result]:
-    """Results of an earlier run in other buckets, from its raw losses.
+def read_results(paths: list[Path], buckets: str, rename: Callable[[list[dict]], list[str]]) -> list[Result]:
+    """Results of earlier runs in other buckets, from their raw losses.
 
     Args:
-        path: its length_extrapolation.json.
+        paths: their length_extrapolation.json.
         buckets: as `parse_buckets`.
+        rename: short names of models that were named in different files.
 
     Raises:
-        DataError: the file, or raw results it names, are not there. ConfigError: `buckets` is none.
+        DataError: a file, or raw results it names, are not there, or they are of different lengths. ConfigError:
+            `buckets` is none.
     """
-    if not path.exists():
-        raise DataError(f"There is no {path}: expected a folder in which length_extrapolation left its results")
-    try:
-        entries = json.loads(path.read_text())["results"]
-        found = [(entry["model"], entry["data"], read_parts(path.parent / entry["raw"])) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({error!r})\nmake it again: the same command without --from") from None
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"There is no {path}: expected a folder in which length_extrapolation left its results")
+        try:
+            entries = json.loads(path.read_text())["results"]
+            found += [(entry["model"], entry["data"], read_parts(path.parent / entry["raw"])) for entry in entries]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path} cannot be read ({error!r})\nmake it again: the same command without --from"
+            ) from None
+    lengths = {parts.about["length"]: path for (_, _, parts), path in zip(found, paths, strict=False)}
+    if len({parts.about["length"] for _, _, parts in found}) > 1:
+        said = ", ".join(f"{length:,} in {path}" for length, path in lengths.items())
+        raise DataError(f"the results have different lengths: {said}\nname those of one length")
+    names = rename([model for model, _, _ in found])
+    found = [(model | {"name": name}, data, parts) for (model, data, parts), name in zip(found, names, strict=True)]
     lasts = parse_buckets(buckets, found[0][2].about["length"], training_lengths([model for model, _, _ in found]))
     return results_of(found, lasts)
 

@@ -1,1 +1,7 @@
-"""Starting runs: the quick start, and (with the shell scripts beside it) local and cluster launches."""
+"""Starting runs: the quick start, the S3 demonstration; one machine (local.sh), several (multinode.sh), or SLURM.
+
+    node      checks a TOML and becomes torchrun; ssh does so on every host; torchrun is torch's, and lets ranks save
+    slurm     submits a training job: job renders it, site is what the cluster wants to hear, record keeps what ran
+    requeue   whether a job that ended goes back into the queue
+    arrays    evaluations as an array
+"""

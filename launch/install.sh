@@ -3,7 +3,7 @@
 #
 #   source launch/install.sh
 #   install_project              the toolkit
-#   install_project test         and an optional dependency group of pyproject.toml
+#   install_project test,wandb   and optional dependency groups of pyproject.toml
 #
 # Uses the active virtual environment, else makes .venv. A torch that is already there (a CUDA build, say) is kept;
 # otherwise the tested version is installed first, so that no other package pulls in a different one.

@@ -28,7 +28,7 @@ from rich.table import Table
 from torchtitan_deltaproduct.checkpoint import latest_complete
 from torchtitan_deltaproduct.config import JobConfig, load_config
 from torchtitan_deltaproduct.config.compare import compare_configs, refuse_breaking
-from torchtitan_deltaproduct.config.snapshot import read_snapshot, snapshot
+from torchtitan_deltaproduct.config.snapshots import read_snapshot, snapshot
 from torchtitan_deltaproduct.errors import ConfigError, UserError, exit_on_user_error
 
 CONFIGS = "train_configs/state_tracking/laptop_S3_*.toml"

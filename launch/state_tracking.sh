@@ -6,5 +6,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/install.sh
-install_project
+install_project ""
 python -m launch.state_tracking "$@"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Installs the project with its test dependencies and runs the suite (about 12 minutes on two cores).
+# Installs the project with its test dependencies and lm-eval, and runs the suite (about 12 minutes on two cores).
 #
 #   bash launch/test.sh [pytest arguments]        e.g.  bash launch/test.sh tests/unit -k order
 #   bash launch/test.sh -m slow                   the long checks
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/install.sh
-install_project test
+install_project test,lm-eval
 # Two ranks with one thread each: with more, OpenMP's threads fight over the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 python -m pytest "$@"

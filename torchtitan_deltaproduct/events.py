@@ -7,9 +7,9 @@
     append(run, "launch", step=0, ranks=8)
     last_stop(read_events(run))            # None after a hard kill: a launch without a stop
 
-Reasons of a stop: `finished`, `signal`, `walltime`, `failed` (an error of the run's own), `hung`. Other events: `save`,
-`save_failed`, `skipped_step`, `loss_spike`, `bad_checkpoint`. A launcher decides by this file whether to start the run
-again, and `status` tells the run's story from it. Needs nothing but the standard library.
+Reasons of a stop: `finished`, `signal`, `walltime`, `failed` (an error of the run's own), `hung`, `lost_peer` (another
+rank is gone). Other events: `save`, `save_failed`, `skipped_step`, `loss_spike`, `bad_checkpoint`. A launcher decides
+by this file whether to start the run again, and `status` tells its story from it. Needs only the standard library.
 """
 
 import json
@@ -64,13 +64,14 @@ def read_events(run: str | Path) -> list[dict[str, Any]]:
 def last_stop(events: list[dict[str, Any]]) -> dict[str, Any] | None:
     """How the newest launch ended: its first stop that says why, or None if it was killed outright.
 
-    The first, because the ranks that a failing one leaves behind fail too, for want of it.
+    The first, because the ranks that a failing one leaves behind stop too, for want of it; that they do is the answer
+    only where no rank knows better.
     """
     stop = None
     for record in events:
         if record["event"] == "launch":
             stop = None
-        elif record["event"] == "stop" and stop is None:
+        elif record["event"] == "stop" and (stop is None or stop["reason"] == "lost_peer"):
             stop = record
     return stop
 

@@ -110,7 +110,8 @@ def state(events: list[dict], beat: dict, now: float) -> str:
     word = {"signal": f"stopped on {stop['detail']}", "walltime": "stopped at its walltime"}.get(stop["reason"])
     if word:
         return f"[yellow]{word}[/] {when} ago, {'everything saved' if stop['saved'] else 'not saved'}"
-    return f"[red]{stop['reason']}[/] {when} ago: {escape(stop['detail'])}"
+    how = {"lost_peer": "lost a rank"}.get(stop["reason"], stop["reason"])
+    return f"[red]{how}[/] {when} ago: {escape(stop['detail'])}"
 
 
 def progress(steps: list[dict], total: int | None) -> str:

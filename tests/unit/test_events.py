@@ -21,6 +21,7 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path):
 
 
 LAUNCH, FAILED = {"event": "launch"}, {"event": "stop", "reason": "failed", "rank": 1}
+LOST = {"event": "stop", "reason": "lost_peer", "rank": 0}
 
 
 @pytest.mark.parametrize(("events", "reason"), [
@@ -28,6 +29,9 @@ LAUNCH, FAILED = {"event": "launch"}, {"event": "stop", "reason": "failed", "ran
     ([LAUNCH], None),
     ([LAUNCH, FAILED, LAUNCH], None),
     ([LAUNCH, FAILED, {"event": "stop", "reason": "signal"}], "failed"),
+    ([LAUNCH, LOST, FAILED], "failed"),
+    ([LAUNCH, FAILED, LOST], "failed"),
+    ([LAUNCH, LOST, LOST], "lost_peer"),
     ([LAUNCH, FAILED, LAUNCH, {"event": "save"}, {"event": "stop", "reason": "finished"}], "finished"),
 ])  # fmt: skip
 def test_last_stop(events, reason):

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..config.architecture import DeltaProductArgs
-from ..config.snapshot import read_snapshot
+from ..config.snapshots import read_snapshot
 from ..errors import CheckpointError
 from ..models import DeltaProductLM
 from .folders import CheckpointInfo, inspect, scan
@@ -207,7 +207,7 @@ def read_weights(folder: Path, args: DeltaProductArgs) -> dict[str, torch.Tensor
 
 
 def snapshot_of(checkpoint: Path) -> dict:
-    """The snapshot (`config.snapshot`) beside a `step-N` folder's weights, or that of its run.
+    """The snapshot (`config.snapshots`) beside a `step-N` folder's weights, or that of its run.
 
     Raises:
         CheckpointError: there is none.

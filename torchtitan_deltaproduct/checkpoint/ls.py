@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..config.snapshot import read_snapshot
+from ..config.snapshots import read_snapshot
 from ..errors import CheckpointError, exit_on_user_error
 from .folders import CheckpointInfo, deletable, retention, scan
 

@@ -20,9 +20,9 @@ _HOMES = {
     "lr_factor": "schedule",
     "compare_configs": "compare",
     "refuse_breaking": "compare",
-    "read_snapshot": "snapshot",
-    "snapshot": "snapshot",
-    "write_snapshot": "snapshot",
+    "read_snapshot": "snapshots",
+    "snapshot": "snapshots",
+    "write_snapshot": "snapshots",
 }
 __all__ = sorted(_HOMES)
 

@@ -1,6 +1,6 @@
 """Is this the run that the checkpoints in its folder belong to?
 
-    comparison = compare_configs(read_snapshot(folder / "config.json"), snapshot(config))      # config.snapshot
+    comparison = compare_configs(read_snapshot(folder / "config.json"), snapshot(config))      # config.snapshots
     refuse_breaking(comparison, folder, config.provenance)        # ConfigError
     for change in comparison.notable + comparison.harmless:
         logger.info("%s", change)                                 # optimizer.lr: 0.0003 -> 0.0001 (...)

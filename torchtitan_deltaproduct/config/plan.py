@@ -17,12 +17,12 @@ from rich.table import Table
 from ..errors import ConfigError, exit_on_user_error
 from ..models import counts
 from .check import Environment
-from .compare import effective_global_batch_size
 from .fields import get_value, schema
 from .job import JobConfig
 from .load import load_config
 from .memory import activation_width, checkpoint_bytes, final_checkpoint_bytes, rank_memory, shard_degree
 from .schedule import lr_factor
+from .snapshots import effective_global_batch_size
 from .values import nearest, shorten, show
 
 # Dense bfloat16 peaks of the vendors' data sheets, FLOP/s.

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from rich.console import Console
 from rich.text import Text
 
-from torchtitan_deltaproduct.config.snapshot import read_snapshot
+from torchtitan_deltaproduct.config.snapshots import read_snapshot
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, exit_on_user_error
 
 from . import build_loader

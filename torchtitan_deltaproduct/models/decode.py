@@ -9,7 +9,8 @@ grow with the sequence. A prompt goes through `prefill`, each further token thro
         logits, cache = step(model, logits.flatten(0, -2).argmax(-1), cache)      # [1] -> [1, vocab]
 
 `prefill` with a cache in use continues the sequence, so a long text goes through in segments. Every call may
-overwrite the cache it is given: use the one it returns. The model must be whole on its device (not sharded).
+overwrite the cache it is given: use the one it returns. `select` and `join` change which sequences are in the
+batch. The model must be whole on its device (not sharded).
 """
 
 import torch
@@ -93,3 +94,31 @@ def step(model: DeltaProductLM, token: Tensor, cache: list[MixerCache]) -> tuple
     """Reads one token of each sequence: token [B] int64 -> logits [B, vocab] and the next cache."""
     logits, cache = prefill(model, token.unsqueeze(1), cache)
     return logits.squeeze(1), cache
+
+
+def select(cache: list[MixerCache], rows: slice | Tensor) -> list[MixerCache]:
+    """The cache of some of the sequences.
+
+    Args:
+        cache: of B sequences.
+        rows: a slice of the batch, which shares memory with `cache`; or [N] int64 indices, repeats allowed, which
+            copies.
+    """
+    return [
+        MixerCache(entry.state[rows], None if entry.conv is None else tuple(part[rows] for part in entry.conv))
+        for entry in cache
+    ]
+
+
+def join(caches: list[list[MixerCache]]) -> list[MixerCache]:
+    """One cache of the sequences of several, in their order; copies."""
+    if len(caches) == 1:
+        return caches[0]
+
+    def entry(parts: tuple[MixerCache, ...]) -> MixerCache:
+        state = torch.cat([part.state for part in parts])
+        if parts[0].conv is None:
+            return MixerCache(state, None)
+        return MixerCache(state, tuple(torch.cat(x) for x in zip(*(part.conv for part in parts), strict=True)))
+
+    return [entry(parts) for parts in zip(*caches, strict=True)]

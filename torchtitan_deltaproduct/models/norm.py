@@ -23,7 +23,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         by_hand = x.device.type == "cpu" and x.dtype == self.weight.dtype in (torch.float32, torch.float64)
         if by_hand and not torch.compiler.is_compiling():
-            return _CpuRMSNorm.apply(x, self.weight, self.eps)
+            if torch.is_grad_enabled():
+                return _CpuRMSNorm.apply(x, self.weight, self.eps)
+            return _scaled(x, self.weight, self.eps)[0]
         return F.rms_norm(x, (self.weight.shape[0],), self.weight, self.eps)
 
     def extra_repr(self) -> str:
@@ -33,9 +35,9 @@ class RMSNorm(nn.Module):
 class _CpuRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        y, scale = _scaled(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -47,3 +49,9 @@ class _CpuRMSNorm(torch.autograd.Function):
         dweight = torch.mv(product.t(), product.new_ones(product.shape[0]))
         along = torch.mv(product, weight).view_as(scale).div_(-size)
         return (dy * weight).addcmul_(unit, along).mul_(scale), dweight, None
+
+
+def _scaled(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x and 1 / sqrt(mean(x^2) + eps) [..., 1]."""
+    scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+    return (x * scale).mul_(weight), scale

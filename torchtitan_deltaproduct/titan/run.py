@@ -10,6 +10,7 @@ already in the run folder.
 import contextlib
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from ..checkpoint import CheckpointInfo, scan
 from ..checkpoint.marker import checksum
 from ..config import JobConfig
 from ..config.compare import compare_configs, refuse_breaking
-from ..config.snapshot import read_snapshot, snapshot, write_snapshot
+from ..config.snapshots import read_snapshot, snapshot, write_snapshot
 from ..data import GENERATED
 from ..data.manifest import read_manifest
 from ..data.tokenizer import copy_tokenizer
@@ -59,7 +60,7 @@ def run(config: JobConfig, stopping: Stopping | None = None) -> None:
             step = None if trainer is None else trainer.step
             said = (str(error).splitlines() or [""])[0]
             detail = said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
-            record_stop(config, step, "failed", False, detail)
+            record_stop(config, step, "lost_peer" if is_lost_peer(error) else "failed", False, detail)
             raise
         finally:
             if trainer is not None:
@@ -85,13 +86,19 @@ def build(config: JobConfig, stopping: Stopping) -> "Trainer":
     return trainer
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a rank stops because another one is gone, by what gloo and NCCL say then."""
+    signs = r"closed by peer|Connection (closed|reset|refused)|connectFullMesh|remote process|Broken pipe"
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(re.search(signs, str(error))))
+
+
 def record_stop(config: JobConfig, step: int | None, ended: str, saved: bool, detail: str = "") -> None:
     """The event that launchers and `status` go by.
 
     Args:
         config: of the run.
         step: optimizer steps taken; None if it did not come so far.
-        ended: `finished`, `failed`, `walltime`, or the name of a signal.
+        ended: `finished`, `failed`, `lost_peer`, `walltime`, or the name of a signal.
         saved: whether all that was learned is in a complete checkpoint.
         detail: the error's first line.
     """

@@ -4,7 +4,7 @@ import pytest
 
 from tests.unit.checkpoint.test_folders import flip, save
 from torchtitan_deltaproduct.checkpoint import ls, verify
-from torchtitan_deltaproduct.config.snapshot import write_snapshot
+from torchtitan_deltaproduct.config.snapshots import write_snapshot
 from torchtitan_deltaproduct.errors import CheckpointError
 
 

@@ -277,6 +277,25 @@ def test_other_buckets(whole, tmp_path, capsys, monkeypatch):
             length_extrapolation.main(arguments)
 
 
+def test_side_by_side(run, data, tmp_path):
+    """Two models evaluated apart are as they are evaluated together, differences included."""
+    words = (data / "train", "--documents", "packed", "--sequences", "3")
+    for step in ("4", "8"):
+        evaluate(tmp_path / step, run, *words, "--step", step)
+    both = ["--from", str(tmp_path / "8"), str(tmp_path / "4"), "--out", str(tmp_path / "both")]
+    length_extrapolation.main(both)
+    evaluate(tmp_path / "together", run / "checkpoint/step-8", run / "checkpoint/step-4", *words)
+    found, expected = entries(tmp_path / "both"), entries(tmp_path / "together")
+    assert [entry["buckets"] for entry in found] == [entry["buckets"] for entry in expected]
+    assert found[1]["buckets"][0]["minus_first"] is not None
+    assert [entry["model"]["name"] for entry in found] == ["run step 8", "run step 4"]
+    with pytest.raises(ConfigError, match="need --out"):
+        length_extrapolation.main(both[:3])
+    evaluate(tmp_path / "short", run, *words, "--length", "100")
+    with pytest.raises(DataError, match="different lengths: 300 in .*, 100 in"):
+        length_extrapolation.main(["--from", str(tmp_path / "8"), str(tmp_path / "short"), "--out", str(tmp_path)])
+
+
 def test_damaged_and_foreign_parts(run, data, whole, tmp_path):
     copy = shutil.copytree(whole, tmp_path / "copy")
     part = next((copy / "length_extrapolation").glob("*/00002*.npy"))
@@ -365,4 +384,5 @@ def test_names(run):
     assert short_paths(["a/b/c"]) == ["b/c"] and short_paths(["x.txt"]) == ["x.txt"]
     assert short_paths(["p/a/v", "q/a/v"]) == ["p/a/v", "q/a/v"] and short_paths(["a", "b/c"]) == ["a", "b/c"]
     assert short_paths(["r/p/a/v", "r/q/a/v"]) == ["p/a/v", "q/a/v"]
-    assert short_names([load_model(run), load_model(run, 4)]) == ["run step 8", "run step 4"]
+    assert short_names([(run, 8), (run, None)]) == ["run step 8", "run"]
+    assert short_names([(run, 8), (run.parent / "b/run", 4)]) == ["run step 8", "b/run step 4"]

@@ -1,0 +1,105 @@
+"""What every sbatch file of ours has in common, and handing one to SLURM.
+
+    lines = resources(site, name="x", nodes=2, ...)        # ["#SBATCH --job-name=x", ...]
+    job = submit(folder / "job.sbatch")                # "12345"
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from torchtitan_deltaproduct.errors import UserError
+
+from .site import Site
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def resources(
+    site: Site, *, name: str, nodes: int, ranks: int, gpus: int, time: str, output: str, workdir: Path
+) -> list[str]:
+    """The #SBATCH lines that say how much of what, where and for how long.
+
+    Args:
+        site: what the cluster wants to hear.
+        name: the job's name.
+        nodes: how many.
+        ranks: processes that compute on each of them.
+        gpus: GPUs on each of them.
+        time: the limit; empty: the site's.
+        output: file of everything the job prints, sbatch's % patterns included.
+        workdir: where the job starts.
+    """
+    asked = {
+        "job-name": name,
+        "nodes": nodes,
+        "ntasks-per-node": 1,
+        "gres": site.gres.replace("{gpus}", str(gpus)) if gpus else "",
+        "cpus-per-task": ranks * site.cpus_per_rank,
+        "mem": site.mem,
+        "time": time or site.time,
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "output": output,
+        "chdir": literal(workdir),
+    }
+    found = [directive(f"--{option}={value}") for option, value in asked.items() if value]
+    return found + [directive(option) for option in site.extra]
+
+
+def directive(option: str) -> str:
+    """A #SBATCH line; sbatch splits it at blanks unless there are quotes."""
+    name, equals, value = option.partition("=")
+    return f'#SBATCH {name}="{value}"' if equals and any(c in value for c in " #'") else f"#SBATCH {option}"
+
+
+def preamble(site: Site) -> str:
+    """The shell's setup: the site's own lines, then our variables."""
+    threads = max(1, min(8, site.cpus_per_rank))
+    variables = {"OMP_NUM_THREADS": str(threads), **site.env}
+    # Before `set -u`, which the scripts behind `module` and `conda` do not bear.
+    setup = ["set -e", "# From the site TOML:", *site.setup] if site.setup else []
+    return "\n".join([
+        *setup,
+        "set -euo pipefail",
+        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+    ])  # fmt: skip
+
+
+def python(site: Site) -> str:
+    """The interpreter: the one that is running, or whichever the site's own lines put on the PATH."""
+    return "python" if site.setup or site.container else shlex.quote(sys.executable)
+
+
+def literal(path: str | Path) -> str:
+    """A path in an option of sbatch that knows % patterns."""
+    return str(path).replace("%", "%%")
+
+
+def require_sbatch() -> None:
+    """Raises UserError where there is no SLURM, before anything is written."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "there is no sbatch on this machine, so nothing was submitted\n"
+            "--dry-run prints the job; bash launch/local.sh trains here"
+        )
+
+
+def submit(script: Path) -> str:
+    """Hands a file to sbatch.
+
+    Returns:
+        The job id.
+
+    Raises:
+        UserError: sbatch refused it.
+    """
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"sbatch refused {script}:\n{done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip().partition(";")[0]

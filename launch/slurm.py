@@ -1,0 +1,153 @@
+"""Trains on a SLURM cluster: writes one readable sbatch file, records what it will run, submits it.
+
+    python -m launch.slurm train_configs/X.toml --nodes 2 --gpus-per-node 8 --dry-run          print it only
+    python -m launch.slurm train_configs/X.toml --nodes 2 --gpus-per-node 8 [--section.key value ...]
+
+What the cluster wants to hear (partition, account, modules) stands in a site TOML, see launch/site_example.toml. The
+job saves and requeues itself when it is preempted or out of time, see launch/requeue.py:
+
+    scancel --signal=USR1 JOB      save and requeue
+    scancel --signal=INT JOB       save and end
+    scancel JOB                    end; the ranks have the cluster's KillWait (often 30 s) to save
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from torchtitan_deltaproduct.config import Environment, load_config
+from torchtitan_deltaproduct.errors import ConfigError, DataError, UserError, exit_on_user_error
+
+from .job import Job, render
+from .record import new_folder, next_folder, record
+from .sbatch import require_sbatch, submit
+from .site import Site, load_site, seconds_of
+
+
+def main(arguments: list[str] | None = None) -> None:
+    words = sys.argv[1:] if arguments is None else arguments
+    options, overrides = parse(words)
+    site, site_file = load_site(options.site)
+    gpus, ranks = per_node(options, site)
+    check_time(options.time or site.time, site)
+    config = load_config(
+        ["--job.config_file", options.config, *overrides],
+        Environment(options.nodes * ranks, cuda=True if gpus else None, files=True),
+    )
+    warn_of_data(config)
+    run, toml = Path(config.job.dump_folder).absolute(), Path(options.config)
+    folder = next_folder(run)
+    if not options.dry_run:
+        require_sbatch()
+        if not options.dependency:
+            refuse_second_job(run)
+        folder = new_folder(run)
+        record(folder, toml, overrides, ["python", "-m", "launch.slurm", *words])
+    job = Job(
+        folder / toml.name, overrides, run, folder, Path.cwd(), options.nodes, ranks, gpus,
+        options.job_name or toml.stem, options.time, options.dependency, options.max_requeues, options.max_restarts,
+    )  # fmt: skip
+    text = render(job, site)
+    found = site_file or "none, so the cluster's defaults; see launch/site_example.toml"
+    print(f"site TOML: {found}", file=sys.stderr)
+    if options.dry_run:
+        print(text, end="")
+        return
+    script = folder / "job.sbatch"
+    script.write_text(text)
+    number = submit(script)
+    (folder / "job_id").write_text(number + "\n")
+    # tail -f wants a file; the job appends to it.
+    output = folder / f"{number}.out"
+    output.touch()
+    print(f"submitted job {number} on {job.size}: {script}\ntail -f {shlex.quote(str(output))}")
+
+
+def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.slurm", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("config", metavar="TOML", help="what to train")
+    add("--nodes", type=at_least(1), default=1, help="(default: 1)")
+    add("--gpus-per-node", type=at_least(1), default=0, help="GPUs, and so ranks, of a node (default: the site's)")
+    add("--ranks-per-node", type=at_least(1), default=0, help="ranks of a node without asking SLURM for GPUs")
+    add("--time", default="", help="time limit, such as 24:00:00 (default: the site's)")
+    add("--site", help="site TOML (default: the first that launch/site.py finds)")
+    add("--max-requeues", type=at_least(0), default=10, help="requeues in all (default: %(default)s)")
+    add("--max-restarts", type=at_least(0), default=3, help="restarts of dead ranks by torchrun (default: %(default)s)")
+    add("--job-name", default="", help="(default: the TOML's name)")
+    add("--dependency", default="", help="as sbatch takes it, such as afterany:123")
+    add("--dry-run", action="store_true", help="print the sbatch file and write nothing")
+    return parser.parse_known_args(words)
+
+
+def at_least(least: int):
+    """An argparse type: a whole number from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least {least}")
+        return int(text)
+
+    return number
+
+
+def per_node(options: argparse.Namespace, site: Site) -> tuple[int, int]:
+    """GPUs and ranks of a node."""
+    if options.gpus_per_node and options.ranks_per_node:
+        raise ConfigError("say --gpus-per-node, one rank a GPU, or --ranks-per-node, for nodes without GPUs; not both")
+    gpus = 0 if options.ranks_per_node else options.gpus_per_node or site.gpus_per_node
+    if not gpus and not options.ranks_per_node:
+        raise ConfigError("how many ranks? Say --gpus-per-node or --ranks-per-node, or gpus_per_node in the site TOML")
+    return gpus, options.ranks_per_node or gpus
+
+
+def check_time(limit: str, site: Site) -> None:
+    """Refuses a time limit that would be over as soon as the job has started."""
+    if not limit:
+        return
+    try:
+        seconds = seconds_of(limit)
+    except ValueError as reason:
+        raise ConfigError(f"--time {limit}: {reason}") from None
+    if seconds < 2 * site.signal_seconds:
+        raise ConfigError(
+            f"time limit {limit}: the ranks are told to save {site.signal_seconds} s before it (signal_seconds of the "
+            "site TOML), which must be at most half of it"
+        )
+
+
+def warn_of_data(config) -> None:
+    """Data may live where only the nodes can see it: what is wrong with it here is a warning."""
+    from torchtitan_deltaproduct.titan.run import check_data
+
+    try:
+        check_data(config)
+    except DataError as error:
+        print(f"warning: {str(error).splitlines()[0]} (seen from this machine)", file=sys.stderr)
+
+
+def refuse_second_job(run: Path) -> None:
+    """Two jobs in one run folder would overwrite each other's checkpoints.
+
+    Raises:
+        UserError: a job of an earlier launch is queued or running.
+    """
+    jobs = [path.read_text().strip() for path in sorted(run.glob("launch/*/job_id"))]
+    if not jobs:
+        return
+    listed = ["squeue", "--noheader", "--jobs", ",".join(jobs), "--format=%i %T"]
+    alive = subprocess.run(listed, capture_output=True, text=True).stdout.split("\n")[0].split()
+    if alive:
+        raise UserError(
+            f"job {alive[0]} is {alive[1]} in {run} already\n"
+            f"scancel {alive[0]}, or start after it with --dependency afterany:{alive[0]}"
+        )
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,106 @@
+"""torchrun as a long run needs it, with torchrun's own arguments; the launchers here start this.
+
+    python -m launch.torchrun --standalone --nproc_per_node 8 -m torchtitan_deltaproduct.train --job.config_file X.toml
+
+SIGTERM, SIGINT and SIGUSR1 are handed on to the ranks. Beyond torchrun (of torch 2.11 to 2.13):
+
+- After a signal the ranks have SHUTDOWN_TIMEOUT seconds (default 300) to save. Before torch 2.12 it was always 30.
+- Further signals in that time are told and passed over. torchrun leaves at the third, and its ranks without a parent.
+- Ranks that refuse their settings (exit code 2) are not started again.
+- The exit code is 128 + signal after a signal, 2 after a refusal, 1 after a failure; one line says which, no traceback.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REFUSED = 2
+"""Exit code of a rank whose settings or data are wrong, see `errors.exit_on_user_error`."""
+
+
+class Shutdown:
+    """The first signal, and the time the ranks have from then on."""
+
+    def __init__(self, seconds: int):
+        self.seconds = seconds
+        self.signal: signal.Signals | None = None
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Ends torchrun's loop at the first signal; it then hands the signal on and waits."""
+        name = signal.Signals(number).name
+        if self.signal is not None:
+            say(f"{name}: the ranks are stopping already, they have up to {self.seconds} s to save")
+            return
+        self.signal = signal.Signals(number)
+        if "torch" not in sys.modules:
+            sys.exit(128 + number)
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
+        raise SignalException(f"got {name}", sigval=self.signal)
+
+
+def main() -> int:
+    shutdown = Shutdown(seconds_to_save())
+    for number in SIGNALS:
+        signal.signal(number, shutdown.on_signal)
+
+    # After the handlers: importing torch takes seconds, in which a signal may come.
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    repair(shutdown)
+    try:
+        run.main(["--signals-to-handle", ",".join(number.name for number in SIGNALS), *sys.argv[1:]])
+    except SignalException:
+        say(f"stopped by {shutdown.signal.name}")
+        return 128 + shutdown.signal
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == REFUSED:
+            return REFUSED
+        how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        say(f"rank {rank} was the first to fail ({how}); what it said is above")
+        return 1
+    return 0
+
+
+def repair(shutdown: Shutdown) -> None:
+    """Puts the behaviour told in the module docstring into torch's elastic agent."""
+    from torch.distributed.elastic.agent.server.api import WorkerState
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import api
+
+    close, monitor = api.PContext.close, LocalElasticAgent._monitor_workers
+
+    def close_in_time(context, death_sig=None, timeout=30):
+        return close(context, death_sig, shutdown.seconds if shutdown.signal else timeout)
+
+    def monitor_refusals(agent, group):
+        result = monitor(agent, group)
+        if result.state == WorkerState.FAILED and any(f.exitcode == REFUSED for f in result.failures.values()):
+            agent._remaining_restarts = 0
+        return result
+
+    api._terminate_process_handler = shutdown.on_signal
+    api.PContext.close = close_in_time
+    LocalElasticAgent._monitor_workers = monitor_refusals
+
+
+def seconds_to_save() -> int:
+    text = os.environ.get("SHUTDOWN_TIMEOUT") or "300"
+    if not text.isdigit():
+        raise ConfigError(f"SHUTDOWN_TIMEOUT={text}: expected seconds, a whole number")
+    return int(text)
+
+
+def say(text: str) -> None:
+    print(f"torchrun: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

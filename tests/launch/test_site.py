@@ -1,0 +1,81 @@
+"""The site TOML: strict, found where it should be, and the example is right."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from launch.site import Site, load_site, read_site, seconds_of
+from tests.toy import REPO
+from torchtitan_deltaproduct.errors import ConfigError
+
+EXAMPLE = REPO / "launch/site_example.toml"
+
+
+def test_the_example_shows_every_key():
+    site = read_site(EXAMPLE)
+    assert (site.partition, site.gpus_per_node, site.env["HF_HUB_OFFLINE"]) == ("gpu", 8, "1")
+    text = EXAMPLE.read_text()
+    assert all(f"\n{key.name} = " in text or f"\n# {key.name} = " in text or key.name == "env" for key in fields(Site))
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ('partitions = "gpu"', "site.toml:1: partitions = \"gpu\": no such key; nearest: 'partition'"),
+    ('\nqueue = "x"', "site.toml:2: queue = \"x\": no such key; there are: partition, account"),
+    ("gpus_per_node = 8.0", "gpus_per_node = 8.0: expected a whole number; write 8"),
+    ("gpus_per_node = -1", "must not be negative"),
+    ('setup = "module load x"', 'expected a list; write ["module load x"]'),
+    ("env = {A = 1}", 'A: expected a string; write A = "1"'),
+    ('env = {"A-B" = "1"}', "A-B: not the name of an environment variable"),
+    ('env = "A=1"', "expected a table"),
+    ('gres = "gpu:8"', "must contain {gpus}"),
+    ('time = "a day"', "expected a time as sbatch takes it"),
+    ('container = "apptainer \'"', "No closing quotation"),
+    ('mem = "1\\n#SBATCH --x"', "must be one line"),
+    ("signal_seconds = 0", "must be 1 to 65535"),
+    ('extra = ["reservation=x"]', 'expected an option of sbatch, such as "--reservation=name"'),
+    ("time = ", "not a readable TOML file"),
+])  # fmt: skip
+def test_what_is_wrong_is_named(tmp_path, text, told):
+    (tmp_path / "site.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_site(tmp_path / "site.toml")
+    assert told in str(caught.value)
+
+
+def test_all_problems_at_once(tmp_path):
+    (tmp_path / "site.toml").write_text('partitio = "x"\nqos = 3\n')
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*site.toml:1: .*site.toml:2: qos = 3"):
+        read_site(tmp_path / "site.toml")
+
+
+def test_where_it_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("DELTAPRODUCT_SITE", raising=False)
+    assert load_site(None) == (Site(), None)
+    places = {
+        "home": tmp_path / "home/.config/torchtitan-deltaproduct/site.toml",
+        "here": Path("site.toml"),
+        "variable": tmp_path / "variable.toml",
+        "given": tmp_path / "given.toml",
+    }
+    for name, path in places.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'partition = "{name}"')
+        if name == "variable":
+            monkeypatch.setenv("DELTAPRODUCT_SITE", str(path))
+        site, found = load_site(str(path) if name == "given" else None)
+        assert (site.partition, found) == (name, path)
+    with pytest.raises(ConfigError, match="--site nowhere.toml: no such file"):
+        load_site("nowhere.toml")
+    monkeypatch.setenv("DELTAPRODUCT_SITE", "nowhere.toml")
+    with pytest.raises(ConfigError, match="DELTAPRODUCT_SITE=nowhere.toml: no such file"):
+        load_site(None)
+
+
+@pytest.mark.parametrize(("time", "seconds"), [
+    ("30", 1800), ("30:15", 1815), ("24:00:00", 86400), ("1-0", 86400), ("2-03:04", 183840), ("1-02:03:04", 93784),
+])  # fmt: skip
+def test_seconds_of(time, seconds):
+    assert seconds_of(time) == seconds

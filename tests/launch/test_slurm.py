@@ -1,0 +1,126 @@
+"""python -m launch.slurm up to the submission, with a stand-in for sbatch; the real one is in test_cluster."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import slurm
+from launch.record import new_folder
+from tests.toy import REPO
+from torchtitan_deltaproduct.errors import ConfigError, UserError, exit_on_user_error
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """An empty folder to submit from, and a run folder in it; no site TOML of this machine is found."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("DELTAPRODUCT_SITE", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def stand_ins(bench, monkeypatch):
+    """sbatch that takes everything as job 77, and squeue that says what is in the file `queue`."""
+    programs = bench / "bin"
+    programs.mkdir()
+    (bench / "queue").touch()
+    for name, script in {"sbatch": 'echo "$@" >>sbatch.log; echo "77;cluster"', "squeue": "cat queue"}.items():
+        (programs / name).write_text(f"#!/bin/sh\ncd {bench}\n{script}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    return bench
+
+
+def words(toy, *more: str) -> list[str]:
+    return [str(toy), "--nodes", "2", "--ranks-per-node", "1", "--job.dump_folder", "run", *more]
+
+
+def test_dry_run_prints_and_writes_nothing(toy, bench, capsys):
+    slurm.main(words(toy, "--dry-run", "--training.max_norm", "0.5", "--time", "2:00:00"))
+    said = capsys.readouterr()
+    assert said.out.startswith("#!/bin/bash\n# toy on 2 nodes x 1 rank")
+    assert f"--job.config_file {bench}/run/launch/001/toy.toml" in said.out
+    assert "    --training.max_norm 0.5 || code=$?\n" in said.out and "--time=2:00:00" in said.out
+    assert "site TOML: none" in said.err and list(bench.iterdir()) == []
+    subprocess.run(["bash", "-n"], input=said.out, text=True, check=True)
+
+
+@pytest.mark.parametrize(("more", "told"), [
+    (["--training.stepz", "3"], "--training.stepz 3: no such option; nearest: --training.steps"),
+    (["--ranks-per-node", "3"], "global_batch_size = 4: must be a multiple of local_batch_size x 6 ranks = 12"),
+    (["--gpus-per-node", "2"], "--gpus-per-node, one rank a GPU, or --ranks-per-node"),
+    (["--time", "1"], "time limit 1: the ranks are told to save 300 s before it"),
+    (["--time", "soon"], "--time soon: expected a time as sbatch takes it"),
+    (["--site", "nowhere.toml"], "--site nowhere.toml: no such file"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_before_anything_is_written(toy, bench, more, told):
+    with pytest.raises(ConfigError) as caught:
+        slurm.main(words(toy, *more))
+    assert told in str(caught.value) and list(bench.iterdir()) == []
+
+
+def test_ranks_must_be_given(toy, bench, capsys):
+    with pytest.raises(ConfigError, match="how many ranks"):
+        slurm.main([str(toy), "--dry-run"])
+    (bench / "site.toml").write_text("gpus_per_node = 2")
+    slurm.main([str(toy), "--dry-run"])
+    assert "--gres=gpu:2" in capsys.readouterr().out
+
+
+def test_without_slurm(toy, bench, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit) as caught:
+        exit_on_user_error(lambda: slurm.main(words(toy)))
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and "no sbatch on this machine" in said and "--dry-run" in said
+    assert "bash launch/local.sh" in said and not (bench / "run").exists()
+
+
+def test_what_a_launch_leaves(toy, stand_ins, capsys):
+    """All files of RUN/launch/001, and a job that reads the copy of the TOML."""
+    slurm.main(words(toy, "--training.max_norm", "0.5"))
+    folder = stand_ins / "run/launch/001"
+    assert (stand_ins / "sbatch.log").read_text() == f"--parsable {folder}/job.sbatch\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"submitted job 77 on 2 nodes x 1 rank: {folder}/job.sbatch", f"tail -f {folder}/77.out"]
+    assert (folder / "77.out").read_text() == "" and (folder / "toy.toml").read_text() == toy.read_text()
+    overrides = ["--job.dump_folder", "run", "--training.max_norm", "0.5"]
+    assert json.loads((folder / "overrides.json").read_text()) == overrides
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["command"].startswith("python -m launch.slurm ") and environment["versions"]["torch"]
+    assert any(line.startswith("torch==") for line in (folder / "packages.txt").read_text().splitlines())
+    if (REPO / ".git").exists():
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True).stdout
+        assert (folder / "git.txt").read_text().startswith(revision.strip())
+
+
+def test_one_job_a_run(toy, stand_ins):
+    slurm.main(words(toy))
+    (stand_ins / "queue").write_text("77 RUNNING\n")
+    with pytest.raises(UserError, match=r"(?s)job 77 is RUNNING in .*/run already.*--dependency afterany:77"):
+        slurm.main(words(toy))
+    assert not (stand_ins / "run/launch/002").exists()
+    slurm.main(words(toy, "--dependency", "afterany:77"))
+    assert "#SBATCH --dependency=afterany:77" in (stand_ins / "run/launch/002/job.sbatch").read_text()
+
+
+def test_a_refusal_is_passed_on(toy, stand_ins):
+    (stand_ins / "bin/sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    with pytest.raises(UserError, match=r"(?s)sbatch refused .*job.sbatch:.*invalid partition"):
+        slurm.main(words(toy))
+
+
+def test_missing_data_is_a_warning(toy, bench, capsys):
+    """The nodes may see what this machine does not."""
+    slurm.main(words(toy, "--dry-run", "--data.paths", "elsewhere"))
+    assert "warning: There is no folder elsewhere" in capsys.readouterr().err
+
+
+def test_folders_count_up(tmp_path):
+    assert [new_folder(tmp_path).name for _ in range(3)] == ["001", "002", "003"]
+    (tmp_path / "launch/010").mkdir()
+    (tmp_path / "launch/requeues.log").touch()
+    assert new_folder(tmp_path) == Path(tmp_path, "launch/011")

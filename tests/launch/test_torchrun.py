@@ -1,0 +1,87 @@
+"""launch.torchrun with small programs as ranks: what it does beyond torchrun."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.toy import REPO, kill, log_of, wait_for
+
+RANK = """
+import os, signal, sys, time
+rank, seen = os.environ["RANK"], []
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda got, frame: seen.append(signal.Signals(got).name))
+print("rank", rank, "starts", flush=True)
+if sys.argv[1] == "leave" and rank == "1":
+    sys.exit(int(sys.argv[2]))
+while not seen:
+    time.sleep(0.01)
+time.sleep(float(sys.argv[2]) if sys.argv[1] == "save" else 0)
+print("rank", rank, "saved on", *seen, flush=True)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts launch.torchrun with two ranks that run RANK with the given words; ends it after the test."""
+    (tmp_path / "rank.py").write_text(RANK)
+    processes = []
+
+    def start(*words: str, **environment: str) -> subprocess.Popen:
+        torchrun = ["-m", "launch.torchrun", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
+        with open(tmp_path / "run.log", "w") as log:
+            processes.append(subprocess.Popen(
+                [sys.executable, *torchrun, str(tmp_path / "rank.py"), *words], cwd=REPO, stdout=log, stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, start_new_session=True,
+            ))  # fmt: skip
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        kill(process)
+
+
+def test_ranks_save_whatever_comes(start, tmp_path):
+    """Three signals: torchrun itself leaves at the third, and its ranks without a parent."""
+    run = tmp_path / "run"
+    process = start("save", "2")
+    for rank in (0, 1):
+        wait_for(run, f"rank {rank} starts")
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.3)
+    assert process.wait(timeout=60) == 128 + signal.SIGUSR1
+    said = log_of(run)
+    assert "rank 0 saved on SIGUSR1\n" in said and "rank 1 saved on SIGUSR1\n" in said
+    assert said.count("torchrun: SIGTERM: the ranks are stopping already, they have up to 300 s to save") == 2
+    assert "torchrun: stopped by SIGUSR1" in said and "Traceback" not in said
+
+
+def test_time_to_save_has_an_end(start, tmp_path):
+    run = tmp_path / "run"
+    process = start("save", "60", SHUTDOWN_TIMEOUT="1")
+    for rank in (0, 1):
+        wait_for(run, f"rank {rank} starts")
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < 20 and "saved" not in log_of(run)
+
+
+@pytest.mark.parametrize(("code", "starts", "told"), [
+    (2, 1, ""), (7, 2, "torchrun: rank 1 was the first to fail (exit code 7)"),
+])  # fmt: skip
+def test_refusals_are_not_repeated_and_failures_are(start, tmp_path, code, starts, told):
+    process = start("leave", str(code))
+    assert process.wait(timeout=120) == (2 if code == 2 else 1)
+    said = log_of(tmp_path / "run")
+    assert said.count("rank 1 starts") == starts and told in said and "Traceback" not in said
+
+
+def test_a_wrong_timeout(start, tmp_path):
+    assert start("save", "0", SHUTDOWN_TIMEOUT="soon").wait(timeout=60) == 2
+    assert log_of(tmp_path / "run") == "error: SHUTDOWN_TIMEOUT=soon: expected seconds, a whole number\n"
