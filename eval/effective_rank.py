@@ -133,7 +133,7 @@ class Words:
 
 def plan(loaded: list[LoadedModel], options: argparse.Namespace, folder: Path, ranks: Ranks, console) -> list[Job]:
     """Chooses the sequences of each dataset, checks that they fit each model, and says what they are."""
-    jobs, names = [], short_names(loaded)
+    jobs, names = [], short_names([(model.run, model.step) for model in loaded])
     weights = ranks.first(lambda: [fingerprint(model.model) for model in loaded])
     paths = list(dict.fromkeys(data.rstrip("/") for data in options.data)) or [""]
     for data, data_name in zip(paths, short_paths(paths), strict=True):

@@ -1,5 +1,6 @@
 """The command: ranks against an independent loop, killed and resumed, on two ranks; words; what is written; errors."""
 
+import dataclasses
 import json
 import os
 import re
@@ -174,6 +175,18 @@ def test_states_emptied_at_documents(run, data, whole, tmp_path, capsys, no_pict
     assert np.abs(found["rank"] / exact - 1).max() < 1e-4
     assert np.abs(found["rank"] - numbers(whole)["rank"]).max() > 0.5
     assert found["document_starts"].tolist() == numbers(whole)["document_starts"].tolist()
+
+
+def test_states_are_emptied_as_in_training(run, data):
+    loaded = load_model(run)
+    trained_so = dataclasses.replace(loaded, config={"data": {"reset_state_at_documents": True}})
+    for model, option, expected in [
+        (loaded, [], False), (trained_so, [], True), (trained_so, ["--no-reset"], False), (loaded, ["--reset"], True),
+    ]:  # fmt: skip
+        options = effective_rank.parse([str(run), "--data", str(data), *option])
+        assert effective_rank.reading_of(model, options).reset is expected
+    # 16,384 tokens on a CPU: four sequences a part.
+    assert effective_rank.reading_of(loaded, options).batch == 4
 
 
 def test_several_models_and_datasets(run, toy, data, tmp_path, capsys):
