@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.architecture import DeltaProductArgs
-from .mixer import DeltaProductMixer, MixerCache
+from .mixer import DeltaProductMixer, MixerCache, Operator
 from .norm import RMSNorm
 
 
@@ -46,8 +46,10 @@ class Block(nn.Module):
         x = x + self.mixer(self.mixer_norm(x), decay, cu_seqlens, positions)
         return x + self.mlp(self.mlp_norm(x))
 
-    def extend(self, x: Tensor, cache: MixerCache) -> tuple[Tensor, MixerCache]:
-        """Continues a sequence from `cache`: the decoding twin of `forward`."""
-        mixed, cache = self.mixer.extend(self.mixer_norm(x), cache)
+    def extend(
+        self, x: Tensor, cache: MixerCache, operator: Operator | None = None
+    ) -> tuple[Tensor, MixerCache]:
+        """Continues a sequence from `cache`: the decoding twin of `forward`; `operator` as the mixer takes it."""
+        mixed, cache = self.mixer.extend(self.mixer_norm(x), cache, operator)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), cache

@@ -9,6 +9,7 @@ token t:
     y, cache = mixer.extend(x, cache)               # continue a sequence: see models.decode
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,10 @@ class MixerCache(NamedTuple):
     """[B, H, K, V] recurrent state, float32 (float64 in a float64 model)."""
     conv: tuple[Tensor, Tensor, Tensor] | None
     """The last conv_size-1 inputs of the q, k and v convolutions, each [B, C, conv_size-1]; None without."""
+
+
+# q, k, v, g, beta as `DeltaProductMixer.operands` returns them and the state before -> o [B, T, H, V], the state after.
+Operator = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Decay(nn.Module):
@@ -126,8 +131,13 @@ class DeltaProductMixer(nn.Module):
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         return self._operands(q, k, v, x, decay, x.shape[0] if cu_seqlens is None else 1)
 
-    def extend(self, x: Tensor, cache: MixerCache) -> tuple[Tensor, MixerCache]:
-        """Continues a sequence, x [B, T, hidden], and overwrites the state in place when T is 1."""
+    def extend(
+        self, x: Tensor, cache: MixerCache, operator: Operator | None = None
+    ) -> tuple[Tensor, MixerCache]:
+        """Continues a sequence, x [B, T, hidden], and overwrites the state in place when T is 1.
+
+        `operator` runs in the place of the model's own: for whoever looks at the states inside of it.
+        """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.args.use_short_conv:
             q, q_cache = self.q_conv1d.extend(q, cache.conv[0])
@@ -137,7 +147,9 @@ class DeltaProductMixer(nn.Module):
         else:
             q, k, v, conv = F.silu(q), F.silu(k), F.silu(v), None
         q, k, v, g, beta = self._operands(q, k, v, x, None, x.shape[0])
-        if x.shape[1] == 1:
+        if operator is not None:
+            o, state = operator(q, k, v, g, beta, cache.state)
+        elif x.shape[1] == 1:
             g = None if g is None else g.squeeze(1)
             o, state = recurrent_step(q.squeeze(1), k, v, g, beta, cache.state, use_qk_l2norm=True)
             o = o.unsqueeze(1)

@@ -1,0 +1,222 @@
+"""The effective rank of the recurrent states of a model along long sequences, and what its transitions do.
+
+    python -m eval.effective_rank outputs/run --data data/code/validation                every 16th of 16,384 tokens
+    python -m eval.effective_rank DN DP2 DP3 --data data/a book.txt --sequences 32 --every 1
+    python -m eval.effective_rank outputs/run --data data/a --between-householders
+    python -m eval.effective_rank outputs/state_tracking/S3_n2/seed-1 --length 512       words of the run's own problem
+    torchrun --nproc_per_node 8 -m eval.effective_rank outputs/run --data data/a
+
+MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder.
+DATA is a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]. Measured are the states of each
+layer and head (`singular_values`), the distribution of beta, and the eigenvalues of the transitions (`transitions`).
+Results go to `--out`, by default MODEL/eval: effective_rank.json, .npz and pictures; in effective_rank/ the tokens that
+were read and the measurements. The same command again continues where it was stopped.
+"""
+
+import argparse
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from torchtitan_deltaproduct.checkpoint.load import LoadedModel
+from torchtitan_deltaproduct.data.formal import FormalSource
+from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
+
+from .length_extrapolation import check_fit, compute, short_names, short_paths
+from .options import add_model_options, at_least, load_models, output_folder
+from .position_parts import fingerprint
+from .ranks import Ranks
+from .state_parts import Parts, Reading, Sequences, open_parts
+from .state_results import Result, table, write_json, write_npz
+from .texts import Wanted, digest, open_texts, slug
+from .words import problem_of
+
+NAME = "effective_rank"
+PART_TOKENS = 1 << 16
+"""Tokens of an automatic part on a CPU, which is what a killed eval does again at most."""
+MOST_ROWS = 8
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    with Ranks() as ranks:
+        width = None if sys.stdout.isatty() else 140
+        console = Console(width=width, highlight=False, markup=False, quiet=ranks.rank != 0)
+        loaded = load_models(options)
+        folder = output_folder(options, loaded)
+        jobs = plan(loaded, options, folder / NAME, ranks, console)
+        compute(jobs, ranks, console)
+        ranks.wait()
+        if ranks.rank == 0:
+            report([job.result() for job in jobs], folder / NAME, console)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m eval.{NAME}", description=__doc__.split("\n")[0])
+    # Small singular values are what a narrower type would hide.
+    add_model_options(parser, dtype="float32")
+    add = parser.add_argument
+    add("--data", nargs="+", default=[],
+        help="prepared folder, file or folder of text, or dataset NAME[:CONFIG]; runs on words need none")  # fmt: skip
+    add("--length", type=int, default=16_384, help="tokens of a sequence (default: %(default)s)")
+    add("--sequences", type=int, default=8, help="sequences at most (default: %(default)s)")
+    add("--every", type=int, default=16, metavar="K", help="a state at each K-th token; 1: all (default: %(default)s)")
+    add("--between-householders", action="store_true", help="also the states between the n_h steps of those tokens")
+    add("--reset", action=argparse.BooleanOptionalAction, default=None,
+        help="an empty state at each document start (default: as the model was trained)")  # fmt: skip
+    add("--documents", choices=("auto", "long", "packed"), default="packed",
+        help="as long as --length, or packed ones; auto: long if there are enough (default: packed)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the choice of sequences (default: %(default)s)")
+    add("--batch", type=int, default=0,
+        help=f"sequences read together (default: {MOST_ROWS}; on a CPU fewer of long ones)")  # fmt: skip
+    add("--segment", type=int, default=1024, help="tokens of a sequence read at a time (default: %(default)s)")
+    add("--tokenizer", metavar="FOLDER", help="with tokenizer.json (default: that of the model)")
+    add("--split", default="train", help="of a dataset (default: %(default)s)")
+    add("--text-field", default="text", metavar="NAME", help="field or column of the text (default: %(default)s)")
+    add("--eos", default="", metavar="TOKEN", help="separator of documents in text (default: as the tokenizer says)")
+    options = parser.parse_args(arguments)
+    at_least(options, 1, "length", "sequences", "every", "segment")
+    at_least(options, 0, "batch", "seed")
+    if options.every > options.length:
+        raise ConfigError(f"--every {options.every:,}: must be at most --length, {options.length:,}")
+    return options
+
+
+class Job:
+    """One model on one dataset."""
+
+    def __init__(self, loaded: LoadedModel, name: str, data_name: str, texts: Sequences, parts: Parts):
+        self.loaded, self.texts, self.parts = loaded, texts, parts
+        args = loaded.model.args
+        self.model = {
+            "name": name, "label": loaded.label, "path": str(loaded.run), "step": loaded.step,
+            "train_length": loaded.train_length, "num_householder": args.num_householder, "head_dim": args.head_dim,
+            "head_v_dim": args.head_v_dim, "allow_neg_eigval": args.allow_neg_eigval,
+        }  # fmt: skip
+        self.data = {"name": data_name, "said": texts.describe(), **texts.about}
+
+    def result(self) -> Result:
+        """Of the measurements, which must be complete."""
+        return Result(self.model, self.data, self.parts.about, self.parts.numbers())
+
+
+class Words:
+    """Generated words of the problem a run was trained on, as sequences of `length` tokens; see `texts.Texts`."""
+
+    def __init__(self, loaded: LoadedModel, options: argparse.Namespace):
+        problem = problem_of(loaded.config, options.length, options.seed or None)
+        self.length, self.sequences, self.source = options.length, options.sequences, problem.sources[-1]
+        if problem.formal:
+            # Rows as long as they can be: their states after the end would be those of padding.
+            step, name = self.source.language.step, problem.name
+            self.source = FormalSource(name, self.length, self.length - step + 1, self.length, problem.seed, "test")
+        order = self.source.order()
+        self.about = {
+            "wanted": {"data": problem.name}, "source": order, "eos_id": None, "sha256": digest(order),
+            "kind": "words", "sequences": self.sequences, "length": self.length,
+        }  # fmt: skip
+
+    @lru_cache(maxsize=1)  # noqa: B019 (there is one for each run, as long as the program)
+    def _batch(self, first: int, last: int) -> np.ndarray:
+        return self.source.batch(np.arange(first, last))[0]["input"].numpy()
+
+    def read(self, first: int, last: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the words first .. last - 1."""
+        return self._batch(first, last)[:, start:stop]
+
+    def describe(self) -> str:
+        return f"{self.sequences:,} generated words of {self.length:,} tokens"
+
+
+def plan(loaded: list[LoadedModel], options: argparse.Namespace, folder: Path, ranks: Ranks, console) -> list[Job]:
+    """Chooses the sequences of each dataset, checks that they fit each model, and says what they are."""
+    jobs, names = [], short_names([(model.run, model.step) for model in loaded])
+    weights = ranks.first(lambda: [fingerprint(model.model) for model in loaded])
+    paths = list(dict.fromkeys(data.rstrip("/") for data in options.data)) or [""]
+    for data, data_name in zip(paths, short_paths(paths), strict=True):
+        said = set()
+        for model, name, checksum in zip(loaded, names, weights, strict=True):
+            reading = reading_of(model, options)
+
+            def prepare(model=model, checksum=checksum, data=data, reading=reading) -> tuple[Sequences, Parts]:
+                texts = sequences_of(model, data, options, folder)
+                return texts, open_parts(folder, model, checksum, texts, reading)
+
+            texts, parts = ranks.first(prepare)
+            jobs.append(Job(model, name, data_name or texts.about["wanted"]["data"], texts, parts))
+            how = "emptied" if reading.reset else "carried across them"
+            starts = "" if texts.about["eos_id"] is None else f"; at document starts the states are {how}"
+            line = f"{data or jobs[-1].data['name']}: {texts.describe()}{starts}"
+            if line not in said:
+                said.add(line)
+                console.print(line, soft_wrap=True)
+    return jobs
+
+
+def reading_of(loaded: LoadedModel, options: argparse.Namespace) -> Reading:
+    """How the sequences are read by a model."""
+    cpu = loaded.model.tok_embeddings.weight.device.type == "cpu"
+    automatic = max(1, min(MOST_ROWS, PART_TOKENS // options.length)) if cpu else MOST_ROWS
+    trained = bool(loaded.config.get("data", {}).get("reset_state_at_documents", False))
+    reset = trained if options.reset is None else options.reset
+    batch = min(options.batch or automatic, options.sequences)
+    return Reading(options.every, options.between_householders, reset, batch, options.segment)
+
+
+def sequences_of(loaded: LoadedModel, data: str, options: argparse.Namespace, folder: Path) -> Sequences:
+    """The sequences of a dataset; without one, words of the run's own problem.
+
+    Raises:
+        ConfigError: there is no dataset, and the run was not trained on words. DataError: see `open_texts`.
+    """
+    if not data:
+        if loaded.config.get("data", {}).get("kind") not in ("group_word", "formal_language"):
+            raise ConfigError(
+                f"{loaded.label} was not trained on generated words: name what it shall read with --data\n"
+                "expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]"
+            )
+        return Words(loaded, options)
+    tokenizer = Path(options.tokenizer) if options.tokenizer else loaded.tokenizer
+    wanted = Wanted(data, options.length, options.sequences, options.documents, options.seed, options.split,
+                    options.text_field, options.eos)  # fmt: skip
+    texts = open_texts(wanted, tokenizer, folder / "texts")
+    check_fit(loaded, tokenizer, texts)
+    return texts
+
+
+def report(results: list[Result], stem: Path, console: Console) -> None:
+    """Prints a table for each dataset; writes `stem`.json, and the numbers and pictures of each result.
+
+    Where there are several datasets or models, names of files go on with those of the one shown.
+    """
+    from . import state_figures as figures
+
+    datasets = list(dict.fromkeys(result.data["name"] for result in results))
+    folder, npz = stem.parent, []
+    for data in datasets:
+        chosen = [result for result in results if result.data["name"] == data]
+        shared = "_".join([stem.name, *([slug(data)] if len(datasets) > 1 else [])])
+        console.print(table(chosen))
+        figures.curves_figure(chosen, folder / f"{shared}.png")
+        figures.map_figure(chosen, folder / f"{shared}_map.png")
+        for result in chosen:
+            own = "_".join([shared, *([slug(result.model["name"])] if len(chosen) > 1 else [])])
+            npz.append(f"{own}.npz")
+            write_npz(folder / npz[-1], result)
+            figures.sequence_figure(result, folder / f"{own}_sequence.png")
+            figures.beta_figure(result, folder / f"{own}_beta.png")
+            figures.spectrum_figure(result, folder / f"{own}_spectrum.png")
+            if result.change.documents:
+                figures.documents_figure(result, folder / f"{own}_documents.png")
+            if not np.isfinite(result.rank).all():
+                console.print(f"{result.model['name']}, {data}: states that are not finite", soft_wrap=True)
+    ordered = [result for data in datasets for result in results if result.data["name"] == data]
+    write_json(stem.with_suffix(".json"), ordered, npz)
+    console.print(f"written: {stem}.json, .npz and .png; what they were made of is in {stem}/", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
