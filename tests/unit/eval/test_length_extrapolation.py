@@ -360,8 +360,9 @@ def test_wrong_arguments(run, data, tmp_path):
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             length_extrapolation.main(list(map(str, arguments)))
-    with pytest.raises(DataError, match=r"tokens, less than one sequence of 32,768"):
-        length_extrapolation.main([str(run), "--data", str(data / "validation"), "--out", str(tmp_path)])
+    long = ["--data", str(data / "validation"), "--length", "1000000", "--out", str(tmp_path)]
+    with pytest.raises(DataError, match=r"tokens, less than one sequence of 1,000,000"):
+        length_extrapolation.main([str(run), *long])
 
 
 def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys):
