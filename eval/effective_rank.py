@@ -15,6 +15,7 @@ were read and the measurements. The same command again continues where it was st
 
 import argparse
 import sys
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,19 +26,27 @@ from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.data.formal import FormalSource
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 
-from .length_extrapolation import check_fit, compute, short_names, short_paths
-from .options import add_model_options, at_least, load_models, output_folder
-from .position_parts import fingerprint
-from .ranks import Ranks
-from .state_parts import Parts, Reading, Sequences, open_parts
-from .state_results import Result, table, write_json, write_npz
-from .texts import Wanted, digest, open_texts, slug
-from .words import problem_of
+from .common.jobs import (
+    Job,
+    add_text_options,
+    automatic_batch,
+    check_text_options,
+    compute,
+    datasets,
+    short_names,
+    texts_of,
+)
+from .common.options import add_model_options, at_least, load_models, output_folder
+from .common.parts import Sequences, fingerprint
+from .common.ranks import Ranks
+from .common.texts import digest, slug
+from .states.parts import Measurements, Reading
+from .states.results import Result, table, write_json, write_npz
+from .words.problems import problem_of
 
 NAME = "effective_rank"
 PART_TOKENS = 1 << 16
 """Tokens of an automatic part on a CPU, which is what a killed eval does again at most."""
-MOST_ROWS = 8
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,56 +60,28 @@ def main(arguments: list[str] | None = None) -> None:
         compute(jobs, ranks, console)
         ranks.wait()
         if ranks.rank == 0:
-            report([job.result() for job in jobs], folder / NAME, console)
+            results = [Result(job.model, job.data, job.parts.about, job.parts.numbers()) for job in jobs]
+            for job in jobs:
+                job.parts.tidy()
+            report(results, folder / NAME, console)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m eval.{NAME}", description=__doc__.split("\n")[0])
     # Small singular values are what a narrower type would hide.
     add_model_options(parser, dtype="float32")
+    add_text_options(parser, length=16_384, sequences=8, documents="packed")
     add = parser.add_argument
-    add("--data", nargs="+", default=[],
-        help="prepared folder, file or folder of text, or dataset NAME[:CONFIG]; runs on words need none")  # fmt: skip
-    add("--length", type=int, default=16_384, help="tokens of a sequence (default: %(default)s)")
-    add("--sequences", type=int, default=8, help="sequences at most (default: %(default)s)")
     add("--every", type=int, default=16, metavar="K", help="a state at each K-th token; 1: all (default: %(default)s)")
     add("--between-householders", action="store_true", help="also the states between the n_h steps of those tokens")
     add("--reset", action=argparse.BooleanOptionalAction, default=None,
         help="an empty state at each document start (default: as the model was trained)")  # fmt: skip
-    add("--documents", choices=("auto", "long", "packed"), default="packed",
-        help="as long as --length, or packed ones; auto: long if there are enough (default: packed)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the choice of sequences (default: %(default)s)")
-    add("--batch", type=int, default=0,
-        help=f"sequences read together (default: {MOST_ROWS}; on a CPU fewer of long ones)")  # fmt: skip
-    add("--segment", type=int, default=1024, help="tokens of a sequence read at a time (default: %(default)s)")
-    add("--tokenizer", metavar="FOLDER", help="with tokenizer.json (default: that of the model)")
-    add("--split", default="train", help="of a dataset (default: %(default)s)")
-    add("--text-field", default="text", metavar="NAME", help="field or column of the text (default: %(default)s)")
-    add("--eos", default="", metavar="TOKEN", help="separator of documents in text (default: as the tokenizer says)")
     options = parser.parse_args(arguments)
-    at_least(options, 1, "length", "sequences", "every", "segment")
-    at_least(options, 0, "batch", "seed")
+    check_text_options(options)
+    at_least(options, 1, "every")
     if options.every > options.length:
         raise ConfigError(f"--every {options.every:,}: must be at most --length, {options.length:,}")
     return options
-
-
-class Job:
-    """One model on one dataset."""
-
-    def __init__(self, loaded: LoadedModel, name: str, data_name: str, texts: Sequences, parts: Parts):
-        self.loaded, self.texts, self.parts = loaded, texts, parts
-        args = loaded.model.args
-        self.model = {
-            "name": name, "label": loaded.label, "path": str(loaded.run), "step": loaded.step,
-            "train_length": loaded.train_length, "num_householder": args.num_householder, "head_dim": args.head_dim,
-            "head_v_dim": args.head_v_dim, "allow_neg_eigval": args.allow_neg_eigval,
-        }  # fmt: skip
-        self.data = {"name": data_name, "said": texts.describe(), **texts.about}
-
-    def result(self) -> Result:
-        """Of the measurements, which must be complete."""
-        return Result(self.model, self.data, self.parts.about, self.parts.numbers())
 
 
 class Words:
@@ -135,18 +116,17 @@ def plan(loaded: list[LoadedModel], options: argparse.Namespace, folder: Path, r
     """Chooses the sequences of each dataset, checks that they fit each model, and says what they are."""
     jobs, names = [], short_names([(model.run, model.step) for model in loaded])
     weights = ranks.first(lambda: [fingerprint(model.model) for model in loaded])
-    paths = list(dict.fromkeys(data.rstrip("/") for data in options.data)) or [""]
-    for data, data_name in zip(paths, short_paths(paths), strict=True):
+    for data, data_name in datasets(options) or [("", "")]:
         said = set()
         for model, name, checksum in zip(loaded, names, weights, strict=True):
             reading = reading_of(model, options)
 
-            def prepare(model=model, checksum=checksum, data=data, reading=reading) -> tuple[Sequences, Parts]:
-                texts = sequences_of(model, data, options, folder)
-                return texts, open_parts(folder, model, checksum, texts, reading)
+            def prepare(model=model, checksum=checksum, data=data, reading=reading) -> tuple[Sequences, Measurements]:
+                texts = texts_of(data, model, options, folder) if data else words_of(model, options)
+                return texts, Measurements.open(folder, model, checksum, texts, asdict(reading))
 
             texts, parts = ranks.first(prepare)
-            jobs.append(Job(model, name, data_name or texts.about["wanted"]["data"], texts, parts))
+            jobs.append(Job.of(model, name, data_name or texts.about["wanted"]["data"], texts, parts))
             how = "emptied" if reading.reset else "carried across them"
             starts = "" if texts.about["eos_id"] is None else f"; at document starts the states are {how}"
             line = f"{data or jobs[-1].data['name']}: {texts.describe()}{starts}"
@@ -158,33 +138,24 @@ def plan(loaded: list[LoadedModel], options: argparse.Namespace, folder: Path, r
 
 def reading_of(loaded: LoadedModel, options: argparse.Namespace) -> Reading:
     """How the sequences are read by a model."""
-    cpu = loaded.model.tok_embeddings.weight.device.type == "cpu"
-    automatic = max(1, min(MOST_ROWS, PART_TOKENS // options.length)) if cpu else MOST_ROWS
     trained = bool(loaded.config.get("data", {}).get("reset_state_at_documents", False))
     reset = trained if options.reset is None else options.reset
-    batch = min(options.batch or automatic, options.sequences)
+    batch = min(options.batch or automatic_batch(loaded, options.length, PART_TOKENS), options.sequences)
     return Reading(options.every, options.between_householders, reset, batch, options.segment)
 
 
-def sequences_of(loaded: LoadedModel, data: str, options: argparse.Namespace, folder: Path) -> Sequences:
-    """The sequences of a dataset; without one, words of the run's own problem.
+def words_of(loaded: LoadedModel, options: argparse.Namespace) -> Words:
+    """Words of the run's own problem, for want of a dataset.
 
     Raises:
-        ConfigError: there is no dataset, and the run was not trained on words. DataError: see `open_texts`.
+        ConfigError: the run was not trained on words.
     """
-    if not data:
-        if loaded.config.get("data", {}).get("kind") not in ("group_word", "formal_language"):
-            raise ConfigError(
-                f"{loaded.label} was not trained on generated words: name what it shall read with --data\n"
-                "expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]"
-            )
-        return Words(loaded, options)
-    tokenizer = Path(options.tokenizer) if options.tokenizer else loaded.tokenizer
-    wanted = Wanted(data, options.length, options.sequences, options.documents, options.seed, options.split,
-                    options.text_field, options.eos)  # fmt: skip
-    texts = open_texts(wanted, tokenizer, folder / "texts")
-    check_fit(loaded, tokenizer, texts)
-    return texts
+    if loaded.config.get("data", {}).get("kind") not in ("group_word", "formal_language"):
+        raise ConfigError(
+            f"{loaded.label} was not trained on generated words: name what it shall read with --data\n"
+            "expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]"
+        )
+    return Words(loaded, options)
 
 
 def report(results: list[Result], stem: Path, console: Console) -> None:
@@ -192,7 +163,7 @@ def report(results: list[Result], stem: Path, console: Console) -> None:
 
     Where there are several datasets or models, names of files go on with those of the one shown.
     """
-    from . import state_figures as figures
+    from .states import figures as figures
 
     datasets = list(dict.fromkeys(result.data["name"] for result in results))
     folder, npz = stem.parent, []

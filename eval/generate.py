@@ -24,10 +24,10 @@ from rich.console import Console
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
 
-from .decoding import SEGMENT, Continuation, Settings, continue_prompts
-from .options import add_model_options, at_least, load_models
-from .sampling import Sampling
-from .vocabulary import Vocabulary, open_vocabulary
+from .common.options import add_model_options, at_least, load_models
+from .text.decoding import SEGMENT, Continuation, Settings, continue_prompts
+from .text.sampling import Sampling
+from .text.vocabulary import Vocabulary, open_vocabulary
 
 ENDS = {"separator": "the end of the document", "stop": "--stop", "length": "--tokens"}
 

@@ -92,7 +92,7 @@ def fill(namespace: argparse.Namespace, model: str | None) -> None:
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.utils import simple_parse_args_string
 
-    from .harness_model import NAME, NO_TEMPLATE
+    from .text.harness_model import NAME, NO_TEMPLATE
 
     given = EvaluatorConfig.load_yaml_config(namespace.config) if namespace.config else {}
     given |= {key: value for key, value in vars(namespace).items() if value is not None}

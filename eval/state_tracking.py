@@ -19,9 +19,9 @@ from rich.console import Console
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.errors import exit_on_user_error
 
-from .options import add_model_options, at_least, load_models, output_folder
-from .word_results import Criterion, RunResult, Setting, by_setting, seed_name, table, write_csv, write_json
-from .words import Problem, model_reader, problem_of
+from .common.options import add_model_options, at_least, load_models, output_folder
+from .words.problems import Problem, model_reader, problem_of
+from .words.results import Criterion, RunResult, Setting, by_setting, seed_name, table, write_csv, write_json
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     loaded = load_models(options)
     folder = output_folder(options, loaded)
     if options.interpret:
-        from .interpret import interpret
+        from .words.interpret import interpret
 
         for model in loaded:
             interpret(model, folder, console, words=min(options.words, 256), seed=options.seed)
@@ -87,7 +87,7 @@ def evaluate(
 
 def report(settings: list[Setting], criterion: Criterion, stem: Path, console: Console) -> None:
     """Prints the table and writes `stem`.json, .csv and .png."""
-    from .word_figures import accuracy_figure
+    from .words.figures import accuracy_figure
 
     console.print(table(settings, criterion))
     words = sorted({run.counts.words for setting in settings for run in setting.runs})

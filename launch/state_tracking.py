@@ -244,8 +244,8 @@ def conclude(runs: list[Run], options: argparse.Namespace, console: Console) -> 
     """Tests the runs, prints the tables and the verdict; returns the exit code."""
     # Only now: torch would take its time before the first line, and memory while the runs train.
     from eval.state_tracking import evaluate, report
-    from eval.word_results import Criterion, by_setting
-    from eval.words import problem_of
+    from eval.words.problems import problem_of
+    from eval.words.results import Criterion, by_setting
     from torchtitan_deltaproduct.checkpoint.load import load_model
 
     results = []

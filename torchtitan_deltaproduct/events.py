@@ -45,10 +45,15 @@ def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
 
 
 def read_events(run: str | Path) -> list[dict[str, Any]]:
-    """All events in order; [] if there are none. A line that a kill or a full disk cut short is left out."""
+    """All events of a run in order; [] if there are none."""
+    return [record for record in read_jsonl(Path(run, NAME)) if "event" in record]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; [] without a file. What a kill or a full disk cut short is left out."""
     try:
-        lines = Path(run, NAME).read_text(errors="replace").splitlines()
-    except FileNotFoundError:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
         return []
     found = []
     for line in lines:
@@ -56,7 +61,7 @@ def read_events(run: str | Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and "event" in record:
+        if isinstance(record, dict):
             found.append(record)
     return found
 

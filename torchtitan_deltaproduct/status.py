@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import UserError, exit_on_user_error
-from .events import last_stop, read_events
+from .events import last_stop, read_events, read_jsonl
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 FRESH = 60.0
@@ -47,7 +47,8 @@ def report(run: Path, now: float) -> Table:
     Raises:
         UserError: the folder is not a run's.
     """
-    records, events = read_records(run / "metrics.jsonl"), read_events(run)
+    records = [r for r in read_jsonl(run / "metrics.jsonl") if "step" in r]
+    events = read_events(run)
     if not records and not events:
         what = "has neither metrics.jsonl nor events.jsonl" if run.is_dir() else "is not a folder"
         raise UserError(f"{run} {what}; expected the dump_folder of a run that was started")
@@ -77,23 +78,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of metrics.jsonl; lines that a kill or a full disk cut short are left out."""
-    found = []
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            found.append(record)
-    return found
 
 
 def state(events: list[dict], beat: dict, now: float) -> str:

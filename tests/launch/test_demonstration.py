@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from eval.word_results import Criterion, by_setting
+from eval.words.results import Criterion, by_setting
 from launch import state_tracking
 from tests.unit.eval.words_toy import PARITY, flat, write_toml
 from torchtitan_deltaproduct.errors import ConfigError, UserError

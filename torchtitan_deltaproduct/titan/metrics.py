@@ -24,6 +24,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 
 from ..config.job import JobConfig
+from ..events import read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +158,7 @@ class MetricsProcessor(stock.MetricsProcessor):
     def has_validation(self, step: int) -> bool:
         """Whether this step was validated before, by the run's own record; False on other ranks than 0."""
         path = Path(self.job_config.job.dump_folder) / "metrics.jsonl"
-        if not self.is_writer or not path.exists():
-            return False
-        records = map(json.loads, path.read_text().splitlines())
-        return any(r["step"] == step and "validation_loss" in r for r in records)
+        return self.is_writer and any(r["step"] == step and "validation_loss" in r for r in read_jsonl(path))
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last record (validation, a save) out of the next one's speed."""

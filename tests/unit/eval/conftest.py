@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.vocabulary import Vocabulary, open_vocabulary
+from eval.text.vocabulary import Vocabulary, open_vocabulary
 from tests import toy as toys
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.checkpoint.load import load_model

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eval.decoding import Settings, continue_prompts, read_prompts
-from eval.sampling import Sampling, distribution
+from eval.text.decoding import Settings, continue_prompts, read_prompts
+from eval.text.sampling import Sampling, distribution
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.models.decode import step
 
@@ -77,8 +77,8 @@ class Scripted:
 
     def __init__(self, monkeypatch, vocabulary, tokens):
         rows = iter(torch.nn.functional.one_hot(torch.tensor(tokens), 400).double() * 9)
-        monkeypatch.setattr("eval.decoding.read_prompts", lambda *_: (next(rows).unsqueeze(0), None))
-        monkeypatch.setattr("eval.decoding.step", lambda *_: (next(rows).unsqueeze(0), None))
+        monkeypatch.setattr("eval.text.decoding.read_prompts", lambda *_: (next(rows).unsqueeze(0), None))
+        monkeypatch.setattr("eval.text.decoding.step", lambda *_: (next(rows).unsqueeze(0), None))
 
 
 def scripted(monkeypatch, vocabulary, text, more=(), **settings):
@@ -106,7 +106,7 @@ def test_ids_without_a_text_are_never_said(monkeypatch, vocabulary):
     """A model's vocabulary may be padded beyond the tokenizer's."""
     logits = torch.zeros(1, 400)
     logits[0, 350], logits[0, 7] = 9, 1
-    monkeypatch.setattr("eval.decoding.read_prompts", lambda *_: (logits, None))
+    monkeypatch.setattr("eval.text.decoding.read_prompts", lambda *_: (logits, None))
     assert continue_prompts(None, vocabulary, [[1]], Settings(1))[0].tokens == [7]
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from eval import effective_rank
-from eval.figures import plt
-from eval.state_results import WINDOW_BINS, document_change
+from eval.common.figures import plt
+from eval.states.results import WINDOW_BINS, document_change
 from tests import toy as toys
 from tests.unit.eval.words_toy import PARITY
 from tests.unit.eval.words_toy import write_toml as write_words
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """For tests of numbers alone: drawing takes longer than everything else."""
-    monkeypatch.setattr("eval.state_figures.save", lambda figure, path: plt.close(figure))
+    monkeypatch.setattr("eval.states.figures.save", lambda figure, path: plt.close(figure))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_summary(run, whole):
     (entry,), found = entries(whole), numbers(whole)
     assert entry["model"]["name"] == "run step 8" and entry["model"]["train_length"] == 64
     assert entry["positions"] == {"end": 200, "training_length": 64} and entry["npz"] == "effective_rank.npz"
-    assert entry["data"]["name"].endswith("/short.jsonl") and entry["settings"]["reading"]["every"] == EVERY
+    assert entry["data"]["name"].endswith("/short.jsonl") and entry["settings"]["every"] == EVERY
     layers = found["rank"].mean(1, dtype=np.float64)
     for index, layer in enumerate(entry["layers"]):
         trained, end = layers[index, :, 15], layers[index, :, -1]
@@ -245,7 +245,7 @@ def test_finished_parts_are_not_measured_again(run, data, whole, tmp_path, capsy
     def never(*arguments):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("eval.state_parts.measure", never)
+    monkeypatch.setattr("eval.states.parts.measure", never)
     evaluate(tmp_path / "copy", run, data)
     assert "609 tokens were read before" in capsys.readouterr().out
     assert content(tmp_path / "copy") == content(whole)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from eval import generate
-from eval.decoding import Settings, continue_prompts
-from eval.sampling import Sampling
+from eval.text.decoding import Settings, continue_prompts
+from eval.text.sampling import Sampling
 from tests.toy import REPO
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.checkpoint.hf import write_hf

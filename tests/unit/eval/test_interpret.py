@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eval import state_tracking
-from eval.interpret import spectrum, view_layers
+from eval.words.interpret import spectrum, view_layers
 from tests import toy
 from tests.unit.eval.words_toy import write_toml
 from torchtitan_deltaproduct.config.architecture import DeltaProductArgs

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from eval import length_extrapolation
-from eval.length_extrapolation import notes, short_names, short_paths
-from eval.position_loss import POSITION
-from eval.position_parts import fingerprint, open_parts
-from eval.texts import Wanted, open_texts
+from eval.common.jobs import short_names, short_paths
+from eval.common.parts import fingerprint
+from eval.common.texts import Wanted, open_texts
+from eval.length_extrapolation import notes
+from eval.positions.loss import POSITION
+from eval.positions.parts import Losses
 from tests import toy as toys
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.checkpoint.hf import write_hf
@@ -116,7 +118,8 @@ def test_files(run, data, whole):
     (entry,) = entries(whole)
     assert entry["model"] | {"weights": ""} == {
         "name": "run step 8", "label": f"{run} step 8", "path": str(run), "step": 8, "train_length": 64,
-        "num_householder": 2, "parameters": 36_544, "weights": "",
+        "num_householder": 2, "head_dim": 16, "head_v_dim": 16, "allow_neg_eigval": True, "parameters": 36_544,
+        "weights": "",
     }  # fmt: skip
     assert entry["data"]["name"] == "data/train" and entry["data"]["kind"] == "packed"
     assert entry["data"]["long_documents"] > SEQUENCES and f"of {LENGTH} tokens: packed" in entry["data"]["said"]
@@ -167,7 +170,7 @@ class Stop(Exception):
 
 def test_interrupted_and_resumed(run, data, whole, tmp_path, monkeypatch, capsys):
     """Raised out of the middle of a part: the same bits, and only what is missing is read again."""
-    parts, seen = length_extrapolation.Parts, []
+    parts, seen = length_extrapolation.Losses, []
     compute = parts.compute
 
     def until(count):
@@ -209,7 +212,7 @@ def compute_only(run, data, out):
     """The parts that the command would make."""
     folder, loaded = out / "length_extrapolation", load_model(run)
     texts = open_texts(wanted(data), None, folder / "texts")
-    return open_parts(folder, loaded, fingerprint(loaded.model), texts, batch=2, segment=64)
+    return Losses.open(folder, loaded, fingerprint(loaded.model), texts, {"batch": 2, "segment": 64})
 
 
 def start(out, *arguments, ranks):
@@ -313,7 +316,7 @@ def test_damaged_and_foreign_parts(run, data, whole, tmp_path):
     with pytest.raises(DataError, match=r"of another evaluation: weights '0000.*segment 7, not 64"):
         evaluate(copy, run, data / "train", "--documents", "packed")
     (part.parent / "about.json").write_text("{}")
-    with pytest.raises(DataError, match="does not hold raw results"):
+    with pytest.raises(DataError, match="does not hold measurements"):
         evaluate(copy, run, data / "train", "--documents", "packed")
 
 
@@ -366,7 +369,7 @@ def test_wrong_arguments(run, data, tmp_path):
 
 
 def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(length_extrapolation, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("eval.common.jobs.SECONDS_BETWEEN_LINES", 0.0)
     evaluate(tmp_path, run, data / "train", "--sequences", "1", "--batch", "1", "--documents", "packed")
     said = capsys.readouterr().out
     for tokens in (64, 128, 192, 256, 300):

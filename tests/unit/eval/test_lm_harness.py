@@ -195,7 +195,7 @@ def instances(kind, *arguments):
 
 
 def harness(toy_run, **arguments):
-    from eval.harness_model import DeltaProductHarness
+    from eval.text.harness_model import DeltaProductHarness
 
     return DeltaProductHarness(str(toy_run), **arguments)
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.position_loss import POSITION, score
-from eval.position_parts import Parts, Sums
-from eval.position_results import (
+from eval.common.row_file import RowFile, RowWriter
+from eval.positions.loss import POSITION, score
+from eval.positions.parts import Losses, Sums
+from eval.positions.results import (
     Result,
     beyond_training,
     default_buckets,
@@ -21,7 +22,6 @@ from eval.position_results import (
     write_csv,
     write_json,
 )
-from eval.row_file import RowFile, RowWriter
 from tests.unit.models.conftest import SETTINGS, small_model
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
@@ -90,7 +90,7 @@ def write_parts(folder, loss, correct, batch=2):
     folder.mkdir()
     about = {"version": 1, "sequences": sequences, "length": length, "batch": batch, "segment": 8, "weights": "w",
              "dtype": "float32", "device": "cpu", "texts": "t"}  # fmt: skip
-    parts = Parts(folder, about)
+    parts = Losses(folder, about)
     for part in parts.all:
         with RowWriter(parts.path(part), POSITION, part[1] - part[0], length) as out:
             for row in range(*part):
@@ -111,7 +111,7 @@ def planted(tmp_path):
 def test_buckets_by_hand(planted, monkeypatch):
     """Means over sequences, standard errors and intervals with Python's own statistics."""
     loss, correct, parts = planted
-    monkeypatch.setattr("eval.position_parts.BLOCK", 77)
+    monkeypatch.setattr("eval.positions.parts.BLOCK", 77)
     model, lasts = {"name": "m", "label": "m", "step": 1, "train_length": 100}, [1, 64, 65, 300, 1000]
     result = Result.of(model, {"name": "d", "kind": "packed"}, parts, lasts)
     firsts = [1, 2, 65, 66, 301]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eval.sampling import Sampler, Sampling, distribution, invert
+from eval.text.sampling import Sampler, Sampling, distribution, invert
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 
 P = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64)

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from eval import scoring
-from eval.scoring import batches, score
+from eval.text import scoring
+from eval.text.scoring import batches, score
 from tests.unit.models.conftest import small_model
 
 random.seed(1)

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from eval import native, singular_values
-from eval.singular_values import FEWEST, TOGETHER, effective_rank
-from eval.singular_values import singular_values as values_of
+from eval.states import native, singular_values
+from eval.states.singular_values import FEWEST, TOGETHER, effective_rank
+from eval.states.singular_values import singular_values as values_of
 
 ROADS = [pytest.param(True, id="compiled"), pytest.param(False, id="library")]
 
@@ -171,7 +171,7 @@ def test_source_that_does_not_compile(tmp_path, caplog, monkeypatch):
 def test_compiled_where_home_is_read_only(tmp_path):
     """A process of its own, whose cache is a file: it compiles to a folder that ends with it."""
     (tmp_path / "file").write_text("")
-    code = "from eval.native import load, _folder; assert load('singular_values'); print(_folder())"
+    code = "from eval.states.native import load, _folder; assert load('singular_values'); print(_folder())"
     environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path / "file")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "torchtitan_deltaproduct-" in done.stdout

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from eval import state_tracking
-from eval.word_results import Criterion, RunResult, by_setting
-from eval.words import count_words, model_reader, problem_of, wilson
+from eval.words.problems import count_words, model_reader, problem_of, wilson
+from eval.words.results import Criterion, RunResult, by_setting
 from tests import toy
 from tests.unit.eval.words_toy import PARITY, fake, flat, write_toml
 from torchtitan_deltaproduct.checkpoint.load import load_model

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval.states import walk
+from eval.states.states import walk
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.models.decode import init_cache, step
 from torchtitan_deltaproduct.ops.normalize import l2norm

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, normalizers, trainers
 
-from eval.text_stream import MOST_PENDING, StopStrings, TextStream
+from eval.text.text_stream import MOST_PENDING, StopStrings, TextStream
 from torchtitan_deltaproduct.data.tokenizer import load_tokenizer
 
 TEXTS = [

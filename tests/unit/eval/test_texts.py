@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from eval import text_search
-from eval.texts import Wanted, open_texts, spread
+from eval.common import text_search
+from eval.common.texts import Wanted, open_texts, spread
 from tests.unit.data.conftest import make_corpus, make_set, tokenizer  # noqa: F401 (a fixture)
 from torchtitan_deltaproduct.data.packing import read_window
 from torchtitan_deltaproduct.data.shards import TokenStream

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.states import walk
-from eval.transitions import (
+from eval.states.states import walk
+from eval.states.transitions import (
     ANGLE_BINS,
     BETA_BINS,
     DECAY_BINS,

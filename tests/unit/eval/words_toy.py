@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.word_results import RunResult
-from eval.words import Counts, Problem
+from eval.words.problems import Counts, Problem
+from eval.words.results import RunResult
 
 TOML = """
 [model]

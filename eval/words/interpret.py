@@ -22,7 +22,7 @@ from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.ops.normalize import l2norm
 
-from .words import problem_of
+from .problems import problem_of
 
 BINS = 40
 """Bins of the histograms of beta, over [0, 2] or [0, 1]."""
@@ -114,7 +114,7 @@ def spectrum(moment: np.ndarray) -> dict[str, np.ndarray]:
 
 def interpret(loaded: LoadedModel, folder: Path, console: Console, words: int = 256, seed: int | None = None) -> None:
     """Writes and prints the interpretation of one model over `words` test words of its training length."""
-    from .word_figures import interpretation_figure
+    from .figures import interpretation_figure
 
     train_length = problem_of(loaded.config).train_length
     problem = problem_of(loaded.config, train_length, seed)

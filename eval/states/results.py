@@ -7,7 +7,6 @@ Spreads are over sequences: standard deviation, and the 10 %, 50 % and 90 % quan
 position p; a document that begins after s tokens is first seen by the state at s + 1.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from .state_parts import Numbers
+from ..common.json_file import write_json as write_json_file
+from .parts import Numbers
 from .transitions import ANGLE_BINS, BETA_BINS, DECAY_BINS, MODULUS_BINS, PLANE_BINS
 
 VERSION = 1
@@ -66,7 +66,7 @@ class Result:
     Attributes:
         model: name, label, path, step, train_length, num_householder, head_dim, head_v_dim, allow_neg_eigval.
         data: name, said (a line), and what the sequences say about themselves.
-        about: see `state_parts.open_parts`.
+        about: see `common.parts`.
         numbers: what was measured.
     """
 
@@ -86,7 +86,7 @@ class Result:
 
     @property
     def every(self) -> int:
-        return self.about["reading"]["every"]
+        return self.about["every"]
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -228,16 +228,7 @@ def write_json(path: Path, results: list[Result], npz: list[str]) -> None:
         "spread": "std and quantiles over sequences; growth: mean at the end over that at the training length, less 1",
         "results": [result.to_dict(name) for result, name in zip(results, npz, strict=True)],
     }
-    # NaN (one sequence has no standard deviation) is not JSON.
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_json_file(path, content)
 
 
 def table(results: list[Result]) -> Table:

@@ -1,54 +1,29 @@
 """Effective ranks and transitions of a model on some sequences, measured and kept on disk, a file a batch of sequences.
 
-    parts = open_parts(folder, loaded, fingerprint(loaded.model), texts, Reading(every=16, batch=4))
-    for part in parts.missing(): parts.compute(part, loaded.model, texts)
-    numbers = parts.numbers()
+    found = Measurements.open(folder, loaded, fingerprint(loaded.model), texts, asdict(Reading(every=16, batch=4)))
+    for part in found.missing(): found.compute(part, loaded.model, texts)
+    numbers = found.numbers()
 
-    FOLDER/MODEL-DATA-KEY/about.json          what it belongs to: weights, sequences, how they are read
-                         /00000-00003.npz     ranks, document starts and counts of four sequences
-
-A file has its name once it is complete, so that a killed eval continues with those that are missing. What a part holds
-depends on about.json alone, to the last bit on the same kind of device and with the same number of threads. KEY is
-drawn from it: another model, or other sequences, have another folder.
+A file holds the ranks, document starts and counts of some sequences; `common.parts` says how files are kept.
 """
 
-import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
-from torchtitan_deltaproduct.data.manifest import write_atomically
 from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.models.decode import init_cache
 
+from ..common.parts import Part, Parts, Sequences
 from .singular_values import effective_rank
 from .states import Glimpse, walk
-from .texts import digest, slug
 from .transitions import Tally
-
-VERSION = 1
-
-Part = tuple[int, int]
-"""Sequences first .. last - 1."""
-
-
-class Sequences(Protocol):
-    """Tokens to read: `texts.Texts`, or generated words. `about` has wanted (data), sha256 and eos_id (or None)."""
-
-    about: dict
-    length: int
-    sequences: int
-
-    def read(self, first: int, last: int, start: int, stop: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -165,37 +140,14 @@ def _sorted(starts: np.ndarray) -> np.ndarray:
     return starts[np.lexsort((starts[:, 1], starts[:, 0]))]
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A folder of measurements.
+class Measurements(Parts):
+    """Measurements of one model on one set of sequences."""
 
-    Attributes:
-        folder: of one model on one set of sequences.
-        about: what it belongs to; see `open_parts`.
-    """
-
-    folder: Path
-    about: dict
+    suffix, version = ".npz", 1
 
     @property
     def reading(self) -> Reading:
-        return Reading(**self.about["reading"])
-
-    @property
-    def all(self) -> list[Part]:
-        sequences, batch = self.about["sequences"], self.reading.batch
-        return [(first, min(first + batch, sequences)) for first in range(0, sequences, batch)]
-
-    def path(self, part: Part) -> Path:
-        return self.folder / f"{part[0]:05d}-{part[1] - 1:05d}.npz"
-
-    def missing(self) -> list[Part]:
-        """Parts to compute.
-
-        Raises:
-            DataError: one that is there has been damaged since it was written.
-        """
-        return [part for part in self.all if not self.path(part).exists() or not self._load(part)]
+        return Reading(**{field.name: self.about[field.name] for field in fields(Reading)})
 
     def compute(
         self, part: Part, model: DeltaProductLM, texts: Sequences, progress: Callable[[int], None] | None = None
@@ -216,13 +168,13 @@ class Parts:
             os.fsync(file.fileno())
         os.replace(temporary, self.path(part))
 
-    def _load(self, part: Part) -> Numbers:
+    def checked(self, part: Part) -> Numbers:
         path = self.path(part)
         try:
             with np.load(path) as file:
                 tally = Tally(**{field.name: file[field.name] for field in fields(Tally)})
                 found = Numbers(file["rank"], file["starts"], tally)
-            if found.rank.shape[2:4] != (part[1] - part[0], self.about["length"] // self.reading.every):
+            if found.rank.shape[2:4] != (part[1] - part[0], self.about["length"] // self.about["every"]):
                 raise ValueError(f"ranks {list(found.rank.shape)}")
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is damaged ({error})\ndelete it: the same command measures it again") from None
@@ -234,50 +186,9 @@ class Parts:
         Raises:
             DataError: one is damaged.
         """
-        found = [self._load(part) for part in self.all]
-        for path in self.folder.glob("*.npz.tmp*"):
-            path.unlink(missing_ok=True)
+        found = [self.checked(part) for part in self.all]
         tally = found[0].tally
         for other in found[1:]:
             tally += other.tally
         rank = np.concatenate([numbers.rank for numbers in found], 2)
         return Numbers(rank, np.concatenate([numbers.starts for numbers in found]), tally)
-
-
-def open_parts(folder: Path, loaded: LoadedModel, weights: str, texts: Sequences, reading: Reading) -> Parts:
-    """The measurements of a model on some sequences, those of an earlier run included.
-
-    Args:
-        folder: of the measurements of all models and datasets.
-        loaded: the model.
-        weights: its checksum (`position_parts.fingerprint`).
-        texts: the sequences.
-        reading: how they are read.
-
-    Raises:
-        DataError: the folder there belongs to something else.
-    """
-    weight = loaded.model.tok_embeddings.weight
-    about = {
-        "version": VERSION,
-        "weights": weights,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": weight.device.type,
-        "texts": texts.about["sha256"],
-        "sequences": texts.sequences,
-        "length": texts.length,
-        "reading": asdict(reading),
-    }
-    target = folder / f"{slug(loaded.label)}-{slug(texts.about['wanted']['data'])}-{digest(about)}"
-    path = target / "about.json"
-    if path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except ValueError:
-            found = None
-        if found != about:
-            raise DataError(f"{path} is of another evaluation, or damaged\ndelete {target}, or use another --out")
-    else:
-        target.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(about, indent=1) + "\n")
-    return Parts(target, about)

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from torchtitan_deltaproduct.checkpoint.load import load_model
 from torchtitan_deltaproduct.errors import ConfigError
 
+from ..common.options import DTYPES
 from .decoding import Settings, continue_prompts
-from .options import DTYPES
 from .sampling import Sampling
 from .scoring import SEGMENT, Request, Score, score
 from .vocabulary import open_vocabulary

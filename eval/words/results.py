@@ -20,7 +20,8 @@ from rich.table import Table
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
 
-from .words import Counts, Problem, wilson
+from ..common.json_file import write_json as write_json_file
+from .problems import Counts, Problem, wilson
 
 # What tells settings apart, beside the problem: the whole model and how it was trained, but for its seeds.
 _MODEL = [f.name for f in fields(DeltaProductArgs) if f.name != "op_backend"]
@@ -297,16 +298,7 @@ def write_json(path: Path, settings: list[Setting], criterion: Criterion) -> Non
         "intervals": "Wilson, 95 %; words count as independent, the tokens of a word do not",
         "settings": [setting.to_dict(criterion) for setting in settings],
     }
-    # NaN (a position without labels) is not JSON.
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    write_json_file(path, content)
 
 
 def write_csv(path: Path, settings: list[Setting]) -> None:

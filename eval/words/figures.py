@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from .figures import COLOURS, plt, save, style
-from .word_results import RunResult, Setting
-from .words import wilson
+from ..common.figures import COLOURS, plt, save, style
+from .problems import wilson
+from .results import RunResult, Setting
 
 MAX_POINTS = 128
 """Points of a drawn curve; longer ones show means of neighbouring positions."""

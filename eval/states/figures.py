@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .figures import COLOURS, plt, save, style
-from .state_results import Result
+from ..common.figures import COLOURS, plt, save, style
+from .results import Result
 from .transitions import PLANE_BINS
 
 MAX_POINTS = 256

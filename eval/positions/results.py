@@ -23,7 +23,8 @@ from rich.table import Table
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-from .position_parts import Parts, Sums, read_parts
+from ..common.json_file import write_json as write_json_file
+from .parts import Losses, Sums
 
 VERSION = 1
 FIRST_BUCKET = 32
@@ -128,13 +129,13 @@ class Result:
 
     model: dict
     data: dict
-    parts: Parts
+    parts: Losses
     sums: Sums
     buckets: list[dict]
     beyond: dict | None
 
     @classmethod
-    def of(cls, model: dict, data: dict, parts: Parts, lasts: list[int], first: "Result | None" = None) -> "Result":
+    def of(cls, model: dict, data: dict, parts: Losses, lasts: list[int], first: "Result | None" = None) -> "Result":
         """Reads the raw losses once.
 
         Args:
@@ -194,7 +195,7 @@ class Result:
         }
 
 
-def results_of(found: list[tuple[dict, dict, Parts]], lasts: list[int]) -> list[Result]:
+def results_of(found: list[tuple[dict, dict, Losses]], lasts: list[int]) -> list[Result]:
     """Results of (model, data, raw losses), each beside that of the first model on the same sequences."""
     results: list[Result] = []
     for model, data, parts in found:
@@ -244,16 +245,7 @@ def write_json(path: Path, results: list[Result]) -> None:
         "intervals": "95 %, Student's t over sequences; the tokens of a sequence do not count as independent",
         "results": [result.to_dict(path.parent) for result in results],
     }
-    # NaN (one sequence has no standard error) is not JSON.
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_json_file(path, content)
 
 
 def write_csv(path: Path, results: list[Result]) -> None:
@@ -293,7 +285,7 @@ def read_results(paths: list[Path], buckets: str, rename: Callable[[list[dict]],
             raise DataError(f"There is no {path}: expected a folder in which length_extrapolation left its results")
         try:
             entries = json.loads(path.read_text())["results"]
-            found += [(entry["model"], entry["data"], read_parts(path.parent / entry["raw"])) for entry in entries]
+            found += [(entry["model"], entry["data"], Losses.at(path.parent / entry["raw"])) for entry in entries]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path} cannot be read ({error!r})\nmake it again: the same command without --from"

@@ -1,6 +1,6 @@
-"""C beside the evals, compiled for this machine's processor when it is first needed.
+"""C beside this module, compiled for this machine's processor when it is first needed.
 
-    library = load("singular_values")          # eval/singular_values.c as a ctypes library
+    library = load("singular_values")          # eval/states/singular_values.c as a ctypes library
     library = load("no_such_thing")            # None, after one warning that says why
 
 The shared object is kept in $TORCH_EXTENSIONS_DIR or ~/.cache/torchtitan_deltaproduct under a name drawn from the
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @lru_cache
 def load(name: str) -> ctypes.CDLL | None:
-    """The library of eval/`name`.c; None where it cannot be compiled or loaded."""
+    """The library of `name`.c; None where it cannot be compiled or loaded."""
     source = Path(__file__).with_name(f"{name}.c")
     try:
         return ctypes.CDLL(str(_compiled(source)))

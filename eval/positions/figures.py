@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from .figures import COLOURS, plt, save, style
-from .position_results import Result
+from ..common.figures import COLOURS, plt, save, style
+from .results import Result
 
 LINES = ("-", "--", "-.", ":")
 

@@ -1,0 +1,1 @@
+"""What evals share: options, the texts they read, ranks, files of results, the look of pictures."""
