@@ -4,6 +4,7 @@
     python -m eval.effective_rank DN DP2 DP3 --data data/a book.txt --sequences 32 --every 1
     python -m eval.effective_rank outputs/run --data data/a --between-householders
     python -m eval.effective_rank outputs/state_tracking/S3_n2/seed-1 --length 512       words of the run's own problem
+    python -m eval.effective_rank --from outputs/*/eval --out compared                   runs side by side
     torchrun --nproc_per_node 8 -m eval.effective_rank outputs/run --data data/a
 
 MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder.
@@ -41,7 +42,7 @@ from .common.parts import Sequences, fingerprint
 from .common.ranks import Ranks
 from .common.texts import digest, slug
 from .states.parts import Measurements, Reading
-from .states.results import Result, table, write_json, write_npz
+from .states.results import Result, read_results, table, write_json, write_npz
 from .words.problems import problem_of
 
 NAME = "effective_rank"
@@ -54,29 +55,36 @@ def main(arguments: list[str] | None = None) -> None:
     with Ranks() as ranks:
         width = None if sys.stdout.isatty() else 140
         console = Console(width=width, highlight=False, markup=False, quiet=ranks.rank != 0)
+        if options.source:
+            if ranks.rank == 0:
+                side_by_side(options, console)
+            return
         loaded = load_models(options)
         folder = output_folder(options, loaded)
         jobs = plan(loaded, options, folder / NAME, ranks, console)
         compute(jobs, ranks, console)
         ranks.wait()
         if ranks.rank == 0:
-            results = [Result(job.model, job.data, job.parts.about, job.parts.numbers()) for job in jobs]
             for job in jobs:
                 job.parts.tidy()
-            report(results, folder / NAME, console)
+            report([Result(job.model, job.data, job.parts) for job in jobs], folder / NAME, console)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m eval.{NAME}", description=__doc__.split("\n")[0])
     # Small singular values are what a narrower type would hide.
-    add_model_options(parser, dtype="float32")
+    add_model_options(parser, dtype="float32", optional=True)
     add_text_options(parser, length=16_384, sequences=8, documents="packed")
     add = parser.add_argument
     add("--every", type=int, default=16, metavar="K", help="a state at each K-th token; 1: all (default: %(default)s)")
     add("--between-householders", action="store_true", help="also the states between the n_h steps of those tokens")
     add("--reset", action=argparse.BooleanOptionalAction, default=None,
         help="an empty state at each document start (default: as the model was trained)")  # fmt: skip
+    add("--from", dest="source", nargs="+", default=[], metavar="FOLDER",
+        help="results to show side by side; takes no models")  # fmt: skip
     options = parser.parse_args(arguments)
+    if bool(options.source) == bool(options.models) or (options.source and options.data):
+        raise ConfigError(f"expected MODEL... [--data DATA...], or --from FOLDER...; python -m eval.{NAME} --help")
     check_text_options(options)
     at_least(options, 1, "every")
     if options.every > options.length:
@@ -158,18 +166,32 @@ def words_of(loaded: LoadedModel, options: argparse.Namespace) -> Words:
     return Words(loaded, options)
 
 
+def side_by_side(options: argparse.Namespace, console: Console) -> None:
+    """Shows earlier results together."""
+    if not options.out:
+        raise ConfigError(f"--from {' '.join(options.source)}: what is shown together needs --out FOLDER")
+
+    def rename(models: list[dict]) -> list[str]:
+        return short_names([(Path(model["path"]), model["step"]) for model in models])
+
+    target = Path(options.out)
+    results = read_results([Path(folder) / f"{NAME}.json" for folder in options.source], rename)
+    target.mkdir(parents=True, exist_ok=True)
+    report(results, target / NAME, console)
+
+
 def report(results: list[Result], stem: Path, console: Console) -> None:
     """Prints a table for each dataset; writes `stem`.json, and the numbers and pictures of each result.
 
     Where there are several datasets or models, names of files go on with those of the one shown.
     """
-    from .states import figures as figures
+    from .states import figures
 
-    datasets = list(dict.fromkeys(result.data["name"] for result in results))
+    names = list(dict.fromkeys(result.data["name"] for result in results))
     folder, npz = stem.parent, []
-    for data in datasets:
+    for data in names:
         chosen = [result for result in results if result.data["name"] == data]
-        shared = "_".join([stem.name, *([slug(data)] if len(datasets) > 1 else [])])
+        shared = "_".join([stem.name, *([slug(data)] if len(names) > 1 else [])])
         console.print(table(chosen))
         figures.curves_figure(chosen, folder / f"{shared}.png")
         figures.map_figure(chosen, folder / f"{shared}_map.png")
@@ -184,7 +206,7 @@ def report(results: list[Result], stem: Path, console: Console) -> None:
                 figures.documents_figure(result, folder / f"{own}_documents.png")
             if not np.isfinite(result.rank).all():
                 console.print(f"{result.model['name']}, {data}: states that are not finite", soft_wrap=True)
-    ordered = [result for data in datasets for result in results if result.data["name"] == data]
+    ordered = [result for data in names for result in results if result.data["name"] == data]
     write_json(stem.with_suffix(".json"), ordered, npz)
     console.print(f"written: {stem}.json, .npz and .png; what they were made of is in {stem}/", soft_wrap=True)
 

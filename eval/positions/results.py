@@ -10,7 +10,6 @@ compared with the first sequence by sequence, and the interval of their differen
 """
 
 import csv
-import json
 import math
 import os
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
+from ..common.json_file import read_results as read_entries
 from ..common.json_file import write_json as write_json_file
 from .parts import Losses, Sums
 
@@ -279,20 +279,14 @@ def read_results(paths: list[Path], buckets: str, rename: Callable[[list[dict]],
         DataError: a file, or raw results it names, are not there, or they are of different lengths. ConfigError:
             `buckets` is none.
     """
-    found = []
-    for path in paths:
-        if not path.exists():
-            raise DataError(f"There is no {path}: expected a folder in which length_extrapolation left its results")
-        try:
-            entries = json.loads(path.read_text())["results"]
-            found += [(entry["model"], entry["data"], Losses.at(path.parent / entry["raw"])) for entry in entries]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path} cannot be read ({error!r})\nmake it again: the same command without --from"
-            ) from None
-    lengths = {parts.about["length"]: path for (_, _, parts), path in zip(found, paths, strict=False)}
-    if len({parts.about["length"] for _, _, parts in found}) > 1:
-        said = ", ".join(f"{length:,} in {path}" for length, path in lengths.items())
+    found = [
+        (entry["model"], entry["data"], Losses.at(path.parent / entry["raw"]))
+        for path in paths
+        for entry in read_entries(path)
+    ]
+    lengths = {parts.about["length"]: parts.folder for _, _, parts in found}
+    if len(lengths) > 1:
+        said = ", ".join(f"{length:,} in {folder}" for length, folder in lengths.items())
         raise DataError(f"the results have different lengths: {said}\nname those of one length")
     names = rename([model for model, _, _ in found])
     found = [(model | {"name": name}, data, parts) for (model, data, parts), name in zip(found, names, strict=True)]

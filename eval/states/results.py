@@ -1,6 +1,6 @@
 """From measured ranks to results: means and spreads, what happens at document starts, as table, JSON and NPZ.
 
-    result = Result(model, data, parts.about, parts.numbers())
+    result = Result(model, data, measurements)
     Console().print(table([result, ...])); write_npz(path, result); write_json(path, [result, ...], {...})
 
 Spreads are over sequences: standard deviation, and the 10 %, 50 % and 90 % quantiles. The state after p tokens has
@@ -8,6 +8,8 @@ position p; a document that begins after s tokens is first seen by the state at 
 """
 
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from ..common.json_file import read_results as read_entries
 from ..common.json_file import write_json as write_json_file
-from .parts import Numbers
+from .parts import Measurements, Numbers
 from .transitions import ANGLE_BINS, BETA_BINS, DECAY_BINS, MODULUS_BINS, PLANE_BINS
 
 VERSION = 1
@@ -66,17 +69,17 @@ class Result:
     Attributes:
         model: name, label, path, step, train_length, num_householder, head_dim, head_v_dim, allow_neg_eigval.
         data: name, said (a line), and what the sequences say about themselves.
-        about: see `common.parts`.
-        numbers: what was measured.
+        raw: the measurements.
     """
 
     model: dict
     data: dict
-    about: dict
-    numbers: Numbers
+    raw: Measurements
+    numbers: Numbers = field(init=False)
     change: Change = field(init=False)
 
     def __post_init__(self):
+        self.numbers = self.raw.numbers()
         self.change = document_change(self.rank, self.positions, self.numbers.starts)
 
     @property
@@ -86,7 +89,7 @@ class Result:
 
     @property
     def every(self) -> int:
-        return self.about["every"]
+        return self.raw.about["every"]
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -125,8 +128,8 @@ class Result:
         levels = zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)
         return found | {f"q{100 * q:.0f}": value for q, value in levels}
 
-    def to_dict(self, npz: str) -> dict:
-        """The summary: layers and heads at the training length and at the end, beta and eigenvalues."""
+    def to_dict(self, npz: str, folder: Path) -> dict:
+        """The summary for a file in `folder`: layers, heads, beta and eigenvalues, where trained to and at the end."""
         at = {"end": len(self.positions) - 1} | ({} if self.trained is None else {"training_length": self.trained})
         growth, layers = self.growth(), []
         for index in range(self.rank.shape[0]):
@@ -143,7 +146,8 @@ class Result:
             own = {f"at_{name}": self.spread(self.layer_mean[index, :, p]) for name, p in at.items()}
             layers.append({"layer": index, **own, "growth": None if growth is None else growth[index], "heads": heads})
         return {
-            "model": self.model, "data": self.data, "settings": self.about, "npz": npz,
+            "model": self.model, "data": self.data, "settings": self.raw.about, "npz": npz,
+            "raw": os.path.relpath(self.raw.folder, folder),
             "positions": {name: int(self.positions[p]) for name, p in at.items()},
             "document_starts": len(self.numbers.starts), "document_starts_compared": self.change.documents,
             "layers": layers,
@@ -226,9 +230,27 @@ def write_json(path: Path, results: list[Result], npz: list[str]) -> None:
         "version": VERSION,
         "definition": DEFINITION,
         "spread": "std and quantiles over sequences; growth: mean at the end over that at the training length, less 1",
-        "results": [result.to_dict(name) for result, name in zip(results, npz, strict=True)],
+        "results": [result.to_dict(name, path.parent) for result, name in zip(results, npz, strict=True)],
     }
     write_json_file(path, content)
+
+
+def read_results(paths: list[Path], rename: Callable[[list[dict]], list[str]]) -> list[Result]:
+    """Results of earlier runs, from their measurements.
+
+    Args:
+        paths: their effective_rank.json.
+        rename: short names of models that were named in different files.
+
+    Raises:
+        DataError: a file, or measurements it names, are not there or damaged.
+    """
+    entries = [(path.parent, entry) for path in paths for entry in read_entries(path)]
+    names = rename([entry["model"] for _, entry in entries])
+    return [
+        Result(entry["model"] | {"name": name}, entry["data"], Measurements.at(folder / entry["raw"]))
+        for (folder, entry), name in zip(entries, names, strict=True)
+    ]
 
 
 def table(results: list[Result]) -> Table:

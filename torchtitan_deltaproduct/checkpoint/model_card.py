@@ -5,9 +5,9 @@
 Everything in it comes from the run: its settings, its metrics.jsonl, its formulas. Nothing is guessed.
 """
 
-import json
 from pathlib import Path
 
+from ..events import read_jsonl
 from ..models import counts
 from .load import LoadedModel
 
@@ -100,15 +100,8 @@ def _training_rows(loaded: LoadedModel) -> dict[str, str]:
 
 def _results(run: Path, step: int | None) -> dict[str, str]:
     """The validation record of this very step in the run's metrics.jsonl, if it has one."""
-    path = run / "metrics.jsonl"
-    if step is None or not path.exists():
-        return {}
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record.get("step") == step and "validation_loss" in record:
+    for record in read_jsonl(run / "metrics.jsonl"):
+        if step is not None and record.get("step") == step and "validation_loss" in record:
             return {
                 name.removeprefix("validation_").replace("_", " "): f"{value:,.4g}"
                 for name, value in record.items()
