@@ -1,0 +1,142 @@
+"""Sweeps: what is wrong with a TOML, what runs, what is left alone, and what is collected."""
+
+import json
+import os
+import stat
+
+import pytest
+
+from eval import sweep
+from eval.common.json_file import read_results
+from eval.sweeps.plan import read_sweep
+from tests.toy import REPO
+from torchtitan_deltaproduct.errors import ConfigError
+
+TOML = """
+out = "{out}"
+[models]
+late = "{run}"
+early = {{ path = "{run}", step = 4 }}
+[data]
+held-out = "{data}/validation"
+[length_extrapolation]
+length = 96
+sequences = 2
+documents = "packed"
+[effective_rank]
+models = ["late"]
+length = 64
+sequences = 2
+"""
+
+
+@pytest.fixture
+def toml(toy, toy_run, tmp_path):
+    """Two models, one dataset, three jobs."""
+    path = tmp_path / "paper.toml"
+    path.write_text(TOML.format(out=tmp_path / "out", run=toy_run, data=toy.parent / "data"))
+    return path
+
+
+def test_jobs(toml, toy_run, capsys):
+    found = {job.name: job for job in read_sweep(toml).jobs}
+    assert list(found) == ["length_extrapolation/late/held-out", "length_extrapolation/early/held-out",
+                           "effective_rank/late/held-out"]  # fmt: skip
+    early = found["length_extrapolation/early/held-out"].command
+    assert early[1:6] == ["-m", "eval.length_extrapolation", str(toy_run), "--step", "4"] and "--length" in early
+    assert sweep.main([str(toml), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("to run") == 3 and "--sequences 2 --documents packed" in said
+    assert not (toml.parent / "out").exists()
+
+
+def test_run_resume_collect(toml, capsys):
+    out = toml.parent / "out"
+    assert sweep.main([str(toml), "--only", "length_extrapolation/early"]) == 0
+    assert "1 jobs, 0 done already" in capsys.readouterr().out
+    # The folder of one job is gone half way: it runs again, the finished one does not.
+    assert sweep.main([str(toml)]) == 0
+    said = capsys.readouterr().out
+    assert "3 jobs, 1 done already" in said and "2/2 effective_rank/late/held-out: done" in said
+    rows = {(r["eval"], r["model"]): r for r in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
+    assert len(rows) == 3 and rows["length_extrapolation", "early"]["checkpoint"].startswith("step 4, saved")
+    for model in ("early", "late"):
+        (entry,) = read_results(out / f"length_extrapolation/{model}/held-out/length_extrapolation.json")
+        assert rows["length_extrapolation", model]["metrics"]["perplexity to 96"] == entry["buckets"][-1][
+            "running_perplexity"
+        ]
+    table = (out / "results.md").read_text()
+    assert "## length extrapolation, held-out" in table and "| early |" in table and "rank at 64" in table
+    for name in ("length_extrapolation/compared/held-out/length_extrapolation.png",
+                 "effective_rank/compared/held-out/effective_rank_map.png"):  # fmt: skip
+        assert (out / name).stat().st_size > 10_000
+    assert sweep.main([str(toml), "--collect"]) == 0
+    # Another option makes its jobs due again, and only those.
+    toml.write_text(toml.read_text().replace("length = 96", "length = 97"))
+    capsys.readouterr()
+    sweep.main([str(toml), "--dry-run"])
+    said = capsys.readouterr().out
+    assert said.count("to run") == 2 and said.count("done") >= 1
+    assert sweep.main([str(toml), "--collect"]) == 1
+    assert "2 of 3 jobs are not done" in (out / "results.md").read_text()
+
+
+def test_what_fails_does_not_stop_the_rest(toml, capsys):
+    toml.write_text(toml.read_text().replace("early = { path", "gone = { path").replace("step = 4", "step = 5")
+                    .replace("validation", "nowhere"))  # fmt: skip
+    assert sweep.main([str(toml), "--only", "length_extrapolation"]) == 1
+    said = capsys.readouterr().out
+    assert "late/held-out: failed with exit code 2" in said and "nowhere" in said
+    assert "gone/held-out: not ready" in said and "no complete step 5" in said
+
+
+def test_as_an_array(toml, monkeypatch, capsys):
+    """sbatch is a script that says 42: what it is handed is in the folder."""
+    programs = toml.parent / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text("#!/bin/sh\necho 42\n")
+    (programs / "sbatch").chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.chdir(toml.parent)
+    assert sweep.main([str(toml), "--slurm", "--time", "1:00:00"]) == 0
+    assert "job 42: 3 tasks" in capsys.readouterr().out
+    tasks = [json.loads(line) for line in (toml.parent / "out/slurm/tasks.jsonl").read_text().splitlines()]
+    assert [task[-1] for task in tasks] == [job.name for job in read_sweep(toml).jobs]
+    assert "--array=0-2" in (toml.parent / "out/slurm/job.sbatch").read_text()
+
+
+@pytest.mark.parametrize(("old", "new", "said"), [
+    ("[models]", "[modells]", r"paper.toml:3: \[modells\]: no such table; nearest: 'models'"),
+    ('models = ["late"]', 'models = ["lat"]', r"'lat' is not in \[models\]; nearest: 'late'"),
+    ("length = 96", "lenght = 96", r"\[length_extrapolation\]: unrecognized arguments: --lenght 96"),
+    ("length = 96", "length = 0", r"\[length_extrapolation\]: --length 0: must be at least 1"),
+    ("length = 96", 'out = "x"', "the sweep sets it"),
+    ("step = 4", 'step = "4"', r"\[models\] early: expected"),
+    ("[data]\n", "[data]\nx = 3\n", r"\[data\] x: expected what --data takes"),
+    ("[effective_rank]", "[lm_harness]", r"expected tasks ="),
+    ("[effective_rank]", "[state_tracking]\ndata = []", "this eval reads none"),
+    ("[models]", "[models", "not valid TOML"),
+])  # fmt: skip
+def test_wrong_sweeps(toml, old, new, said):
+    toml.write_text(toml.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=said):
+        sweep.main([str(toml)])
+
+
+def test_nothing_to_do(toml, tmp_path):
+    toml.write_text(toml.read_text().partition("[length_extrapolation]")[0])
+    with pytest.raises(ConfigError, match="nothing to do"):
+        sweep.main([str(toml)])
+    with pytest.raises(ConfigError, match="No such file"):
+        sweep.main([str(tmp_path / "no.toml")])
+
+
+def test_no_such_job(toml):
+    with pytest.raises(ConfigError, match="--only late: no such job; there are: length_extrapolation/late/held-out"):
+        sweep.main([str(toml), "--only", "late"])
+
+
+def test_the_example_is_one():
+    assert [job.name for job in read_sweep(REPO / "eval/example_sweep.toml").jobs] == [
+        "length_extrapolation/quickstart/stdlib", "effective_rank/quickstart/stdlib",
+    ]  # fmt: skip
