@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,22 +28,33 @@ def test_the_commands_are_found():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command):
     words = shlex.split(command)
+    if words[:2] == ["pip", "install"]:
+        (extra,) = re.findall(r"\[([\w-]+)\]", command)
+        assert extra in tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        return
     if words[0] == "bash":
         subprocess.run(["bash", "-n", words[1]], cwd=REPO, check=True)
+        check_config([word for word in words[2:] if word.endswith(".toml")])
         return
-    if words[0] == "torchrun":
-        assert words[3:5] == ["-m", "torchtitan_deltaproduct.train"]
-        load_config([w if not w.endswith(".toml") else str(REPO / w) for w in words[5:]], Environment())
-        return
+    assert words[0] == "python"
     target = words[1:3] if words[1] == "-m" else words[1:2]
     options = words[len(target) + 1 :]
+    check_config([word for word in options if word.startswith("train_configs/")])
     shown = subprocess.run([sys.executable, *target, "--help"], cwd=REPO, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr[-1000:]
     for option in options:
         assert not option.startswith("--") or option in shown.stdout, f"{option} is not an option of {target}"
 
 
-@pytest.mark.parametrize("path", re.findall(r"`((?:train_configs|launch|tests|benchmarks)/[\w/.]+)`", README))
+def check_config(paths):
+    for path in paths:
+        load_config(["--job.config_file", str(REPO / path)], Environment())
+
+
+PATHS = re.findall(r"[`(]((?:train_configs|launch|tests|benchmarks|eval|docs)/[\w/.]+)[`)]", README)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_path(path):
     assert Path(REPO, path).exists()
 
