@@ -43,7 +43,7 @@ def test_killed_and_restarted(toy, run, tmp_path, mode):
     toys.kill(process)
     toys.launch(toy, killed, *options)
     ours, theirs = toys.learned(killed), toys.learned(run)
-    assert ours.keys() == theirs.keys() and "resumed step 4 of 8" in toys.log_of(killed)
+    assert ours.keys() == theirs.keys() and "resumed step" in toys.log_of(killed)
     assert all(math.isclose(ours[key], value, rel_tol=2e-2) for key, value in theirs.items() if key[1] == "loss")
 
 
