@@ -121,6 +121,44 @@ def test_one_rank_cannot_write(toy, unbroken, tmp_path, mode):
     assert_close(run, unbroken)
 
 
+def test_a_stager_that_serves_once(toy, unbroken, tmp_path, monkeypatch):
+    """As in torch 2.11 and 2.12, where it closes itself after a save."""
+    from torchtitan_deltaproduct.titan import checkpointer
+
+    class Stager(checkpointer.DefaultStager):
+        def stage(self, state_dict, **kwargs):
+            staged = super().stage(state_dict, **kwargs)
+            self._state_dict_stager.close()
+            return staged
+
+    monkeypatch.setattr(checkpointer, "DefaultStager", Stager)
+    monkeypatch.setattr(checkpointer, "STAGER_LASTS", False)
+    run = tmp_path / "run"
+    train(toy, run, "--checkpoint.async_mode", "async")
+    assert [event["step"] for event in of_kind(run, "save")] == [2, 4, 6, 8] and not of_kind(run, "save_failed")
+    assert_same_weights(weights(run, 8), weights(unbroken, 8))
+
+
+def test_the_thread_of_an_asynchronous_save_dies(toy, unbroken, tmp_path, monkeypatch, capsys):
+    """An error that is not the writer's: that save is lost and told, the training goes on."""
+    from torch.distributed.checkpoint import _async_thread_executor as executor
+
+    original = executor.save_wrapper
+
+    def save_wrapper(*args, **kwargs):
+        if (tmp_path / "run/checkpoint/step-2/complete.json").exists():
+            monkeypatch.setattr(executor, "save_wrapper", original)
+            raise RuntimeError("Checkpoint background process is dead")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(executor, "save_wrapper", save_wrapper)
+    run = tmp_path / "run"
+    train(toy, run, "--checkpoint.async_mode", "async")
+    assert "step 4 was not saved, on rank 0: Checkpoint background process is dead" in capsys.readouterr().out
+    assert [event["step"] for event in of_kind(run, "save")] == [2, 6, 8]
+    assert_same_weights(weights(run, 8), weights(unbroken, 8))
+
+
 def damage(folder, at=-3000):
     path = next(folder.glob("*.distcp"))
     content = bytearray(path.read_bytes())

@@ -72,7 +72,8 @@ def test_a_killed_rank_is_started_again(toy, one, tmp_path):
     toys.wait_for(run, "moment step 5 on rank 1", 240)
     os.kill(int(re.findall(r"on rank 1, pid (\d+)", toys.log_of(run))[-1]), signal.SIGKILL)
     assert process.wait(timeout=240) == 0, toys.log_of(run)[-3000:]
-    assert "resumed step 4 of 8" in toys.log_of(run) and "the last launch lost a rank: " in toys.log_of(run)
+    # Under NCCL the other rank waits in a kernel until torchrun kills it too (after 30 s), and cannot say why it ends.
+    assert "resumed step 4 of 8" in toys.log_of(run) and "the last launch was killed" in toys.log_of(run)
     assert_agree(run, one)
 
 

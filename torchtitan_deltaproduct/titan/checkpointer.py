@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 LAST_TRIES, PAUSE = 3, 5.0
 """Tries of the save before an end, and seconds between them."""
+STAGER_LASTS = torch.__version__ >= "2.13"
+"""Whether a stager takes more than one save. Before, it closed itself after the first, and the second then failed."""
 
 
 class CheckpointManager(stock.CheckpointManager):
@@ -137,6 +139,9 @@ class CheckpointManager(stock.CheckpointManager):
 
     def _start_async(self, states: dict, writer: MarkedWriter, step: int, why: str, start: float) -> None:
         pinned = self.async_mode == stock.AsyncMode.ASYNC_WITH_PINNED_MEM
+        if self.stager is not None and not STAGER_LASTS:
+            self.stager.close()
+            self.stager = None
         if self.stager is None:
             self.stager = DefaultStager(StagingOptions(*([pinned] * 4)))
         kind = AsyncCheckpointerType.PROCESS if pinned else AsyncCheckpointerType.THREAD
@@ -164,7 +169,7 @@ class CheckpointManager(stock.CheckpointManager):
         future, self.save_future = self.save_future, None
         try:
             future.result()
-        except CheckpointException as error:
+        except Exception as error:  # also a lost process that was writing
             self._failed(self.saving_step, error)
 
     def _make_room(self, folder: Path) -> None:
@@ -190,9 +195,10 @@ class CheckpointManager(stock.CheckpointManager):
             logger.info("saved step %d in %.1f s (%s)", step, seconds, why)
             events.append(self.run, "save", step=step, seconds=round(seconds, 2), reason=why)
 
-    def _failed(self, step: int, error: CheckpointException) -> None:
+    def _failed(self, step: int, error: Exception) -> None:
         self.failed_saves += 1
-        rank, (cause, _) = next(iter(error.failures.items()), (0, (error, None)))
+        failures = getattr(error, "failures", None) or {dist.get_rank(): (error, None)}
+        rank, (cause, _) = next(iter(failures.items()))
         said = (str(cause).splitlines() or [type(cause).__name__])[0]
         if dist.get_rank() == 0:
             logger.warning("step %d was not saved, on rank %d: %s (%d failed so far)",
