@@ -28,6 +28,7 @@ class Shutdown:
     def __init__(self, seconds: int):
         self.seconds = seconds
         self.signal: signal.Signals | None = None
+        self.torchrun_runs = False
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ends torchrun's loop at the first signal; it then hands the signal on and waits."""
@@ -36,8 +37,10 @@ class Shutdown:
             say(f"{name}: the ranks are stopping already, they have up to {self.seconds} s to save")
             return
         self.signal = signal.Signals(number)
-        if "torch" not in sys.modules:
-            sys.exit(128 + number)
+        if not self.torchrun_runs:
+            # Amid the import of torch, where an exception goes astray; no rank is there yet, nothing is to be saved.
+            say(f"stopped by {name} before the ranks were started")
+            os._exit(128 + number)
         from torch.distributed.elastic.multiprocessing.api import SignalException
 
         raise SignalException(f"got {name}", sigval=self.signal)
@@ -55,6 +58,7 @@ def main() -> int:
 
     repair(shutdown)
     try:
+        shutdown.torchrun_runs = True
         run.main(["--signals-to-handle", ",".join(number.name for number in SIGNALS), *sys.argv[1:]])
     except SignalException:
         say(f"stopped by {shutdown.signal.name}")

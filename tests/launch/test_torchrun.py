@@ -61,6 +61,18 @@ def test_ranks_save_whatever_comes(start, tmp_path):
     assert "torchrun: stopped by SIGUSR1" in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_while_it_starts(start, tmp_path, number):
+    """Importing torch takes seconds, and so do the first ranks; it ends by the signal, and by nothing else."""
+    for wait in (0.1, 0.4, 0.7, 1.0, 1.5, 2.0, 3.0):
+        process = start("save", "0")
+        time.sleep(wait)
+        process.send_signal(number)
+        # In the first moments Python itself has no handler yet. Ranks that are starting are killed.
+        assert process.wait(timeout=60) in (-number, 128 + number), (wait, log_of(tmp_path / "run"))
+        assert "Traceback" not in log_of(tmp_path / "run"), (wait, log_of(tmp_path / "run"))
+
+
 def test_time_to_save_has_an_end(start, tmp_path):
     run = tmp_path / "run"
     process = start("save", "60", SHUTDOWN_TIMEOUT="1")
