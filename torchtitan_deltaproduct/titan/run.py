@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,14 +119,17 @@ def start_logging() -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    # On NCCL, once a rank each: every rank has chosen its device before, and a group of one rank has no timeout to set.
+    for noise in (r"barrier\(\): using the device", "Set timeout is now only supported"):
+        warnings.filterwarnings("ignore", message=noise)
 
 
 def is_worth_reading(record: logging.LogRecord) -> bool:
-    """Drops torchtitan's own notes (it logs as root): what they say of a run is said once by `describe`."""
+    """Drops torchtitan's own notes (it logs as root), said once by `describe`, and what libraries tell by the way."""
     wanted = ("Running with configs", "Profiling active", "Memory profiler", "Dumping", "Finished dumping")
     text = str(record.msg)
     if record.name != "root":
-        return True
+        return record.levelno > logging.INFO or record.name.startswith("torchtitan_deltaproduct")
     return text.startswith(wanted) if record.levelno <= logging.INFO else not text.startswith("ENV[")
 
 
