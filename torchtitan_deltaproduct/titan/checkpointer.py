@@ -169,7 +169,7 @@ class CheckpointManager(stock.CheckpointManager):
         future, self.save_future = self.save_future, None
         try:
             future.result()
-        except Exception as error:  # also a lost process that was writing
+        except (CheckpointException, Exception) as error:  # the first is a BaseException; the rest: a lost writer, say
             self._failed(self.saving_step, error)
 
     def _make_room(self, folder: Path) -> None:
@@ -195,7 +195,7 @@ class CheckpointManager(stock.CheckpointManager):
             logger.info("saved step %d in %.1f s (%s)", step, seconds, why)
             events.append(self.run, "save", step=step, seconds=round(seconds, 2), reason=why)
 
-    def _failed(self, step: int, error: Exception) -> None:
+    def _failed(self, step: int, error: BaseException) -> None:
         self.failed_saves += 1
         failures = getattr(error, "failures", None) or {dist.get_rank(): (error, None)}
         rank, (cause, _) = next(iter(failures.items()))
