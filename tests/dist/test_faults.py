@@ -1,11 +1,14 @@
 """Disks, files and ranks that fail under a run: training goes on, or goes back, and what it learns does not change."""
 
 import errno
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+from torch.distributed.checkpoint.staging import StagingOptions
 
 from tests.dist.helper import run_distributed
 from tests.dist.test_signals import start
@@ -157,6 +160,37 @@ def test_the_thread_of_an_asynchronous_save_dies(toy, unbroken, tmp_path, monkey
     assert "step 4 was not saved, on rank 0: Checkpoint background process is dead" in capsys.readouterr().out
     assert [event["step"] for event in of_kind(run, "save")] == [2, 6, 8]
     assert_same_weights(weights(run, 8), weights(unbroken, 8))
+
+
+def saved_by_processes(rank: int, argv: list[str]) -> None:
+    from torchtitan_deltaproduct.titan import checkpointer
+    from torchtitan_deltaproduct.titan.run import run
+
+    # Pinned memory and copies beside the computation need CUDA; the rest of the mode is the same.
+    checkpointer.StagingOptions = lambda *_: StagingOptions(False, True, True, False)
+    finish, signalled = checkpointer.CheckpointManager.finish_running_save, []
+
+    def signal_and_finish(manager):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGUSR1)
+            signalled.append(child.pid)
+        finish(manager)
+
+    checkpointer.CheckpointManager.finish_running_save = signal_and_finish
+    config = load_config(argv)
+    config.checkpoint.async_mode = "async_with_pinned_mem"
+    run(config)
+    assert signalled
+
+
+def test_saves_by_other_processes(toy, tmp_path):
+    """As `async_with_pinned_mem` has it; the processes do not die of the cluster's signals."""
+    run = tmp_path / "run"
+    run_distributed(saved_by_processes, 2, (arguments(toy, run, ()),))
+    launch(toy, tmp_path / "unbroken", ranks=2)
+    assert [event["step"] for event in of_kind(run, "save")] == [2, 4, 6, 8] and not of_kind(run, "save_failed")
+    assert_same_weights(weights(run, 8), weights(tmp_path / "unbroken", 8))
+    assert_same_weights(weights(run, 6), weights(tmp_path / "unbroken", 6))
 
 
 def damage(folder, at=-3000):

@@ -31,6 +31,7 @@ from ..checkpoint.marker import SAVING, ours, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from ..checkpoint.writer import About, MarkedWriter
 from ..errors import CheckpointError
+from .stopping import deaf_children
 
 logger = logging.getLogger(__name__)
 
@@ -145,10 +146,11 @@ class CheckpointManager(stock.CheckpointManager):
         if self.stager is None:
             self.stager = DefaultStager(StagingOptions(*([pinned] * 4)))
         kind = AsyncCheckpointerType.PROCESS if pinned else AsyncCheckpointerType.THREAD
-        response = dcp.async_save(
-            states, storage_writer=writer, process_group=self.pg, async_checkpointer_type=kind,
-            async_stager=self.stager,
-        )  # fmt: skip
+        with deaf_children():
+            response = dcp.async_save(
+                states, storage_writer=writer, process_group=self.pg, async_checkpointer_type=kind,
+                async_stager=self.stager,
+            )  # fmt: skip
         if isinstance(response, AsyncSaveResponse):
             self.save_future, self.staging_future = response.upload_completion, response.staging_completion
             self.staging = pinned

@@ -12,12 +12,13 @@ A run that knows when its time is over (the end of its SLURM job, or `guard.wall
 there is time to finish a step and a save, by its own measured durations of both.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +92,23 @@ class Stopping:
         return next((name for name, total in zip(names, totals, strict=True) if total > 0), None)
 
 
-def shield_compile_workers() -> None:
-    """Starts Inductor's compile workers deaf to stop signals; call it before anything is compiled.
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes and threads started meanwhile do not hear stop signals, nor do the processes that these start.
 
-    A cluster signals every process of a job: workers that die of it would take a compilation with them, and with it the
-    run that was about to save and stop. A blocked signal stays blocked in processes that are started meanwhile. They
-    need no signal to end: they follow their pipe.
+    A cluster signals every process of a job: a helper that dies of it would take with it what the run needs to save and
+    stop. Helpers need no signal to end: they follow their pipe.
     """
-    from torch._inductor.async_compile import AsyncCompile
-
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        AsyncCompile.warm_pool()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def shield_compile_workers() -> None:
+    """Starts Inductor's compile workers deaf to stop signals; call it before anything is compiled."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    with deaf_children():
+        AsyncCompile.warm_pool()
