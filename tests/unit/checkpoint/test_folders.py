@@ -1,6 +1,8 @@
 """Completeness, selection and retention over real DCP folders, and over random sets of folders."""
 
+import os
 import pickle
+import shutil
 import warnings
 
 import pytest
@@ -105,6 +107,20 @@ def test_delete_leaves_nothing(run):
     delete(run / "step-10")
     assert [i.step for i in scan(run)] == [5, 200] and not (run / "step-10").exists()
     delete(run / "step-10")
+
+
+def test_a_folder_that_vanishes_while_it_is_looked_at(run, monkeypatch):
+    """As when retention is still deleting what the next save looks at."""
+    original, gone = os.stat, run / "step-10"
+
+    def stat(path, **given):
+        if gone.name in str(path) and str(path).endswith(".distcp"):
+            shutil.rmtree(gone, ignore_errors=True)
+        return original(path, **given)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert [i.step for i in scan(run) if i.complete] == [5, 200]
+    assert not gone.exists()
 
 
 STEPS = st.sets(st.integers(0, 400).map(lambda k: 5 * k))
