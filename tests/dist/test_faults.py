@@ -22,6 +22,7 @@ from tests.toy import (
     weights,
 )
 from torchtitan_deltaproduct.checkpoint import scan
+from torchtitan_deltaproduct.checkpoint.folders import retire
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.errors import CheckpointError
 from torchtitan_deltaproduct.events import last_stop, read_events
@@ -188,6 +189,22 @@ def test_nothing_good_is_left(toy, tmp_path):
     with pytest.raises(CheckpointError, match="can be used: step 4 damaged"):
         train(toy, run, "--checkpoint.load_step", "4")
     assert {info.step for info in scan(run / "checkpoint")} == {2, 4}
+
+
+def test_no_marker_can_be_read(toy, tmp_path):
+    """Of a later release, say, or for a fault of the file system: what is there is not trained over."""
+    run = tmp_path / "run"
+    train(toy, run, "--training.steps", "4")
+    for step, (old, new) in {2: ('"version": 1', '"version": 2'), 4: ("format", "for")}.items():
+        marker = run / f"checkpoint/step-{step}/complete.json"
+        marker.write_text(marker.read_text().replace(old, new))
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be used: step 2, step 4 damaged"):
+        train(toy, run)
+    # A save that was cut short never was a checkpoint.
+    for step in (2, 4):
+        retire(run / f"checkpoint/step-{step}")
+    train(toy, run)
+    assert [info.step for info in scan(run / "checkpoint") if info.complete] == [4, 6, 8]
 
 
 def test_a_hanging_rank(toy, tmp_path):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .marker import MARKER, SAVING, Marker, ours, read_marker, wrong_sizes
+from .marker import MARKER, SAVING, Marker, read_marker, wrong_sizes
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
@@ -121,8 +121,13 @@ def deletable(found: Iterable[CheckpointInfo], keep_latest_k: int, keep_every: i
     return [
         info
         for info in found
-        if ours(info.path) and (info.step not in kept if info.complete else info.step < newest and not info.marker)
+        if (info.step not in kept if info.complete else info.step < newest and cut_short(info.path))
     ]
+
+
+def cut_short(path: Path) -> bool:
+    """Whether a save of ours began here and never ended; not one that ended and whose marker does not read now."""
+    return (path / SAVING).exists() and not (path / MARKER).exists()
 
 
 def retire(path: Path) -> None:

@@ -27,7 +27,7 @@ from .. import events
 from ..checkpoint.folders import CheckpointInfo, deletable, delete, inspect, scan
 from ..checkpoint.hf import is_hf_folder
 from ..checkpoint.load import find_checkpoint
-from ..checkpoint.marker import SAVING, ours, wrong_checksums
+from ..checkpoint.marker import MARKER, SAVING, ours, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from ..checkpoint.writer import About, MarkedWriter
 from ..errors import CheckpointError
@@ -238,9 +238,10 @@ class CheckpointManager(stock.CheckpointManager):
 
     def _choose(self, asked: int) -> CheckpointInfo | None:
         # Rank 0 looks for all: on a network file system another rank may not see the newest folder yet.
-        seen = [scan(self.folder) if dist.get_rank() == 0 else None]
+        found = scan(self.folder) if dist.get_rank() == 0 else []
+        seen = [found, [info for info in found if not info.complete and (info.path / MARKER).exists()]]
         dist.broadcast_object_list(seen, src=0)
-        complete = [info for info in seen[0] if info.complete]
+        complete, spoiled = [info for info in seen[0] if info.complete], seen[1]
         if asked != -1:
             complete = [info for info in complete if info.step == asked]
             if not complete:
@@ -256,9 +257,10 @@ class CheckpointManager(stock.CheckpointManager):
             logger.warning("checkpoint step %d is damaged and left out: %s", info.step, "; ".join(problems))
             if dist.get_rank() == 0:
                 events.append(self.run, "bad_checkpoint", step=info.step, problems=problems)
-        if complete:
+        # What was complete once and cannot be read now, for whatever reason, is not to be trained over.
+        if unusable := complete or spoiled:
             raise CheckpointError(
-                f"no checkpoint in {self.folder} can be used: {', '.join(f'step {i.step}' for i in complete)} damaged\n"
+                f"no checkpoint in {self.folder} can be used: {', '.join(f'step {i.step}' for i in unusable)} damaged\n"
                 "restore one from a copy, or start over with another job.dump_folder"
             )
         return None

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan_deltaproduct.checkpoint import CheckpointInfo, latest_complete, retention, scan
 from torchtitan_deltaproduct.checkpoint.folders import deletable, delete, retire
-from torchtitan_deltaproduct.checkpoint.marker import MARKER, SAVING, Marker, read_marker, wrong_checksums
+from torchtitan_deltaproduct.checkpoint.marker import FORMAT, MARKER, SAVING, Marker, ours, read_marker, wrong_checksums
 from torchtitan_deltaproduct.checkpoint.safe_dcp import SafeLoadPlanner, SafeReader, read_index
 from torchtitan_deltaproduct.checkpoint.writer import About, MarkedWriter
 from torchtitan_deltaproduct.errors import CheckpointError
@@ -101,6 +101,14 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(run, damage, re
 def test_a_renamed_folder_is_not_another_step(run):
     (run / "step-5").rename(run / "step-400")
     assert "marker says step 5" in scan(run)[-1].reason and latest_complete(run).step == 200
+
+
+@pytest.mark.parametrize("content", ['{"done": true}', "", f'{{"format": "{FORMAT}", "version": 2}}'])
+def test_retention_spares_a_marker_that_does_not_read(run, content):
+    """It may be another program's, a later release's, or readable again tomorrow."""
+    (run / "step-5" / MARKER).write_text(content)
+    assert [info.step for info in deletable(scan(run), 1)] == [10]
+    assert ours(run / "step-5") is ("version" in content)
 
 
 def test_delete_leaves_nothing(run):
