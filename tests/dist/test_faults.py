@@ -160,6 +160,37 @@ def test_the_thread_of_an_asynchronous_save_dies(toy, unbroken, tmp_path, monkey
     assert_same_weights(weights(run, 8), weights(unbroken, 8))
 
 
+def lost_saver(rank: int, argv: list[str]) -> None:
+    """Saves in a process of its own, without the pinned memory that needs a GPU; rank 1 loses it after step 3."""
+    from torch.distributed.checkpoint import _async_process_executor as executor
+
+    from torchtitan_deltaproduct.titan import checkpointer, trainer
+    from torchtitan_deltaproduct.titan.run import run
+
+    options, original = checkpointer.StagingOptions, trainer.Trainer.train_step
+
+    def step(self, batches):
+        if self.step == 4 and rank == 1:
+            self.checkpointer.save_future.result()
+            executor._CHECKPOINT_PROCESS._save_process.kill()
+        return original(self, batches)
+
+    checkpointer.StagingOptions = lambda *pinned: options(*[False] * 4)
+    trainer.Trainer.train_step = step
+    config = load_config(argv)
+    config.checkpoint.async_mode = "async_with_pinned_mem"
+    run(config)
+
+
+def test_the_process_of_an_asynchronous_save_dies(toy, unbroken, tmp_path):
+    """On one rank: that save is lost, and the next has new processes on all ranks."""
+    run = tmp_path / "run"
+    run_distributed(lost_saver, 2, (arguments(toy, run, ()),))
+    assert {event["step"] for event in of_kind(run, "save_failed")} == {4}
+    assert [event["step"] for event in of_kind(run, "save")] == [2, 6, 8]
+    assert_close(run, unbroken)
+
+
 def damage(folder, at=-3000):
     path = next(folder.glob("*.distcp"))
     content = bytearray(path.read_bytes())

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import _async_process_executor as process_executor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
@@ -61,6 +62,7 @@ class CheckpointManager(stock.CheckpointManager):
         self.failed_saves = 0
         self.retry_at: int | None = None
         self.saving_step: int | None = None
+        self.writer_lost = False
         self.durations: list[float] = []
         self.deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-deleter")
 
@@ -145,6 +147,8 @@ class CheckpointManager(stock.CheckpointManager):
         if self.stager is None:
             self.stager = DefaultStager(StagingOptions(*([pinned] * 4)))
         kind = AsyncCheckpointerType.PROCESS if pinned else AsyncCheckpointerType.THREAD
+        if pinned:
+            self._renew_lost_writers()
         response = dcp.async_save(
             states, storage_writer=writer, process_group=self.pg, async_checkpointer_type=kind,
             async_stager=self.stager,
@@ -162,6 +166,16 @@ class CheckpointManager(stock.CheckpointManager):
 
         self.save_future.add_done_callback(done)
 
+    def _renew_lost_writers(self) -> None:
+        """Lets go of the processes that write, on all ranks, if one was lost: torch asks the dead one for ever."""
+        lost = torch.tensor(float(self.writer_lost))
+        dist.all_reduce(lost, group=self.pg)
+        if lost:
+            logger.warning("the processes that write checkpoints are started again")
+            if process_executor._CHECKPOINT_PROCESS is not None:
+                process_executor._CHECKPOINT_PROCESS._save_process.terminate()
+            process_executor._CHECKPOINT_PROCESS, self.writer_lost = None, False
+
     def finish_running_save(self) -> None:
         """Waits for an asynchronous save; if it failed, the next step that is due stands in for it."""
         if self.save_future is None:
@@ -170,6 +184,8 @@ class CheckpointManager(stock.CheckpointManager):
         try:
             future.result()
         except Exception as error:  # also a lost process that was writing
+            # An error of the writer's own comes as a CheckpointException, the same on all ranks.
+            self.writer_lost |= not isinstance(error, CheckpointException)
             self._failed(self.saving_step, error)
 
     def _make_room(self, folder: Path) -> None:
