@@ -246,7 +246,7 @@ class CheckpointManager(stock.CheckpointManager):
             self._load_from(info, model_only=info.step == 0)
             self._set_newer_aside(info.step)
         elif self.initial_load_path:
-            info = initial_checkpoint(Path(self.initial_load_path))
+            info = self._initial()
             if problems := self._damage(info):
                 raise CheckpointError(f"checkpoint.initial_load_path: {info.path}: {'; '.join(problems)}")
             self._load_from(info, model_only=self.initial_load_model_only)
@@ -280,6 +280,19 @@ class CheckpointManager(stock.CheckpointManager):
                 "restore one from a copy, or start over with another job.dump_folder"
             )
         return None
+
+    def _initial(self) -> CheckpointInfo:
+        """What `initial_load_path` names, as rank 0 sees it: it may be a run that is still saving."""
+        found: list[CheckpointInfo | CheckpointError | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                found = [initial_checkpoint(Path(self.initial_load_path))]
+            except CheckpointError as error:
+                found = [error]
+        dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        return found[0]
 
     def _set_newer_aside(self, step: int) -> None:
         """After `load_step`: later steps belong to a past that is being written anew, and must not be resumed from."""
@@ -315,8 +328,9 @@ class CheckpointManager(stock.CheckpointManager):
             dcp.load(states, storage_reader=SafeReader(str(info.path)), planner=SafeLoadPlanner())
         except (CheckpointException, RuntimeError, ValueError) as error:
             cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+            said = (str(cause).splitlines() or [type(cause).__name__])[0]
             raise CheckpointError(
-                f"{info.path} does not fit this run: {str(cause).splitlines()[0]}\n"
+                f"{info.path} does not fit this run: {said}\n"
                 "expected the same [model] and optimizer as when it was saved (see its config.json)"
             ) from error
         if stock.MODEL in self.states:
