@@ -360,6 +360,8 @@ class CheckpointManager(stock.CheckpointManager):
         # Also called on an object whose making failed, or that saves nothing.
         if getattr(self, "enable", False) and hasattr(self, "deleter"):
             self.finish_running_save()
+            # Told to end: left behind, the process that writes ends with a traceback when its pipe closes.
+            process_executor._CHECKPOINT_PROCESS = None
             self.deleter.shutdown()
         super().close()
 
