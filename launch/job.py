@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .node import TRAIN, Layout
-from .sbatch import literal, preamble, python, resources
+from .sbatch import directive, literal, preamble, python, resources
 from .site import Site
 
 
@@ -58,7 +58,7 @@ def head(job: Job, site: Site) -> str:
         output=f"{literal(job.folder)}/%j.out", workdir=job.workdir,
     )  # fmt: skip
     if job.dependency:
-        asked.append(f"#SBATCH --dependency={job.dependency}")
+        asked.append(directive(f"--dependency={job.dependency}"))
     directives = "\n".join(asked)
     return f"""\
 #!/bin/bash

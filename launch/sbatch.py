@@ -45,7 +45,8 @@ def resources(
         "qos": site.qos,
         "constraint": site.constraint,
         "output": output,
-        "chdir": literal(workdir),
+        # Not a pattern: with %% for % the job would start in /tmp.
+        "chdir": workdir,
     }
     found = [directive(f"--{option}={value}") for option, value in asked.items() if value]
     return found + [directive(option) for option in site.extra]
@@ -77,7 +78,7 @@ def python(site: Site) -> str:
 
 
 def literal(path: str | Path) -> str:
-    """A path in an option of sbatch that knows % patterns."""
+    """A path in an option of sbatch that knows % patterns, as --output does."""
     return str(path).replace("%", "%%")
 
 

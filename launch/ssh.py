@@ -79,7 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     received: list[signal.Signals] = []
     for number in SIGNALS:
         signal.signal(number, lambda got, frame: received.append(signal.Signals(got)))
-    hosts = [Host(name, remote_command(words, names, rank, os.environ)) for rank, name in enumerate(names)]
+    # One name for all hosts, whatever the second in which each is started.
+    environment = {**os.environ, "RDZV_ID": os.environ.get("RDZV_ID") or f"{os.getpid()}.{int(time.time())}"}
+    hosts = [Host(name, remote_command(words, names, rank, environment)) for rank, name in enumerate(names)]
     return wait(hosts, grace, received)
 
 
@@ -89,8 +91,8 @@ def remote_command(words: list[str], names: list[str], rank: int, environment: M
     wanted = (*FORWARDED, *environment.get("ENV", "").replace(",", " ").split())
     variables = {name: value for name, value in environment.items()
                  if name.isidentifier() and any(fnmatchcase(name, pattern) for pattern in wanted)}  # fmt: skip
-    run_id = environment.get("RDZV_ID") or f"{os.getpid()}.{int(time.time())}"
-    variables |= {"NNODES": str(len(names)), "NODE_RANK": str(rank), "RDZV_ENDPOINT": endpoint, "RDZV_ID": run_id}
+    variables |= {"NNODES": str(len(names)), "NODE_RANK": str(rank), "RDZV_ENDPOINT": endpoint}
+    variables["RDZV_ID"] = environment["RDZV_ID"]
     assigned = [f"{name}={value}" for name, value in variables.items()]
     script = Path(__file__).with_name("multinode.sh").resolve()
     command = shlex.join(["env", "-u", "HOSTS", *assigned, "bash", str(script), *words])

@@ -200,7 +200,7 @@ def host() -> Finding:
 
 def output(folder: Path) -> Finding:
     """Room and write speed where run folders go."""
-    existed = folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
@@ -211,8 +211,10 @@ def output(folder: Path) -> Finding:
             os.fsync(file.fileno())
             speed = (64 << 20) / (time.monotonic() - start)
         free = shutil.disk_usage(folder).free
-        if not existed:
-            folder.rmdir()
+        # Under srun others look at the same folder.
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
     except OSError as error:
         return Finding(BAD, "output", f"{folder} cannot be written: {error.strerror}", "name another folder with --out")
     text = f"{folder}: {free / 1e9:,.0f} GB free, writes {speed / 1e6:,.0f} MB/s"

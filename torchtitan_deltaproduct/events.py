@@ -34,9 +34,12 @@ def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
     """
     record = {"event": event, "time": round(time.time(), 3), **fields}
     try:
-        handle = os.open(Path(run, NAME), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(Path(run, NAME), os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, (json.dumps(record) + "\n").encode())
+            # After a line that a full disk cut short, a new one begins: readers leave out what does not parse.
+            size = os.fstat(handle).st_size
+            torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+            os.write(handle, ("\n" * torn + json.dumps(record) + "\n").encode())
         finally:
             os.close(handle)
     except OSError:

@@ -138,8 +138,12 @@ def validation(records: list[dict]) -> str:
                           ("token accuracy", "validation_token_accuracy"))
         if newest.get(key) is not None
     ]  # fmt: skip
-    said = f"loss {newest['validation_loss']:.4f} at step {newest['step']:,}" + "".join(f", {e}" for e in extra)
-    return said if best is newest else f"{said}; best {best['validation_loss']:.4f} at step {best['step']:,}"
+    # A loss that is not finite is recorded as null.
+    loss = "not finite" if newest["validation_loss"] is None else f"{newest['validation_loss']:.4f}"
+    said = f"loss {loss} at step {newest['step']:,}" + "".join(f", {e}" for e in extra)
+    if best is newest or best["validation_loss"] is None:
+        return said
+    return f"{said}; best {best['validation_loss']:.4f} at step {best['step']:,}"
 
 
 def speed(steps: list[dict], total: int | None) -> str:

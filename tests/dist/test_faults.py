@@ -25,6 +25,7 @@ from tests.toy import (
     weights,
 )
 from torchtitan_deltaproduct.checkpoint import scan
+from torchtitan_deltaproduct.checkpoint.folders import retire
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.errors import CheckpointError
 from torchtitan_deltaproduct.events import last_stop, read_events
@@ -193,6 +194,37 @@ def test_saves_by_other_processes(toy, tmp_path):
     assert_same_weights(weights(run, 6), weights(tmp_path / "unbroken", 6))
 
 
+def lost_saver(rank: int, argv: list[str]) -> None:
+    """Saves in a process of its own, without the pinned memory that needs a GPU; rank 1 loses it after step 3."""
+    from torch.distributed.checkpoint import _async_process_executor as executor
+
+    from torchtitan_deltaproduct.titan import checkpointer, trainer
+    from torchtitan_deltaproduct.titan.run import run
+
+    options, original = checkpointer.StagingOptions, trainer.Trainer.train_step
+
+    def step(self, batches):
+        if self.step == 4 and rank == 1:
+            self.checkpointer.save_future.result()
+            executor._CHECKPOINT_PROCESS._save_process.kill()
+        return original(self, batches)
+
+    checkpointer.StagingOptions = lambda *pinned: options(*[False] * 4)
+    trainer.Trainer.train_step = step
+    config = load_config(argv)
+    config.checkpoint.async_mode = "async_with_pinned_mem"
+    run(config)
+
+
+def test_the_process_of_an_asynchronous_save_dies(toy, unbroken, tmp_path):
+    """On one rank: that save is lost, and the next has new processes on all ranks."""
+    run = tmp_path / "run"
+    run_distributed(lost_saver, 2, (arguments(toy, run, ()),))
+    assert {event["step"] for event in of_kind(run, "save_failed")} == {4}
+    assert [event["step"] for event in of_kind(run, "save")] == [2, 6, 8]
+    assert_close(run, unbroken)
+
+
 def damage(folder, at=-3000):
     path = next(folder.glob("*.distcp"))
     content = bytearray(path.read_bytes())
@@ -222,6 +254,22 @@ def test_nothing_good_is_left(toy, tmp_path):
     with pytest.raises(CheckpointError, match="can be used: step 4 damaged"):
         train(toy, run, "--checkpoint.load_step", "4")
     assert {info.step for info in scan(run / "checkpoint")} == {2, 4}
+
+
+def test_no_marker_can_be_read(toy, tmp_path):
+    """Of a later release, say, or for a fault of the file system: what is there is not trained over."""
+    run = tmp_path / "run"
+    train(toy, run, "--training.steps", "4")
+    for step, (old, new) in {2: ('"version": 1', '"version": 2'), 4: ("format", "for")}.items():
+        marker = run / f"checkpoint/step-{step}/complete.json"
+        marker.write_text(marker.read_text().replace(old, new))
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be used: step 2, step 4 damaged"):
+        train(toy, run)
+    # A save that was cut short never was a checkpoint.
+    for step in (2, 4):
+        retire(run / f"checkpoint/step-{step}")
+    train(toy, run)
+    assert [info.step for info in scan(run / "checkpoint") if info.complete] == [4, 6, 8]
 
 
 def test_a_hanging_rank(toy, tmp_path):

@@ -48,7 +48,8 @@ def test_nothing_said_nothing_asked():
 
 
 def test_values_with_blanks_and_percents():
-    text = render(replace(JOB, folder=Path("/r/50% done"), name="a b"), Site())
+    text = render(replace(JOB, folder=Path("/r/50% done"), workdir=Path("/w/5% x"), name="a b"), Site())
+    assert '#SBATCH --chdir="/w/5% x"' in text
     assert '#SBATCH --output="/r/50%% done/%j.out"' in text and '#SBATCH --job-name="a b"' in text
 
 

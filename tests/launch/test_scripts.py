@@ -1,6 +1,8 @@
 """local.sh and multinode.sh: clean shell, errors before anything starts, and real runs on one and on two nodes."""
 
+import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -151,7 +153,20 @@ def test_a_host_that_cannot_be_reached_ends_the_others(toy, tmp_path, hosts):
 
 def test_forwarded_variables():
     environment = {"PATH": "/p", "SECRET": "s", "NCCL_DEBUG": "INFO", "MINE": "m", "ENV": "MINE", "HOSTS": "a b"}
-    command = ssh.remote_command(["x.toml"], ["me@a", "b"], 1, environment)
+    command = ssh.remote_command(["x.toml"], ["me@a", "b"], 1, environment | {"RDZV_ID": "7"})
     for part in ("PATH=/p", "NCCL_DEBUG=INFO", "MINE=m", "NNODES=2", "NODE_RANK=1", "RDZV_ENDPOINT=a:29400"):
         assert f" {part} " in command
     assert "SECRET" not in command and " ENV=" not in command
+
+
+def test_all_hosts_meet_under_one_name(monkeypatch):
+    """Though a second passes between the first and the last."""
+    commands, seconds = [], itertools.count(100)
+    monkeypatch.setenv("HOSTS", "a b c")
+    monkeypatch.delenv("RDZV_ID", raising=False)
+    monkeypatch.setattr(ssh.time, "time", lambda: next(seconds))
+    monkeypatch.setattr(ssh, "Host", lambda name, command: commands.append(command))
+    monkeypatch.setattr(ssh, "wait", lambda *given: 0)
+    monkeypatch.setattr(ssh.signal, "signal", lambda *given: None)
+    assert ssh.main(["x.toml"]) == 0
+    assert len({re.search(r"RDZV_ID=\S+", command)[0] for command in commands}) == 1 and len(commands) == 3

@@ -43,6 +43,7 @@ def test_what_is_missing(monkeypatch, tmp_path):
     assert doctor.output(tmp_path / "file").status == doctor.BAD
     monkeypatch.setattr(doctor, "ROOM", 1e18)
     assert doctor.output(tmp_path).status == doctor.NOTE
+    assert doctor.output(tmp_path / "a/b/c").status == doctor.NOTE and not (tmp_path / "a").exists()
 
 
 def test_a_wrong_operator_is_found(monkeypatch):

@@ -15,6 +15,13 @@ def test_append_and_read(tmp_path):
     assert found[0]["time"] <= found[1]["time"]
 
 
+def test_a_line_that_was_cut_short_does_not_take_the_next_along(tmp_path):
+    (tmp_path / NAME).write_text('{"event": "save", "ti')
+    append(tmp_path, "stop", step=4, reason="finished", detail="", saved=True)
+    append(tmp_path, "launch", step=4)
+    assert [event["event"] for event in read_events(tmp_path)] == ["stop", "launch"]
+
+
 def test_a_folder_that_is_not_there_is_not_made(tmp_path):
     append(tmp_path / "run", "launch")
     assert not (tmp_path / "run").exists() and read_events(tmp_path / "run") == []

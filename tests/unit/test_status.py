@@ -78,6 +78,11 @@ def test_odd_files(tmp_path):
     (tmp_path / "run/heartbeat.json").write_text("")
     assert "none yet" in show(tmp_path / "run")
     assert "nan" not in show(write(tmp_path / "run", [step(1, None), step(2, None)], [LAUNCH]))
+    broken = {"validation_loss": None, "validation_perplexity": None}
+    said = show(write(tmp_path / "run", [step(1), {"step": 1, **broken}, {"step": 2, **broken}], [LAUNCH]))
+    assert "loss not finite at step 2" in said and "best" not in said
+    records = [step(1), {"step": 1, "validation_loss": 0.5}, {"step": 2, **broken}]
+    assert "not finite at step 2; best 0.5000" in show(write(tmp_path / "run", records, [LAUNCH]))
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match="dump_folder of a run"):
             status.report(path, NOW)

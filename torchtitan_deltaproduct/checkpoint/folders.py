@@ -7,6 +7,7 @@ deletes a folder removes the marker first (`retire`), so that a half-deleted one
     retention([100, 200, 300, 400], keep_latest_k=2, keep_every=200)      # {200: "...", 300: "...", 400: "..."}
 """
 
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .marker import MARKER, SAVING, Marker, ours, read_marker, wrong_sizes
+from .marker import MARKER, SAVING, Marker, read_marker, wrong_sizes
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
@@ -66,13 +67,15 @@ def inspect(path: Path, step: int | None = None) -> CheckpointInfo:
 
 
 def folder_size(path: Path) -> int:
-    """Bytes of all files below a folder, some of which may vanish meanwhile."""
+    """Bytes of all files below a folder, which may vanish meanwhile, in part or whole."""
     total = 0
-    for file in path.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except OSError:
-            continue
+    # os.walk passes over folders that are gone; pathlib's rglob raises.
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(folder, name)).st_size
+            except OSError:
+                continue
     return total
 
 
@@ -118,8 +121,13 @@ def deletable(found: Iterable[CheckpointInfo], keep_latest_k: int, keep_every: i
     return [
         info
         for info in found
-        if ours(info.path) and (info.step not in kept if info.complete else info.step < newest and not info.marker)
+        if (info.step not in kept if info.complete else info.step < newest and cut_short(info.path))
     ]
+
+
+def cut_short(path: Path) -> bool:
+    """Whether a save of ours began here and never ended; not one that ended and whose marker does not read now."""
+    return (path / SAVING).exists() and not (path / MARKER).exists()
 
 
 def retire(path: Path) -> None:

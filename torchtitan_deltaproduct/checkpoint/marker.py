@@ -83,7 +83,13 @@ def read_marker(folder: Path) -> Marker:
 
 def ours(folder: Path) -> bool:
     """Whether a folder was written, or begun, by this package: only such a one may be deleted."""
-    return (folder / SAVING).exists() or (folder / MARKER).exists()
+    if (folder / SAVING).exists():
+        return True
+    try:
+        # Another program's complete.json does not make it ours.
+        return FORMAT in (folder / MARKER).read_text(errors="replace")
+    except OSError:
+        return False
 
 
 def wrong_sizes(folder: Path, marker: Marker) -> str:

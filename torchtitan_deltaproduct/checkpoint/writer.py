@@ -7,6 +7,7 @@ complete.json. What fails on one rank (a full disk, say) is raised on all by DCP
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,11 @@ class MarkedWriter(FileSystemWriter):
         files = {r.storage_data.relative_path: r.file for of_rank in results for r in of_rank}
         names = [INDEX]
         if self.snapshot is not None:
-            (folder / "config.json").write_text(json.dumps(self.snapshot, indent=1))
+            with open(folder / "config.json", "w") as file:
+                json.dump(self.snapshot, file, indent=1)
+                file.flush()
+                # As DCP does with its files: the marker vouches for all of them, through a power cut too.
+                os.fsync(file.fileno())
             names.append("config.json")
         files |= {name: checksum(folder / name) for name in names}
         write_marker(folder, Marker(self.about.step, round(time.time(), 3), self.about.ranks, self.about.reason, files))

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import _async_process_executor as process_executor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
@@ -27,7 +28,7 @@ from .. import events
 from ..checkpoint.folders import CheckpointInfo, deletable, delete, inspect, scan
 from ..checkpoint.hf import is_hf_folder
 from ..checkpoint.load import find_checkpoint
-from ..checkpoint.marker import SAVING, ours, wrong_checksums
+from ..checkpoint.marker import MARKER, SAVING, ours, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from ..checkpoint.writer import About, MarkedWriter
 from ..errors import CheckpointError
@@ -62,6 +63,7 @@ class CheckpointManager(stock.CheckpointManager):
         self.failed_saves = 0
         self.retry_at: int | None = None
         self.saving_step: int | None = None
+        self.writer_lost = False
         self.durations: list[float] = []
         self.deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-deleter")
 
@@ -146,6 +148,8 @@ class CheckpointManager(stock.CheckpointManager):
         if self.stager is None:
             self.stager = DefaultStager(StagingOptions(*([pinned] * 4)))
         kind = AsyncCheckpointerType.PROCESS if pinned else AsyncCheckpointerType.THREAD
+        if pinned:
+            self._renew_lost_writers()
         with deaf_children():
             response = dcp.async_save(
                 states, storage_writer=writer, process_group=self.pg, async_checkpointer_type=kind,
@@ -164,6 +168,16 @@ class CheckpointManager(stock.CheckpointManager):
 
         self.save_future.add_done_callback(done)
 
+    def _renew_lost_writers(self) -> None:
+        """Lets go of the processes that write, on all ranks, if one was lost: torch asks the dead one for ever."""
+        lost = torch.tensor(float(self.writer_lost))
+        dist.all_reduce(lost, group=self.pg)
+        if lost:
+            logger.warning("the processes that write checkpoints are started again")
+            if process_executor._CHECKPOINT_PROCESS is not None:
+                process_executor._CHECKPOINT_PROCESS._save_process.terminate()
+            process_executor._CHECKPOINT_PROCESS, self.writer_lost = None, False
+
     def finish_running_save(self) -> None:
         """Waits for an asynchronous save; if it failed, the next step that is due stands in for it."""
         if self.save_future is None:
@@ -171,7 +185,9 @@ class CheckpointManager(stock.CheckpointManager):
         future, self.save_future = self.save_future, None
         try:
             future.result()
-        except (CheckpointException, Exception) as error:  # the first is a BaseException; the rest: a lost writer, say
+        except (CheckpointException, Exception) as error:  # the first is a BaseException
+            # An error of the writer's own comes as a CheckpointException, the same on all ranks.
+            self.writer_lost |= not isinstance(error, CheckpointException)
             self._failed(self.saving_step, error)
 
     def _make_room(self, folder: Path) -> None:
@@ -232,7 +248,7 @@ class CheckpointManager(stock.CheckpointManager):
             self._load_from(info, model_only=info.step == 0)
             self._set_newer_aside(info.step)
         elif self.initial_load_path:
-            info = initial_checkpoint(Path(self.initial_load_path))
+            info = self._initial()
             if problems := self._damage(info):
                 raise CheckpointError(f"checkpoint.initial_load_path: {info.path}: {'; '.join(problems)}")
             self._load_from(info, model_only=self.initial_load_model_only)
@@ -240,9 +256,10 @@ class CheckpointManager(stock.CheckpointManager):
 
     def _choose(self, asked: int) -> CheckpointInfo | None:
         # Rank 0 looks for all: on a network file system another rank may not see the newest folder yet.
-        seen = [scan(self.folder) if dist.get_rank() == 0 else None]
+        found = scan(self.folder) if dist.get_rank() == 0 else []
+        seen = [found, [info for info in found if not info.complete and (info.path / MARKER).exists()]]
         dist.broadcast_object_list(seen, src=0)
-        complete = [info for info in seen[0] if info.complete]
+        complete, spoiled = [info for info in seen[0] if info.complete], seen[1]
         if asked != -1:
             complete = [info for info in complete if info.step == asked]
             if not complete:
@@ -258,12 +275,26 @@ class CheckpointManager(stock.CheckpointManager):
             logger.warning("checkpoint step %d is damaged and left out: %s", info.step, "; ".join(problems))
             if dist.get_rank() == 0:
                 events.append(self.run, "bad_checkpoint", step=info.step, problems=problems)
-        if complete:
+        # What was complete once and cannot be read now, for whatever reason, is not to be trained over.
+        if unusable := complete or spoiled:
             raise CheckpointError(
-                f"no checkpoint in {self.folder} can be used: {', '.join(f'step {i.step}' for i in complete)} damaged\n"
+                f"no checkpoint in {self.folder} can be used: {', '.join(f'step {i.step}' for i in unusable)} damaged\n"
                 "restore one from a copy, or start over with another job.dump_folder"
             )
         return None
+
+    def _initial(self) -> CheckpointInfo:
+        """What `initial_load_path` names, as rank 0 sees it: it may be a run that is still saving."""
+        found: list[CheckpointInfo | CheckpointError | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                found = [initial_checkpoint(Path(self.initial_load_path))]
+            except CheckpointError as error:
+                found = [error]
+        dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        return found[0]
 
     def _set_newer_aside(self, step: int) -> None:
         """After `load_step`: later steps belong to a past that is being written anew, and must not be resumed from."""
@@ -299,8 +330,9 @@ class CheckpointManager(stock.CheckpointManager):
             dcp.load(states, storage_reader=SafeReader(str(info.path)), planner=SafeLoadPlanner())
         except (CheckpointException, RuntimeError, ValueError) as error:
             cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+            said = (str(cause).splitlines() or [type(cause).__name__])[0]
             raise CheckpointError(
-                f"{info.path} does not fit this run: {str(cause).splitlines()[0]}\n"
+                f"{info.path} does not fit this run: {said}\n"
                 "expected the same [model] and optimizer as when it was saved (see its config.json)"
             ) from error
         if stock.MODEL in self.states:
@@ -330,6 +362,8 @@ class CheckpointManager(stock.CheckpointManager):
         # Also called on an object whose making failed, or that saves nothing.
         if getattr(self, "enable", False) and hasattr(self, "deleter"):
             self.finish_running_save()
+            # Told to end: left behind, the process that writes ends with a traceback when its pipe closes.
+            process_executor._CHECKPOINT_PROCESS = None
             self.deleter.shutdown()
         super().close()
 

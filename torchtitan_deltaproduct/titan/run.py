@@ -88,9 +88,12 @@ def build(config: JobConfig, stopping: Stopping) -> "Trainer":
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a rank stops because another one is gone, by what gloo and NCCL say then."""
+    """Whether a rank stops because another one is gone or never came, by what gloo, NCCL and `rendezvous` say then."""
     signs = r"closed by peer|Connection (closed|reset|refused)|connectFullMesh|remote process|Broken pipe"
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(re.search(signs, str(error))))
+    signs += "|Timed out waiting|caused pair closure"
+    if isinstance(error, dist.DistError | TimeoutError):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search(signs, str(error)))
 
 
 def record_stop(config: JobConfig, step: int | None, ended: str, saved: bool, detail: str = "") -> None:

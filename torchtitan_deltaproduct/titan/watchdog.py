@@ -62,7 +62,8 @@ class Watchdog:
             folder = self.run / "stacks"
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-                self.fallback = open(folder / f"rank-{self.rank}.locked.txt", "w")  # noqa: SIM115 (closed in close)
+                # Appended to: what an earlier launch left there is why this one was started.
+                self.fallback = open(folder / f"rank-{self.rank}.locked.txt", "a")  # noqa: SIM115 (closed in close)
             self._arm()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -72,10 +73,12 @@ class Watchdog:
         Args:
             step: optimizer steps begun.
             what: `step`, `validation batch`, `save`, ...
-            first: the next piece of work may take long.
+            first: what follows may take long, until a `step` has ended.
         """
         self.step, self.what = step, what
-        self.factor = FIRST_STEP if first else 1.0
+        # A validation before the first step does not end the patience with it.
+        if first or what == "step":
+            self.factor = FIRST_STEP if first else 1.0
         self.last = time.monotonic()
         self._arm()
         if self.rank == 0 and self.last - self.written >= 1.0:
@@ -115,8 +118,9 @@ class Watchdog:
             self.fallback.close()
             # Only a process that hangs with the lock held writes there.
             with contextlib.suppress(OSError):
-                os.unlink(self.fallback.name)
-                (self.run / "stacks").rmdir()
+                if not os.path.getsize(self.fallback.name):
+                    os.unlink(self.fallback.name)
+                    (self.run / "stacks").rmdir()
             self.fallback = None
 
 

@@ -1,6 +1,8 @@
 """Completeness, selection and retention over real DCP folders, and over random sets of folders."""
 
+import os
 import pickle
+import shutil
 import warnings
 
 import pytest
@@ -12,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan_deltaproduct.checkpoint import CheckpointInfo, latest_complete, retention, scan
 from torchtitan_deltaproduct.checkpoint.folders import deletable, delete, retire
-from torchtitan_deltaproduct.checkpoint.marker import MARKER, SAVING, Marker, read_marker, wrong_checksums
+from torchtitan_deltaproduct.checkpoint.marker import FORMAT, MARKER, SAVING, Marker, ours, read_marker, wrong_checksums
 from torchtitan_deltaproduct.checkpoint.safe_dcp import SafeLoadPlanner, SafeReader, read_index
 from torchtitan_deltaproduct.checkpoint.writer import About, MarkedWriter
 from torchtitan_deltaproduct.errors import CheckpointError
@@ -101,10 +103,32 @@ def test_a_renamed_folder_is_not_another_step(run):
     assert "marker says step 5" in scan(run)[-1].reason and latest_complete(run).step == 200
 
 
+@pytest.mark.parametrize("content", ['{"done": true}', "", f'{{"format": "{FORMAT}", "version": 2}}'])
+def test_retention_spares_a_marker_that_does_not_read(run, content):
+    """It may be another program's, a later release's, or readable again tomorrow."""
+    (run / "step-5" / MARKER).write_text(content)
+    assert [info.step for info in deletable(scan(run), 1)] == [10]
+    assert ours(run / "step-5") is ("version" in content)
+
+
 def test_delete_leaves_nothing(run):
     delete(run / "step-10")
     assert [i.step for i in scan(run)] == [5, 200] and not (run / "step-10").exists()
     delete(run / "step-10")
+
+
+def test_a_folder_that_vanishes_while_it_is_looked_at(run, monkeypatch):
+    """As when retention is still deleting what the next save looks at."""
+    original, gone = os.stat, run / "step-10"
+
+    def stat(path, **given):
+        if gone.name in str(path) and str(path).endswith(".distcp"):
+            shutil.rmtree(gone, ignore_errors=True)
+        return original(path, **given)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert [i.step for i in scan(run) if i.complete] == [5, 200]
+    assert not gone.exists()
 
 
 STEPS = st.sets(st.integers(0, 400).map(lambda k: 5 * k))

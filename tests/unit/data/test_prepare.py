@@ -158,8 +158,8 @@ def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uni
 
 
 def test_interrupt_stops_workers_and_keeps_shards(tmp_path, tokenizer, corpus):
-    # A fast machine may have finished before the signal arrives: then once more.
-    for attempt in range(5):
+    # It may have finished before the signal arrives: then once more.
+    for attempt in range(20):
         out = tmp_path / f"out{attempt}"
         process = subprocess.Popen(
             command(out, tokenizer, corpus, "--workers", "2"), stderr=subprocess.PIPE, text=True

@@ -7,6 +7,7 @@ import pytest
 
 from tests.toy import REPO, arguments, log_of, records, train
 from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.titan.run import is_lost_peer
 
 
 def test_missing_data(toy, tmp_path):
@@ -19,6 +20,17 @@ def test_vocabulary_too_small(toy, tmp_path):
     with pytest.raises(ConfigError, match=r"(?s)token ids up to 319.*model.vocab_size = 300 \(command line\).*320"):
         train(toy, tmp_path / "run", "--model.vocab_size", "300")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("error", "lost"), [
+    (TimeoutError("rank 0 waited 300 s for rank 3 to start"), True),
+    (RuntimeError("[../gloo/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"), True),
+    (RuntimeError("[/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:5"), True),
+    (RuntimeError("The size of tensor a (3) must match"), False),
+    (OSError(28, "No space left on device"), False),
+])  # fmt: skip
+def test_a_lost_peer(error, lost):
+    assert is_lost_peer(error) is lost
 
 
 def test_the_command(toy, tmp_path):

@@ -63,9 +63,21 @@ def test_beats_keep_it_alive_and_close_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["heartbeat.json"]
 
 
+def test_what_a_locked_rank_wrote_outlives_the_next_launch(tmp_path):
+    stacks = tmp_path / "stacks/rank-0.locked.txt"
+    stacks.parent.mkdir()
+    stacks.write_text("Timeout!\n")
+    dog = Watchdog(tmp_path, 0, 10)
+    dog.start(0)
+    dog.close()
+    assert stacks.read_text() == "Timeout!\n"
+
+
 def test_first_step_may_take_longer(tmp_path):
     dog = Watchdog(tmp_path, 0, 10)
     dog.beat(0, "starting", first=True)
+    assert dog.limit == 60
+    dog.beat(0, "validation batch")
     assert dog.limit == 60
     dog.beat(1, "step")
     assert dog.limit == 10
