@@ -6,7 +6,7 @@ SIGTERM, SIGINT and SIGUSR1 are handed on to the ranks. Beyond torchrun (of torc
 
 - After a signal the ranks have SHUTDOWN_TIMEOUT seconds (default 300) to save. Before torch 2.12 it was always 30.
 - Further signals in that time are told and passed over. torchrun leaves at the third, and its ranks without a parent.
-- Ranks that refuse their settings (exit code 2) are not started again.
+- Ranks that refuse to go on (exit code 2: wrong settings, weights that are not finite) are not started again.
 - The exit code is 128 + signal after a signal, 2 after a refusal, 1 after a failure; one line says which, no traceback.
 """
 
@@ -19,7 +19,7 @@ from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REFUSED = 2
-"""Exit code of a rank whose settings or data are wrong, see `errors.exit_on_user_error`."""
+"""Exit code of a rank that another start would not help, see `errors.exit_on_user_error`."""
 
 
 class Shutdown:

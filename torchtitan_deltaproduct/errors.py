@@ -29,6 +29,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, damaged or belongs to another model."""
 
 
+class NonFiniteError(UserError):
+    """Training that cannot go on: too many steps in a row were skipped, or the weights themselves are not finite."""
+
+
 def exit_on_user_error(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits: with its return value, or with 2 after printing a `UserError`.
 

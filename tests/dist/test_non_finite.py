@@ -7,6 +7,7 @@ from tests.dist.helper import run_distributed
 from tests.toy import arguments, learned, records, train, weights
 from torchtitan_deltaproduct.checkpoint import scan
 from torchtitan_deltaproduct.config import load_config
+from torchtitan_deltaproduct.errors import NonFiniteError
 
 
 def poisoned(rank: int, argv: list[str], poison_rank: int, steps: tuple[int, ...]) -> None:
@@ -41,7 +42,7 @@ def test_one_bad_rank_skips_the_step_everywhere(toy, tmp_path):
 
 def test_too_many_in_a_row(toy, tmp_path):
     argv = arguments(toy, tmp_path / "run", ("--training.max_skipped_steps", "2"))
-    with pytest.raises(Exception, match="2 steps in a row had a non-finite loss .* the last good step is 4"):
+    with pytest.raises(NonFiniteError, match="2 steps in a row had a non-finite loss .* the last good step is 4"):
         poisoned(0, [*argv, "--training.local_batch_size", "4"], 0, (5, 6, 7, 8))
     assert [i.step for i in scan(tmp_path / "run/checkpoint")][-1] == 4
 
@@ -59,6 +60,6 @@ def test_non_finite_weights_are_not_saved(toy, tmp_path, monkeypatch):
             next(self.model_parts[0].parameters()).data[0, 0] = float("inf")
 
     monkeypatch.setattr(TwoGroupOptimizers, "step", step)
-    with pytest.raises(RuntimeError, match="weights at step 4 are not finite and were not saved"):
+    with pytest.raises(NonFiniteError, match="weights at step 4 are not finite and were not saved"):
         train(toy, tmp_path / "run", "--validation.no-enable")
     assert [i.step for i in scan(tmp_path / "run/checkpoint")] == [2]

@@ -26,6 +26,7 @@ from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enabl
 
 from .. import events
 from ..config.job import JobConfig
+from ..errors import NonFiniteError
 from .checkpointer import CheckpointManager
 from .describe import describe, resumed
 from .rendezvous import own_store
@@ -40,10 +41,6 @@ logger = logging.getLogger(__name__)
 # mixed precision to fully_shard in every layout, and autocast would lower the float32 products of the operator.
 stock.CheckpointManager = CheckpointManager
 stock.dist_utils.maybe_enable_amp = lambda *args: contextlib.nullcontext()
-
-
-class NonFiniteError(RuntimeError):
-    """Training cannot go on: too many steps in a row were skipped, or the weights themselves are not finite."""
 
 
 class Trainer(stock.Trainer):
@@ -290,8 +287,8 @@ class Trainer(stock.Trainer):
         if self.skipped_in_a_row >= limit:
             raise NonFiniteError(
                 f"{limit} steps in a row had a non-finite loss or gradient; the last good step is "
-                f"{self.step - self.skipped_in_a_row}. Lower optimizer.lr or look at the data of these steps; "
-                "training.max_skipped_steps sets the limit"
+                f"{self.step - self.skipped_in_a_row}\n"
+                "lower optimizer.lr or look at the data of these steps; training.max_skipped_steps sets the limit"
             )
 
     def refuse_non_finite_weights(self) -> None:
@@ -301,8 +298,8 @@ class Trainer(stock.Trainer):
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite.item():
             raise NonFiniteError(
-                f"the weights at step {self.step} are not finite and were not saved; restart to continue from "
-                "the newest checkpoint, with a lower optimizer.lr or a smaller training.max_norm"
+                f"the weights at step {self.step} are not finite and were not saved\n"
+                "restart to continue from the newest checkpoint, with a lower optimizer.lr or training.max_norm"
             )
 
     def state_dict(self) -> dict:
