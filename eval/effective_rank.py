@@ -37,10 +37,10 @@ from .common.jobs import (
     short_names,
     texts_of,
 )
-from .common.options import add_model_options, at_least, load_models, output_folder
+from .common.options import add_model_options, at_least, load_models, make_folder, output_folder
 from .common.parts import Sequences, fingerprint
 from .common.ranks import Ranks
-from .common.texts import digest, slug
+from .common.texts import digest, slugs
 from .states.parts import Measurements, Reading
 from .states.results import Result, read_results, table, write_json, write_npz
 from .words.problems import problem_of
@@ -176,7 +176,7 @@ def side_by_side(options: argparse.Namespace, console: Console) -> None:
 
     target = Path(options.out)
     results = read_results([Path(folder) / f"{NAME}.json" for folder in options.source], rename)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     report(results, target / NAME, console)
 
 
@@ -189,14 +189,14 @@ def report(results: list[Result], stem: Path, console: Console) -> None:
 
     names = list(dict.fromkeys(result.data["name"] for result in results))
     folder, npz = stem.parent, []
-    for data in names:
+    for data, data_slug in zip(names, slugs(names), strict=True):
         chosen = [result for result in results if result.data["name"] == data]
-        shared = "_".join([stem.name, *([slug(data)] if len(names) > 1 else [])])
+        shared = "_".join([stem.name, *([data_slug] if len(names) > 1 else [])])
         console.print(table(chosen))
         figures.curves_figure(chosen, folder / f"{shared}.png")
         figures.map_figure(chosen, folder / f"{shared}_map.png")
-        for result in chosen:
-            own = "_".join([shared, *([slug(result.model["name"])] if len(chosen) > 1 else [])])
+        for result, model_slug in zip(chosen, slugs([result.model["name"] for result in chosen]), strict=True):
+            own = "_".join([shared, *([model_slug] if len(chosen) > 1 else [])])
             npz.append(f"{own}.npz")
             write_npz(folder / npz[-1], result)
             figures.sequence_figure(result, folder / f"{own}_sequence.png")

@@ -29,6 +29,8 @@ from .text.decoding import SEGMENT, Continuation, Settings, continue_prompts
 from .text.sampling import Sampling
 from .text.vocabulary import Vocabulary, open_vocabulary
 
+MOST_SEEDS = 1 << 63
+"""PyTorch takes no larger seed."""
 ENDS = {"separator": "the end of the document", "stop": "--stop", "length": "--tokens"}
 
 
@@ -92,6 +94,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     at_least(options, 1, "tokens", "samples", "batch", "segment")
     at_least(options, 0, "seed")
+    if options.seed + options.samples > MOST_SEEDS:
+        raise ConfigError(f"--seed {options.seed}: must be below 2^63, and the seeds of --samples too")
     for path in options.models[1:]:
         if not Path(path).exists():
             raise ConfigError(

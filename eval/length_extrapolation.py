@@ -33,7 +33,7 @@ from .common.jobs import (
     texts_of,
     tokenizer_of,
 )
-from .common.options import add_model_options, load_models, output_folder
+from .common.options import add_model_options, load_models, make_folder, output_folder
 from .common.parts import fingerprint
 from .common.ranks import Ranks
 from .common.texts import Texts
@@ -145,7 +145,7 @@ def rebucket(options: argparse.Namespace, console: Console) -> None:
 
     results = read_results([folder / f"{NAME}.json" for folder in folders], options.buckets, rename)
     target = Path(options.out) if options.out else folders[0]
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     for line in dict.fromkeys(f"{result.data['wanted']['data']}: {result.data['said']}" for result in results):
         console.print(line, soft_wrap=True)
     report(results, target / NAME, options, console)

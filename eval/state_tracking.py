@@ -30,10 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
     loaded = load_models(options)
     folder = output_folder(options, loaded)
     if options.interpret:
-        from .words.interpret import interpret
+        from .words.interpret import interpret, stems
 
-        for model in loaded:
-            interpret(model, folder, console, words=min(options.words, 256), seed=options.seed)
+        for model, stem in zip(loaded, stems(loaded, folder), strict=True):
+            interpret(model, folder, stem, console, words=min(options.words, 256), seed=options.seed)
         return
     results = []
     for model in loaded:

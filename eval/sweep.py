@@ -22,6 +22,7 @@ from rich.table import Table
 
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 
+from .common.options import make_folder
 from .sweeps.collect import collect, markdown, pictures, write_results
 from .sweeps.plan import Job, Sweep, read_sweep
 
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         for job in jobs:
             console.print(shlex.join(["python", *job.command[1:]]), soft_wrap=True, style="dim")
         return 0
+    make_folder(sweep.out)
     if options.slurm:
         return submit(sweep, jobs, options, console)
     if not options.collect:

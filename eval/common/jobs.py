@@ -16,7 +16,7 @@ from rich.console import Console
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.data.progress import clock
 from torchtitan_deltaproduct.data.tokenizer import tokenizer_sha256
-from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .options import at_least
 from .parts import Part, Parts, Sequences
@@ -91,8 +91,15 @@ def check_text_options(options: argparse.Namespace) -> None:
 
 
 def datasets(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Each dataset of --data once, with a short name."""
-    paths = list(dict.fromkeys(data.rstrip("/") for data in options.data))
+    """Each dataset of --data once, with a short name.
+
+    Raises:
+        ConfigError: one has no name.
+    """
+    if "" in options.data:
+        # As a path it would be the current folder: more likely a shell variable is not set.
+        raise ConfigError("--data '': expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIG]")
+    paths = list(dict.fromkeys(data.rstrip("/") or "/" for data in options.data))
     return list(zip(paths, short_paths(paths), strict=True))
 
 

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -64,9 +65,28 @@ def load_models(options: argparse.Namespace) -> list[LoadedModel]:
 
 
 def output_folder(options: argparse.Namespace, loaded: list[LoadedModel]) -> Path:
-    """`--out`, or `eval` in the folder that all models lie in; made if need be."""
-    folder = Path(options.out) if options.out else common_folder(loaded) / "eval"
-    folder.mkdir(parents=True, exist_ok=True)
+    """`--out`, or `eval` in the folder that all models lie in; made if need be.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    return make_folder(Path(options.out) if options.out else common_folder(loaded) / "eval")
+
+
+def make_folder(folder: Path) -> Path:
+    """Makes a folder for results unless it is there.
+
+    Raises:
+        ConfigError: it cannot be made, or nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
+        why = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise ConfigError(f"no folder for results can be made at {folder}: {why}\nname another with --out") from None
+    if not writable:
+        raise ConfigError(f"nothing can be written into {folder}\nname another folder for the results with --out")
     return folder
 
 

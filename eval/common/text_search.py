@@ -29,6 +29,8 @@ PIECE_CHARACTERS = 1 << 20
 def spread_units(path: str, field: str, seed: int) -> Iterator[Document | BadRecord]:
     """The records of files, some from everywhere long before all of them have been read."""
     units = plan_units([path], field, UNIT_BYTES)
+    if not units:
+        return
     for index in Permutation(len(units), seed)(np.arange(len(units))).tolist():
         yield from read_unit(units[index])
 

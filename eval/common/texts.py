@@ -157,6 +157,14 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", "_".join(Path(name).parts[-2:])).strip("._") or "data"
 
 
+def slugs(names: list[str]) -> list[str]:
+    """A `slug` for each of some names, with more of a path, or a number, where the last two parts are not enough."""
+    for found in ([slug(name) for name in names], [slug(name.replace("/", "_")) for name in names]):
+        if len(set(found)) == len(names):
+            return found
+    return [f"{name}_{number}" for number, name in enumerate(found, start=1)]
+
+
 def digest(content: dict) -> str:
     """Eight hexadecimal digits that change with the content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

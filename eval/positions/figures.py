@@ -15,6 +15,8 @@ from ..common.figures import COLOURS, plt, save, style
 from .results import Result
 
 LINES = ("-", "--", "-.", ":")
+TITLE_NAME = 28
+"""Characters of a model's name in a title."""
 
 
 def loss_figure(results: list[Result], path: Path, log_positions: bool) -> None:
@@ -58,7 +60,7 @@ def _label(row, results: list[Result], log_positions: bool) -> None:
     _perplexity_axis(row[0])
     if len(row) == 3:
         row[2].axhline(0, color=COLOURS[0], linewidth=1.8)
-        row[2].set_title(f"loss minus that of {results[0].model['name']}", loc="left", pad=22)
+        row[2].set_title(f"loss minus that of {_ending(results[0].model['name'])}", loc="left", pad=22)
         row[2].set_visible(any(result.compared for result in results))
 
 
@@ -67,6 +69,11 @@ def _sequences(result: Result) -> str:
     return f"{count:,} {'long document' if kind == 'long' else 'sequence'}{'s' * (count != 1)}" + (
         " of packed documents" if kind == "packed" else ""
     )
+
+
+def _ending(name: str) -> str:
+    """As much of the end of a name as a title has room for."""
+    return name if len(name) <= TITLE_NAME else f"…{name[1 - TITLE_NAME :]}"
 
 
 def _middle(bucket: dict) -> float:

@@ -211,7 +211,9 @@ def table(results: list[Result]) -> Table:
     out.add_column("\npositions", justify="right")
     for result in results:
         more = "     minus first" if result.compared else ""
-        out.add_column(f"{result.model['name']}\nloss ± 95 %   perpl.   acc.{more}", justify="right")
+        # Names that do not fit are folded: cut off, two of them may look the same.
+        title = f"{result.model['name']}\nloss ± 95 %   perpl.   acc.{more}"
+        out.add_column(title, justify="right", overflow="fold")
     for rows in zip(*(result.buckets for result in results), strict=True):
         cells = [_cell(row) for row in rows]
         last = rows[0]["last"]

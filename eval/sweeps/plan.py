@@ -131,6 +131,8 @@ def read_sweep(file: Path) -> Sweep:
         tree = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; expected a sweep, such as eval/example_sweep.toml") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start:,}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
     lines, problems = locate(text), []

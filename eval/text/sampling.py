@@ -57,7 +57,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     Returns:
         [B, vocab] float64 probabilities, 0 for what the filters leave out.
     """
-    scaled = logits.double() / sampling.temperature
+    # Less the largest, which changes no probability: a temperature of 1e-310 makes no infinities then.
+    logits = logits.double()
+    scaled = (logits - logits.max(dim=1, keepdim=True).values) / sampling.temperature
     if 0 < sampling.top_k < scaled.shape[1]:
         least = scaled.topk(sampling.top_k, dim=1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < least, float("-inf"))

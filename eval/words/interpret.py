@@ -22,6 +22,8 @@ from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.ops.normalize import l2norm
 
+from ..common.jobs import short_names
+from ..common.texts import slugs
 from .problems import problem_of
 
 BINS = 40
@@ -112,8 +114,13 @@ def spectrum(moment: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def interpret(loaded: LoadedModel, folder: Path, console: Console, words: int = 256, seed: int | None = None) -> None:
-    """Writes and prints the interpretation of one model over `words` test words of its training length."""
+def interpret(
+    loaded: LoadedModel, folder: Path, stem: str, console: Console, words: int = 256, seed: int | None = None
+) -> None:
+    """Writes and prints the interpretation of one model over `words` test words of its training length.
+
+    The files in `folder` are `stem`.json and `stem`_layer0.png, ...
+    """
     from .figures import interpretation_figure
 
     train_length = problem_of(loaded.config).train_length
@@ -128,7 +135,6 @@ def interpret(loaded: LoadedModel, folder: Path, console: Console, words: int = 
         "allow_neg_eigval": args.allow_neg_eigval, "tokens": int(inputs["input"].numel()), "test_seed": problem.seed,
         "layers": [],
     }  # fmt: skip
-    stem = "interpretation" if folder.resolve() == (loaded.run / "eval").resolve() else _stem(loaded)
     out = Table(title=f"{loaded.label}: {problem.name}, n_h = {args.num_householder}", title_justify="left")
     for name in ("layer", "head", "mean beta", "beta > 1.9", "keys: 95 % in", "effective rank"):
         out.add_column(name, justify="right")
@@ -147,8 +153,16 @@ def interpret(loaded: LoadedModel, folder: Path, console: Console, words: int = 
     console.print(f"written: {folder / stem}.json and a PNG for each layer", soft_wrap=True)
 
 
-def _stem(loaded: LoadedModel) -> str:
-    return f"interpretation_{loaded.run.parent.name}_{loaded.run.name}"
+def stems(models: list[LoadedModel], folder: Path) -> list[str]:
+    """How the files of each model begin in a folder for all of them."""
+    if len(models) == 1 and folder.resolve() == (models[0].run / "eval").resolve():
+        return ["interpretation"]
+    runs = [model.run.resolve() for model in models]
+    found = [f"interpretation_{run.parent.name}_{run.name}" for run in runs]
+    if len(set(found)) < len(found):
+        names = short_names([(run, model.step) for run, model in zip(runs, models, strict=True)])
+        found = [f"interpretation_{name}" for name in slugs(names)]
+    return found
 
 
 def _head_records(view: LayerView, keys: dict, args, occurrences: np.ndarray, names: list[str] | None) -> list[dict]:

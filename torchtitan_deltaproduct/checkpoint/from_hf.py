@@ -14,7 +14,6 @@ missing and what is left over.
 
 import argparse
 import json
-import os
 import shutil
 import warnings
 from dataclasses import asdict, fields
@@ -26,7 +25,7 @@ from ..config.architecture import DeltaProductArgs
 from ..data.tokenizer import copy_tokenizer
 from ..errors import CheckpointError, exit_on_user_error
 from ..models import counts
-from .hf import HfModel, is_hf_folder, open_hf
+from .hf import HfModel, is_hf_folder, make_unfinished, open_hf
 from .writer import About, MarkedWriter
 
 
@@ -45,9 +44,8 @@ def import_hf(source: str | Path, out: str | Path) -> HfModel:
         raise CheckpointError(f"{out} is there already; choose another folder")
     found = open_hf(source)
     weights = found.weights()
-    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    unfinished = make_unfinished(out)
     step = unfinished / "checkpoint" / "step-0"
-    unfinished.mkdir(parents=True)
     try:
         if (source / "tokenizer.json").exists():
             copy_tokenizer(source, unfinished / "tokenizer")

@@ -14,6 +14,7 @@ come from safetensors alone.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config.architecture import DeltaProductArgs
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UserError
 from ..models import DeltaProductLM
 from ..models.hf_names import from_hf, from_hf_config, to_hf, to_hf_config
 
@@ -84,9 +85,12 @@ def open_hf(folder: Path) -> HfModel:
         )
     try:
         args = from_hf_config(config)
-    except CheckpointError as error:
+    except UserError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
     training = _read_json(folder / TRAINING) if (folder / TRAINING).exists() else {}
+    tables = training.get("config", {})
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        raise CheckpointError(f"{folder / TRAINING}: config is not the tables of a run; copy it again")
     return HfModel(folder, args, config, training)
 
 
@@ -114,6 +118,21 @@ def write_hf(
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
     save_torch_state_dict(to_hf(state, args), folder, max_shard_size=max_shard_size)
+
+
+def make_unfinished(out: Path) -> Path:
+    """Makes the folder beside `out` in which it is written, to be renamed once it is complete.
+
+    Raises:
+        CheckpointError: there cannot be a folder there.
+    """
+    unfinished = out.resolve().with_name(f".{out.resolve().name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        why = "a file is in the way" if isinstance(error, NotADirectoryError | FileExistsError) else error.strerror
+        raise CheckpointError(f"{out} cannot be made: {why}; choose another folder") from None
+    return unfinished
 
 
 def check_shapes(where: Path, found: dict[str, torch.Size], args: DeltaProductArgs) -> None:
@@ -146,7 +165,9 @@ def _read_json(path: Path) -> dict:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of the safetensors files of a folder, under the names they have there."""
     if (folder / INDEX).exists():
-        table = _read_json(folder / INDEX).get("weight_map", {})
+        table = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+            raise CheckpointError(f"{folder / INDEX}: weight_map does not name a file for each tensor; copy it again")
         files = sorted(set(table.values()))
     else:
         files = [SINGLE]

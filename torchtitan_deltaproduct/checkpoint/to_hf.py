@@ -22,7 +22,7 @@ import torch
 from ..data.tokenizer import copy_tokenizer, find_eos_id
 from ..errors import CheckpointError, ConfigError, DataError, exit_on_user_error
 from ..models.hf_names import to_hf as under_fla_names
-from .hf import is_hf_folder, write_hf
+from .hf import is_hf_folder, make_unfinished, write_hf
 from .load import LoadedModel, load_model
 from .model_card import model_card
 
@@ -76,8 +76,7 @@ def export(
     _check_target(out, overwrite)
     loaded = load_model(run, step)
     source = Path(tokenizer) if tokenizer else loaded.tokenizer
-    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir(parents=True)
+    unfinished = make_unfinished(out)
     try:
         state = {name: _cast(name, tensor, DTYPES[dtype]) for name, tensor in loaded.model.state_dict().items()}
         ids = _token_ids(source, loaded.model.args.vocab_size)

@@ -199,9 +199,26 @@ def from_hf_config(config: dict) -> DeltaProductArgs:
     config = FLA_DEFAULTS | config
     known = {f.name for f in fields(DeltaProductArgs)} - OWN_FIELDS
     ours = {name: value for name, value in config.items() if name in known}
+    _check_types(ours)
     if ours.get("hidden_ratio", 4) is None:
         del ours["hidden_ratio"]
     for name in ("expand_v", "hidden_ratio"):
         if name in ours:
             ours[name] = float(ours[name])
     return DeltaProductArgs(**ours)
+
+
+def _check_types(values: dict) -> None:
+    """Raises CheckpointError for a value that a field of the architecture cannot have."""
+    kinds = {f.name: f.type for f in fields(DeltaProductArgs)}
+    for name, value in values.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if kinds[name] is bool:
+            good, expected = isinstance(value, bool), "true or false"
+        elif kinds[name] is float:
+            good, expected = number or (value is None and name == "hidden_ratio"), "a number above 0"
+        else:
+            good = (number and isinstance(value, int)) or (value is None and kinds[name] is not int)
+            expected = "a whole number above 0"
+        if not good:
+            raise CheckpointError(f"{name} = {value!r} cannot be; expected {expected}")

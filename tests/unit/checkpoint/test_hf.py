@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests import toy as toys
 from tests.unit.models.conftest import SETTINGS, small_model
 from torchtitan_deltaproduct.checkpoint import from_hf, to_hf
-from torchtitan_deltaproduct.checkpoint.hf import write_hf
+from torchtitan_deltaproduct.checkpoint.hf import INDEX, write_hf
 from torchtitan_deltaproduct.checkpoint.load import load_model
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.models.hf_names import to_hf as under_fla_names
@@ -125,6 +125,9 @@ def test_what_is_in_the_way(run, exported, tmp_path):
     to_hf.export(run, tmp_path / "out", step=4)
     to_hf.export(run, tmp_path / "out", step=6, overwrite=True)
     assert load_model(tmp_path / "out").step == 6 and {p.name for p in tmp_path.iterdir()} == {"mine", "out"}
+    for make in (lambda out: to_hf.export(run, out), lambda out: from_hf.import_hf(exported, out)):
+        with pytest.raises(CheckpointError, match="thesis.tex/out cannot be made: a file is in the way"):
+            make(tmp_path / "mine/thesis.tex/out")
     with pytest.raises(ConfigError, match="--max-shard-size 5 gigabytes"):
         to_hf.main([str(run), str(tmp_path / "x"), "--max-shard-size", "5 gigabytes"])
 
@@ -197,6 +200,12 @@ def edit(folder, **changes):
     (lambda folder: edit(folder, hidden_act="relu"), "hidden_act = 'relu' is not supported"),
     (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    (lambda folder: edit(folder, num_heads="three"), r"config\.json: num_heads = 'three' cannot be; expected a whole"),
+    (lambda folder: edit(folder, use_forget_gate=1), "use_forget_gate = 1 cannot be; expected true or false"),
+    (lambda folder: edit(folder, expand_v=-1), "expand_v = -1 cannot be; expected a number above 0"),
+    (lambda folder: (folder / "training.json").write_text('{"config": 3}'), "config is not the tables of a run"),
+    (lambda folder: (folder / INDEX).write_text('{"weight_map": ["a"]}'), "does not name a file for each tensor"),
+    (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": 5}}'), "does not name a file for each"),
 ])  # fmt: skip
 def test_what_cannot_be_read(damage, said, tmp_path):
     folder = write(tmp_path / "hf", small_model(torch.float32))

@@ -15,10 +15,12 @@ import torch
 
 from eval import effective_rank
 from eval.common.figures import plt
+from eval.common.texts import slugs
 from eval.states.results import WINDOW_BINS, document_change
 from tests import toy as toys
 from tests.unit.eval.words_toy import PARITY
 from tests.unit.eval.words_toy import write_toml as write_words
+from torchtitan_deltaproduct.checkpoint import to_hf
 from torchtitan_deltaproduct.checkpoint.load import load_model
 from torchtitan_deltaproduct.data.tokenizer import find_eos_id
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
@@ -204,6 +206,23 @@ def test_several_models_and_datasets(run, toy, data, tmp_path, capsys):
     assert sum(name.endswith("_spectrum.png") for name in pictures) == 4
     for entry in found.values():
         assert (tmp_path / "out" / entry["npz"].replace(".npz", "_beta.png")).exists()
+
+
+def test_files_of_models_and_datasets_whose_paths_end_alike(run, data, tmp_path, no_pictures):
+    models, sets = [tmp_path / name / "seed/1" for name in "ab"], [tmp_path / name / "x/short.jsonl" for name in "cd"]
+    for number, folder in zip((4, 8), models, strict=True):
+        to_hf.export(run, folder, step=number)
+    for count, path in zip((60, 120), sets, strict=True):
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(data.read_text().splitlines(keepends=True)[:count][::-1]))
+    effective_rank.main([*map(str, models), "--data", *map(str, sets), "--out", str(tmp_path / "out"), *SIZE])
+    found = entries(tmp_path / "out")
+    assert len({entry["npz"] for entry in found}) == 4
+    for entry in found:
+        own = numbers(tmp_path / "out", entry["npz"])["rank"]
+        layer = entry["layers"][0]["at_end"]["mean"]
+        assert own[0, :, :, -1].mean(dtype=np.float64) == pytest.approx(layer, abs=1e-6)
+    assert slugs(["a/b/c", "a_b/c", "x"]) == ["b_c", "a_b_c", "x"] and slugs(["a b", "a_b"]) == ["a_b_1", "a_b_2"]
 
 
 def start(out, *arguments, ranks):

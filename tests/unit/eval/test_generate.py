@@ -120,6 +120,8 @@ def test_interrupted(toy_run, monkeypatch, capsys):
     (["--samples", "3"], "no effect at temperature 0"),
     (["--stop", ""], "not empty"),
     (["--seed", "-1"], "--seed -1"),
+    (["--seed", str(2**63)], r"--seed 9223372036854775808: must be below 2\^63"),
+    (["--seed", str(2**63 - 2), "--samples", "3", "--temperature", "1"], "and the seeds of --samples too"),
 ])  # fmt: skip
 def test_wrong_options(wrong, said):
     with pytest.raises(ConfigError, match=said):

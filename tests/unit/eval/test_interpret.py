@@ -1,6 +1,7 @@
 """What the heads do: beta against the weights, key subspaces of known dimension, and the files."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -59,3 +60,8 @@ def test_command(tmp_path, capsys):
     assert sum(step["histogram"]) == 160 == content["tokens"]
     assert list(step["mean_by_element"]) == ["e", "(1 2)", "(0 1)", "(0 1 2)", "(0 2 1)", "(0 2)"]
     assert (tmp_path / "run/eval/interpretation_layer0.png").read_bytes().startswith(b"\x89PNG")
+    # Two runs whose paths end alike: each has files of its own.
+    runs = [shutil.copytree(tmp_path / "run", tmp_path / name / "seed/1") for name in "ab"]
+    state_tracking.main([*map(str, runs), "--interpret", "--words", "4", "--out", str(tmp_path / "out")])
+    found = [json.loads(path.read_text())["run"] for path in sorted((tmp_path / "out").glob("interpretation_*.json"))]
+    assert len(set(found)) == 2

@@ -13,14 +13,17 @@ import time
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from eval import length_extrapolation
 from eval.common.jobs import short_names, short_paths
 from eval.common.parts import fingerprint
 from eval.common.texts import Wanted, open_texts
 from eval.length_extrapolation import notes
+from eval.positions.figures import TITLE_NAME, _ending
 from eval.positions.loss import POSITION
 from eval.positions.parts import Losses
+from eval.positions.results import read_results, table
 from tests import toy as toys
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.checkpoint.hf import write_hf
@@ -363,6 +366,12 @@ def test_wrong_arguments(run, data, tmp_path):
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             length_extrapolation.main(list(map(str, arguments)))
+    with pytest.raises(ConfigError, match="--data '': expected a prepared folder"):
+        length_extrapolation.main([str(run), "--data", "", "--out", str(tmp_path)])
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(ConfigError, match=f"no folder for results can be made at {out}: a file is in the way\n"):
+            length_extrapolation.main([str(run), "--data", str(data / "train"), "--out", str(out)])
     long = ["--data", str(data / "validation"), "--length", "1000000", "--out", str(tmp_path)]
     with pytest.raises(DataError, match=r"tokens, less than one sequence of 1,000,000"):
         length_extrapolation.main([str(run), *long])
@@ -390,3 +399,15 @@ def test_names(run):
     assert short_paths(["r/p/a/v", "r/q/a/v"]) == ["p/a/v", "q/a/v"]
     assert short_names([(run, 8), (run, None)]) == ["run step 8", "run"]
     assert short_names([(run, 8), (run.parent / "b/run", 4)]) == ["run step 8", "b/run step 4"]
+
+
+def test_long_names(whole):
+    (result,) = read_results([whole / "length_extrapolation.json"], "2", lambda models: ["a/very/long/path/to/run-1"])
+    other = dataclasses.replace(result, model=result.model | {"name": "a/very/long/path/to/run-2"})
+    console = Console(width=60)
+    with console.capture() as said:
+        console.print(table([result, other]))
+    header = said.get().partition("┡")[0]
+    assert "un-1" in header and "un-2" in header and "…" not in header
+    assert _ending("runs/dp2 step 5") == "runs/dp2 step 5"
+    assert _ending("work/h2/outputs/quickstart/run step 60") == "…puts/quickstart/run step 60" and TITLE_NAME == 28

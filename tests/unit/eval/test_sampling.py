@@ -100,3 +100,10 @@ def test_what_is_out_of_range(wrong):
 def test_logits_that_are_not_finite(temperature):
     with pytest.raises(CheckpointError, match="not finite"):
         Sampler(Sampling(temperature), [0]).choose(torch.tensor([[0.0, math.nan]]))
+
+
+def test_the_smallest_temperatures():
+    logits = torch.tensor([[1.0, 3.0, -2.0, 3.0], [900.0, -900.0, 0.0, 1.0]])
+    for temperature in (1e-300, 1e-310, 5e-324):
+        p = distribution(logits, Sampling(temperature))
+        assert torch.equal(p, torch.tensor([[0, 0.5, 0, 0.5], [1, 0, 0, 0]], dtype=torch.float64))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 
 import pytest
@@ -129,6 +130,16 @@ def test_nothing_to_do(toml, tmp_path):
         sweep.main([str(toml)])
     with pytest.raises(ConfigError, match="No such file"):
         sweep.main([str(tmp_path / "no.toml")])
+
+
+def test_a_file_that_is_no_text_and_an_out_that_is_no_folder(toml, tmp_path):
+    (tmp_path / "latin.toml").write_bytes(b'[models]\na = "\xe9"\n')
+    with pytest.raises(ConfigError, match="is not UTF-8 text: .* at byte 14"):
+        sweep.main([str(tmp_path / "latin.toml")])
+    (tmp_path / "file").touch()
+    toml.write_text(re.sub(r"(?m)^out = .*", f'out = "{tmp_path}/file"', toml.read_text()))
+    with pytest.raises(ConfigError, match="a file is in the way"):
+        sweep.main([str(toml)])
 
 
 def test_no_such_job(toml):

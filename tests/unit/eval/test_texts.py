@@ -213,6 +213,10 @@ def test_what_cannot_be_read(corpus, tmp_path, tokenizer, monkeypatch):  # noqa:
         open_texts(Wanted(str(corpus), 10, 1), None, tmp_path / "texts")
     with pytest.raises(DataError, match="no token '<none>'"):
         open_texts(Wanted(str(corpus), 10, 1, eos="<none>"), tokenizer, tmp_path / "texts")
+    for name in ("empty.txt", "empty.jsonl"):
+        (tmp_path / name).touch()
+        with pytest.raises(DataError, match="0 tokens, less than one sequence of 10"):
+            open_texts(Wanted(str(tmp_path / name), 10, 1), tokenizer, tmp_path / "texts")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no files"):
         open_texts(Wanted(str(tmp_path / "empty"), 10, 1), tokenizer, tmp_path / "texts")
