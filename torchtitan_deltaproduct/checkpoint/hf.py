@@ -51,7 +51,8 @@ class HfModel:
         """The state dict under our names, on the CPU, each tensor in the dtype it was saved in.
 
         Raises:
-            CheckpointError: files are missing or damaged, or keys and shapes are not those of the architecture.
+            CheckpointError: files are missing or damaged, keys and shapes are not those of the architecture, or values
+                are not finite floating-point numbers.
         """
         tensors = _read_tensors(self.folder)
         try:
@@ -59,6 +60,11 @@ class HfModel:
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder}: {error}") from None
         check_shapes(self.folder, {name: tensor.shape for name, tensor in state.items()}, self.args)
+        for name, tensor in state.items():
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"{self.folder}: {name} is {tensor.dtype}; expected floating-point weights")
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{self.folder}: {name} holds values that are not finite; export another step")
         return state
 
 

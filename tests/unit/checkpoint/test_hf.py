@@ -182,6 +182,12 @@ def drop_key(folder):
     save_file(weights, folder / "model.safetensors")
 
 
+def change_norm(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = change(weights["model.norm.weight"])
+    save_file(weights, folder / "model.safetensors")
+
+
 def only_pickle(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -194,6 +200,8 @@ def edit(folder, **changes):
 @pytest.mark.parametrize(("damage", "said"), [
     (cut, "cut short or damaged"),
     (drop_key, r"missing: model\.norm\.weight\nleft over: model\.layers\.0\.attn\.stray"),
+    (lambda folder: change_norm(folder, torch.Tensor.int), r"norm\.weight is torch\.int32; expected floating-point"),
+    (lambda folder: change_norm(folder, lambda x: x / 0), r"norm\.weight holds values that are not finite"),
     (only_pickle, r"only pytorch_model\.bin, a pickle, which is not read"),
     (lambda folder: edit(folder, model_type="llama"), "type 'llama'; expected 'gated_deltaproduct'"),
     (lambda folder: edit(folder, num_householder=3), r"k_proj\.weight is \[48, 24\], expected \[72, 24\]"),
