@@ -55,19 +55,19 @@ def test_decide(events, code, expected, told):
     assert not ended and ("SLURM ends the job" in why) is not final
 
 
-@pytest.mark.parametrize(("reason", "slurm", "end_time", "code"), [
-    ("walltime", "no", "", requeue.REQUEUE),
-    ("finished", "no", "", requeue.FINISHED),
-    ("failed", "no", "", requeue.END),
-    ("signal", "yes", "", requeue.END),
-    ("signal", "yes", str(int(time.time()) + 3600), requeue.END),
+@pytest.mark.parametrize(("reason", "slurm", "seconds_left", "code"), [
+    ("walltime", "no", None, requeue.REQUEUE),
+    ("finished", "no", None, requeue.FINISHED),
+    ("failed", "no", None, requeue.END),
+    ("signal", "yes", None, requeue.END),
+    ("signal", "yes", 3600, requeue.END),
     # The time limit ends a job as well, and nobody wished that.
-    ("signal", "yes", str(int(time.time()) - 1), requeue.REQUEUE),
+    ("signal", "yes", -1, requeue.REQUEUE),
 ])  # fmt: skip
-def test_main(tmp_path, monkeypatch, capsys, reason, slurm, end_time, code):
+def test_main(tmp_path, monkeypatch, capsys, reason, slurm, seconds_left, code):
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    monkeypatch.setenv("SLURM_JOB_END_TIME", end_time)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "" if seconds_left is None else str(int(time.time()) + seconds_left))
     # The finish of an earlier start is no word of this one.
     events = [{**stop("finished"), "time": 5.0}, LAUNCH, stop(reason)]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
