@@ -1,0 +1,1 @@
+"""Triton kernels; their launches and the PyTorch around them are in the modules of `ops`."""
