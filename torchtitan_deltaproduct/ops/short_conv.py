@@ -99,7 +99,7 @@ def _backward(
     from torchtitan_deltaproduct.ops.triton import short_conv as kernels
 
     x, weight, positions = _unit_stride(x), weight.contiguous(), None if positions is None else positions.contiguous()
-    grid, options = _launch(x, weight, positions, head_dim, kernels.BACKWARD)
+    grid, options = _launch(x, weight, positions, head_dim, kernels.backward_config(weight.shape[1]))
     dx = x.new_empty(x.shape)
     shares = x.new_empty((grid[1] * grid[2], weight.shape[1], weight.shape[0]), dtype=torch.float32)
     kernels.short_conv_backward[grid](x, weight, positions, dy.contiguous(), dx, shares, *_sizes(x), **options)
@@ -107,9 +107,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    dy: Tensor, x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int | None
-) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(weight.shape, dtype=torch.float32)
 
 

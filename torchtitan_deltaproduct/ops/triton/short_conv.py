@@ -14,9 +14,16 @@ Importing this needs Triton alone; TRITON_INTERPRET=1 runs the kernels on CPU te
 import triton
 import triton.language as tl
 
-FORWARD = {"STREAMS": 4, "STEPS": 64, "GROUP": 4, "num_warps": 4}
-BACKWARD = {"STREAMS": 4, "STEPS": 64, "GROUP": 2, "num_warps": 4}
-"""Pieces a program, tokens a piece, tokens loaded together (each a load in flight), warps."""
+FORWARD = {"STREAMS": 4, "STEPS": 64, "GROUP": 4, "num_warps": 4, "enable_fp_fusion": True}
+BACKWARD = {"STREAMS": 2, "STEPS": 128, "GROUP": 4, "num_warps": 4, "enable_fp_fusion": True}
+"""Pieces a program, tokens a piece, tokens loaded together (each a load in flight), and Triton's options.
+
+A thread of the backward has 4 channels, not 8: with 8 what it remembers of each (4 * TAPS - 2 floats) leaves room for 8
+warps a multiprocessor, too few to hide the loads.
+"""
+
+MAX_REGISTERS = 168
+"""For 12 warps a multiprocessor; more than 4 taps need more."""
 
 CHANNELS = 256
 """Channels a program: a warp reads 512 consecutive bytes of bfloat16."""
@@ -25,8 +32,15 @@ PLAIN_HEAD = 128
 """Channels a row of a tile where there is no norm."""
 
 
+def backward_config(taps: int) -> dict[str, int | bool]:
+    """`BACKWARD` with a bound on registers where it does not spill."""
+    return BACKWARD | ({"maxnreg": MAX_REGISTERS} if taps <= 4 else {})
+
+
 @triton.jit
-def _tile(channels, HEAD: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, STREAMS: tl.constexpr, STEPS: tl.constexpr):
+def _tile(
+    channels, HEAD: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, STREAMS: tl.constexpr, STEPS: tl.constexpr
+):
     """What the rows of this program's tiles stand for.
 
     Returns:
@@ -45,7 +59,16 @@ def _tile(channels, HEAD: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr
 
 
 @triton.jit
-def _load_taps(weight, channels, HEAD: tl.constexpr, TAPS: tl.constexpr, PADDED_TAPS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, STREAMS: tl.constexpr):
+def _load_taps(
+    weight,
+    channels,
+    HEAD: tl.constexpr,
+    TAPS: tl.constexpr,
+    PADDED_TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    STREAMS: tl.constexpr,
+):
     """The weights [channels, TAPS] of this program as TAPS tiles [R, BLOCK], that of the current token first."""
     index = tl.arange(0, HEADS * BLOCK)
     column = index % BLOCK
@@ -62,26 +85,50 @@ def _load_taps(weight, channels, HEAD: tl.constexpr, TAPS: tl.constexpr, PADDED_
 
 
 @triton.jit
-def _load_history(x, start, first, length, channel, inside, stride, TAPS: tl.constexpr):
-    """The TAPS-1 inputs before each row's piece, the latest first; zero before the beginning of the sequence."""
+def _load_history(x, start, end, inside, stride, TAPS: tl.constexpr):
+    """The TAPS-1 inputs before each row's piece, the latest first; zero before the sequence begins.
+
+    x [R, BLOCK] points to the first token of each piece; start and end [R] are its distances from the sequence's ends.
+    """
     history = ()
     for back in tl.static_range(1, TAPS):
-        token = start - back
-        there = (first + token >= 0) & (first + token < length)
-        value = tl.load(x + token[:, None] * stride + channel, mask=there[:, None] & inside, other=0.0)
+        there = (start >= back) & (end + back > 0)
+        value = tl.load(x - back * stride, mask=there[:, None] & inside, other=0.0)
         history = history + (value.to(tl.float32),)
     return history
 
 
 @triton.jit
-def _load_group(x, token, first, length, channel, inside, stride, GROUP: tl.constexpr):
-    """Inputs of GROUP consecutive tokens, in their own type; zero after the end of the sequence."""
+def _load_group(x, end, inside, stride, GROUP: tl.constexpr):
+    """GROUP consecutive tokens from where x points, in their own type; zero from `end` tokens on."""
     group = ()
     for ahead in tl.static_range(GROUP):
-        there = first + token + ahead < length
-        value = tl.load(x + (token + ahead)[:, None] * stride + channel, mask=there[:, None] & inside, other=0.0)
+        value = tl.load(x + ahead * stride, mask=(end > ahead)[:, None] & inside, other=0.0)
         group = group + (value,)
     return group
+
+
+@triton.jit
+def _document_begins(
+    positions,
+    first,
+    length,
+    TAPS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    STEPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+):
+    """Whether a tap of any of the group's tokens in any piece reaches beyond its document.
+
+    Few groups do, and the selections cost a fifth of a group's instructions.
+    """
+    begins = False
+    if DOCUMENTS:
+        index = tl.arange(0, STREAMS * GROUP)
+        token = index // GROUP * STEPS + index % GROUP
+        begins = tl.min(tl.load(positions + token, mask=first + token < length, other=TAPS)) < TAPS - 1
+    return begins
 
 
 @triton.jit
@@ -111,7 +158,59 @@ def _shifted(current, history, TAPS: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    """1 / (1 + e^-x). Triton's exp and its division guard against denormals, three more instructions each."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
+def _forward_group(
+    group,
+    history,
+    taps,
+    positions,
+    start,
+    y,
+    ratio,
+    end,
+    inside,
+    heads_inside,
+    channels,
+    EPS: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAPS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Writes y and ratio of a group; returns the history of the next token."""
+    column = tl.arange(0, GROUP)[None, :]
+    quotients = tl.zeros([end.shape[0], GROUP], tl.float32)
+    for ahead in tl.static_range(GROUP):
+        there = end > ahead
+        position = end
+        if DOCUMENTS:
+            position = tl.load(positions + start + ahead, mask=there, other=0)
+        current = group[ahead].to(tl.float32)
+        pre = _convolve(current, history, taps, position, TAPS, DOCUMENTS)
+        history = _shifted(current, history, TAPS)
+        value = pre * _sigmoid(pre)
+        if NORMALISE:
+            square = tl.sum(value * value, 1)
+            rstd = tl.rsqrt(square + EPS)
+            value = value * rstd[:, None]
+        value = value.to(y.dtype.element_ty)
+        tl.store(y + ahead * channels, value, mask=there[:, None] & inside)
+        if NORMALISE:
+            rounded = value.to(tl.float32)
+            rounded = tl.sum(rounded * rounded, 1)
+            quotient = square * rstd * rstd / tl.where(rounded > 0, rounded, 1.0)
+            quotient = tl.where(rounded > 0, quotient, 1.0)
+            quotients = tl.where(column == ahead, quotient[:, None], quotients)
+    if NORMALISE:
+        there = (end[:, None] > column) & heads_inside[:, None]
+        tl.store(ratio + column * (channels // HEAD), quotients, mask=there)
+    return history
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -145,78 +244,93 @@ def short_conv_forward(
     start, head, channel, inside = _tile(channels, HEAD, BLOCK, HEADS, STREAMS, STEPS)
     taps = _load_taps(weight, channels, HEAD, TAPS, PADDED_TAPS, BLOCK, HEADS, STREAMS)
     batch = tl.program_id(2).to(tl.int64)
-    x += batch * x_batch + first.to(tl.int64) * x_row
-    y += (batch * length + first) * channels
+    x += batch * x_batch + first.to(tl.int64) * x_row + start[:, None] * x_row + channel
+    y += (batch * length + first) * channels + start[:, None] * channels + channel
     if NORMALISE:
-        ratio += (batch * length + first) * (channels // HEAD)
+        heads = channels // HEAD
+        ratio += (batch * length + first) * heads + (start * heads + head)[:, None]
     if DOCUMENTS:
         positions += batch * length + first
-    history = _load_history(x, start, first, length, channel, inside, x_row, TAPS)
+    end = length - first - start
+    history = _load_history(x, first + start, end, inside, x_row, TAPS)
     for step in range(0, STEPS, GROUP):
-        group = _load_group(x, start + step, first, length, channel, inside, x_row, GROUP)
-        for ahead in tl.static_range(GROUP):
-            token = start + step + ahead
-            there = first + token < length
-            position = token
-            if DOCUMENTS:
-                position = tl.load(positions + token, mask=there, other=0)
-            current = group[ahead].to(tl.float32)
-            pre = _convolve(current, history, taps, position, TAPS, DOCUMENTS)
-            history = _shifted(current, history, TAPS)
-            value = pre * _sigmoid(pre)
-            if NORMALISE:
-                square = tl.sum(value * value, 1)
-                rstd = tl.rsqrt(square + EPS)
-                value = value * rstd[:, None]
-            value = value.to(y.dtype.element_ty)
-            if NORMALISE:
-                rounded = value.to(tl.float32)
-                rounded = tl.sum(rounded * rounded, 1)
-                quotient = tl.where(rounded > 0, square * rstd * rstd / rounded, 1.0)
-                there_is_head = there & (head * HEAD < channels)
-                tl.store(ratio + token * (channels // HEAD) + head, quotient, mask=there_is_head)
-            tl.store(y + token[:, None] * channels + channel, value, mask=there[:, None] & inside)
+        group = _load_group(x, end, inside, x_row, GROUP)
+        begins = _document_begins(positions, first + step, length, TAPS, STREAMS, STEPS, GROUP, DOCUMENTS)
+        if begins:
+            history = _forward_group(
+                *(group, history, taps, positions, start, y, ratio, end, inside, head * HEAD < channels, channels),
+                *(EPS, HEAD, TAPS, NORMALISE, DOCUMENTS, GROUP),
+            )
+        else:
+            history = _forward_group(
+                *(group, history, taps, positions, start, y, ratio, end, inside, head * HEAD < channels, channels),
+                *(EPS, HEAD, TAPS, NORMALISE, False, GROUP),
+            )
+        x += GROUP * x_row
+        y += GROUP * channels
+        if NORMALISE:
+            ratio += GROUP * (channels // HEAD)
+        if DOCUMENTS:
+            positions += GROUP
+        end -= GROUP
 
 
 @triton.jit
-def _backward_token(
-    current,
-    dy,
-    position,
+def _backward_group(
+    xs,
+    dys,
     history,
     partial,
-    dweight,
+    sums,
     taps,
+    positions,
+    start,
+    dx,
+    begun,
+    end,
+    inside,
+    channels,
     EPS: tl.constexpr,
     TAPS: tl.constexpr,
     NORMALISE: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """One token's part of every gradient.
+    """The part of every gradient that comes from a group of outputs; writes dx, finished TAPS-1 tokens before.
 
     Args:
-        partial: gradients of the TAPS-1 inputs before this token, as far as later tokens gave them, the latest
-            first.
-        dweight: gradients of the taps so far.
+        partial: gradients of the TAPS-1 inputs before this token, as far as later tokens gave them, the latest first.
+        sums: gradients of the taps so far.
+        dx: [R, BLOCK] pointers to the group's first token.
+        begun: tokens of the piece before the group.
 
     Returns:
-        history, partial and dweight for the next token, and the finished gradient of the input TAPS-1 tokens back.
+        history, partial and sums for the next group.
     """
-    pre = _convolve(current, history, taps, position, TAPS, DOCUMENTS)
-    sigmoid = _sigmoid(pre)
-    value = pre * sigmoid
-    if NORMALISE:
-        rstd = tl.rsqrt(tl.sum(value * value, 1) + EPS)
-        along = tl.sum(value * dy, 1) * rstd * rstd
-        dy = (dy - value * along[:, None]) * rstd[:, None]
-    dpre = dy * (sigmoid + value * (1.0 - sigmoid))
-    new_partial = (dpre * taps[0],)
-    new_dweight = (dweight[0] + dpre * current,)
-    for back in tl.static_range(1, TAPS):
-        reaching = _within_document(dpre, position, back, DOCUMENTS)
-        new_partial = new_partial + (partial[back - 1] + reaching * taps[back],)
-        new_dweight = new_dweight + (dweight[back] + reaching * history[back - 1],)
-    return _shifted(current, history, TAPS), new_partial[: TAPS - 1], new_dweight, new_partial[TAPS - 1]
+    for ahead in tl.static_range(GROUP):
+        there = end > ahead
+        position = end
+        if DOCUMENTS:
+            position = tl.load(positions + start + ahead, mask=there, other=0)
+        current, dy = xs[ahead].to(tl.float32), dys[ahead].to(tl.float32)
+        pre = _convolve(current, history, taps, position, TAPS, DOCUMENTS)
+        sigmoid = _sigmoid(pre)
+        value = pre * sigmoid
+        if NORMALISE:
+            rstd = tl.rsqrt(tl.sum(value * value, 1) + EPS)
+            along = tl.sum(value * dy, 1) * rstd * rstd
+            dy = (dy - value * along[:, None]) * rstd[:, None]
+        dpre = dy * (sigmoid + value * (1.0 - sigmoid))
+        grown, summed = (dpre * taps[0],), (sums[0] + dpre * current,)
+        for back in tl.static_range(1, TAPS):
+            reaching = _within_document(dpre, position, back, DOCUMENTS)
+            grown = grown + (partial[back - 1] + reaching * taps[back],)
+            summed = summed + (sums[back] + reaching * history[back - 1],)
+        history, partial, sums = _shifted(current, history, TAPS), grown[: TAPS - 1], summed
+        there = (begun + ahead >= TAPS - 1) & (end + (TAPS - 1) > ahead)
+        done = grown[TAPS - 1].to(dx.dtype.element_ty)
+        tl.store(dx + (ahead - (TAPS - 1)) * channels, done, mask=there[:, None] & inside)
+    return history, partial, sums
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -251,47 +365,44 @@ def short_conv_backward(
     start, head, channel, inside = _tile(channels, HEAD, BLOCK, HEADS, STREAMS, STEPS)
     taps = _load_taps(weight, channels, HEAD, TAPS, PADDED_TAPS, BLOCK, HEADS, STREAMS)
     batch = tl.program_id(2).to(tl.int64)
-    x += batch * x_batch + first.to(tl.int64) * x_row
-    dy += (batch * length + first) * channels
-    dx += (batch * length + first) * channels
+    x += batch * x_batch + first.to(tl.int64) * x_row + start[:, None] * x_row + channel
+    here = (batch * length + first) * channels + start[:, None] * channels + channel
+    dy += here
+    dx += here
     if DOCUMENTS:
         positions += batch * length + first
-    history = _load_history(x, start, first, length, channel, inside, x_row, TAPS)
+    end = length - first - start
+    history = _load_history(x, first + start, end, inside, x_row, TAPS)
     zero = tl.zeros([STREAMS * HEADS, BLOCK], tl.float32)
-    sums = (zero,)
-    partial = ()
+    partial, sums = (), (zero,)
     for _ in tl.static_range(1, TAPS):
-        sums = sums + (zero,)
-        partial = partial + (zero,)
+        partial, sums = partial + (zero,), sums + (zero,)
     for step in range(0, STEPS, GROUP):
-        xs = _load_group(x, start + step, first, length, channel, inside, x_row, GROUP)
-        dys = _load_group(dy, start + step, first, length, channel, inside, channels, GROUP)
-        for ahead in tl.static_range(GROUP):
-            token = start + step + ahead
-            position = token
-            if DOCUMENTS:
-                position = tl.load(positions + token, mask=first + token < length, other=0)
-            current, grad = xs[ahead].to(tl.float32), dys[ahead].to(tl.float32)
-            history, partial, sums, done = _backward_token(
-                current, grad, position, history, partial, sums, taps, EPS, TAPS, NORMALISE, DOCUMENTS
+        xs = _load_group(x, end, inside, x_row, GROUP)
+        dys = _load_group(dy, end, inside, channels, GROUP)
+        begins = _document_begins(positions, first + step, length, TAPS, STREAMS, STEPS, GROUP, DOCUMENTS)
+        if begins:
+            history, partial, sums = _backward_group(
+                *(xs, dys, history, partial, sums, taps, positions, start, dx, step, end, inside, channels),
+                *(EPS, TAPS, NORMALISE, DOCUMENTS, GROUP),
             )
-            token -= TAPS - 1
-            there = (step + ahead >= TAPS - 1) & (first + token < length)
-            tl.store(dx + token[:, None] * channels + channel, done.to(dx.dtype.element_ty), mask=there[:, None] & inside)
-    unused = sums
-    for ahead in tl.static_range(TAPS - 1):
-        token = start + STEPS + ahead
-        position = token
+        else:
+            history, partial, sums = _backward_group(
+                *(xs, dys, history, partial, sums, taps, positions, start, dx, step, end, inside, channels),
+                *(EPS, TAPS, NORMALISE, False, GROUP),
+            )
+        x += GROUP * x_row
+        dy += GROUP * channels
+        dx += GROUP * channels
         if DOCUMENTS:
-            position = tl.load(positions + token, mask=first + token < length, other=0)
-        current = _load_group(x, token, first, length, channel, inside, x_row, 1)[0].to(tl.float32)
-        grad = _load_group(dy, token, first, length, channel, inside, channels, 1)[0].to(tl.float32)
-        history, partial, unused, done = _backward_token(
-            current, grad, position, history, partial, unused, taps, EPS, TAPS, NORMALISE, DOCUMENTS
-        )
-        token -= TAPS - 1
-        there = first + token < length
-        tl.store(dx + token[:, None] * channels + channel, done.to(dx.dtype.element_ty), mask=there[:, None] & inside)
+            positions += GROUP
+        end -= GROUP
+    xs = _load_group(x, end, inside, x_row, TAPS - 1)
+    dys = _load_group(dy, end, inside, channels, TAPS - 1)
+    _backward_group(
+        *(xs, dys, history, partial, sums, taps, positions, start, dx, STEPS, end, inside, channels),
+        *(EPS, TAPS, NORMALISE, DOCUMENTS, TAPS - 1),
+    )
 
     column = tl.arange(0, BLOCK)[None, :]
     channel = (tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None]) * HEAD + column
