@@ -22,8 +22,8 @@ A thread of the backward has 4 channels, not 8: with 8 what it remembers of each
 warps a multiprocessor, too few to hide the loads.
 """
 
-MAX_REGISTERS = 168
-"""For 12 warps a multiprocessor; more than 4 taps need more."""
+REGISTERS = 168
+"""The most a thread may have for 12 warps to share a multiprocessor."""
 
 CHANNELS = 256
 """Channels a program: a warp reads 512 consecutive bytes of bfloat16."""
@@ -33,8 +33,8 @@ PLAIN_HEAD = 128
 
 
 def backward_config(taps: int) -> dict[str, int | bool]:
-    """`BACKWARD` with a bound on registers where it does not spill."""
-    return BACKWARD | ({"maxnreg": MAX_REGISTERS} if taps <= 4 else {})
+    """`BACKWARD` for a width: more than 4 taps need more registers than 12 warps can have."""
+    return BACKWARD | ({"maxnreg": REGISTERS} if taps <= 4 else {"GROUP": 2})
 
 
 @triton.jit
@@ -121,13 +121,17 @@ def _document_begins(
 ):
     """Whether a tap of any of the group's tokens in any piece reaches beyond its document.
 
-    Few groups do, and the selections cost a fifth of a group's instructions.
+    Few groups do, and the selections cost a fifth of a group's instructions. Loads of one number each, so that the
+    compiler sees that a warp branches as one.
     """
     begins = False
     if DOCUMENTS:
-        index = tl.arange(0, STREAMS * GROUP)
-        token = index // GROUP * STEPS + index % GROUP
-        begins = tl.min(tl.load(positions + token, mask=first + token < length, other=TAPS)) < TAPS - 1
+        least = TAPS
+        for stream in tl.static_range(STREAMS):
+            for ahead in tl.static_range(GROUP):
+                token = stream * STEPS + ahead
+                least = tl.minimum(least, tl.load(positions + token, mask=first + token < length, other=TAPS))
+        begins = least < TAPS - 1
     return begins
 
 
@@ -316,11 +320,12 @@ def _backward_group(
         pre = _convolve(current, history, taps, position, TAPS, DOCUMENTS)
         sigmoid = _sigmoid(pre)
         value = pre * sigmoid
+        slope = sigmoid + value * (1.0 - sigmoid)
         if NORMALISE:
             rstd = tl.rsqrt(tl.sum(value * value, 1) + EPS)
             along = tl.sum(value * dy, 1) * rstd * rstd
             dy = (dy - value * along[:, None]) * rstd[:, None]
-        dpre = dy * (sigmoid + value * (1.0 - sigmoid))
+        dpre = dy * slope
         grown, summed = (dpre * taps[0],), (sums[0] + dpre * current,)
         for back in tl.static_range(1, TAPS):
             reaching = _within_document(dpre, position, back, DOCUMENTS)
