@@ -9,6 +9,7 @@ also what runs where `obstacle` names a reason. The op keeps x for its backward 
 """
 
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -20,12 +21,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = range(2, 9)
 MAX_HEAD_DIM = 256
 
+_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 def obstacle(x: Tensor, width: int, head_dim: int | None = None) -> str | None:
     """Why the kernels cannot run on x [B, T, C], in one line; None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON:
         return "Triton is not installed (pip install triton, on Linux)"
-    if x.device.type != "cuda" and not _interpreted():
+    if x.device.type != "cuda" and not _INTERPRETED:
         return f"its kernels need CUDA, x is on {x.device.type}"
     if x.dtype not in DTYPES:
         return f"x must be float32, bfloat16 or float16, found {x.dtype}"
@@ -34,13 +38,6 @@ def obstacle(x: Tensor, width: int, head_dim: int | None = None) -> str | None:
     if head_dim is not None and head_dim > MAX_HEAD_DIM:
         return f"head_dim is {head_dim}, its kernels take at most {MAX_HEAD_DIM}"
     return None
-
-
-def _interpreted() -> bool:
-    """Whether TRITON_INTERPRET=1 was set when Triton was imported: then its kernels run on CPU tensors."""
-    import triton
-
-    return triton.knobs.runtime.interpret
 
 
 def short_conv(
@@ -74,19 +71,19 @@ def _forward(x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int 
     """Arguments as in `short_conv`; the ratio has no elements without `head_dim`."""
     from torchtitan_deltaproduct.ops.triton import short_conv as kernels
 
-    y, ratio = _outputs(x, head_dim)
+    y, ratio = outputs(x, head_dim)
     x, weight, positions = _unit_stride(x), weight.contiguous(), None if positions is None else positions.contiguous()
-    grid, options = _launch(x, weight, positions, head_dim, kernels.FORWARD)
-    kernels.short_conv_forward[grid](x, weight, positions, y, ratio, *_sizes(x), **options)
+    grid, options = launch(x, weight, positions, head_dim, kernels.FORWARD)
+    kernels.short_conv_forward[grid](x, weight, positions, y, ratio, *sizes(x), **options)
     return y, ratio
 
 
 @_forward.register_fake
 def _outputs_fake(x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int | None) -> tuple[Tensor, Tensor]:
-    return _outputs(x, head_dim)
+    return outputs(x, head_dim)
 
 
-def _outputs(x: Tensor, head_dim: int | None) -> tuple[Tensor, Tensor]:
+def outputs(x: Tensor, head_dim: int | None) -> tuple[Tensor, Tensor]:
     heads = (0,) if head_dim is None else (*x.shape[:2], x.shape[2] // head_dim)
     return x.new_empty(x.shape), x.new_empty(heads, dtype=torch.float32)
 
@@ -99,10 +96,10 @@ def _backward(
     from torchtitan_deltaproduct.ops.triton import short_conv as kernels
 
     x, weight, positions = _unit_stride(x), weight.contiguous(), None if positions is None else positions.contiguous()
-    grid, options = _launch(x, weight, positions, head_dim, kernels.backward_config(weight.shape[1]))
+    grid, options = launch(x, weight, positions, head_dim, kernels.backward_config(weight.shape[1]))
     dx = x.new_empty(x.shape)
     shares = x.new_empty((grid[1] * grid[2], weight.shape[1], weight.shape[0]), dtype=torch.float32)
-    kernels.short_conv_backward[grid](x, weight, positions, dy.contiguous(), dx, shares, *_sizes(x), **options)
+    kernels.short_conv_backward[grid](x, weight, positions, dy.contiguous(), dx, shares, *sizes(x), **options)
     return dx, shares.sum(0).t().contiguous()
 
 
@@ -115,11 +112,11 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int, int]:
+def sizes(x: Tensor) -> tuple[int, int, int, int]:
     return x.shape[1], x.shape[2], x.stride(0), x.stride(1)
 
 
-def _launch(
+def launch(
     x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int | None, config: dict[str, int]
 ) -> tuple[tuple[int, int, int], dict[str, int | float | bool]]:
     """The grid and the constants of either kernel."""
@@ -127,6 +124,8 @@ def _launch(
 
     from torchtitan_deltaproduct.ops.triton.short_conv import CHANNELS, PLAIN_HEAD
 
+    assert weight.shape[0] == x.shape[2] and x.shape[2] % (head_dim or 1) == 0, (x.shape, weight.shape, head_dim)
+    assert positions is None or positions.shape == x.shape[:2], (x.shape, positions.shape)
     head = head_dim or PLAIN_HEAD
     block = triton.next_power_of_2(head)
     heads = CHANNELS // block
