@@ -74,16 +74,18 @@ def _forward(x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int 
     y, ratio = outputs(x, head_dim)
     x, weight, positions = _unit_stride(x), weight.contiguous(), None if positions is None else positions.contiguous()
     grid, options = launch(x, weight, positions, head_dim, kernels.FORWARD)
-    kernels.short_conv_forward[grid](x, weight, positions, y, ratio, *sizes(x), **options)
+    with torch.cuda.device_of(x):
+        kernels.short_conv_forward[grid](x, weight, positions, y, ratio, *sizes(x), **options)
     return y, ratio
 
 
 @_forward.register_fake
-def _outputs_fake(x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int | None) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int | None) -> tuple[Tensor, Tensor]:
     return outputs(x, head_dim)
 
 
 def outputs(x: Tensor, head_dim: int | None) -> tuple[Tensor, Tensor]:
+    """y and the ratio, not yet written."""
     heads = (0,) if head_dim is None else (*x.shape[:2], x.shape[2] // head_dim)
     return x.new_empty(x.shape), x.new_empty(heads, dtype=torch.float32)
 
@@ -99,7 +101,8 @@ def _backward(
     grid, options = launch(x, weight, positions, head_dim, kernels.backward_config(weight.shape[1]))
     dx = x.new_empty(x.shape)
     shares = x.new_empty((grid[1] * grid[2], weight.shape[1], weight.shape[0]), dtype=torch.float32)
-    kernels.short_conv_backward[grid](x, weight, positions, dy.contiguous(), dx, shares, *sizes(x), **options)
+    with torch.cuda.device_of(x):
+        kernels.short_conv_backward[grid](x, weight, positions, dy.contiguous(), dx, shares, *sizes(x), **options)
     return dx, shares.sum(0).t().contiguous()
 
 
@@ -113,6 +116,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def sizes(x: Tensor) -> tuple[int, int, int, int]:
+    """The kernels' length, channels, x_batch and x_row."""
     return x.shape[1], x.shape[2], x.stride(0), x.stride(1)
 
 
