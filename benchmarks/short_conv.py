@@ -16,14 +16,31 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from torchtitan_deltaproduct.models.conv import sum_of_taps
 from torchtitan_deltaproduct.ops.normalize import l2norm
 
 CASES = {"q": (768, 128), "k": (2304, 128), "v": (2304, None)}
-FORWARD_TILES = [(4, 32, 4), (4, 64, 4), (4, 128, 4), (4, 64, 2), (2, 64, 4), (2, 64, 8)]
-BACKWARD_TILES = [(2, 64, 4), (2, 128, 4), (2, 256, 4), (2, 128, 2), (4, 64, 2), (4, 128, 2)]
-"""STREAMS, STEPS, GROUP (`ops.triton.short_conv`)."""
+FORWARD_TILES = [
+    {},
+    {"STEPS": 32},
+    {"STEPS": 128},
+    {"GROUP": 2},
+    {"STREAMS": 2},
+    {"STREAMS": 2, "GROUP": 8},
+    {"num_warps": 2, "STREAMS": 2},
+]
+BACKWARD_TILES = [
+    {},
+    {"STEPS": 64},
+    {"STEPS": 256},
+    {"GROUP": 2, "maxnreg": 128},
+    {"STREAMS": 4, "STEPS": 64, "GROUP": 2, "maxnreg": 255},
+    {"STREAMS": 4, "STEPS": 64, "GROUP": 1, "maxnreg": 255},
+    {"num_warps": 2, "STREAMS": 1, "STEPS": 256},
+]
+"""What --sweep changes of `ops.triton.short_conv.FORWARD` and `BACKWARD`."""
 
 
 def definition(x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int | None) -> Tensor:
@@ -74,7 +91,7 @@ def both(args: argparse.Namespace, channels: int, head_dim: int | None) -> tuple
 def compiled(args: argparse.Namespace, channels: int, head_dim: int | None) -> tuple[float, float]:
     """Milliseconds of the compiled definition, forward (keeping what backward needs) and backward."""
     x, weight, positions, dy = inputs(args, channels)
-    function = torch.compile(definition, fullgraph=True)
+    function = torch.compile(definition, fullgraph=True, dynamic=False)
     y = function(x, weight, positions, head_dim)
     return (
         milliseconds(lambda: function(x, weight, positions, head_dim)),
@@ -109,19 +126,18 @@ def _add_row(table: Table, name: str, row: Tensor) -> None:
 def sweep(args: argparse.Namespace) -> Table:
     from torchtitan_deltaproduct.ops.triton import short_conv as kernels
 
-    table = Table(caption="ms; the first line of each is what ships")
-    for column in ("", "STREAMS", "STEPS", "GROUP", *CASES):
+    table = Table(caption="ms")
+    for column in ("", "changed", *CASES):
         table.add_column(column, justify="right")
-    for i, (way, shipped, tiles) in enumerate(
-        (("forward", kernels.FORWARD, FORWARD_TILES), ("backward", kernels.BACKWARD, BACKWARD_TILES))
-    ):
-        names = "STREAMS", "STEPS", "GROUP"
-        before = tuple(shipped[name] for name in names)
-        for tile in [before, *(tile for tile in tiles if tile != before)]:
-            shipped.update(zip(names, tile, strict=True))
+    ways = ("forward", kernels.FORWARD, FORWARD_TILES), ("backward", kernels.BACKWARD, BACKWARD_TILES)
+    for i, (way, shipped, tiles) in enumerate(ways):
+        before = dict(shipped)
+        for changes in tiles:
+            shipped.update(before | changes)
             times = [both(args, channels, head_dim)[i] for channels, head_dim in CASES.values()]
-            table.add_row(way, *map(str, tile), *(f"{time:.3f}" for time in times))
-        shipped.update(zip(names, before, strict=True))
+            label = " ".join(f"{name}={value}" for name, value in changes.items())
+            table.add_row(way, label or "as shipped", *(f"{time:.3f}" for time in times))
+        shipped.update(before)
     return table
 
 
@@ -136,7 +152,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.short_conv needs a CUDA device")
     # The backward of one graph is timed many times.
-    torch._functorch.config.donated_buffer = False
+    functorch_config.donated_buffer = False
     documents = f"documents of {args.documents}" if args.documents else "no documents"
     print(f"{torch.cuda.get_device_name()}: B={args.batch} T={args.tokens} W={args.width}, {documents}, bfloat16")
     Console().print(sweep(args) if args.sweep else compare(args))

@@ -15,15 +15,12 @@ import triton
 import triton.language as tl
 
 FORWARD = {"STREAMS": 4, "STEPS": 64, "GROUP": 4, "num_warps": 4, "enable_fp_fusion": True}
-BACKWARD = {"STREAMS": 2, "STEPS": 128, "GROUP": 4, "num_warps": 4, "enable_fp_fusion": True}
+BACKWARD = {"STREAMS": 2, "STEPS": 128, "GROUP": 4, "num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
 """Pieces a program, tokens a piece, tokens loaded together (each a load in flight), and Triton's options.
 
-A thread of the backward has 4 channels, not 8: with 8 what it remembers of each (4 * TAPS - 2 floats) leaves room for 8
-warps a multiprocessor, too few to hide the loads.
+A thread of the backward has 4 channels, not 8, and at most 168 registers, so that 12 warps share a multiprocessor. With
+8 channels what it remembers of each (4 * TAPS - 2 floats) leaves room for 8 warps, too few to hide the loads.
 """
-
-REGISTERS = 168
-"""The most a thread may have for 12 warps to share a multiprocessor."""
 
 CHANNELS = 256
 """Channels a program: a warp reads 512 consecutive bytes of bfloat16."""
@@ -33,8 +30,8 @@ PLAIN_HEAD = 128
 
 
 def backward_config(taps: int) -> dict[str, int | bool]:
-    """`BACKWARD` for a width: more than 4 taps need more registers than 12 warps can have."""
-    return BACKWARD | ({"maxnreg": REGISTERS} if taps <= 4 else {"GROUP": 2})
+    """`BACKWARD` for a width: more than 4 taps need more registers, and then shorter groups, not to spill."""
+    return BACKWARD | ({} if taps <= 4 else {"GROUP": 2, "maxnreg": 255})
 
 
 @triton.jit
