@@ -3,7 +3,7 @@
 A program owns HEADS heads of channels and STREAMS pieces of one row of the batch, STEPS tokens each. It walks
 down its pieces, all at once, one token a step; the TAPS-1 inputs before the current one stay in registers, so
 that the inputs are read once (and TAPS-1 tokens beside a piece once more). A tile is [STREAMS * HEADS, BLOCK],
-one head of one piece a row, and a warp holds whole rows: norms need shuffles only, no shared memory.
+one head of one piece a row, and up to 128 channels a warp holds whole rows: their norms need shuffles only.
 
 Channels without a norm are cut in heads of 128, the last of which may be narrower. Sums are float32. Nothing is
 added atomically: each program writes its share of the weight's gradient, which the caller sums.
@@ -23,7 +23,7 @@ A thread of the backward has 4 channels, not 8, and at most 168 registers, so th
 """
 
 CHANNELS = 256
-"""Channels a program: a warp reads 512 consecutive bytes of bfloat16."""
+"""Channels a program, and the most a head may have."""
 
 PLAIN_HEAD = 128
 """Channels a row of a tile where there is no norm."""
