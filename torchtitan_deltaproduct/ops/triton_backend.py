@@ -1,23 +1,27 @@
 """Our Triton kernels as a backend: shapes, configurations and launches. `triton/` has the kernels and their algebra.
 
-    o, state, records, factors, maps = forward(q, k, v, None, beta, None, None, n=2, scale=K**-0.5, final=True, save=True)
+    o, state, *saved = forward(q, k, v, None, beta, None, None, n=2, scale=K**-0.5, final=True, save=True)
 
 Deterministic: no atomics, and the configuration is a function of the arguments, never of a measurement at run time, so
 that every rank and every restart runs the same code.
 """
 
+import importlib.util
+import os
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtitan_deltaproduct.ops.triton.local import local_kernel
-from torchtitan_deltaproduct.ops.triton.prepare import prepare_kernel, solve_kernel
-from torchtitan_deltaproduct.ops.triton.scan import backward_kernel, combine_kernel, forward_kernel
-
 ROWS = 64
 """R, rows of a chunk."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_HOUSEHOLDER = 8
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 HEAD_DIMS = (16, 32, 64, 128)
 """K and V of the kernels; other sizes up to 128 are padded with zeros."""
@@ -70,19 +74,48 @@ class Geometry:
         return {"K": self.K, "V": self.V, "N": self.n, "C": self.tokens, "CP": self.padded_tokens, "R": ROWS}
 
 
-def launches(geometry: Geometry, dtype: torch.dtype) -> dict[str, Launch]:
-    """The configuration of each kernel, the fastest of `benchmarks/op.py --sweep` on an H200."""
+def launches(geometry: Geometry, dtype: torch.dtype, capability: int) -> dict[str, Launch]:
+    """The configuration of each kernel, the fastest of those measured on an H200.
+
+    The scans want three tiles in flight; a device with less shared memory than Hopper's 227 KB gets two (A100) or one.
+    """
     if dtype == torch.float32:
         one = Launch(min(32, geometry.V), 4, 1)
-        return {"solve": Launch(0, 1, 1), "prepare": one, "forward": one, "backward": one, "local": one}
+        return {"prepare": one, "solve": Launch(0, 1, 1), "forward": one, "backward": one, "local": Launch(0, 8, 1)}
+    stages = 3 if capability // 10 in (9, 10) else 2 if capability == 80 else 1
     columns = min(64, geometry.V)
     return {
-        "prepare": Launch(0, 8, 1),
+        "prepare": Launch(0, 4, 1),
         "solve": Launch(0, 1, 1),
-        "forward": Launch(columns, 4, 3),
-        "backward": Launch(columns, 4, 3),
+        "forward": Launch(columns, 4, stages),
+        "backward": Launch(columns, 4, stages),
         "local": Launch(0, 4, 1),
     }
+
+
+def obstacle(
+    device_type: str, dtypes: tuple[str, ...], head_dim: int, head_v_dim: int, num_householder: int
+) -> str | None:
+    """Why our kernels cannot run this, in one line; None if they can."""
+    if device_type != "cuda" and not (_INTERPRETED and device_type == "cpu"):
+        return f"its kernels need CUDA, the tensors are on {device_type}"
+    if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
+        return f"q, k and v must share one of {', '.join(DTYPES)}, found {', '.join(dtypes)}"
+    if max(head_dim, head_v_dim) > HEAD_DIMS[-1]:
+        return f"head_dim is {max(head_dim, head_v_dim)}, its kernels take at most {HEAD_DIMS[-1]}"
+    if num_householder > MAX_HOUSEHOLDER:
+        return f"num_householder is {num_householder}, its kernels take at most {MAX_HOUSEHOLDER}"
+    return _missing()
+
+
+@lru_cache(maxsize=1)
+def _missing() -> str | None:
+    """What this machine lacks; None if nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton, on Linux)"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "its kernels need compute capability 8.0 (A100) or later"
+    return None
 
 
 def segments(programs: int, chunks: int, multiprocessors: int) -> int:
@@ -94,6 +127,13 @@ def segments(programs: int, chunks: int, multiprocessors: int) -> int:
     return 1 if fitting < 3 else min(fitting, max(1, chunks // 8))
 
 
+def _kernels(*names: str) -> list:
+    """Kernels by name; Triton is imported only where they run."""
+    from torchtitan_deltaproduct.ops.triton import local, prepare, scan
+
+    return [next(getattr(module, name) for module in (prepare, scan, local) if hasattr(module, name)) for name in names]
+
+
 def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
@@ -102,9 +142,21 @@ def _padded(x: Tensor, size: int) -> Tensor:
     return x.contiguous() if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])).contiguous()
 
 
+def _trimmed(x: Tensor, size: int) -> Tensor:
+    return x if x.shape[-1] == size else x[..., :size].contiguous()
+
+
 def _native(size: int) -> int:
     """The smallest size of the kernels that holds `size`."""
     return next(native for native in HEAD_DIMS if native >= size)
+
+
+def _capability(device: torch.device) -> int:
+    """Compute capability, 90 for Hopper; 90 also where there is no device."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -113,20 +165,19 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def record_shapes(q: Tensor, k: Tensor, v: Tensor, gated: bool, packed: bool, save: bool) -> tuple[tuple, tuple, tuple]:
-    """Shapes of `records` (k's dtype), `factors` and `maps` (float32)."""
+def saved_shapes(q: Tensor, k: Tensor, v: Tensor, gated: bool, packed: bool) -> tuple[tuple, tuple, tuple]:
+    """Shapes of `records` (k's dtype), `factors` and `maps` (float32) with `save`."""
     batch, length, heads, _ = q.shape
     geometry = Geometry(k.shape[1] // length, _native(k.shape[3]), _native(v.shape[3]), gated, packed)
     chunks = -(-length // geometry.tokens)
     cut = _cut(geometry, q, chunks, k.dtype)
-    rows = geometry.V + geometry.K
-    maps = (batch * heads, cut, rows, geometry.K) if cut > 1 else (0,)
-    return (batch * heads, chunks, geometry.width(save)), (batch * heads, chunks, 5, ROWS), maps
+    maps = (batch * heads, cut, geometry.V + geometry.K, geometry.K) if cut > 1 else (0,)
+    return (batch * heads, chunks, geometry.width(True)), (batch * heads, chunks, 5, ROWS), maps
 
 
 def _cut(geometry: Geometry, q: Tensor, chunks: int, dtype: torch.dtype) -> int:
     """Number of segments."""
-    programs = q.shape[0] * q.shape[2] * geometry.V // launches(geometry, dtype)["forward"].columns
+    programs = q.shape[0] * q.shape[2] * geometry.V // launches(geometry, dtype, _capability(q.device))["forward"].columns
     wanted = segments(programs, chunks, _multiprocessors(q.device))
     return -(-chunks // -(-chunks // wanted))
 
@@ -173,9 +224,9 @@ def forward(
     """
     (batch, length, heads, dim), dim_v = q.shape, v.shape[3]
     geometry = Geometry(n, _native(dim), _native(dim_v), g is not None, positions is not None)
-    config, precision = launches(geometry, k.dtype), _precision(k.dtype)
+    config, precision = launches(geometry, k.dtype, _capability(k.device)), _precision(k.dtype)
     q, k, v = _padded(q, geometry.K), _padded(k, geometry.K), _padded(v, geometry.V)
-    beta, g = beta.contiguous(), None if g is None else g.contiguous()
+    beta, g, positions = (None if x is None else x.contiguous() for x in (beta, g, positions))
     chunks, programs = -(-length // geometry.tokens), batch * heads
     cut = _cut(geometry, q, chunks, k.dtype)
     segment = -(-chunks // cut)
@@ -185,6 +236,7 @@ def forward(
     maps = factors.new_empty((programs, cut, geometry.V + geometry.K, geometry.K) if cut > 1 else (0,))
     constants = geometry.constants() | {"PREC": precision, "WIDTH": geometry.width(save)}
     triangles = factors.new_empty(programs, chunks, ROWS, ROWS)
+    prepare_kernel, solve_kernel, forward_kernel = _kernels("prepare_kernel", "solve_kernel", "forward_kernel")
     prepare_kernel[(chunks, programs)](
         q, k, beta, g, positions, records, triangles, factors, length, chunks, heads,
         **{name: x for name, x in constants.items() if name != "V"},
@@ -213,7 +265,7 @@ def forward(
         **constants, BV=c.columns, SAVE=save, MODE=0, HAS_IN=entering is not None, HAS_OUT=final and cut == 1,
     )  # fmt: skip
     state = _unpadded_state(state_out, (batch, heads, dim, dim_v)) if final else None
-    return o[..., :dim_v], state, records, factors, maps
+    return _trimmed(o, dim_v), state, records, factors, maps
 
 
 def backward(
@@ -242,7 +294,7 @@ def backward(
     """
     (batch, length, heads, dim), dim_v = q.shape, v.shape[3]
     geometry = Geometry(n, _native(dim), _native(dim_v), g is not None, positions is not None)
-    config, precision = launches(geometry, k.dtype), _precision(k.dtype)
+    config, precision = launches(geometry, k.dtype, _capability(k.device)), _precision(k.dtype)
     q, k, do = (_padded(x, size) for x, size in ((q, geometry.K), (k, geometry.K), (do, geometry.V)))
     chunks, programs = records.shape[1], batch * heads
     cut = maps.shape[1] if maps.numel() else 1
@@ -251,6 +303,7 @@ def backward(
     dv = v.new_empty(*v.shape[:3], geometry.V)
     dstates = records.new_empty(programs, chunks, geometry.V, geometry.K)
     constants = geometry.constants() | {"PREC": precision, "WIDTH": geometry.width(True)}
+    backward_kernel, local_kernel = _kernels("backward_kernel", "local_kernel")
     c = config["backward"]
     shared = constants | {"DECAY": geometry.decay, "BV": c.columns, **c.options()}
     dstate_in = _state(dstate, geometry)
@@ -277,7 +330,7 @@ def backward(
         **c.options(),
     )  # fmt: skip
     dinitial = _unpadded_state(dstate_out, (batch, heads, dim, dim_v)) if initial else None
-    return dq[..., :dim], dk[..., :dim], dv[..., :dim_v], dg, dbeta, dinitial
+    return _trimmed(dq, dim), _trimmed(dk, dim), _trimmed(dv, dim_v), dg, dbeta, dinitial
 
 
 def _combine(
@@ -294,6 +347,7 @@ def _combine(
 ) -> None:
     """Fills `entering`, what each segment starts from, and `last`, what leaves the other end."""
     columns = min(16, geometry.V)
+    (combine_kernel,) = _kernels("combine_kernel")
     combine_kernel[(geometry.V // columns, maps.shape[0])](
         maps, responses, first, entering, last, cut,
         K=geometry.K, V=geometry.V, BV=columns, HAS_IN=first is not None, HAS_OUT=last is not None, REVERSE=reverse,

@@ -40,6 +40,10 @@ class Compiled(NamedTuple):
     """Of a thread."""
     opcodes: Counter[str]
     """Instructions by name with suffixes, e.g. LDG.E.128; predicates left out."""
+    shared: int
+    """Bytes of shared memory of a program."""
+    ttgir: str
+    """Triton's own form of the kernel, after its choice of layouts."""
 
     @property
     def spills(self) -> int:
@@ -63,18 +67,18 @@ def compile_launch(kernel, capability: int, *arguments, **constants_and_options)
         elif value is None or name in constants:
             signature[name], constexprs[(index,)] = "constexpr", value
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
             aligned = value % 16 == 0 and not kernel.params[index].do_not_specialize
         if aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
-        file.write_bytes(binary)
+        file.write_bytes(compiled.asm["cubin"])
         registers = re.search(r"REG:(\d+)", _cuobjdump("-res-usage", file))[1]
         names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", _cuobjdump("-sass", file))
-    return Compiled(int(registers), Counter(names))
+    return Compiled(int(registers), Counter(names), compiled.metadata.shared, compiled.asm["ttgir"])
 
 
 def _cuobjdump(option: str, file: Path) -> str:

@@ -12,8 +12,8 @@ S -> X -> D -> S' never goes through shared memory. What is read, K, Q, T and P,
 where the copy engine put it. Products of two products' results, or of their transposes, do not occur (Triton 3.4 to
 3.7 miscompiles the latter on Hopper, fla #640).
 
-Few heads and long sequences: the sequence is cut in segments. `MODE` 1 makes of a segment the affine map S -> Phi S + Z
-it applies to any state before it; `combine_kernel` chains the maps, and a second pass starts each segment from its state.
+Few heads and long sequences: the sequence is cut in segments. `MODE` 1 finds the affine map S -> Phi S + Z that a
+segment is to any state before it; `combine_kernel` chains the maps, and a second pass starts each segment from its state.
 """
 
 import triton
@@ -92,12 +92,12 @@ def forward_kernel(
             else:
                 queries = tl.load(q + token * K + query, mask=valid_t[:, None], other=0.0)
             scores = tl.load(record + R * R + r[:, None] * CP + t[None, :])
-            O = tl.dot(Sb, tl.trans(queries), input_precision=PREC)
-            O = tl.dot(Db, scores, O, input_precision=PREC) * scale
+            out = tl.dot(Sb, tl.trans(queries), input_precision=PREC)
+            out = tl.dot(Db, scores, out, input_precision=PREC) * scale
             if SAVE:
                 tl.store(record + SAVED + V * R + cv[:, None] * K + ck[None, :], Sb)
                 tl.store(record + SAVED + cv[:, None] * R + r[None, :], Db)
-            tl.store(o + token * V + reading, O.to(o.dtype.element_ty), mask=valid_t[None, :])
+            tl.store(o + token * V + reading, out.to(o.dtype.element_ty), mask=valid_t[None, :])
         if DECAY:
             Dt = Dt * tl.load(factor + 2 * R + r)[None, :]
             S = S * across
@@ -111,8 +111,8 @@ def forward_kernel(
 def backward_kernel(
     q, k, records, factors, do, dv, dstates, dS_in, dS_out, scale, length, chunks, segment, H,
     K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
-    WIDTH: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, MODE: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr,
-    PREC: tl.constexpr,
+    WIDTH: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, MODE: tl.constexpr,
+    HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """The reverse scan of one segment for BV columns of the state's gradient.
 
@@ -193,7 +193,7 @@ def combine_kernel(
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr,
     REVERSE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """The state before each segment, S_in[s + 1] = Phi_s S_in[s] + Z_s; REVERSE: the gradient after each, from the last.
+    """The state before each segment, S_in[s + 1] = Phi_s S_in[s] + Z_s; REVERSE: the gradient after each, backwards.
 
     Args:
         maps: [B*H, segments, V + K, K] float32, of `forward_kernel` MODE 1: Z^T, Phi^T.
