@@ -37,7 +37,7 @@ class ShortConvolution(nn.Module):
         return F.silu(sum_of_taps(padded, self.weight, positions)).to(x.dtype)
 
     def unit(self, x: Tensor, positions: Tensor | None, head_dim: int) -> tuple[Tensor, Tensor]:
-        """`forward` at unit length per `head_dim` channels, and |y|^2 before over after rounding; only by the kernels."""
+        """`forward` at unit length per `head_dim` channels, and |y|^2 before over after rounding; the kernels' only."""
         return short_conv.short_conv(x, self.weight[:, 0], positions, head_dim=head_dim)
 
     def extend(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:

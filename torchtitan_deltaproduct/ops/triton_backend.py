@@ -65,6 +65,11 @@ class Geometry:
     def decay(self) -> bool:
         return self.gated or self.packed
 
+    @property
+    def factors(self) -> int:
+        """Rows of a chunk's factors: beta; with decays also enter, leave, G and across."""
+        return 5 if self.decay else 1
+
     def width(self, save: bool) -> int:
         """Numbers in a chunk's record: T, P, enter . q with decays; and for the backward D and the state before."""
         prepared = (ROWS + self.padded_tokens) * ROWS + self.decay * self.padded_tokens * self.K
@@ -172,12 +177,13 @@ def saved_shapes(q: Tensor, k: Tensor, v: Tensor, gated: bool, packed: bool) -> 
     chunks = -(-length // geometry.tokens)
     cut = _cut(geometry, q, chunks, k.dtype)
     maps = (batch * heads, cut, geometry.V + geometry.K, geometry.K) if cut > 1 else (0,)
-    return (batch * heads, chunks, geometry.width(True)), (batch * heads, chunks, 5, ROWS), maps
+    return (batch * heads, chunks, geometry.width(True)), (batch * heads, chunks, geometry.factors, ROWS), maps
 
 
 def _cut(geometry: Geometry, q: Tensor, chunks: int, dtype: torch.dtype) -> int:
     """Number of segments."""
-    programs = q.shape[0] * q.shape[2] * geometry.V // launches(geometry, dtype, _capability(q.device))["forward"].columns
+    columns = launches(geometry, dtype, _capability(q.device))["forward"].columns
+    programs = q.shape[0] * q.shape[2] * geometry.V // columns
     wanted = segments(programs, chunks, _multiprocessors(q.device))
     return -(-chunks // -(-chunks // wanted))
 
@@ -192,7 +198,7 @@ def _state(state: Tensor | None, geometry: Geometry) -> Tensor | None:
 
 def _unpadded_state(state: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     batch, heads, dim, dim_v = shape
-    return state[:, :dim_v, :dim].mT.reshape(batch, heads, dim, dim_v)
+    return state[:, :dim_v, :dim].mT.contiguous().view(batch, heads, dim, dim_v)
 
 
 def forward(
@@ -232,7 +238,7 @@ def forward(
     segment = -(-chunks // cut)
     o = torch.empty(batch, length, heads, geometry.V, dtype=v.dtype, device=v.device)
     records = k.new_empty(programs, chunks, geometry.width(save))
-    factors = k.new_empty(programs, chunks, 5, ROWS, dtype=torch.float32)
+    factors = k.new_empty(programs, chunks, geometry.factors, ROWS, dtype=torch.float32)
     maps = factors.new_empty((programs, cut, geometry.V + geometry.K, geometry.K) if cut > 1 else (0,))
     constants = geometry.constants() | {"PREC": precision, "WIDTH": geometry.width(save)}
     triangles = factors.new_empty(programs, chunks, ROWS, ROWS)

@@ -118,7 +118,10 @@ def test_auto_choice_by_machine(monkeypatch):
         choose("triton", "cuda", low, True, 256, 256, 2)
 
 
-@pytest.mark.parametrize(("backend", "message"), [("fla", "need CUDA"), ("triton", "need CUDA"), ("chunky", "choose one of auto")])
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [("fla", "need CUDA"), ("triton", "need CUDA"), ("chunky", "choose one of auto")],
+)
 def test_backend_that_cannot_run(backend, message):
     with pytest.raises(ConfigError, match=message):
         gated_delta_product(*inputs(), N, backend=backend)

@@ -43,7 +43,7 @@ def local_kernel(
     first_row = (b * length + c * C) * (N * H) + h
     DECAY: tl.constexpr = GATED or PACKED
     D = records + at * WIDTH + R * (R + CP) + (CP * K if DECAY else 0)
-    factors += at * (5 * R)
+    factors += at * (5 * R if DECAY else R)
     row_k = r[:, None] * (H * K) + ck[None, :]
     row_v = r[:, None] * (H * V) + cv[None, :]
 

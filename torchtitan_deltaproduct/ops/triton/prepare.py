@@ -44,8 +44,8 @@ def prepare_kernel(
             enter . q [CP, K] after it.
         triangles: [B*H, chunks, R, R] float32 output, A.
         factors: [B*H, chunks, 5, R] float32 output: beta, enter, leave, G and across. enter_i is the decay from the
-            chunk's start to row i, leave_j from row j to its end, across (one number) from start to end, each 0 where a
-            document begins in between; G in log2 units. Only beta is written without gate and documents.
+            chunk's start to row i, leave_j from row j to its end, across (one number, R times) from start to end, each
+            0 where a document begins in between; G in log2 units. Without gate and documents [B*H, chunks, 1, R], beta.
     """
     c = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
@@ -59,7 +59,7 @@ def prepare_kernel(
     first_row = (b * length + c * C) * (N * H) + h
     records += (i_bh * chunks + c) * WIDTH
     triangles += (i_bh * chunks + c) * (R * R)
-    factors += (i_bh * chunks + c) * (5 * R)
+    factors += (i_bh * chunks + c) * (5 * R if GATED or PACKED else R)
     keys = tl.load(k + first_row * K + r[:, None] * (H * K) + ck[None, :], mask=valid[:, None], other=0.0)
     queries = tl.load(q + token * K + t[:, None] * (H * K) + ck[None, :], mask=valid_t[:, None], other=0.0)
     betas = tl.load(beta + first_row + r * H, mask=valid, other=0.0).to(tl.float32)
@@ -106,7 +106,7 @@ def prepare_kernel(
         tl.store(factors + R + r, enter)
         tl.store(factors + 2 * R + r, leave)
         tl.store(factors + 3 * R + r, G)
-        tl.store(factors + 4 * R, across)
+        tl.store(factors + 4 * R + r, tl.zeros([R], tl.float32) + across)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ where the copy engine put it. Products of two products' results, or of their tra
 3.7 miscompiles the latter on Hopper, fla #640).
 
 Few heads and long sequences: the sequence is cut in segments. `MODE` 1 finds the affine map S -> Phi S + Z that a
-segment is to any state before it; `combine_kernel` chains the maps, and a second pass starts each segment from its state.
+segment is to any state before it; `combine_kernel` chains the maps; a second pass starts each segment from its state.
 """
 
 import triton
@@ -47,6 +47,7 @@ def forward_kernel(
     cv = i_v * BV + tl.arange(0, BV)
     dt = k.dtype.element_ty
     SAVED: tl.constexpr = R * (R + CP) + (CP * K if DECAY else 0)
+    FACTORS: tl.constexpr = 5 * R if DECAY else R
     COLUMNS: tl.constexpr = V if MODE == 0 else V + K
     S = tl.zeros([BV, K], tl.float32)
     if HAS_IN:
@@ -61,17 +62,17 @@ def forward_kernel(
     # V enters X by a product with -1: so it goes from the copy engine to the tensor cores, without a stop in registers.
     minus_one = tl.where(r[:, None] == r[None, :], -1.0, 0.0).to(dt)
     if DECAY:
-        across = tl.load(factors + (i_bh * chunks + first) * (5 * R) + 4 * R)
+        across = tl.load(factors + (i_bh * chunks + first) * FACTORS + 4 * R)
     for c in range(first, last):
         record = records + (i_bh * chunks + c) * WIDTH
-        factor = factors + (i_bh * chunks + c) * (5 * R)
+        factor = factors + (i_bh * chunks + c) * FACTORS
         token = (b * length + c * C) * H + h
         first_row = (b * length + c * C) * (N * H) + h
         left = length - c * C
         valid, valid_t = (r < C * N) & (r < left * N), (t < C) & (t < left)
         if DECAY:
             # A number is not pipelined by Triton: it is loaded one chunk ahead.
-            ahead = tl.load(factors + (i_bh * chunks + tl.minimum(c + 1, chunks - 1)) * (5 * R) + 4 * R)
+            ahead = tl.load(factors + (i_bh * chunks + tl.minimum(c + 1, chunks - 1)) * FACTORS + 4 * R)
         keys = tl.load(k + first_row * K + row, mask=valid[:, None], other=0.0)
         solved = tl.load(record + r[:, None] * R + r[None, :])
         mask = valid[None, :] if MODE == 0 else valid[None, :] & (cv[:, None] < V)
@@ -135,6 +136,7 @@ def backward_kernel(
     ck = tl.arange(0, K)
     cv = i_v * BV + tl.arange(0, BV)
     dt = k.dtype.element_ty
+    FACTORS: tl.constexpr = 5 * R if DECAY else R
     state = ((i_bh * segments + i_s) * V + cv[:, None]) * K + ck[None, :]
     dS = tl.zeros([BV, K], tl.float32)
     if HAS_IN:
@@ -145,17 +147,17 @@ def backward_kernel(
     value = r[None, :] * (H * V) + cv[:, None]
     reading = t[None, :] * (H * V) + cv[:, None]
     if DECAY:
-        across = tl.load(factors + (i_bh * chunks + last - 1) * (5 * R) + 4 * R)
+        across = tl.load(factors + (i_bh * chunks + last - 1) * FACTORS + 4 * R)
     for i in range(first, last):
         c = first + last - 1 - i
         record = records + (i_bh * chunks + c) * WIDTH
-        factor = factors + (i_bh * chunks + c) * (5 * R)
+        factor = factors + (i_bh * chunks + c) * FACTORS
         token = (b * length + c * C) * H + h
         first_row = (b * length + c * C) * (N * H) + h
         left = length - c * C
         valid, valid_t = (r < C * N) & (r < left * N), (t < C) & (t < left)
         if DECAY:
-            ahead = tl.load(factors + (i_bh * chunks + tl.maximum(c - 1, 0)) * (5 * R) + 4 * R)
+            ahead = tl.load(factors + (i_bh * chunks + tl.maximum(c - 1, 0)) * FACTORS + 4 * R)
         keys = tl.load(k + first_row * K + row, mask=valid[:, None], other=0.0)
         if DECAY:
             queries = tl.load(record + R * (R + CP) + t[:, None] * K + ck[None, :])
