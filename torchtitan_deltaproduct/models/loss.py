@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 4096
-"""A chunk of the usual vocabularies: large enough that adding to the weight's gradient costs little beside its product."""
+"""A chunk of the usual vocabularies: adding to the weight's gradient costs little beside products of that size."""
 CHUNK_BYTES = {"cuda": 1 << 29, "cpu": 1 << 25}
 """Logits of a chunk at most, in the dtype of x; smaller ones would add to the weight's gradient too often."""
 
