@@ -127,6 +127,9 @@ class Trainer(stock.Trainer):
                     logger.warning("stopped on %s after step %d: %s", stop, self.step, saved)
                     return stop
                 if self.step == first_step:
+                    if self.saves:
+                        self.checkpointer.reserve()
+                        self.metrics_processor.restart_clock()
                     # Compilation and lazy initialisation are over: a hang from here on is a fault.
                     seconds = config.comm.train_timeout_seconds
                     dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
