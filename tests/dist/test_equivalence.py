@@ -23,6 +23,7 @@ ONE_RANK = {
     "layer-ac": ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "2"],
     "op-ac": ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"],
     "full-ac": ["--activation_checkpoint.mode", "full"],
+    "memory-budget": ["--compile.enable", "--activation_checkpoint.mode", "memory_budget"],
     "workers": ["--data.num_workers", "2"],
 }
 # Gates, untied head, documents: what the plain toy does not have.

@@ -66,14 +66,13 @@ class Stager(AsyncStager):
     """See the module docstring. A copy is valid until the next one is made.
 
     Args:
-        shared: with other processes; pinned then too where there is a GPU.
+        shared: whether other processes can read the block. Where there is a GPU it is pinned, too.
     """
 
     def __init__(self, shared: bool) -> None:
         self.shared = shared
         self.block = torch.empty(0, dtype=torch.uint8)
-        self.on_gpu = torch.cuda.is_available()
-        self.stream = torch.cuda.Stream() if shared and self.on_gpu else None
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self.waiter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-staging")
 
     def reserve(self, state_dict: dict) -> None:
@@ -100,16 +99,14 @@ class Stager(AsyncStager):
         if size <= self.block.numel():
             return
         self._unpin()
-        if not self.shared:
-            self.block = torch.empty(size, dtype=torch.uint8)
-            return
-        storage = torch.UntypedStorage._new_shared(size)
-        self.block = torch.empty(0, dtype=torch.uint8).set_(storage)
-        if self.on_gpu:
+        self.block = torch.empty(size, dtype=torch.uint8)
+        if self.shared:
+            self.block.share_memory_()
+        if self.stream is not None:
             _pin_memory_utils.pin_memory(self.block.data_ptr(), size)
 
     def _unpin(self) -> None:
-        if self.shared and self.on_gpu and self.block.numel():
+        if self.stream is not None and self.block.numel():
             _pin_memory_utils.unpin_memory(self.block.data_ptr())
 
     def synchronize_staging(self) -> None:

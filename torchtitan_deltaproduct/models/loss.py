@@ -148,12 +148,10 @@ def compiled_softmax(backend: str) -> Callable[[Tensor, Tensor, Tensor, bool], t
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, the sum in the dtype of `total`: [M, N] float32, [M, K] and [K, N] of 16 bits, say."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.device.type == "cpu":
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-    else:
+    if a.dtype != total.dtype and a.device.type != "cpu":
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -64,6 +64,7 @@ class CheckpointManager(stock.CheckpointManager):
         self.saving_step: int | None = None
         self.writer_lost = False
         self.durations: list[float] = []
+        self.staging = False
         self.deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-deleter")
         if self.enable and self.async_mode != stock.AsyncMode.DISABLED:
             self.stager = Stager(shared=self.async_mode == stock.AsyncMode.ASYNC_WITH_PINNED_MEM)
@@ -179,6 +180,12 @@ class CheckpointManager(stock.CheckpointManager):
             if process_executor._CHECKPOINT_PROCESS is not None:
                 process_executor._CHECKPOINT_PROCESS._save_process.terminate()
             process_executor._CHECKPOINT_PROCESS, self.writer_lost = None, False
+
+    def maybe_wait_for_staging(self) -> None:
+        """Waits until the weights may change: an asynchronous save of either kind may still be copying them."""
+        if self.staging:
+            self.staging_future.result()
+            self.staging = False
 
     def finish_running_save(self) -> None:
         """Waits for an asynchronous save; if it failed, the next step that is due stands in for it."""
