@@ -99,9 +99,8 @@ class Stager(AsyncStager):
         if size <= self.block.numel():
             return
         self._unpin()
-        self.block = torch.empty(size, dtype=torch.uint8)
-        if self.shared:
-            self.block.share_memory_()
+        storage = torch.UntypedStorage._new_shared(size) if self.shared else torch.UntypedStorage(size)
+        self.block = torch.empty(0, dtype=torch.uint8).set_(storage)
         if self.stream is not None:
             _pin_memory_utils.pin_memory(self.block.data_ptr(), size)
 
