@@ -109,9 +109,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
     # A tied weight must belong to one group, and a group is one module: embedding and head stay with the root then.
     if not model.args.tie_word_embeddings:
         fully_shard(model.tok_embeddings, **options, reshard_after_forward=reshard)
-        # The backward pass begins with them.
-        at_once = job_config.parallelism.fsdp_reshard_after_forward == "always"
-        fully_shard([model.norm, model.output], **options, reshard_after_forward=at_once)
+        # The backward pass begins with these: only who asks for it has them gathered twice.
+        always = job_config.parallelism.fsdp_reshard_after_forward == "always"
+        fully_shard([model.norm, model.output], **options, reshard_after_forward=always)
     fully_shard(model, **options)
     for block, following in itertools.pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])

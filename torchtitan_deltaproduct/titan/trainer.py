@@ -127,7 +127,8 @@ class Trainer(stock.Trainer):
                     logger.warning("stopped on %s after step %d: %s", stop, self.step, saved)
                     return stop
                 if self.step == first_step:
-                    if self.saves:
+                    # Asked for its state before its first update, the optimizer would make one up.
+                    if self.saves and not self.skipped_in_a_row:
                         self.checkpointer.reserve()
                         self.metrics_processor.restart_clock()
                     # Compilation and lazy initialisation are over: a hang from here on is a fault.
