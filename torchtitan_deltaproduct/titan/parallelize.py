@@ -97,7 +97,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
     card = utils.device_module.get_device_properties(utils.device_module.current_device()).total_memory
     parameters = sum(p.numel() for p in model.parameters())
     reshard, reason = reshard_after_forward(job_config, mesh.size(mesh.ndim - 1), parameters, card)
-    logger.info("gathered weights: %s (%s)", "gathered again for backward" if reshard else "kept for backward", reason)
+    logger.info("gathered weights: %s for the backward pass (%s)", "gathered again" if reshard else "kept", reason)
     # A_log and dt_bias are computed in float32 whatever the precision of the rest: one group for those of all layers.
     decays = [block.mixer.decay for block in model.layers.values() if model.args.use_forget_gate]
     if decays:
