@@ -4,9 +4,9 @@
     rank_memory(config, 8, parts)      # {"weights": 106_800_000, ..., "loss": 984_612_864}
 
 Weights, gradients and Adam's two moments are float32 and divided by the shard degree: exact. Where a step adds up
-micro-batches, gradients are whole until the last one. Activations count what autograd keeps of each block in eager mode, 10 % more than a small model was seen to keep;
-`torch.compile` keeps less. The operator's work space, allocator fragmentation and communication buffers are
-left out: plan for 20 % more.
+micro-batches, gradients are whole until the last one. Activations count what autograd keeps of each block in eager
+mode, 10 % more than a small model was seen to keep; `torch.compile` keeps less. The operator's work space, allocator
+fragmentation and communication buffers are left out: plan for 20 % more.
 """
 
 from collections.abc import Mapping
