@@ -154,7 +154,7 @@ def resolve_backend(
         chosen, reason = "chunk", f"device is {device_type}"
     else:
         chosen, reason = "chunk", ""
-        for name in ("triton", "fla"):
+        for name in ("triton", "fla") if triton_backend.measured_here() else ("fla", "triton"):
             obstacle = obstacles[name]()
             if obstacle is None:
                 chosen, reason = name, f"{dtypes[0]} tensors on CUDA" + (f"; {reason}" if reason else "")

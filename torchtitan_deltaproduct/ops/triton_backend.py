@@ -80,7 +80,7 @@ class Geometry:
 
 
 def launches(geometry: Geometry, dtype: torch.dtype, capability: int) -> dict[str, Launch]:
-    """The configuration of each kernel, the fastest of those measured on an H200.
+    """The configuration of each kernel: on Hopper the fastest of those measured, before it one that fits (not measured).
 
     The scans want three tiles in flight; a device with less shared memory than Hopper's 227 KB gets two (A100) or one.
     """
@@ -88,6 +88,10 @@ def launches(geometry: Geometry, dtype: torch.dtype, capability: int) -> dict[st
         one = Launch(min(32, geometry.V), 4, 1)
         return {"prepare": one, "solve": Launch(0, 1, 1), "forward": one, "backward": one, "local": Launch(0, 8, 1)}
     stages = 3 if capability // 10 in (9, 10) else 2 if capability == 80 else 1
+    if capability < 90:
+        narrow = Launch(min(32, geometry.V), 4, stages)
+        return {"prepare": Launch(0, 8, 1), "solve": Launch(0, 1, 1), "forward": narrow, "backward": narrow,
+                "local": Launch(0, 4, 1)}  # fmt: skip
     columns = min(64, geometry.V)
     return {
         "prepare": Launch(0, 4, 1),
@@ -111,6 +115,11 @@ def obstacle(
     if num_householder > MAX_HOUSEHOLDER:
         return f"num_householder is {num_householder}, its kernels take at most {MAX_HOUSEHOLDER}"
     return _missing()
+
+
+def measured_here() -> bool:
+    """Whether this GPU is of a kind that the configurations were measured on."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @lru_cache(maxsize=1)

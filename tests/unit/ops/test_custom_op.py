@@ -103,6 +103,8 @@ def test_auto_choice_by_machine(monkeypatch):
     low, full = ("bfloat16",) * 3, ("float32",) * 3
     monkeypatch.setattr(triton_backend, "_missing", lambda: None)
     choose = interface.resolve_backend
+    assert choose("auto", "cuda", low, False, 128, 128, 2) == "fla", "before Hopper, where ours were never timed"
+    monkeypatch.setattr(triton_backend, "measured_here", lambda: True)
     assert choose("auto", "cuda", low, True, 128, 128, 2) == "triton"
     assert choose("auto", "cuda", full, False, 128, 64, 8) == "triton"
     assert choose("auto", "cuda", low, False, 256, 256, 2) == "fla"
