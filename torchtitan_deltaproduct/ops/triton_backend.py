@@ -80,7 +80,7 @@ class Geometry:
 
 
 def launches(geometry: Geometry, dtype: torch.dtype, capability: int) -> dict[str, Launch]:
-    """The configuration of each kernel: on Hopper the fastest of those measured, before it one that fits (not measured).
+    """The configuration of each kernel: the fastest measured on Hopper; before it one that fits, not measured.
 
     The scans want three tiles in flight; a device with less shared memory than Hopper's 227 KB gets two (A100) or one.
     """
@@ -91,7 +91,7 @@ def launches(geometry: Geometry, dtype: torch.dtype, capability: int) -> dict[st
     if capability < 90:
         narrow = Launch(min(32, geometry.V), 4, stages)
         return {"prepare": Launch(0, 8, 1), "solve": Launch(0, 1, 1), "forward": narrow, "backward": narrow,
-                "local": Launch(0, 4, 1)}  # fmt: skip
+                "local": Launch(0, 8, 1)}  # fmt: skip
     columns = min(64, geometry.V)
     return {
         "prepare": Launch(0, 4, 1),
