@@ -107,13 +107,14 @@ class Texts:
         return f"{head}: packed documents, {about['documents_a_sequence']:,.1f} in each{why}"
 
 
-def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path) -> Texts:
+def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int | None = None) -> Texts:
     """Chooses the sequences and writes them, unless that was done before.
 
     Args:
         wanted: what to read.
         tokenizer: folder with the tokenizer.json for text; prepared folders have their own.
         folder: where the sequences of all datasets are kept.
+        eos_id: the separator between documents of text; None: as `wanted.eos`.
 
     Returns:
         Sequences whose `about` has: wanted, source (identifies the dataset), `kind` (long or packed), sequences,
@@ -135,7 +136,7 @@ def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path) -> Texts:
                 f"{wanted.data} is text, and the model's folder has no tokenizer.json to read it with\n"
                 "name the folder of its tokenizer with --tokenizer"
             )
-        sha, eos_id = tokenizer_sha256(tokenizer), find_eos_id(tokenizer, wanted.eos)
+        sha, eos_id = tokenizer_sha256(tokenizer), find_eos_id(tokenizer, wanted.eos) if eos_id is None else eos_id
     asked = asdict(wanted) | {"source": source, "tokenizer_sha256": sha, "eos_id": eos_id, "version": VERSION}
     target = folder / f"{slug(wanted.data)}-{digest(asked)}"
     known = _read(target)
@@ -256,7 +257,7 @@ def _long_starts(stream: TokenStream, shard: int, length: int) -> np.ndarray:
 
 def _choose_texts(wanted: Wanted, tokenizer_folder: Path, eos_id: int, target: Path) -> dict:
     """Writes tokens.npy from text, and says what was chosen."""
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder, eos_id)
     dtype, shape = token_dtype(max(tokenizer.vocab_size, eos_id + 1)), (wanted.sequences, wanted.length + 1)
     if _is_dataset(wanted.data):
         name, _, config = wanted.data.partition(":")

@@ -52,6 +52,7 @@ class DeltaProductHarness(TemplateLM):
         batch_size: rows of a batch; "auto": by the number of tokens.
         max_batch_size: the most rows with "auto".
         tokenizer: folder with tokenizer.json; None: the model's.
+        eos: text of the separator of documents; empty: that of training.
         add_bos_token: begin every context with the separator, not only empty ones.
         segment: tokens of a text read at a time.
         trust_remote_code: what lm-eval adds for data sets; code that comes with a model is never run.
@@ -69,6 +70,7 @@ class DeltaProductHarness(TemplateLM):
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
         tokenizer: str | None = None,
+        eos: str = "",
         add_bos_token: bool = False,
         segment: int = SEGMENT,
         trust_remote_code: bool = False,
@@ -89,7 +91,7 @@ class DeltaProductHarness(TemplateLM):
         wanted = DTYPES[dtype] or (torch.bfloat16 if self._device.type == "cuda" else torch.float32)
         step = None if step is None else _whole("step", step)
         self.loaded = load_model(str(pretrained), step, self._device, wanted)
-        self.vocabulary = open_vocabulary(self.loaded, tokenizer)
+        self.vocabulary = open_vocabulary(self.loaded, tokenizer, str(eos), "--model_args eos=TOKEN")
         self.before = [self.vocabulary.separator] if add_bos_token else []
 
     @property

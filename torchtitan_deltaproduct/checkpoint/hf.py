@@ -13,6 +13,7 @@
 come from safetensors alone.
 """
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config.architecture import DeltaProductArgs
-from ..errors import CheckpointError, UserError
+from ..data.tokenizer import named_eos_id
+from ..errors import CheckpointError, DataError, UserError
 from ..models import DeltaProductLM
 from ..models.hf_names import from_hf, from_hf_config, to_hf, to_hf_config
 
@@ -46,6 +48,19 @@ class HfModel:
     args: DeltaProductArgs
     config: dict
     training: dict
+
+    @property
+    def eos_id(self) -> int | None:
+        """The separator of training, as far as the folder says it: ours in config.json, others' in the tokenizer first.
+
+        What fla writes into config.json is its default where nobody set it.
+        """
+        if not self.training:
+            with contextlib.suppress(DataError):
+                if (named := named_eos_id(self.folder)) is not None:
+                    return named
+        eos_id = self.config.get("eos_token_id")
+        return eos_id if isinstance(eos_id, int) and 0 <= eos_id < self.args.vocab_size else None
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict under our names, on the CPU, each tensor in the dtype it was saved in.

@@ -256,7 +256,7 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
                 "Give more input, or another --validation-fraction."
             )
         if Path(tokenizer).resolve() != (folder / "tokenizer").resolve():
-            copy_tokenizer(tokenizer, folder / "tokenizer")
+            copy_tokenizer(tokenizer, folder / "tokenizer", plan.job.eos_id)
         manifests[folder] = Manifest(
             dtype=plan.job.dtype,
             vocab_size=plan.vocab_size,

@@ -28,11 +28,12 @@ import torch
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
+from . import separator_id
 from .loader import Batch, Geometry, Loader
 from .order import Permutation
 from .packing import read_window
 from .text_sources import open_dataset
-from .tokenizer import Tokenizer, find_eos_id, load_tokenizer, tokenizer_sha256
+from .tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,6 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> "StreamingLoader":
     """The loader of `[data] kind = "streaming"`."""
     if not data.dataset:
         raise ConfigError('data.dataset is empty: name the dataset that data.kind = "streaming" reads')
-    if not tokenizer_path:
-        raise ConfigError("model.hf_assets_path is empty: streaming needs a folder with tokenizer.json")
     if data.num_workers > 1:
         raise ConfigError(
             f"data.num_workers is {data.num_workers}: streaming reads one stream, so it takes 0 or 1 worker"
@@ -62,6 +61,7 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> "StreamingLoader":
         seq_len=geometry.seq_len,
         reset=data.reset_state_at_documents,
         tokenizer_path=tokenizer_path,
+        eos_id=separator_id(data, tokenizer_path),
     )
     return StreamingLoader(source, geometry, data.num_workers, data.prefetch_factor)
 
@@ -103,17 +103,17 @@ class StreamingSource:
         seq_len: window length in tokens.
         reset: adds `document_starts` to the batch.
         tokenizer_path: folder with tokenizer.json.
+        eos_id: separator between documents.
     """
 
     def __init__(
-        self, *, dataset, config, split, field, shuffle_buffer, seed, seq_len, reset, tokenizer_path
+        self, *, dataset, config, split, field, shuffle_buffer, seed, seq_len, reset, tokenizer_path, eos_id
     ):
         self.dataset, self.config, self.split, self.field = dataset, config, split, field
         self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self.seq_len, self.reset = seq_len, reset
-        self.tokenizer_path = tokenizer_path
+        self.tokenizer_path, self.eos_id = tokenizer_path, eos_id
         self.vocab_size = load_tokenizer(tokenizer_path).vocab_size
-        self.eos_id = find_eos_id(tokenizer_path)
 
     def order(self) -> dict[str, object]:
         """All that decides which tokens sample i has, as far as the name of a dataset decides its rows."""
@@ -138,7 +138,7 @@ class StreamingSource:
 
     def chunks(self, start: Position) -> Iterator[Chunk]:
         """The stream from `start` on, epoch after epoch."""
-        tokenizer = load_tokenizer(self.tokenizer_path)
+        tokenizer = load_tokenizer(self.tokenizer_path, self.eos_id)
         dataset = open_dataset(self.dataset, self.config, self.split, streaming=True)
         position = start
         while True:

@@ -155,7 +155,7 @@ def _start_worker(job: Job, max_bad_records: int, messages, stop) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker.update(job=job, limit=max_bad_records, messages=messages, stop=stop)
-    _worker["tokenizer"] = load_tokenizer(job.tokenizer)
+    _worker["tokenizer"] = load_tokenizer(job.tokenizer, job.eos_id)
 
 
 def _die_with_parent() -> None:
