@@ -29,7 +29,8 @@ from torchtitan_deltaproduct.data.manifest import NAME as MANIFEST
 from torchtitan_deltaproduct.data.manifest import write_atomically
 from torchtitan_deltaproduct.data.prepared import check_tokenizer
 from torchtitan_deltaproduct.data.shards import TokenStream, file_sha256, token_dtype
-from torchtitan_deltaproduct.data.text_sources import list_files, stream_dataset
+from torchtitan_deltaproduct.data.text_sources import check_no_split, is_saved_dataset, list_files
+from torchtitan_deltaproduct.data.text_streams import stream_dataset
 from torchtitan_deltaproduct.data.tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
 from torchtitan_deltaproduct.errors import DataError
 
@@ -125,6 +126,11 @@ def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int
         DataError: there is no such dataset, no tokenizer for it, or not one sequence of that length.
     """
     stream = _prepared(wanted.data)
+    if not _is_dataset(wanted.data) and wanted.split != "train":
+        # A name may be meant for another dataset of the same command; a slice would be another number of documents.
+        if "[" in wanted.split:
+            check_no_split(wanted.data, wanted.split)
+        logger.warning("%s has no splits: --split %s does not concern it", wanted.data, wanted.split)
     if stream is not None:
         check_tokenizer(stream)
         source = {"prepared": stream.manifest.content_sha256}
@@ -192,8 +198,7 @@ def _prepared(data: str) -> TokenStream | None:
 
 def _is_dataset(data: str) -> bool:
     """Whether `datasets` reads it: what is not there as a path, and folders of its `save_to_disk`."""
-    path = Path(data)
-    return not path.exists() or any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
+    return not Path(data).exists() or is_saved_dataset(data)
 
 
 def _source(wanted: Wanted) -> dict:
