@@ -180,7 +180,7 @@ def digest(content: dict) -> str:
 def _read(folder: Path) -> Texts | None:
     """What an earlier run chose; None if it did not finish, or the file was damaged since."""
     try:
-        about = json.loads((folder / "about.json").read_text())
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         if RowFile(folder / "tokens.npy").shape == (about["sequences"], about["length"] + 1):
             return Texts(folder, about)
     except (OSError, ValueError, KeyError, DataError):

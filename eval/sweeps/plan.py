@@ -93,7 +93,7 @@ class Job:
     def is_done(self) -> bool:
         """Whether its results are there, for this command and these weights."""
         try:
-            return json.loads((self.folder / "done.json").read_text()) == self.record()
+            return json.loads((self.folder / "done.json").read_text(encoding="utf-8")) == self.record()
         except (OSError, ValueError, CheckpointError):
             return False
 
@@ -127,7 +127,7 @@ def read_sweep(file: Path) -> Sweep:
         ConfigError: all that is wrong with it.
     """
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         tree = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; expected a sweep, such as eval/example_sweep.toml") from None

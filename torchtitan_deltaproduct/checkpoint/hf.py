@@ -86,7 +86,7 @@ class HfModel:
 def is_hf_folder(path: Path) -> bool:
     """Whether a folder has a config.json of a Hugging Face model (a run's config.json is of another kind)."""
     try:
-        content = json.loads((path / CONFIG).read_text())
+        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return any((path / name).exists() for name in (SINGLE, INDEX))
     return isinstance(content, dict) and "config" not in content
@@ -136,8 +136,8 @@ def write_hf(
     """
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     config = to_hf_config(args, **tokens) | {"dtype": dtype}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
     save_torch_state_dict(to_hf(state, args), folder, max_shard_size=max_shard_size)
 
 
@@ -173,7 +173,7 @@ def check_shapes(where: Path, found: dict[str, torch.Size], args: DeltaProductAr
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}, so the model is not known") from None
     except ValueError as error:

@@ -296,8 +296,8 @@ def _read_texts(unit: Unit) -> Iterator[Document | BadRecord]:
             except READ_ERRORS as error:
                 yield BadRecord(name, "line 1", f"damaged gzip ({error})")
                 continue
-        if raw.startswith(UTF16_BOMS):
-            yield BadRecord(name, "line 1", "UTF-16 text; expected UTF-8")
+        if raw.startswith(UTF16_BOMS) or raw.count(0) > len(raw) // 8:
+            yield BadRecord(name, "line 1", "UTF-16 text, or no text at all; expected UTF-8")
             continue
         raw = raw.removeprefix(UTF8_BOM)
         try:

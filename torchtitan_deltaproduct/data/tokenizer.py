@@ -80,7 +80,8 @@ def load_tokenizer(path: str | Path, eos_id: int | None = None) -> Tokenizer:
 def _read(path: str | Path) -> HfTokenizer:
     file = tokenizer_file(path)
     try:
-        return HfTokenizer.from_file(str(file))
+        # Not by the library's own reading of a path, which must be UTF-8.
+        return HfTokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises nothing narrower
         raise DataError(
             f"{file} cannot be read as a tokenizer ({error}); expected the tokenizer.json of a fast tokenizer"
