@@ -28,10 +28,12 @@ from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
 
 from .manifest import NAME, Manifest, Shard, make_folder, read_manifest, write_atomically, write_manifest
-from .shards import file_sha256, token_dtype
+from .shards import token_dtype
 from .text_sources import BadRecord, Unit, check_no_split, list_files, plan_dataset_units, plan_units
 from .tokenize_units import Job, tokenize_units
 from .tokenizer import copy_tokenizer, find_eos_id, load_tokenizer, tokenizer_sha256
+from .verified import NAME as VERIFIED
+from .verified import file_sha256
 
 WORK = ".prepare"
 BAD_RECORDS = "bad_records.jsonl"
@@ -264,6 +266,7 @@ def clear(out: Path, keep: str) -> None:
     targets = [out, out / "train", out / "validation"]
     for folder in targets:
         (folder / NAME).unlink(missing_ok=True)
+        (folder / VERIFIED).unlink(missing_ok=True)
     for folder in targets:
         shutil.rmtree(folder / "shards", ignore_errors=True)
         if (folder / "tokenizer").resolve() != Path(keep).resolve():

@@ -20,6 +20,7 @@ import numpy as np
 from torchtitan_deltaproduct.errors import DataError
 
 from .manifest import Manifest, Shard, read_manifest
+from .verified import check_shards
 
 # Every map holds a file descriptor; the usual limit of a process is 1,024.
 MAX_OPEN_MAPS = 256
@@ -87,21 +88,17 @@ class ShardWriter:
         return f"{self.path}{suffix}.tmp{os.getpid()}"
 
 
-def file_sha256(path: Path) -> str:
-    """Checksum of a file, as `sha256sum` prints it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class TokenStream:
     """The tokens of a prepared folder as one sequence, read by position.
 
-    Cheap to pickle (workers open their own maps). Positions run from -1, the leading separator, to `tokens`.
+    Opening it compares the files with their checksums once (`verified`). Cheap to pickle: workers open their own maps.
+    Positions run from -1, the leading separator, to `tokens`.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(folder)
+        check_shards(self.folder, self.manifest)
         self.tokens = self.manifest.tokens
         # Stream position of the first token of each shard, and the end of the last.
         self.bounds = [0, *accumulate(shard.tokens for shard in self.manifest.shards)]

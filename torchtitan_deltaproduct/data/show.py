@@ -17,8 +17,9 @@ from torchtitan_deltaproduct.arguments import path
 from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
 
 from .manifest import read_manifest
-from .shards import TokenStream, file_sha256
+from .shards import TokenStream
 from .tokenizer import load_tokenizer
+from .verified import file_sha256
 
 SHOWN_TOKENS = 200
 

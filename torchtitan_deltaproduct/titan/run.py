@@ -25,7 +25,7 @@ from ..config import JobConfig
 from ..config.compare import compare_configs, refuse_breaking
 from ..config.snapshots import read_snapshot, snapshot, write_snapshot
 from ..data import GENERATED, separator_id
-from ..data.manifest import read_manifest
+from ..data.prepared import open_streams
 from ..data.tokenizer import copy_tokenizer, same_tokenizer
 from ..errors import ConfigError, UserError
 from . import device
@@ -202,14 +202,16 @@ def check_data(config: JobConfig) -> list[str] | None:
     Generated data has the version of its generator instead: the rest of what decides it is in `[data]`.
 
     Raises:
-        DataError: a set is missing or damaged. ConfigError: `model.vocab_size` is too small for it, or generated
-            data cannot be made as `[data]` says.
+        DataError: a set is missing or damaged, or of another tokenizer or separator than the first. ConfigError:
+            `model.vocab_size` is too small for it, or generated data cannot be made as `[data]` says.
     """
     if config.data.kind in GENERATED:
         return check_generated(config)
     training = config.data.paths if config.data.kind == "prepared" else []
     validation = config.validation.paths if config.validation.enable else []
-    manifests = {path: read_manifest(path) for path in [*training, *validation]}
+    paths = [*training, *validation]
+    streams = open_streams(paths, "data.paths") if paths else []
+    manifests = dict(zip(paths, (stream.manifest for stream in streams), strict=True))
     for path, manifest in manifests.items():
         if manifest.vocab_size > config.model.vocab_size:
             raise ConfigError(
