@@ -21,7 +21,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from torchtitan_deltaproduct.checkpoint.load import load_model
-from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from ..common.options import DTYPES
 from .decoding import Settings, continue_prompts
@@ -106,6 +106,31 @@ class DeltaProductHarness(TemplateLM):
         ids = self.vocabulary.encode(string)
         return ids if add_special_tokens is False else self.before + ids
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
+        pairs = [(request.args, *self._pair(*request.args)) for request in requests]
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+    def _pair(self, context: str, continuation: str) -> Request:
+        """Context and continuation as tokens, as lm-eval cuts them; apart where that leaves the continuation none.
+
+        Its tokens may merge into the last one of the context: nothing to score would have the probability 1.
+
+        Raises:
+            DataError: the tokenizer makes nothing of a continuation that is not empty.
+        """
+        if context == "":
+            before, scored = [self.eot_token_id], self.tok_encode(continuation, add_special_tokens=False)
+        else:
+            before, scored = self._encode_pair(context, continuation)
+            if not scored:
+                before, scored = self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+        self._check_scored(continuation, scored)
+        return before, scored
+
+    def _check_scored(self, text: str, ids: list[int]) -> None:
+        if text and not ids:
+            raise DataError(f"{text!r} has no tokens in {self.tokenizer_name}, so it has no probability")
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[Score]:
@@ -116,6 +141,8 @@ class DeltaProductHarness(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         texts = [request.args for request in requests]
         pairs = [([self.eot_token_id], self.vocabulary.encode(text)) for (text,) in texts]
+        for (text,), (_, ids) in zip(texts, pairs, strict=True):
+            self._check_scored(text, ids)
         return [logprob for logprob, _ in self._score("loglikelihood_rolling", texts, pairs, disable_tqdm)]
 
     def _score(self, kind: str, texts: list[tuple], pairs: list[Request], disable_tqdm: bool) -> list[Score]:
@@ -152,7 +179,8 @@ class DeltaProductHarness(TemplateLM):
 
     def _settings(self, asked: dict) -> Settings:
         """What a task's generation_kwargs and `--gen_kwargs` ask for."""
-        asked = normalize_gen_kwargs(asked, MAX_GEN_TOKS)
+        # A task may write null for what it leaves open.
+        asked = normalize_gen_kwargs({key: value for key, value in asked.items() if value is not None}, MAX_GEN_TOKS)
         others = {name: value for name, value in asked.items() if name not in UNDERSTOOD}
         if others and str(others) not in _warned:
             _warned.add(str(others))
