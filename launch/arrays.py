@@ -52,8 +52,8 @@ def submit_array(
     script = folder / "job.sbatch"
     text = render_array(commands, folder, site, name=name, gpus=gpus, time=time, max_parallel=max_parallel)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(words) + "\n" for words in commands), encoding="utf-8")
-    script.write_text(text, encoding="utf-8")
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(words) + "\n" for words in commands))
+    script.write_text(text)
     return submit(script)
 
 
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
 def read_tasks(path: Path) -> list[list[str]]:
     """The commands in a tasks.jsonl; raises UserError."""
     try:
-        tasks = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        tasks = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a list of tasks: {error}") from None
     for number, task in enumerate(tasks):
