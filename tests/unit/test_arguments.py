@@ -7,14 +7,14 @@ import sys
 import pytest
 
 from tests.toy import REPO
-from torchtitan_deltaproduct.arguments import path, text
+from torchtitan_deltaproduct.arguments import path, shown, text
 from torchtitan_deltaproduct.errors import ConfigError
 
 
 def test_paths_and_text(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert [path(word) for word in ("~/a", "a/~", "wikitext:103")] == ["/home/me/a", "a/~", "wikitext:103"]
-    assert text("naïve 日本") == "naïve 日本"
+    assert text("naïve 日本") == shown("naïve 日本") == "naïve 日本" and shown(os.fsdecode(b"caf\xe9")) == r"caf\xe9"
     with pytest.raises(ConfigError, match=r"'caf\\udce9' is not UTF-8 text"):
         text(os.fsdecode(b"caf\xe9"))
 

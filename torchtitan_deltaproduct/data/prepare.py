@@ -231,7 +231,7 @@ def make_room(out: Path, plan: Plan, overwrite: bool, keep: str) -> None:
     """Makes `out` ready for this plan: empty, or begun by the same plan."""
     manifests = [folder for folder in (out, out / "train", out / "validation") if (folder / NAME).is_file()]
     begun = out / WORK / "plan.json"
-    sources = [json.loads(begun.read_text(encoding="utf-8"))] if begun.is_file() else []
+    sources = [read_record(begun) or {}] if begun.is_file() else []
     # To be overwritten, a dataset need not be readable.
     sources += [{} if overwrite else read_manifest(folder).source for folder in manifests]
     other = [source for source in sources if source.get("plan") != plan.source["plan"]]
@@ -281,12 +281,20 @@ def finished_units(out: Path, plan: Plan) -> dict[int, dict]:
     for number in range(len(plan.units)):
         path = out / WORK / f"{number:05d}.json"
         if path.is_file():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if all(intact(out / part, shard) for part, shard in record["shards"].items() if shard):
+            record = read_record(path)
+            if record and all(intact(out / part, shard) for part, shard in record["shards"].items() if shard):
                 done[number] = record
             else:
                 log(f"warning: a shard of unit {number} is damaged and is made again")
     return done
+
+
+def read_record(path: Path) -> dict | None:
+    """A JSON file of the working folder; None if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def intact(folder: Path, shard: dict) -> bool:

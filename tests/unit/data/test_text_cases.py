@@ -243,3 +243,29 @@ def test_validation_input(tmp_path, tokenizer):
         made(tmp_path / "x", tokenizer, tmp_path / "in", validation_input=[str(tmp_path / "in/a.jsonl")])
     with pytest.raises(ConfigError, match="either --validation-input"):
         made(tmp_path / "x", tokenizer, tmp_path / "in", validation_input=["x"], validation_fraction=0.5)
+
+
+def test_a_damaged_record_is_made_again(tmp_path, tokenizer, capsys):
+    """Of a run that was cut off between a shard and the end, one record is torn."""
+    make_jsonl(tmp_path / "a.jsonl", 30), make_jsonl(tmp_path / "b.jsonl", 30, seed=1)
+    (tmp_path / "c.jsonl").write_text("{\n")
+    command = [str(tmp_path / "out"), "--tokenizer", tokenizer, "--workers", "1", "--input"]
+    command += [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    with pytest.raises(DataError, match="--max-bad-records"):
+        main([*command, "--max-bad-records", "0"])
+    records = sorted((tmp_path / "out/.prepare").glob("0*.json"))
+    assert len(records) == 2
+    records[0].write_text("{")
+    main(command)
+    assert "is damaged and is made again" in capsys.readouterr().err
+    assert read_manifest(tmp_path / "out").documents == 60
+
+
+@needs_cases
+def test_a_tokenizer_configuration_that_is_a_list(tmp_path, tokenizer):
+    (tmp_path / "tok").mkdir()
+    for source in (CASES / "tk_list/tokenizer_config.json", Path(tokenizer, "tokenizer.json")):
+        (tmp_path / "tok" / source.name).write_bytes(source.read_bytes())
+    with pytest.raises(DataError, match="tokenizer_config.json holds a JSON list; expected an object") as caught:
+        made(tmp_path / "out", tmp_path / "tok", CASES / "code.jsonl")
+    assert "\n" not in str(caught.value)
