@@ -20,7 +20,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,7 +135,7 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-@lru_cache
+@cache
 def _warn_of_json(file: Path, packed: bool) -> None:
     """Says so once if a file that its name makes text begins like JSON lines."""
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from tests.toy import REPO
 from torchtitan_deltaproduct.data import build_loader
@@ -269,3 +270,20 @@ def test_a_tokenizer_configuration_that_is_a_list(tmp_path, tokenizer):
     with pytest.raises(DataError, match="tokenizer_config.json holds a JSON list; expected an object") as caught:
         made(tmp_path / "out", tmp_path / "tok", CASES / "code.jsonl")
     assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_that_drops_what_it_cannot_write(tmp_path):
+    """BPE without bytes and without an unknown token: the characters lost are counted."""
+    letters = {letter: i for i, letter in enumerate("abc ")}
+    folder, inner = tmp_path / "tok", Tokenizer(models.BPE(vocab=letters, merges=[]))
+    inner.add_special_tokens(["</s>"])
+    folder.mkdir()
+    inner.save(str(folder / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("abc 日本 abc", encoding="utf-8"), (tmp_path / "b.txt").write_text("abc\ncab\n")
+    with pytest.raises(DataError, match=r"2 of 14 tokens \(14.3%\) are unknown"):
+        made(tmp_path / "out", folder, tmp_path / "a.txt", tmp_path / "b.txt")
+    assert read_manifest(made(tmp_path / "b", folder, tmp_path / "b.txt")).unknown_tokens == 0
+    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="[UNK]"))
+    words.save(str(folder / "tokenizer.json"))
+    with pytest.raises(DataError, match="the tokenizer cannot write the text: WordLevel error"):
+        made(tmp_path / "c", folder, tmp_path / "b.txt", eos="</s>")
