@@ -2,7 +2,7 @@
 
     parser.add_argument("--input", type=path)       # "~/corpus" -> "/home/me/corpus"
     parser.add_argument("--eos", type=text)         # UTF-8 whatever the locale says of the terminal
-    print(shown("corpus/caf\udce9"))                # corpus/caf\\xe9
+    print(shown(os.fsdecode(b"caf\\xe9")))         # caf\\xe9
 """
 
 import os

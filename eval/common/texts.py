@@ -29,7 +29,8 @@ from torchtitan_deltaproduct.data.manifest import NAME as MANIFEST
 from torchtitan_deltaproduct.data.manifest import write_atomically
 from torchtitan_deltaproduct.data.prepared import check_tokenizer
 from torchtitan_deltaproduct.data.shards import TokenStream, token_dtype
-from torchtitan_deltaproduct.data.text_sources import check_no_split, is_saved_dataset, list_files
+from torchtitan_deltaproduct.data.text_files import list_files
+from torchtitan_deltaproduct.data.text_sources import check_no_split, is_saved_dataset
 from torchtitan_deltaproduct.data.text_streams import stream_dataset
 from torchtitan_deltaproduct.data.tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
 from torchtitan_deltaproduct.data.verified import file_sha256
