@@ -29,13 +29,11 @@ from .manifest import NAME, Manifest, Shard, make_folder, read_manifest, write_a
 from .preparation import WORK, Plan, Settings, log, make_plan
 from .text_sources import BadRecord
 from .tokenize_units import tokenize_units
-from .tokenizer import copy_tokenizer
+from .tokenizer import MOST_UNKNOWN, copy_tokenizer
 from .verified import NAME as VERIFIED
 from .verified import file_sha256
 
 BAD_RECORDS = "bad_records.jsonl"
-MOST_UNKNOWN = 0.01
-"""Share of unknown tokens up to which a dataset is made without being told to."""
 
 
 def prepare(

@@ -32,6 +32,8 @@ COMPANIONS = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+MOST_UNKNOWN = 0.01
+"""Share of unknown tokens up to which text is taken for what the tokenizer was made for."""
 # Those that name the separator, the one that counts first.
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 # Names of the separator, tried in this order when no configuration file names it.
