@@ -156,10 +156,11 @@ def copy_tokenizer(source: str | Path, target: str | Path, eos_id: int | None = 
     Path(target).mkdir(parents=True, exist_ok=True)
     for file in (*COMPANIONS, "tokenizer.json"):
         if name and file in NAMING:
-            known = _read_names(Path(source, file))
-            if known or file == NAMING[0]:
-                named = {"tokenizer_class": "PreTrainedTokenizerFast"} | known | {"eos_token": name}
-                Path(target, file).write_text(json.dumps(named, indent=1) + "\n", encoding="utf-8")
+            # The first is made where there is none, and must name a class then.
+            least = {"tokenizer_class": "PreTrainedTokenizerFast"} if file == NAMING[0] else {}
+            if known := least | _read_names(Path(source, file)):
+                text = json.dumps(known | {"eos_token": name}, indent=1) + "\n"
+                Path(target, file).write_text(text, encoding="utf-8")
         elif Path(source, file).is_file():
             shutil.copyfile(Path(source, file), Path(target, file))
 
