@@ -13,11 +13,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from torchtitan_deltaproduct.arguments import path, shown, text
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.data.progress import clock
 from torchtitan_deltaproduct.data.tokenizer import tokenizer_sha256
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
+from .json_file import read_results
 from .options import at_least
 from .parts import Part, Parts, Sequences
 from .ranks import Ranks
@@ -50,7 +52,7 @@ class Job:
     def of(cls, loaded: LoadedModel, name: str, data_name: str, texts: Sequences, parts: Parts) -> "Job":
         args = loaded.model.args
         model = {
-            "name": name, "label": loaded.label, "path": str(loaded.run), "step": loaded.step,
+            "name": name, "label": shown(loaded.label), "path": str(loaded.run), "step": loaded.step,
             "train_length": loaded.train_length, "num_householder": args.num_householder,
             "head_dim": args.head_dim, "head_v_dim": args.head_v_dim, "allow_neg_eigval": args.allow_neg_eigval,
             "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
@@ -66,20 +68,23 @@ class Job:
 def add_text_options(parser: argparse.ArgumentParser, *, length: int, sequences: int, documents: str) -> None:
     """Adds --data and all that says which sequences are read, and how; with the given defaults."""
     add = parser.add_argument
-    add("--data", nargs="+", default=[], help="prepared folder, file or folder of text, or dataset NAME[:CONFIG]")
+    add("--data", nargs="+", default=[], type=path,
+        help="prepared folder, file or folder of text, or dataset NAME[:CONFIG]")  # fmt: skip
     add("--length", type=int, default=length, help="tokens of a sequence (default: %(default)s)")
     add("--sequences", type=int, default=sequences, help="sequences at most (default: %(default)s)")
     add("--documents", choices=("auto", "long", "packed"), default=documents,
         help="documents at least as long as --length, or packed ones; auto: long if there are enough "
         "(default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the choice of sequences (default: %(default)s)")
+    add("--seed", type=int, help="of the choice of sequences (default: 0; of generated words that of the run)")
     add("--batch", type=int, default=0,
         help=f"sequences read together (default: {MOST_ROWS}; on a CPU fewer of long ones)")  # fmt: skip
     add("--segment", type=int, default=1024, help="tokens of a sequence read at a time (default: %(default)s)")
-    add("--tokenizer", metavar="FOLDER", help="with tokenizer.json (default: that of the model)")
+    add("--tokenizer", type=path, metavar="FOLDER", help="with tokenizer.json (default: that of the model)")
     add("--split", default="train", help="of a dataset (default: %(default)s)")
-    add("--text-field", default="text", metavar="NAME", help="field or column of the text (default: %(default)s)")
-    add("--eos", default="", metavar="TOKEN", help="separator of documents in text (default: as the tokenizer says)")
+    add("--text-field", default="text", type=text, metavar="NAME",
+        help="field or column of the text (default: %(default)s)")  # fmt: skip
+    add("--eos", default="", type=text, metavar="TOKEN",
+        help="separator of documents in text (default: that of training)")  # fmt: skip
     add("--search-mb", type=int, default=1024, metavar="MB",
         help="text looked through for long documents, at most (default: %(default)s)")  # fmt: skip
 
@@ -100,7 +105,21 @@ def datasets(options: argparse.Namespace) -> list[tuple[str, str]]:
         # As a path it would be the current folder: more likely a shell variable is not set.
         raise ConfigError("--data '': expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIG]")
     paths = list(dict.fromkeys(data.rstrip("/") or "/" for data in options.data))
-    return list(zip(paths, short_paths(paths), strict=True))
+    return list(zip(paths, map(shown, short_paths(paths)), strict=True))
+
+
+def refuse_other_data(file: Path, jobs: list[Job]) -> None:
+    """Raises ConfigError if the results in a file are on data that the jobs do not read, and would be lost."""
+    try:
+        there = [entry["data"]["wanted"]["data"] for entry in read_results(file)] if file.exists() else []
+    except (DataError, KeyError, TypeError):
+        return
+    here = {job.data["wanted"]["data"] for job in jobs}
+    if others := [data for data in dict.fromkeys(there) if data not in here]:
+        raise ConfigError(
+            f"{file} holds results on {', '.join(others)}, which those on {', '.join(sorted(here))} would overwrite\n"
+            "name another folder with --out, or all the data after --data"
+        )
 
 
 def texts_of(data: str, loaded: LoadedModel, options: argparse.Namespace, folder: Path) -> Texts:
@@ -111,10 +130,11 @@ def texts_of(data: str, loaded: LoadedModel, options: argparse.Namespace, folder
     """
     tokenizer = tokenizer_of(loaded, options)
     wanted = Wanted(
-        data, options.length, options.sequences, options.documents, options.seed, options.split,
+        data, options.length, options.sequences, options.documents, options.seed or 0, options.split,
         options.text_field, options.eos, options.search_mb << 20,
     )  # fmt: skip
-    texts = open_texts(wanted, tokenizer, folder / "texts")
+    eos_id = None if tokenizer is None else loaded.separator(tokenizer, options.eos)
+    texts = open_texts(wanted, tokenizer, folder / "texts", eos_id)
     check_fit(loaded, tokenizer, texts)
     return texts
 
@@ -131,6 +151,11 @@ def check_fit(loaded: LoadedModel, tokenizer: Path | None, texts: Texts) -> None
         raise DataError(
             f"{data} was prepared with another tokenizer than {loaded.label} was trained with\n"
             f"expected the tokenizer.json of {tokenizer}: prepare the text again with --tokenizer {tokenizer}"
+        )
+    if loaded.eos_id is not None and texts.about["eos_id"] != loaded.eos_id and not texts.about["wanted"]["eos"]:
+        raise DataError(
+            f"{data} has the separator {texts.about['eos_id']}, and {loaded.label} was trained with {loaded.eos_id}\n"
+            "prepare the text again with its separator (--eos)"
         )
     if largest >= loaded.model.args.vocab_size:
         raise DataError(
@@ -154,7 +179,7 @@ def short_names(models: list[tuple[Path, int | None]]) -> list[str]:
     runs = [run.resolve() for run, _ in models]
     common = os.path.commonpath([run.parent for run in runs])
     steps = ["" if step is None else f" step {step}" for _, step in models]
-    return [os.path.relpath(run, common) + step for run, step in zip(runs, steps, strict=True)]
+    return [shown(os.path.relpath(run, common)) + step for run, step in zip(runs, steps, strict=True)]
 
 
 def automatic_batch(loaded: LoadedModel, length: int, part_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""What a sweep's jobs found, together: results.jsonl, results.md, and the pictures that compare models.
+"""What a sweep's jobs found, together: results.csv, .jsonl, .md, and the pictures that compare models.
 
     rows = collect(sweep)                   # one record a job that is done
     write_results(sweep, rows)
@@ -7,6 +7,8 @@
      "metrics": {"loss to the training length": 2.94, "loss beyond": 2.95, ...}}
 """
 
+import csv
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +76,7 @@ def state_tracking(folder: Path) -> dict[str, float | None]:
     """Accuracy at the training length and at the tested one, and whether it counts as solved."""
     path = folder / "state_tracking.json"
     try:
-        (setting,) = json.loads(path.read_text())["settings"]
+        (setting,) = json.loads(path.read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} cannot be read ({error!r})\nmake it again: run the eval once more") from None
     return {
@@ -90,7 +92,7 @@ def lm_harness(folder: Path) -> dict[str, float | None]:
     if not files:
         raise DataError(f"{folder} has no results_*.json of lm-eval\nmake it again: run the eval once more")
     found = {}
-    for task, metrics in json.loads(files[-1].read_text())["results"].items():
+    for task, metrics in json.loads(files[-1].read_text(encoding="utf-8"))["results"].items():
         for name, value in metrics.items():
             metric, _, variant = name.partition(",")
             if isinstance(value, int | float) and not metric.endswith("_stderr") and variant:
@@ -108,9 +110,17 @@ READERS: dict[str, Callable[[Path], dict[str, float | None]]] = {
 
 
 def write_results(sweep: Sweep, rows: list[Row]) -> None:
-    """Writes results.jsonl and results.md to the sweep's folder."""
+    """Writes results.jsonl, results.csv (a line a metric of a job) and results.md to the sweep's folder."""
     sweep.out.mkdir(parents=True, exist_ok=True)
     write_atomically(sweep.out / "results.jsonl", "".join(json.dumps(row.to_dict()) + "\n" for row in rows))
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["eval", "data", "model", "checkpoint", "metric", "value"])
+    for row in rows:
+        job = row.job
+        for metric, value in finite(row.metrics).items():
+            writer.writerow([job.eval, job.data, job.model.name, job.model.checkpoint, metric, value])
+    write_atomically(sweep.out / "results.csv", table.getvalue())
     write_atomically(sweep.out / "results.md", markdown(sweep, rows))
 
 

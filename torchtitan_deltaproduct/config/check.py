@@ -339,6 +339,7 @@ _RULES: tuple[tuple[tuple[str, ...], Judge], ...] = (
         "data.group data.curriculum_start data.curriculum_steps": ("group_word",),
         "data.language data.min_length data.max_length": ("formal_language",),
         "data.weights": ("prepared",),
+        "data.eos": ("streaming",),
         "data.shuffle data.reset_state_at_documents validation.seq_len validation.steps": ("prepared", "streaming"),
         "validation.lengths validation.samples": _GENERATED,
     }.items() for key in keys.split()),

@@ -16,7 +16,8 @@ ends with the separator, which also opens the next one: its first token is predi
     loader = build_loader(config.data, seq_len=2048, local_batch_size=8, global_batch_size=64)
     inputs, labels = next(iter(loader))
 
-A further kind of data is one module with `build(data, geometry, tokenizer_path)` and one line in `KINDS`.
+A further kind of data is one module with `build(data, geometry, tokenizer_path)`, one line in `KINDS`, and its options
+in `config/`: their fields in `job.py`, who reads them in `check.py`, what a change of them means in `compare.py`.
 """
 
 from importlib import import_module
@@ -72,6 +73,31 @@ def build_loader(
         raise ConfigError(f"data.kind is {data.kind!r}; known kinds: {', '.join(KINDS)}")
     geometry = Geometry(seq_len, local_batch_size, global_batch_size, dp_rank, dp_world_size)
     return import_module(KINDS[data.kind], __name__).build(data, geometry, tokenizer_path)
+
+
+def separator_id(data, tokenizer_path: str = "") -> int | None:
+    """Id of the token that stands between documents; None for generated data, which has none.
+
+    Args:
+        data: the `[data]` table.
+        tokenizer_path: folder with tokenizer.json, for streaming.
+
+    Raises:
+        ConfigError: streaming without a tokenizer. DataError: the data or the tokenizer is missing or damaged, or no
+            separator is named.
+    """
+    if data.kind == "prepared":
+        from .manifest import read_manifest
+
+        return read_manifest(data.paths[0]).eos_id
+    if data.kind == "streaming":
+        from .tokenizer import find_eos_id
+
+        if not tokenizer_path:
+            raise ConfigError("model.hf_assets_path is empty: streaming needs a folder with tokenizer.json")
+        # Tables that an earlier version wrote have no `eos`.
+        return find_eos_id(tokenizer_path, getattr(data, "eos", ""), option="data.eos")
+    return None
 
 
 def build_validation_loader(

@@ -24,9 +24,9 @@ from ..checkpoint.marker import checksum
 from ..config import JobConfig
 from ..config.compare import compare_configs, refuse_breaking
 from ..config.snapshots import read_snapshot, snapshot, write_snapshot
-from ..data import GENERATED
-from ..data.manifest import read_manifest
-from ..data.tokenizer import copy_tokenizer
+from ..data import GENERATED, separator_id
+from ..data.prepared import open_streams
+from ..data.tokenizer import copy_tokenizer, same_tokenizer
 from ..errors import ConfigError, UserError
 from . import device
 from .stopping import Stopping
@@ -83,7 +83,7 @@ def build(config: JobConfig, stopping: Stopping) -> "Trainer":
     owns_group = not dist.is_initialized()
     trainer = Trainer(config, snapshot, stopping)
     trainer.owns_group = owns_group
-    keep_tokenizer(Path(config.job.dump_folder, "tokenizer"), trainer.dataloader.tokenizer_path)
+    keep_tokenizer(config, trainer.dataloader.tokenizer_path, snapshot["extra"]["eos_id"])
     return trainer
 
 
@@ -160,7 +160,8 @@ def check_run_folder(config: JobConfig) -> dict:
     Raises:
         ConfigError: a change that would make the run another run. DataError: data that is not there or damaged.
     """
-    current = snapshot(config, {"data_identity": check_data(config)})
+    identity, eos_id = check_data(config), separator_id(config.data, config.model.hf_assets_path)
+    current = snapshot(config, {"data_identity": identity, "eos_id": eos_id})
     folder = Path(config.job.dump_folder, config.checkpoint.folder)
     if config.checkpoint.enable:
         asked = config.checkpoint.load_step
@@ -182,10 +183,17 @@ def has_settings(info: CheckpointInfo) -> bool:
     return written is not None and written == checksum(info.path / "config.json")
 
 
-def keep_tokenizer(folder: Path, source: str) -> None:
-    """Copies the tokenizer into the run folder, which is then complete in itself; tokenizer.json comes last."""
-    if os.environ["RANK"] == "0" and source and not (folder / "tokenizer.json").exists():
-        copy_tokenizer(source, folder)
+def keep_tokenizer(config: JobConfig, source: str, eos_id: int | None) -> None:
+    """Copies the tokenizer into the run folder, which is then complete in itself, unless that was done.
+
+    Args:
+        config: of the run.
+        source: folder with the tokenizer; empty: the data have none.
+        eos_id: the separator of the training data, which the copy names.
+    """
+    folder = Path(config.job.dump_folder, "tokenizer")
+    if os.environ["RANK"] == "0" and source and not same_tokenizer(source, folder, eos_id):
+        copy_tokenizer(source, folder, eos_id)
 
 
 def check_data(config: JobConfig) -> list[str] | None:
@@ -194,14 +202,16 @@ def check_data(config: JobConfig) -> list[str] | None:
     Generated data has the version of its generator instead: the rest of what decides it is in `[data]`.
 
     Raises:
-        DataError: a set is missing or damaged. ConfigError: `model.vocab_size` is too small for it, or generated
-            data cannot be made as `[data]` says.
+        DataError: a set is missing or damaged, or of another tokenizer or separator than the first. ConfigError:
+            `model.vocab_size` is too small for it, or generated data cannot be made as `[data]` says.
     """
     if config.data.kind in GENERATED:
         return check_generated(config)
     training = config.data.paths if config.data.kind == "prepared" else []
     validation = config.validation.paths if config.validation.enable else []
-    manifests = {path: read_manifest(path) for path in [*training, *validation]}
+    paths = [*training, *validation]
+    streams = open_streams(paths, "data.paths") if paths else []
+    manifests = dict(zip(paths, (stream.manifest for stream in streams), strict=True))
     for path, manifest in manifests.items():
         if manifest.vocab_size > config.model.vocab_size:
             raise ConfigError(
