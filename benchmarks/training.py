@@ -9,7 +9,7 @@ Shapes are those of train_configs/fineweb/deltaproduct_{size}_n{n}_4k.toml. Ever
 the other: FSDP2 on one rank, bfloat16 with float32 gradients, random tokens, AdamW (fused), gradients clipped, no data
 loading. `ours` is our model with our `parallelize`, compiled; `fla` is GatedDeltaProductForCausalLM in eager mode with
 its fused cross-entropy, `fla-linear` with its fused linear cross-entropy, `fla-compiled` is `fla`, its layers compiled.
-Steps are timed between synchronisations, and the median is taken after those that compile and tune. A row that fails,
+Steps are timed by events on the device, and the median is taken after those that compile and tune. A row that fails,
 or that the time no longer allows, says why. Milliseconds of a step by kind of kernel are the profiler's.
 """
 
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from statistics import median
 
 from rich.console import Console
@@ -38,7 +39,7 @@ KINDS = {
     "optimizer": ("adam", "multi_tensor", "_foreach"),
     "elementwise": ("triton_", "norm_fwd", "norm_bwd", "norm_gated", "swiglu", "elementwise", "aten::"),
     "operator": ("chunk", "delta", "kkt", "cumsum", "l2norm", "recompute_w", "solve", "wy_", "local_kernel",
-                 "scores_kernel", "forward_kernel", "backward_kernel", "combine_kernel"),
+                 "prepare_kernel", "forward_kernel", "backward_kernel", "combine_kernel"),
 }  # fmt: skip
 """Kind of kernel -> parts of kernels' names; the first that matches counts, and "other" is what none does."""
 TOY = ["hidden_size=32", "num_hidden_layers=2", "num_heads=2", "head_dim=16", "intermediate_size=64", "vocab_size=320"]
@@ -66,6 +67,17 @@ class Variant:
         dtype = "bfloat16" if self.device == "cuda" else "float32"
         return ["--job.config_file", path, *gate, f"--training.mixed_precision_param={dtype}", 
                 *(f"--model.{option}" for option in TOY if toy)]  # fmt: skip
+
+
+class HostMark:
+    """A CUDA event's part, on the host's clock."""
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, later: "HostMark") -> float:
+        """Milliseconds."""
+        return 1e3 * (later.seconds - self.seconds)
 
 
 def kind_of(kernel: str) -> str:
@@ -152,17 +164,23 @@ def measure(variant: Variant) -> dict:
         return loss
 
     wait = torch.cuda.synchronize if cuda else lambda: None
-    seconds, start = [], time.perf_counter()
-    for i in range(WARM_UP + variant.steps):
-        if cuda and i == WARM_UP:
-            torch.cuda.reset_peak_memory_stats()
-        begin = time.perf_counter()
-        loss = step()
+    start = time.perf_counter()
+    for i in range(WARM_UP):
+        step()
         wait()
-        seconds.append(time.perf_counter() - begin)
         if i == 0:
             first = time.perf_counter() - start
-    speed = variant.batch * variant.length / median(seconds[WARM_UP:])
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    # Marks on the device's own clock: the host waits for no step, as in a loop that logs every so often.
+    marks = [torch.cuda.Event(enable_timing=True) if cuda else HostMark() for _ in range(variant.steps + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        loss = step()
+        mark.record()
+    wait()
+    seconds = [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
+    speed = variant.batch * variant.length / median(seconds)
     name = torch.cuda.get_device_name() if cuda else "CPU"
     peak = device.peak_flops(name)
     row = {
@@ -190,7 +208,8 @@ def profile(step: Callable, wait: Callable, cuda: bool, steps: int = 2) -> dict[
         wait()
     kernels = {}
     for event in found.key_averages():
-        if cuda and event.device_type != DeviceType.CUDA:
+        # Ranges that someone named (a step of the optimizer, a gather of FSDP) have the time of what is inside.
+        if cuda and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
             continue
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
         kind = kind_of(event.key)
