@@ -29,6 +29,7 @@ from ..data.manifest import read_manifest
 from ..data.tokenizer import copy_tokenizer
 from ..errors import ConfigError, UserError
 from . import device
+from .lock import RunLock
 from .stopping import Stopping
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def run(config: JobConfig, stopping: Stopping | None = None) -> None:
     """
     start_logging()
     single_process_defaults()
-    with contextlib.nullcontext(stopping) if stopping else Stopping() as noted:
+    with contextlib.nullcontext(stopping) if stopping else Stopping() as noted, owned(config):
         trainer = None
         try:
             trainer = build(config, noted)
@@ -68,6 +69,11 @@ def run(config: JobConfig, stopping: Stopping | None = None) -> None:
                 trainer.close()
             if trainer is not None and trainer.owns_group and dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def owned(config: JobConfig) -> contextlib.AbstractContextManager:
+    """The lock on the run folder, which rank 0 holds for all. A launch that is refused leaves the folder as it is."""
+    return RunLock(config.job.dump_folder) if os.environ["RANK"] == "0" else contextlib.nullcontext()
 
 
 def build(config: JobConfig, stopping: Stopping) -> "Trainer":

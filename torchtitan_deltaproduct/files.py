@@ -1,0 +1,33 @@
+"""Reading small files that others may have put in our way: a pipe or a device is refused, never waited for.
+
+    text = read_text(run / "events.jsonl")
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    # A pipe that nobody writes to would block the opening without O_NONBLOCK, which regular files ignore.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """The UTF-8 text of a regular file, without the mark some editors put in front.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+        UnicodeDecodeError: it is not UTF-8, unless `errors` says what to do then.
+    """
+    return read_bytes(path).decode("utf-8-sig", errors)
