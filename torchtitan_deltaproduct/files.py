@@ -31,3 +31,8 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
         UnicodeDecodeError: it is not UTF-8, unless `errors` says what to do then.
     """
     return read_bytes(path).decode("utf-8-sig", errors)
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name, as some file of a folder gives it, stays in that folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name

@@ -187,7 +187,8 @@ def checkpoint(events: list[dict], now: float) -> str:
         return "none yet"
     newest = saves[-1]
     when, took = ago(now - newest["time"]), newest["seconds"]
-    return f"step {newest['step']:,}, complete with checksums {when} ago, took {took:.1f} s ({escape(newest['reason'])})"
+    why = escape(newest["reason"])
+    return f"step {newest['step']:,}, complete with checksums {when} ago, took {took:.1f} s ({why})"
 
 
 def launches(events: list[dict], now: float) -> Iterable[tuple[str, str]]:
@@ -198,8 +199,8 @@ def launches(events: list[dict], now: float) -> Iterable[tuple[str, str]]:
         launch = events[a]
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(launch["time"]))
         ranks = launch.get("ranks", "?")
-        host = f"{launch.get('host')}, SLURM job {launch['slurm_job']}" if launch.get("slurm_job") else launch.get("host")
-        where = escape(f"{ranks} rank{'' if ranks == 1 else 's'} of {host}")
+        job = f", SLURM job {launch['slurm_job']}" if launch.get("slurm_job") else ""
+        where = escape(f"{ranks} rank{'' if ranks == 1 else 's'} of {launch.get('host')}{job}")
         end = ending(last_stop(events[a:b]), newest=b == len(events))
         yield f"launch {number}", f"{when} from step {launch['step']:,} on {where}{escape(end)}"
 

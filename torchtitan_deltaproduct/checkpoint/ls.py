@@ -15,8 +15,7 @@ from rich.table import Table
 
 from ..config.snapshots import read_snapshot
 from ..errors import CheckpointError, exit_on_user_error
-from .folders import CheckpointInfo, deletable, retention, scan
-from .marker import MARKER
+from .folders import CheckpointInfo, deletable, retention, scan, was_complete
 
 
 def checkpoint_folder(run: Path) -> tuple[Path, dict]:
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise CheckpointError(f"{folder} holds no step-N; a run saves there every checkpoint.interval steps")
     console.print(listing(found, settings))
     complete = [info.step for info in found if info.complete]
-    over = "refuses to start over" if any((info.path / MARKER).exists() for info in found) else "starts over"
+    over = "refuses to start over" if any(was_complete(info.path) for info in found) else "starts over"
     newest = f"a restart goes on from step {complete[-1]:,}" if complete else f"none is usable: a restart {over}"
     console.print(f"{len(complete)} of {len(found)} complete, {sum(i.size for i in found) / 1e6:,.1f} MB; {newest}")
 

@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from torchtitan.components import checkpoint as stock
 
 from .. import events
-from ..checkpoint.folders import CheckpointInfo, deletable, delete, inspect, scan
+from ..checkpoint.folders import CheckpointInfo, deletable, delete, inspect, scan, was_complete
 from ..checkpoint.hf import is_hf_folder
 from ..checkpoint.load import find_checkpoint
-from ..checkpoint.marker import MARKER, SAVING, ours, wrong_checksums
+from ..checkpoint.marker import SAVING, ours, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from ..checkpoint.writer import About, MarkedWriter
 from ..errors import CheckpointError
@@ -257,7 +257,7 @@ class CheckpointManager(stock.CheckpointManager):
     def _choose(self, asked: int) -> CheckpointInfo | None:
         # Rank 0 looks for all: on a network file system another rank may not see the newest folder yet.
         found = scan(self.folder) if dist.get_rank() == 0 else []
-        seen = [found, [info for info in found if not info.complete and (info.path / MARKER).exists()]]
+        seen = [found, [info for info in found if not info.complete and was_complete(info.path)]]
         dist.broadcast_object_list(seen, src=0)
         complete, spoiled = [info for info in seen[0] if info.complete], seen[1]
         if asked != -1:

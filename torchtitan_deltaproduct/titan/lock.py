@@ -46,6 +46,7 @@ class RunLock:
         self.run = Path(run)
         self.folder = self.run / FOLDER
         self.path: Path | None = None
+        self.is_new = not self.run.exists()
         self.released = threading.Event()
 
     def __enter__(self) -> "RunLock":
@@ -66,6 +67,9 @@ class RunLock:
         with suppress(OSError):
             self.path.unlink()
             self.folder.rmdir()
+            if self.is_new:
+                # Goes if nothing came into it: a launch that was refused leaves no trace.
+                self.run.rmdir()
 
     def _try_to_take(self) -> None:
         """Takes the next number if nobody holds the folder; leaves `path` None if another was quicker.

@@ -4,9 +4,9 @@
     {"step": 20, "validation_loss": 5.2, "validation_bits_per_byte": 1.9, "validation_perplexity": 181.3, ...}
     {"step": 20, "validation_loss": 0.1, "validation_token_accuracy": 0.97, "validation_token_accuracy_128": 0.8, ...}
 
-`metrics.jsonl` and the TensorBoard folder belong to the run, not to a launch: on a restart at step s they read as if the
-run had never stopped. No record is deleted: what a killed run logged beyond s goes to `metrics.repeated.jsonl`, and the
-file of a run that another replaces in its folder to `metrics.until-TIME.jsonl`, from where it comes back with its run.
+`metrics.jsonl` and the TensorBoard folder belong to the run, not to a launch: on a restart at step s they read as if
+the run had never stopped. No record is deleted: what a killed run logged beyond s goes to `metrics.repeated.jsonl`, and
+the file of a run that another replaces in its folder to `metrics.until-TIME.jsonl`; it comes back with its run.
 """
 
 import contextlib

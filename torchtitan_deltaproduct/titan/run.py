@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -26,8 +27,8 @@ from ..config.compare import compare_configs, refuse_breaking
 from ..config.snapshots import read_snapshot, snapshot, write_snapshot
 from ..data import GENERATED
 from ..data.manifest import read_manifest
-from ..data.tokenizer import copy_tokenizer
-from ..errors import ConfigError, UserError
+from ..data.tokenizer import COMPANIONS, copy_tokenizer
+from ..errors import CheckpointError, ConfigError, UserError
 from . import device
 from .lock import RunLock
 from .stopping import Stopping
@@ -51,7 +52,10 @@ def run(config: JobConfig, stopping: Stopping | None = None) -> None:
         trainer = None
         try:
             trainer = build(config, noted)
-            if config.checkpoint.create_seed_checkpoint:
+            if trainer is None:
+                if os.environ["RANK"] == "0":
+                    record_stop(config, config.training.steps, "finished", True)
+            elif config.checkpoint.create_seed_checkpoint:
                 trainer.checkpointer.save(0, last_step=True)
                 logger.info("seed checkpoint written to %s", trainer.checkpointer.folder)
             else:
@@ -76,12 +80,14 @@ def owned(config: JobConfig) -> contextlib.AbstractContextManager:
     return RunLock(config.job.dump_folder) if os.environ["RANK"] == "0" else contextlib.nullcontext()
 
 
-def build(config: JobConfig, stopping: Stopping) -> "Trainer":
-    """Looks for what can be wrong, then starts the process group and builds the trainer."""
+def build(config: JobConfig, stopping: Stopping) -> "Trainer | None":
+    """Looks for what can be wrong, then starts the process group and builds the trainer; None if all is done."""
     device_type, reason = device.select_device()
     logger.info("device: %s (%s)", device_type, reason)
     resolve_precision(config, device_type)
     snapshot = check_run_folder(config)
+    if snapshot is None:
+        return None
     device.install(device_type, config.metrics.peak_flops)
 
     from .trainer import Trainer  # after `install`: torchtitan's modules bind the device as they are imported
@@ -112,6 +118,9 @@ def record_stop(config: JobConfig, step: int | None, ended: str, saved: bool, de
         saved: whether all that was learned is in a complete checkpoint.
         detail: the error's first line.
     """
+    # A launch that was refused before it had written anything leaves no trace.
+    if step is None and not Path(config.job.dump_folder, "config.json").exists():
+        return
     reason, detail = ("signal", ended) if ended.startswith("SIG") else (ended, detail)
     rank = int(os.environ["RANK"])
     events.append(config.job.dump_folder, "stop", step=step, reason=reason, detail=detail, saved=saved, rank=rank)
@@ -157,14 +166,16 @@ def resolve_precision(config: JobConfig, device_type: str) -> None:
         logger.info("mixed precision: %s (auto on %s)", config.training.mixed_precision_param, device_type)
 
 
-def check_run_folder(config: JobConfig) -> dict:
+def check_run_folder(config: JobConfig) -> dict | None:
     """Compares `config` with the checkpoint it would resume from, and lists what changed.
 
     Returns:
-        The snapshot of this launch, to be stored in the run folder and beside every checkpoint.
+        The snapshot of this launch, to be stored in the run folder and beside every checkpoint; None if the run is
+        finished, with a last checkpoint that holds weights only.
 
     Raises:
-        ConfigError: a change that would make the run another run. DataError: data that is not there or damaged.
+        ConfigError: a change that would make the run another run, or a folder that cannot be written. DataError: data
+            that is not there or damaged. CheckpointError: the newest checkpoint holds weights only.
     """
     current = snapshot(config, {"data_identity": check_data(config)})
     folder = Path(config.job.dump_folder, config.checkpoint.folder)
@@ -173,25 +184,86 @@ def check_run_folder(config: JobConfig) -> dict:
         found = [i for i in scan(folder) if i.complete and asked in (-1, i.step) and has_settings(i)]
         saved = read_snapshot(found[-1].path / "config.json") if found else None
         if saved is not None:
-            comparison = compare_configs(saved, current)
+            if finished_with_weights_only(config, found, saved):
+                logger.info("finished already: step %d of %d", found[-1].step, config.training.steps)
+                return None
+            comparison = compare_configs(saved, current, consumed=consumes_samples(config, found[-1]))
             refuse_breaking(comparison, found[-1].path, config.provenance)
             for change in comparison.notable + comparison.harmless:
                 logger.info("changed since step %d was saved: %s", found[-1].step, change)
     if os.environ["RANK"] == "0":
-        write_snapshot(Path(config.job.dump_folder, "config.json"), current)
+        path = Path(config.job.dump_folder, "config.json")
+        try:
+            write_snapshot(path, current)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error}\nmake room, or move away what is there") from None
     return current
 
 
 def has_settings(info: CheckpointInfo) -> bool:
     """Whether the config.json of a checkpoint is the one that was saved with it."""
     written = info.marker.files.get("config.json")
-    return written is not None and written == checksum(info.path / "config.json")
+    try:
+        return written is not None and written == checksum(info.path / "config.json")
+    except OSError:
+        return False
+
+
+def finished_with_weights_only(config: JobConfig, found: list[CheckpointInfo], saved: dict) -> bool:
+    """Whether the run is at its end, where it saved its weights alone.
+
+    Args:
+        config: of this launch.
+        found: the complete checkpoints, the one to resume from last.
+        saved: the settings stored with that one.
+
+    Raises:
+        CheckpointError: it saved its weights alone, and now has more steps to go.
+    """
+    newest, settings = found[-1], saved["config"].get("checkpoint", {})
+    if not settings.get("last_save_model_only") or newest.marker.reason != "last step" or newest.step == 0:
+        return False
+    if newest.step >= config.training.steps:
+        return True
+    full = [info.step for info in found[:-1]]
+    way = f"--checkpoint.load_step {full[-1]} goes on from the newest full one" if full else "no full one is left"
+    raise CheckpointError(
+        f"step {newest.step} of {newest.path.parent} holds weights only (checkpoint.last_save_model_only), so training "
+        f"cannot go on from it\n{way}, or start a new run from its weights with\n"
+        f"  --job.dump_folder NEW_FOLDER --checkpoint.initial_load_path {newest.path}"
+    )
+
+
+def consumes_samples(config: JobConfig, info: CheckpointInfo) -> bool:
+    """Whether going on from a checkpoint means going on in its data: not from step 0, nor where that is left out."""
+    return info.step > 0 and not {"dataloader", "train_state"} <= set(config.checkpoint.exclude_from_loading)
 
 
 def keep_tokenizer(folder: Path, source: str) -> None:
-    """Copies the tokenizer into the run folder, which is then complete in itself; tokenizer.json comes last."""
-    if os.environ["RANK"] == "0" and source and not (folder / "tokenizer.json").exists():
-        copy_tokenizer(source, folder)
+    """Copies the tokenizer into the run folder, which is then complete in itself; a copy that was cut short again."""
+    if os.environ["RANK"] != "0" or not source or is_whole_copy(folder, Path(source)):
+        return
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        copy_tokenizer(source, unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except OSError as error:
+        logger.warning("the tokenizer was not copied to %s: %s; the next start tries again", folder, error)
+
+
+def is_whole_copy(folder: Path, source: Path) -> bool:
+    """Whether no file of a tokenizer is missing from its copy, or is there in part, as a full disk leaves it."""
+    try:
+        for name in ("tokenizer.json", *COMPANIONS):
+            if (source / name).is_file():
+                copied, whole = (folder / name).read_bytes(), (source / name).read_bytes()
+                if len(copied) < len(whole) and whole.startswith(copied):
+                    return False
+    except OSError:
+        return False
+    return True
 
 
 def check_data(config: JobConfig) -> list[str] | None:
