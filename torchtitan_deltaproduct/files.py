@@ -6,6 +6,7 @@
 import errno
 import os
 import stat
+import unicodedata
 from pathlib import Path
 
 
@@ -36,3 +37,17 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
 def is_plain_name(name: object) -> bool:
     """Whether a name, as some file of a folder gives it, stays in that folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user wrote it, `~` standing for the home folder; as it is where there is none."""
+    return Path(os.path.expanduser(text))
+
+
+def control_characters(text: str) -> str:
+    """The characters of a text that end a line or are not to be seen, escaped; "" if there are none.
+
+    What is written into a script or a log must not hold any: after a line break a value would be a command.
+    """
+    found = "".join(c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp"))
+    return found.encode("unicode_escape").decode()

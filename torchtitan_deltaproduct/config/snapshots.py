@@ -21,6 +21,9 @@ from ..files import read_text
 if TYPE_CHECKING:
     from .job import JobConfig
 
+REVISION = "REVISION"
+"""File beside a copy of this package with the git revision it was copied from."""
+
 
 def snapshot(config: "JobConfig", extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The resolved config and what produced it, ready for JSON.
@@ -97,6 +100,9 @@ def read_snapshot(path: str | os.PathLike) -> dict[str, Any] | None:
 
 def _git_revision() -> str | None:
     package = Path(__file__).resolve().parents[1]
+    copied = package.parent / REVISION
+    if copied.is_file():
+        return copied.read_text(encoding="utf-8").strip() or None
     if not (package.parent / ".git").exists():
         return None
     try:
