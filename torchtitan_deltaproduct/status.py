@@ -20,7 +20,7 @@ from rich.table import Table
 
 from .errors import UserError, exit_on_user_error
 from .events import last_stop, read_events, read_metrics
-from .files import read_text
+from .files import read_text, user_path
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 FRESH = 60.0
@@ -31,11 +31,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m torchtitan_deltaproduct.status", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=user_path, help="run folder")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    refused = []
     for run in options.runs:
-        console.print(report(run, time.time()))
+        try:
+            console.print(report(run, time.time()))
+        except UserError as error:
+            refused.append(error)
+    if len(refused) == len(options.runs):
+        raise refused[0]
+    for error in refused:
+        print(f"left out: {error}", file=sys.stderr)
 
 
 def report(run: Path, now: float) -> Table:

@@ -1,6 +1,6 @@
 """Train a DeltaProduct language model.
 
-    torchrun --nproc_per_node 8 -m torchtitan_deltaproduct.train --job.config_file train_configs/X.toml
+    torchrun --nproc_per_node 8 -m torchtitan_deltaproduct.train train_configs/X.toml
     python -m torchtitan_deltaproduct.train --job.config_file train_configs/quickstart.toml --training.steps 100
 
 A TOML key is overridden by `--section.key value`; `--help` lists them all. A run folder that holds a checkpoint is
@@ -10,16 +10,19 @@ continued from the newest complete one. SIGTERM, SIGINT and SIGUSR1 end it after
 import os
 import sys
 
-from .config import load_config
 from .errors import exit_on_user_error
 from .titan.stopping import Stopping
 
 
 def main() -> None:
     with Stopping() as stopping:
+        # Here, because it takes a second, and torchtitan, once the config is known to be good, several: a signal that
+        # comes meanwhile is noted, and the run ends before its first step.
+        from .config import load_config
+
         config = load_config(sys.argv[1:])
 
-        from .titan.run import run  # after the config is known to be good: torchtitan takes seconds to import
+        from .titan.run import run
 
         run(config, stopping)
     # All is saved and closed. Some of torch's C++ threads may still run, and the interpreter's teardown then aborts now

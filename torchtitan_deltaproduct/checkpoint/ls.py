@@ -26,6 +26,11 @@ def checkpoint_folder(run: Path) -> tuple[Path, dict]:
     """
     if not run.is_dir():
         raise CheckpointError(f"{run} {'is not a folder' if run.exists() else 'does not exist'}; expected a run folder")
+    if is_hf_folder(run):
+        raise CheckpointError(
+            f"{run} is a model in the Hugging Face layout, which has no steps and no checksums; expected a run folder\n"
+            "loading it, as every evaluation does, says whether its files are whole"
+        )
     snapshot = read_snapshot(run / "config.json")
     settings = {} if snapshot is None else snapshot["config"].get("checkpoint", {})
     folder = run / settings.get("folder", "checkpoint")

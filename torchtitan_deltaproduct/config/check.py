@@ -10,6 +10,8 @@ function that returns what is wrong or None. What depends on the machine is judg
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from .fields import get_value, schema
@@ -317,6 +319,20 @@ def _seed_checkpoint(config: JobConfig, environment: Environment) -> str | None:
     return None
 
 
+def _run_folder_possible(config: JobConfig, environment: Environment) -> str | None:
+    path = Path(config.job.dump_folder).absolute()
+    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if environment.files and not nearest.is_dir():
+        return f"{nearest} is no folder, so there cannot be one"
+    return None
+
+
+def _wandb_installed(config: JobConfig, environment: Environment) -> str | None:
+    if config.metrics.enable_wandb and environment.files and find_spec("wandb") is None:
+        return "wandb is not installed: pip install wandb, or leave it out"
+    return None
+
+
 def _initial_load_exists(config: JobConfig, environment: Environment) -> str | None:
     path = config.checkpoint.initial_load_path
     if path and environment.files and not os.path.isdir(path):
@@ -385,4 +401,6 @@ _RULES: tuple[tuple[tuple[str, ...], Judge], ...] = (
     (("guard.hang_seconds", "comm.train_timeout_seconds"), _hang_before_timeout),
     (("checkpoint.create_seed_checkpoint",), _seed_checkpoint),
     (("checkpoint.initial_load_path",), _initial_load_exists),
+    (("job.dump_folder",), _run_folder_possible),
+    (("metrics.enable_wandb",), _wandb_installed),
 )  # fmt: skip
