@@ -55,7 +55,7 @@ def best(functions: list[Callable[[], object]], repeats: int, device: str) -> li
             function()
             if device != "cpu":
                 torch.cuda.synchronize()
-            if turn:  # the first turn warms up, and compiles
+            if turn:  # the first turn warms up
                 seen.append(1e6 * (clock() - start))
     return [min(seen) for seen in times]
 

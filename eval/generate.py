@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     prompts = read_texts(options)
     try:
         for loaded in load_models(options):
-            vocabulary = open_vocabulary(loaded, options.tokenizer)
+            vocabulary = open_vocabulary(loaded, options.tokenizer, options.eos)
             speaker = Speaker(loaded, vocabulary, settings, options.echo, options.new_document)
             say(f"{loaded.label}, tokenizer {vocabulary.folder}")
             if len(options.models) > 1:
@@ -91,6 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=16, help="prompts continued at a time (default: %(default)s)")
     add("--segment", type=int, default=SEGMENT, help="tokens of a prompt read at a time (default: %(default)s)")
     add("--tokenizer", metavar="FOLDER", help="with tokenizer.json (default: the model's)")
+    add("--eos", default="", metavar="TOKEN", help="separator of documents (default: that of training)")
     options = parser.parse_args(arguments)
     at_least(options, 1, "tokens", "samples", "batch", "segment")
     at_least(options, 0, "seed")

@@ -14,7 +14,9 @@ given. Tasks on the hub need the network or its cache. Arguments of the model: `
 """
 
 import argparse
+import hashlib
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -23,8 +25,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from torchtitan_deltaproduct.checkpoint.hf import is_hf_folder
+from torchtitan_deltaproduct.checkpoint.folders import is_hf_folder
 from torchtitan_deltaproduct.checkpoint.load import find_checkpoint, run_folder
+from torchtitan_deltaproduct.data.verified import file_sha256
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, exit_on_user_error
 
 INSTALL = 'pip install -e ".[lm-eval]" -c constraints.txt'
@@ -115,6 +118,26 @@ def fill(namespace: argparse.Namespace, model: str | None) -> None:
     namespace.batch_size = given.get("batch_size", "auto")
     folder = folder_of(str(of_model["pretrained"]), of_model.get("step"))
     namespace.output_path = given.get("output_path") or str(folder / "eval/lm_harness")
+    if given.get("use_cache"):
+        namespace.use_cache = f"{given['use_cache']}-{cache_key(of_model, namespace.device)}"
+
+
+def cache_key(of_model: dict, device: str) -> str:
+    """Changes with the weights, the tokenizer and every argument of the model, whose answers are then its own."""
+    arguments = {name: str(value) for name, value in of_model.items() if name not in ("pretrained", "step")}
+    path = Path(str(of_model["pretrained"]))
+    if is_hf_folder(path):
+        files = [*path.glob("*.safetensors"), path / "config.json", path / "tokenizer.json"]
+        weights = {file.name: file_sha256(file) for file in files if file.is_file()}
+    else:
+        info = find_checkpoint(path, of_model.get("step"))
+        weights = info.marker.files
+        files = [run_folder(info.path) / "tokenizer/tokenizer.json"]
+    if "tokenizer" in arguments:
+        files = [Path(arguments.pop("tokenizer"), "tokenizer.json")]
+    tokenizer = [file_sha256(file) for file in files if file.name == "tokenizer.json" and file.is_file()]
+    identity = [arguments, device.split(":")[0], weights, tokenizer]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def folder_of(model: str, step: int | None) -> Path:

@@ -112,7 +112,7 @@ def run(jobs: list[Job], console: Console) -> None:
             job.finish()
             console.print(f"{number}/{len(todo)} {job.name}: done in {seconds:.0f} s", soft_wrap=True)
         else:
-            tail = (job.folder / "log.txt").read_text(errors="replace").splitlines()[-TAIL:]
+            tail = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
             console.print(f"{number}/{len(todo)} {job.name}: failed with exit code {code}; {job.folder}/log.txt ends:")
             console.print("\n".join(f"    {line}" for line in tail), soft_wrap=True)
 
@@ -120,7 +120,7 @@ def run(jobs: list[Job], console: Console) -> None:
 def execute(job: Job) -> int:
     """Runs one job's command, its output going to log.txt; ended together with this process."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    with (job.folder / "log.txt").open("a") as log:
+    with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT)
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:

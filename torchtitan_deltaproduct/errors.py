@@ -39,6 +39,10 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
     Only rank 0 of a torchrun job prints, so that the message appears once. The others wait: torchrun ends all ranks
     as soon as one of them is gone, and it must not be before rank 0 has spoken.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A name or a text that the locale cannot write is no reason to end.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except UserError as error:

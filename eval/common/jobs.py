@@ -79,7 +79,7 @@ def add_text_options(parser: argparse.ArgumentParser, *, length: int, sequences:
     add("--tokenizer", metavar="FOLDER", help="with tokenizer.json (default: that of the model)")
     add("--split", default="train", help="of a dataset (default: %(default)s)")
     add("--text-field", default="text", metavar="NAME", help="field or column of the text (default: %(default)s)")
-    add("--eos", default="", metavar="TOKEN", help="separator of documents in text (default: as the tokenizer says)")
+    add("--eos", default="", metavar="TOKEN", help="separator of documents in text (default: that of training)")
     add("--search-mb", type=int, default=1024, metavar="MB",
         help="text looked through for long documents, at most (default: %(default)s)")  # fmt: skip
 
@@ -114,7 +114,8 @@ def texts_of(data: str, loaded: LoadedModel, options: argparse.Namespace, folder
         data, options.length, options.sequences, options.documents, options.seed, options.split,
         options.text_field, options.eos, options.search_mb << 20,
     )  # fmt: skip
-    texts = open_texts(wanted, tokenizer, folder / "texts")
+    eos_id = None if tokenizer is None else loaded.separator(tokenizer, options.eos)
+    texts = open_texts(wanted, tokenizer, folder / "texts", eos_id)
     check_fit(loaded, tokenizer, texts)
     return texts
 
@@ -131,6 +132,11 @@ def check_fit(loaded: LoadedModel, tokenizer: Path | None, texts: Texts) -> None
         raise DataError(
             f"{data} was prepared with another tokenizer than {loaded.label} was trained with\n"
             f"expected the tokenizer.json of {tokenizer}: prepare the text again with --tokenizer {tokenizer}"
+        )
+    if loaded.eos_id is not None and texts.about["eos_id"] != loaded.eos_id and not texts.about["wanted"]["eos"]:
+        raise DataError(
+            f"{data} has the separator {texts.about['eos_id']}, and {loaded.label} was trained with {loaded.eos_id}\n"
+            "prepare the text again with its separator (--eos)"
         )
     if largest >= loaded.model.args.vocab_size:
         raise DataError(

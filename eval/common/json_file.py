@@ -14,7 +14,7 @@ from torchtitan_deltaproduct.errors import DataError
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` for people and programs to read."""
-    path.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
@@ -35,7 +35,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise DataError(f"There is no {path}: expected a folder in which {path.stem} left its results")
     try:
-        results = json.loads(path.read_text())["results"]
+        results = json.loads(path.read_text(encoding="utf-8"))["results"]
         if not isinstance(results, list) or not results:
             raise ValueError("no results")
     except (OSError, ValueError, KeyError, TypeError) as error:

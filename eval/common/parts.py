@@ -109,7 +109,7 @@ class Parts:
             DataError: it is not one.
         """
         try:
-            about = json.loads((folder / "about.json").read_text())
+            about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
             parts = cls(folder, about)
             if about["version"] != cls.version or not parts.all or about["length"] < 1:
                 raise ValueError(f"version {about['version']}")

@@ -28,9 +28,11 @@ import numpy as np
 from torchtitan_deltaproduct.data.manifest import NAME as MANIFEST
 from torchtitan_deltaproduct.data.manifest import write_atomically
 from torchtitan_deltaproduct.data.prepared import check_tokenizer
-from torchtitan_deltaproduct.data.shards import TokenStream, file_sha256, token_dtype
-from torchtitan_deltaproduct.data.text_sources import list_files, stream_dataset
+from torchtitan_deltaproduct.data.shards import TokenStream, token_dtype
+from torchtitan_deltaproduct.data.text_sources import check_no_split, is_saved_dataset, list_files
+from torchtitan_deltaproduct.data.text_streams import stream_dataset
 from torchtitan_deltaproduct.data.tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
+from torchtitan_deltaproduct.data.verified import file_sha256
 from torchtitan_deltaproduct.errors import DataError
 
 from .row_file import RowFile, RowWriter
@@ -107,13 +109,14 @@ class Texts:
         return f"{head}: packed documents, {about['documents_a_sequence']:,.1f} in each{why}"
 
 
-def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path) -> Texts:
+def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int | None = None) -> Texts:
     """Chooses the sequences and writes them, unless that was done before.
 
     Args:
         wanted: what to read.
         tokenizer: folder with the tokenizer.json for text; prepared folders have their own.
         folder: where the sequences of all datasets are kept.
+        eos_id: the separator between documents of text; None: as `wanted.eos`.
 
     Returns:
         Sequences whose `about` has: wanted, source (identifies the dataset), `kind` (long or packed), sequences,
@@ -124,6 +127,11 @@ def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path) -> Texts:
         DataError: there is no such dataset, no tokenizer for it, or not one sequence of that length.
     """
     stream = _prepared(wanted.data)
+    if not _is_dataset(wanted.data) and wanted.split != "train":
+        # A name may be meant for another dataset of the same command; a slice would be another number of documents.
+        if "[" in wanted.split:
+            check_no_split(wanted.data, wanted.split)
+        logger.warning("%s has no splits: --split %s does not concern it", wanted.data, wanted.split)
     if stream is not None:
         check_tokenizer(stream)
         source = {"prepared": stream.manifest.content_sha256}
@@ -135,7 +143,7 @@ def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path) -> Texts:
                 f"{wanted.data} is text, and the model's folder has no tokenizer.json to read it with\n"
                 "name the folder of its tokenizer with --tokenizer"
             )
-        sha, eos_id = tokenizer_sha256(tokenizer), find_eos_id(tokenizer, wanted.eos)
+        sha, eos_id = tokenizer_sha256(tokenizer), find_eos_id(tokenizer, wanted.eos) if eos_id is None else eos_id
     asked = asdict(wanted) | {"source": source, "tokenizer_sha256": sha, "eos_id": eos_id, "version": VERSION}
     target = folder / f"{slug(wanted.data)}-{digest(asked)}"
     known = _read(target)
@@ -173,7 +181,7 @@ def digest(content: dict) -> str:
 def _read(folder: Path) -> Texts | None:
     """What an earlier run chose; None if it did not finish, or the file was damaged since."""
     try:
-        about = json.loads((folder / "about.json").read_text())
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         if RowFile(folder / "tokens.npy").shape == (about["sequences"], about["length"] + 1):
             return Texts(folder, about)
     except (OSError, ValueError, KeyError, DataError):
@@ -191,8 +199,7 @@ def _prepared(data: str) -> TokenStream | None:
 
 def _is_dataset(data: str) -> bool:
     """Whether `datasets` reads it: what is not there as a path, and folders of its `save_to_disk`."""
-    path = Path(data)
-    return not path.exists() or any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
+    return not Path(data).exists() or is_saved_dataset(data)
 
 
 def _source(wanted: Wanted) -> dict:
@@ -256,7 +263,7 @@ def _long_starts(stream: TokenStream, shard: int, length: int) -> np.ndarray:
 
 def _choose_texts(wanted: Wanted, tokenizer_folder: Path, eos_id: int, target: Path) -> dict:
     """Writes tokens.npy from text, and says what was chosen."""
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder, eos_id)
     dtype, shape = token_dtype(max(tokenizer.vocab_size, eos_id + 1)), (wanted.sequences, wanted.length + 1)
     if _is_dataset(wanted.data):
         name, _, config = wanted.data.partition(":")

@@ -74,7 +74,7 @@ def state_tracking(folder: Path) -> dict[str, float | None]:
     """Accuracy at the training length and at the tested one, and whether it counts as solved."""
     path = folder / "state_tracking.json"
     try:
-        (setting,) = json.loads(path.read_text())["settings"]
+        (setting,) = json.loads(path.read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} cannot be read ({error!r})\nmake it again: run the eval once more") from None
     return {
@@ -90,7 +90,7 @@ def lm_harness(folder: Path) -> dict[str, float | None]:
     if not files:
         raise DataError(f"{folder} has no results_*.json of lm-eval\nmake it again: run the eval once more")
     found = {}
-    for task, metrics in json.loads(files[-1].read_text())["results"].items():
+    for task, metrics in json.loads(files[-1].read_text(encoding="utf-8"))["results"].items():
         for name, value in metrics.items():
             metric, _, variant = name.partition(",")
             if isinstance(value, int | float) and not metric.endswith("_stderr") and variant:

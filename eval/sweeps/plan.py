@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torchtitan_deltaproduct.checkpoint.hf import is_hf_folder
+from torchtitan_deltaproduct.checkpoint.folders import is_hf_folder
 from torchtitan_deltaproduct.checkpoint.load import find_checkpoint
 from torchtitan_deltaproduct.config.locate import locate
 from torchtitan_deltaproduct.config.values import nearest
@@ -93,7 +93,7 @@ class Job:
     def is_done(self) -> bool:
         """Whether its results are there, for this command and these weights."""
         try:
-            return json.loads((self.folder / "done.json").read_text()) == self.record()
+            return json.loads((self.folder / "done.json").read_text(encoding="utf-8")) == self.record()
         except (OSError, ValueError, CheckpointError):
             return False
 
@@ -127,7 +127,7 @@ def read_sweep(file: Path) -> Sweep:
         ConfigError: all that is wrong with it.
     """
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         tree = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; expected a sweep, such as eval/example_sweep.toml") from None

@@ -21,7 +21,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from torchtitan_deltaproduct.checkpoint.load import load_model
-from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from ..common.options import DTYPES
 from .decoding import Settings, continue_prompts
@@ -52,6 +52,7 @@ class DeltaProductHarness(TemplateLM):
         batch_size: rows of a batch; "auto": by the number of tokens.
         max_batch_size: the most rows with "auto".
         tokenizer: folder with tokenizer.json; None: the model's.
+        eos: text of the separator of documents; empty: that of training.
         add_bos_token: begin every context with the separator, not only empty ones.
         segment: tokens of a text read at a time.
         trust_remote_code: what lm-eval adds for data sets; code that comes with a model is never run.
@@ -69,6 +70,7 @@ class DeltaProductHarness(TemplateLM):
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
         tokenizer: str | None = None,
+        eos: str = "",
         add_bos_token: bool = False,
         segment: int = SEGMENT,
         trust_remote_code: bool = False,
@@ -89,7 +91,7 @@ class DeltaProductHarness(TemplateLM):
         wanted = DTYPES[dtype] or (torch.bfloat16 if self._device.type == "cuda" else torch.float32)
         step = None if step is None else _whole("step", step)
         self.loaded = load_model(str(pretrained), step, self._device, wanted)
-        self.vocabulary = open_vocabulary(self.loaded, tokenizer)
+        self.vocabulary = open_vocabulary(self.loaded, tokenizer, str(eos), "--model_args eos=TOKEN")
         self.before = [self.vocabulary.separator] if add_bos_token else []
 
     @property
@@ -104,6 +106,31 @@ class DeltaProductHarness(TemplateLM):
         ids = self.vocabulary.encode(string)
         return ids if add_special_tokens is False else self.before + ids
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
+        pairs = [(request.args, *self._pair(*request.args)) for request in requests]
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+    def _pair(self, context: str, continuation: str) -> Request:
+        """Context and continuation as tokens, as lm-eval cuts them; apart where that leaves the continuation none.
+
+        Its tokens may merge into the last one of the context: nothing to score would have the probability 1.
+
+        Raises:
+            DataError: the tokenizer makes nothing of a continuation that is not empty.
+        """
+        if context == "":
+            before, scored = [self.eot_token_id], self.tok_encode(continuation, add_special_tokens=False)
+        else:
+            before, scored = self._encode_pair(context, continuation)
+            if not scored:
+                before, scored = self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+        self._check_scored(continuation, scored)
+        return before, scored
+
+    def _check_scored(self, text: str, ids: list[int]) -> None:
+        if text and not ids:
+            raise DataError(f"{text!r} has no tokens in {self.tokenizer_name}, so it has no probability")
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[Score]:
@@ -114,6 +141,8 @@ class DeltaProductHarness(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         texts = [request.args for request in requests]
         pairs = [([self.eot_token_id], self.vocabulary.encode(text)) for (text,) in texts]
+        for (text,), (_, ids) in zip(texts, pairs, strict=True):
+            self._check_scored(text, ids)
         return [logprob for logprob, _ in self._score("loglikelihood_rolling", texts, pairs, disable_tqdm)]
 
     def _score(self, kind: str, texts: list[tuple], pairs: list[Request], disable_tqdm: bool) -> list[Score]:
@@ -150,7 +179,8 @@ class DeltaProductHarness(TemplateLM):
 
     def _settings(self, asked: dict) -> Settings:
         """What a task's generation_kwargs and `--gen_kwargs` ask for."""
-        asked = normalize_gen_kwargs(asked, MAX_GEN_TOKS)
+        # A task may write null for what it leaves open.
+        asked = normalize_gen_kwargs({key: value for key, value in asked.items() if value is not None}, MAX_GEN_TOKS)
         others = {name: value for name, value in asked.items() if name not in UNDERSTOOD}
         if others and str(others) not in _warned:
             _warned.add(str(others))

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
-from torchtitan_deltaproduct.data.manifest import read_manifest
-from torchtitan_deltaproduct.data.tokenizer import Tokenizer, find_eos_id, load_tokenizer, tokenizer_sha256
-from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.data.tokenizer import Tokenizer, load_tokenizer
+from torchtitan_deltaproduct.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,20 @@ class Vocabulary:
         return self.tokenizer.encode_batch([text])[0]
 
 
-def open_vocabulary(loaded: LoadedModel, folder: str | Path | None = None) -> Vocabulary:
+def open_vocabulary(
+    loaded: LoadedModel, folder: str | Path | None = None, eos: str = "", option: str = "--eos TOKEN"
+) -> Vocabulary:
     """The tokenizer that a model was trained with.
 
     Args:
         loaded: the model.
         folder: with tokenizer.json; None: the one found beside the model.
+        eos: text of the separator; empty: that of training (`LoadedModel.separator`).
+        option: with which a user names a separator, for messages.
 
     Raises:
-        ConfigError: there is none, or it has more tokens than the model. DataError: it cannot be read.
+        ConfigError: there is none, or it has more tokens than the model. DataError: it cannot be read, or no separator
+            is known.
     """
     where = Path(folder) if folder else loaded.tokenizer
     if where is None:
@@ -54,23 +58,11 @@ def open_vocabulary(loaded: LoadedModel, folder: str | Path | None = None) -> Vo
             f"{loaded.label} has no tokenizer: there is no tokenizer.json in {loaded.run} or where its data were\n"
             "name the folder of the one it was trained with: --tokenizer FOLDER"
         )
-    tokenizer, known = load_tokenizer(where), loaded.model.args.vocab_size
-    separator = _separator(where, loaded.config)
+    separator = loaded.separator(where, eos, option)
+    tokenizer, known = load_tokenizer(where, separator), loaded.model.args.vocab_size
     if tokenizer.vocab_size > known:
         raise ConfigError(
             f"the tokenizer in {where} is not the model's: it has {tokenizer.vocab_size:,} tokens, {loaded.label} has "
             f"{known:,}\nname the folder of the one it was trained with: --tokenizer FOLDER"
         )
     return Vocabulary(tokenizer, separator, where)
-
-
-def _separator(folder: Path, config: dict) -> int:
-    """That of the prepared data where they are at hand (`prepare --eos` may have chosen it), else the tokenizer's."""
-    for path in config.get("data", {}).get("paths", []):
-        try:
-            manifest = read_manifest(path)
-        except DataError:
-            continue
-        if manifest.tokenizer_sha256 == tokenizer_sha256(folder):
-            return manifest.eos_id
-    return find_eos_id(folder)

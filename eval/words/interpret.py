@@ -148,7 +148,7 @@ def interpret(
             out.add_row(str(index), str(head["head"]), mean, near, dims, f"{head['effective_rank']:.1f}")
         title = f"{problem.name}, layer {index}: {run.parent.name}/{run.name}, step {loaded.step}"
         interpretation_figure(heads, title, args, names, folder / f"{stem}_layer{index}.png")
-    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console.print(out)
     console.print(f"written: {folder / stem}.json and a PNG for each layer", soft_wrap=True)
 

@@ -7,6 +7,7 @@ deletes a folder removes the marker first (`retire`), so that a half-deleted one
     retention([100, 200, 300, 400], keep_latest_k=2, keep_every=200)      # {200: "...", 300: "...", 400: "..."}
 """
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import read_text
 from .marker import INDEX, MARKER, SAVING, Marker, read_marker, wrong_sizes
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -85,6 +87,15 @@ def folder_size(path: Path) -> int:
             except OSError:
                 continue
     return total
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether a folder has a config.json of a Hugging Face model (a run's config.json is of another kind)."""
+    try:
+        content = json.loads(read_text(path / "config.json"))
+    except (OSError, ValueError, RecursionError):
+        return any((path / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
+    return isinstance(content, dict) and "config" not in content
 
 
 def latest_complete(folder: str | Path) -> CheckpointInfo | None:

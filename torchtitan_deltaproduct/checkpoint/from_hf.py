@@ -22,18 +22,25 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 
 from ..config.architecture import DeltaProductArgs
-from ..data.tokenizer import copy_tokenizer
+from ..data.tokenizer import copy_tokenizer, find_eos_id
 from ..errors import CheckpointError, exit_on_user_error
 from ..models import counts
-from .hf import HfModel, is_hf_folder, make_unfinished, open_hf
+from .folders import is_hf_folder
+from .hf import HfModel, make_unfinished, open_hf
 from .writer import About, MarkedWriter
 
 
-def import_hf(source: str | Path, out: str | Path) -> HfModel:
+def import_hf(source: str | Path, out: str | Path, eos: str = "") -> HfModel:
     """Writes the run folder `out`; see the module.
 
+    Args:
+        source: the Hugging Face folder.
+        out: folder to make.
+        eos: text of the separator between documents; empty: as the folder says.
+
     Raises:
-        CheckpointError: `source` is not such a folder or is damaged, or `out` is there already.
+        CheckpointError: `source` is not such a folder or is damaged, or `out` is there already. DataError: `source`
+            has no token `eos`.
     """
     source, out = Path(source), Path(out)
     if not source.is_dir():
@@ -44,13 +51,14 @@ def import_hf(source: str | Path, out: str | Path) -> HfModel:
         raise CheckpointError(f"{out} is there already; choose another folder")
     found = open_hf(source)
     weights = found.weights()
+    eos_id = find_eos_id(source, eos) if eos else found.eos_id
     unfinished = make_unfinished(out)
     step = unfinished / "checkpoint" / "step-0"
     try:
         if (source / "tokenizer.json").exists():
-            copy_tokenizer(source, unfinished / "tokenizer")
-        snapshot = _snapshot(found)
-        (unfinished / "config.json").write_text(json.dumps(snapshot, indent=1) + "\n")
+            copy_tokenizer(source, unfinished / "tokenizer", eos_id)
+        snapshot = _snapshot(found, eos_id)
+        (unfinished / "config.json").write_text(json.dumps(snapshot, indent=1) + "\n", encoding="utf-8")
         with warnings.catch_warnings():
             # It warns that no process group is there: one process writes all.
             warnings.simplefilter("ignore")
@@ -63,14 +71,15 @@ def import_hf(source: str | Path, out: str | Path) -> HfModel:
     return found
 
 
-def _snapshot(found: HfModel) -> dict:
-    """What evals and a later training run look up: the architecture, the training length, and the origin."""
+def _snapshot(found: HfModel, eos_id: int | None) -> dict:
+    """What evals and a later training run look up: the architecture, the training length, separator and origin."""
     length = found.config.get("max_position_embeddings")
     config = dict(found.training.get("config", {}))
     config |= {"model": asdict(found.args), "job": {"description": f"weights of {found.folder}"}}
     if length:
         config.setdefault("training", {"seq_len": length})
-    return {"config": config, "derived": {}, "versions": {}, "extra": {"origin": str(found.folder.resolve())}}
+    origin = {"folder": str(found.folder.resolve()), **{key: found.training.get(key) for key in ("run", "step")}}
+    return {"config": config, "derived": {}, "versions": {}, "extra": {"origin": origin, "eos_id": eos_id}}
 
 
 def model_table(args: DeltaProductArgs) -> str:
@@ -89,8 +98,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("source", metavar="HF", help="folder with config.json and model.safetensors")
     parser.add_argument("out", metavar="OUT", help="run folder to make")
+    parser.add_argument("--eos", default="", metavar="TOKEN", help="separator of documents (default: as HF says)")
     options = parser.parse_args(arguments)
-    found = import_hf(options.source, options.out)
+    found = import_hf(options.source, options.out, options.eos)
     tokenizer = "with its tokenizer" if (Path(options.out) / "tokenizer").exists() else "it brings no tokenizer"
     print(f"{options.out}: {counts.total_parameters(found.args):,} parameters, {tokenizer}\n")
     print(f"To train from it:\n\n{model_table(found.args)}\n")

@@ -13,6 +13,7 @@
 come from safetensors alone.
 """
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config.architecture import DeltaProductArgs
-from ..errors import CheckpointError, UserError
+from ..data.tokenizer import named_eos_id
+from ..errors import CheckpointError, DataError, UserError
 from ..models import DeltaProductLM
 from ..models.hf_names import from_hf, from_hf_config, to_hf, to_hf_config
 
@@ -47,6 +49,19 @@ class HfModel:
     config: dict
     training: dict
 
+    @property
+    def eos_id(self) -> int | None:
+        """The separator of training, as far as the folder says it: ours in config.json, others' in the tokenizer first.
+
+        What fla writes into config.json is its default where nobody set it.
+        """
+        if not self.training:
+            with contextlib.suppress(DataError):
+                if (named := named_eos_id(self.folder)) is not None:
+                    return named
+        eos_id = self.config.get("eos_token_id")
+        return eos_id if isinstance(eos_id, int) and 0 <= eos_id < self.args.vocab_size else None
+
     def weights(self) -> dict[str, Tensor]:
         """The state dict under our names, on the CPU, each tensor in the dtype it was saved in.
 
@@ -66,15 +81,6 @@ class HfModel:
             if not tensor.isfinite().all():
                 raise CheckpointError(f"{self.folder}: {name} holds values that are not finite; export another step")
         return state
-
-
-def is_hf_folder(path: Path) -> bool:
-    """Whether a folder has a config.json of a Hugging Face model (a run's config.json is of another kind)."""
-    try:
-        content = json.loads((path / CONFIG).read_text())
-    except (OSError, ValueError):
-        return any((path / name).exists() for name in (SINGLE, INDEX))
-    return isinstance(content, dict) and "config" not in content
 
 
 def open_hf(folder: Path) -> HfModel:
@@ -121,8 +127,8 @@ def write_hf(
     """
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     config = to_hf_config(args, **tokens) | {"dtype": dtype}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
     save_torch_state_dict(to_hf(state, args), folder, max_shard_size=max_shard_size)
 
 
@@ -158,7 +164,7 @@ def check_shapes(where: Path, found: dict[str, torch.Size], args: DeltaProductAr
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}, so the model is not known") from None
     except ValueError as error:

@@ -13,7 +13,7 @@ Only the weights are read, whatever the number of ranks that wrote them. Nothing
 import logging
 import os
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -23,10 +23,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..config.architecture import DeltaProductArgs
 from ..config.snapshots import read_snapshot
+from ..data.tokenizer import find_eos_id, tokenizer_sha256
 from ..errors import CheckpointError
 from ..models import DeltaProductLM
-from .folders import CheckpointInfo, inspect, scan
-from .hf import check_shapes, is_hf_folder, open_hf
+from .folders import CheckpointInfo, inspect, is_hf_folder, scan
+from .hf import check_shapes, open_hf
 from .marker import MARKER, wrong_checksums
 from .safe_dcp import SafeLoadPlanner, SafeReader, read_index
 
@@ -45,6 +46,8 @@ class LoadedModel:
         label: a short name for tables, `outputs/run step 500`.
         tokenizer: folder with the tokenizer.json it was trained with; None if there is none.
         train_length: tokens of a training sequence; None if not known.
+        eos_id: the separator between its training documents; None if not known.
+        origin: of imported weights, what their folder said of itself (`from_hf`); {} for a run's own.
     """
 
     model: DeltaProductLM
@@ -54,6 +57,22 @@ class LoadedModel:
     label: str
     tokenizer: Path | None
     train_length: int | None
+    eos_id: int | None = None
+    origin: dict = field(default_factory=dict)
+
+    def separator(self, tokenizer: Path, eos: str = "", option: str = "--eos TOKEN") -> int:
+        """Id of the token between documents: `eos`, else that of training, else what another tokenizer names.
+
+        Args:
+            tokenizer: folder with tokenizer.json.
+            eos: the text of another token.
+            option: what a user can set, for messages.
+
+        Raises:
+            DataError: none is known.
+        """
+        same = self.tokenizer is None or tokenizer_sha256(tokenizer) == tokenizer_sha256(self.tokenizer)
+        return self.eos_id if same and not eos and self.eos_id is not None else find_eos_id(tokenizer, eos, option)
 
 
 def load_model(
@@ -79,12 +98,16 @@ def load_model(
     info = find_checkpoint(path, step)
     if damaged := wrong_checksums(info.path, info.marker):
         raise CheckpointError(f"{info.path}: {'; '.join(damaged)}; use another step of the run")
-    config = snapshot_of(info.path)["config"]
+    snapshot = snapshot_of(info.path)
+    config, extra = snapshot["config"], snapshot.get("extra", {})
     args = architecture(config)
     model = _build(args, read_weights(info.path, args), device, dtype)
     run = run_folder(info.path)
     length = config.get("training", {}).get("seq_len")
-    return LoadedModel(model, config, info.step, run, f"{run} step {info.step}", find_tokenizer(run, config), length)
+    label, tokenizer = f"{run} step {info.step}", find_tokenizer(run, config)
+    origin = extra.get("origin", {})
+    origin = origin if isinstance(origin, dict) else {"folder": origin}
+    return LoadedModel(model, config, info.step, run, label, tokenizer, length, extra.get("eos_id"), origin)
 
 
 def _load_hf(path: Path, step: int | None, device: torch.device | str, dtype: torch.dtype) -> LoadedModel:
@@ -95,7 +118,8 @@ def _load_hf(path: Path, step: int | None, device: torch.device | str, dtype: to
     config = found.training.get("config", {})
     length = config.get("training", {}).get("seq_len") or found.config.get("max_position_embeddings")
     tokenizer = path if (path / "tokenizer.json").exists() else None
-    return LoadedModel(model, config, found.training.get("step"), path, str(path), tokenizer, length)
+    step = found.training.get("step")
+    return LoadedModel(model, config, step, path, str(path), tokenizer, length, found.eos_id)
 
 
 def _build(

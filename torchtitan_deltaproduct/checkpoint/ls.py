@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..config.snapshots import read_snapshot
 from ..errors import CheckpointError, exit_on_user_error
-from .folders import CheckpointInfo, deletable, retention, scan, was_complete
+from .folders import CheckpointInfo, deletable, is_hf_folder, retention, scan, was_complete
 
 
 def checkpoint_folder(run: Path) -> tuple[Path, dict]:

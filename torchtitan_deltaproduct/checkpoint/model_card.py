@@ -77,16 +77,19 @@ def _model_rows(loaded: LoadedModel, dtype: str) -> dict[str, str]:
 
 
 def _training_rows(loaded: LoadedModel) -> dict[str, str]:
-    config = loaded.config
-    if "training" not in config:
-        return {}
+    """What is known of the training that made the weights: of imported ones, that of their origin."""
+    config, origin = loaded.config, loaded.origin
+    rows = {"imported from": origin["folder"]} if "folder" in origin else {}
+    step = origin.get("step") if origin else loaded.step
+    if step is None or "steps" not in config.get("training", {}):
+        return rows
     training, data, optimizer = config["training"], config.get("data", {}), config.get("optimizer", {})
     schedule = config.get("lr_scheduler", {})
-    rows = {"step": f"{loaded.step:,} of {training['steps']:,}"}
+    rows["step"] = f"{step:,} of {training['steps']:,}"
     samples = training["global_batch_size"]
     if samples > 0:
         tokens = samples * training["seq_len"]
-        rows["tokens"] = f"{loaded.step * tokens:,} ({samples:,} sequences of {training['seq_len']:,} a step)"
+        rows["tokens"] = f"{step * tokens:,} ({samples:,} sequences of {training['seq_len']:,} a step)"
     names = data.get("paths") or [data.get("dataset") or data.get("group") or data.get("language")]
     rows["data"] = f"{data.get('kind')}: {', '.join(map(str, names))}"
     rows["optimizer"] = (

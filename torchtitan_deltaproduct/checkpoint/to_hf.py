@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from ..data.tokenizer import copy_tokenizer, find_eos_id
+from ..data.tokenizer import copy_tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError, DataError, exit_on_user_error
 from ..models.hf_names import to_hf as under_fla_names
-from .hf import is_hf_folder, make_unfinished, write_hf
+from .folders import is_hf_folder
+from .hf import make_unfinished, write_hf
 from .load import LoadedModel, load_model
 from .model_card import model_card
 
@@ -56,6 +57,7 @@ def export(
     dtype: str = "float32",
     max_shard_size: str = "5GB",
     tokenizer: str | Path | None = None,
+    eos: str = "",
     overwrite: bool = False,
 ) -> Verified:
     """Writes `out`; see the module.
@@ -67,6 +69,7 @@ def export(
         dtype: of the written weights, a key of `DTYPES`. The decay's stay float32.
         max_shard_size: of one file of weights.
         tokenizer: folder with tokenizer.json; None: the run's own.
+        eos: text of the separator between documents; empty: that of training.
         overwrite: replaces an export that is there already.
 
     Raises:
@@ -79,9 +82,12 @@ def export(
     unfinished = make_unfinished(out)
     try:
         state = {name: _cast(name, tensor, DTYPES[dtype]) for name, tensor in loaded.model.state_dict().items()}
-        ids = _token_ids(source, loaded.model.args.vocab_size)
+        separator = _separator(loaded, source, eos)
+        ids = {} if separator is None else {"bos_token_id": separator, "eos_token_id": separator}
         length = loaded.train_length or 4096
-        training = {"step": loaded.step, "run": str(loaded.run), "config": loaded.config}
+        # Of imported weights the step and run that made them, where they are known.
+        made = loaded.origin or {"step": loaded.step, "run": str(loaded.run)}
+        training = {"step": made.get("step"), "run": made.get("run") or made.get("folder"), "config": loaded.config}
         write_hf(
             *(unfinished, state, loaded.model.args),
             training=training,
@@ -89,8 +95,8 @@ def export(
             **(ids | {"max_position_embeddings": length}),
         )
         if source is not None:
-            copy_tokenizer(source, unfinished)
-        (unfinished / "README.md").write_text(model_card(loaded, out.name, dtype))
+            copy_tokenizer(source, unfinished, separator)
+        (unfinished / "README.md").write_text(model_card(loaded, out.name, dtype), encoding="utf-8")
         verified = verify(unfinished, loaded, state)
         replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
         if out.exists():
@@ -116,24 +122,28 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if ".decay." in name else tensor.to(dtype)
 
 
-def _token_ids(tokenizer: Path | None, vocab_size: int) -> dict[str, int | None]:
-    """A document begins and ends with the separator, so it is both `bos` and `eos`; none without a tokenizer.
+def _separator(loaded: LoadedModel, tokenizer: Path | None, eos: str) -> int | None:
+    """Id of the token that documents begin and end with, `bos` and `eos` alike; None if no tokenizer names one.
 
     Raises:
-        CheckpointError: the tokenizer's separator has no row in the embedding.
+        CheckpointError: the tokenizer cannot be used, or its separator has no row in the embedding.
     """
     if tokenizer is None:
-        return {}
+        if eos:
+            raise CheckpointError(f"--eos {eos}: the run has no tokenizer; name one with --tokenizer FOLDER")
+        return loaded.eos_id
     try:
-        separator = find_eos_id(tokenizer)
+        load_tokenizer(tokenizer)
+        separator = loaded.separator(tokenizer, eos)
     except DataError as error:
         raise CheckpointError(f"the tokenizer to export cannot be used: {error}") from None
-    if separator >= vocab_size:
+    known = loaded.model.args.vocab_size
+    if separator >= known:
         raise CheckpointError(
             f"the tokenizer in {tokenizer} is not the model's: its separator has id {separator:,}, and the model has "
-            f"{vocab_size:,} tokens\nname the right one with --tokenizer FOLDER"
+            f"{known:,} tokens\nname the right one with --tokenizer FOLDER"
         )
-    return {"bos_token_id": separator, "eos_token_id": separator}
+    return separator
 
 
 @torch.no_grad()
@@ -200,6 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--dtype", choices=DTYPES, default="float32", help="of the written weights (default: %(default)s)")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights (default: %(default)s)")
     add("--tokenizer", metavar="FOLDER", help="folder with tokenizer.json (default: the run's own)")
+    add("--eos", default="", metavar="TOKEN", help="separator of documents (default: that of training)")
     add("--overwrite", action="store_true", help="replace a model that is in OUT already")
     options = vars(parser.parse_args(arguments))
     if not options["max_shard_size"][:-2].isdigit() or options["max_shard_size"][-2:] not in ("KB", "MB", "GB"):

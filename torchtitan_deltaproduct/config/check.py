@@ -354,7 +354,8 @@ _RULES: tuple[tuple[tuple[str, ...], Judge], ...] = (
         "data.group data.curriculum_start data.curriculum_steps": ("group_word",),
         "data.language data.min_length data.max_length": ("formal_language",),
         "data.weights data.shuffle": ("prepared",),
-        "data.dataset data.dataset_config data.split data.text_field data.shuffle_buffer": ("streaming",),
+        "data.dataset data.dataset_config data.split data.text_field data.eos data.shuffle_buffer":
+            ("streaming",),
         "model.hf_assets_path data.reset_state_at_documents validation.seq_len validation.steps":
             ("prepared", "streaming"),
         "validation.lengths validation.samples": _GENERATED,

@@ -27,7 +27,7 @@ BREAKING = {
     "model.expand_v model.num_householder model.allow_neg_eigval model.use_forget_gate model.use_output_gate "
     "model.use_short_conv model.conv_size model.norm_eps model.tie_word_embeddings derived.mlp_size":
         _OTHER_MODEL,
-    "data.kind data.paths data.dataset data.dataset_config data.split data.text_field extra.data_identity "
+    "data.kind data.paths data.dataset data.dataset_config data.split data.text_field data.eos extra.data_identity "
     "data.group data.language data.min_length data.max_length":
         "other data",
     "data.weights data.seed data.shuffle data.shuffle_buffer": "the samples would come in another order",

@@ -54,6 +54,9 @@ class Data:
     """streaming: split to train on."""
     text_field: str = "text"
     """streaming: column that holds the text."""
+    eos: str = ""
+    """streaming: text of the token that separates documents; empty: the one that the tokenizer names. Prepared data
+    records its own (`prepare --eos`)."""
     shuffle_buffer: int = 0
     """streaming: documents in a block that is shuffled; 0: file order. Resuming re-reads one block."""
     group: str = ""

@@ -74,6 +74,31 @@ def build_loader(
     return import_module(KINDS[data.kind], __name__).build(data, geometry, tokenizer_path)
 
 
+def separator_id(data, tokenizer_path: str = "") -> int | None:
+    """Id of the token that stands between documents; None for generated data, which has none.
+
+    Args:
+        data: the `[data]` table.
+        tokenizer_path: folder with tokenizer.json, for streaming.
+
+    Raises:
+        ConfigError: streaming without a tokenizer. DataError: the data or the tokenizer is missing or damaged, or no
+            separator is named.
+    """
+    if data.kind == "prepared":
+        from .manifest import read_manifest
+
+        return read_manifest(data.paths[0]).eos_id
+    if data.kind == "streaming":
+        from .tokenizer import find_eos_id
+
+        if not tokenizer_path:
+            raise ConfigError("model.hf_assets_path is empty: streaming needs a folder with tokenizer.json")
+        # Tables that an earlier version wrote have no `eos`.
+        return find_eos_id(tokenizer_path, getattr(data, "eos", ""), option="data.eos")
+    return None
+
+
 def build_validation_loader(
     paths: list[str],
     *,

@@ -57,6 +57,8 @@ class Manifest:
     source: dict
     """How the folder was made: inputs, options, and `plan`, their checksum."""
     shards: list[Shard] = field(default_factory=list)
+    unknown_tokens: int = 0
+    """Tokens that stand for text which the vocabulary cannot write."""
 
     @property
     def content_sha256(self) -> str:
@@ -82,7 +84,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     try:
-        body = json.loads((folder / NAME).read_text())
+        body = json.loads((folder / NAME).read_text(encoding="utf-8"))
         if not isinstance(body, dict):
             raise ValueError("it is not a JSON object")
     except FileNotFoundError:
@@ -124,10 +126,19 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
                 )
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder unless it is there; DataError if there cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise DataError(f"{folder} cannot be made: {why}; choose another folder") from None
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes through a temporary file, so that `path` is old, new or absent, never half."""
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

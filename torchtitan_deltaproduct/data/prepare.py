@@ -4,6 +4,7 @@
     prepare data/code --tokenizer data/tokenizer --input corpus/ --validation-fraction 0.02 --workers 8
     prepare data/web --tokenizer data/tokenizer --input part-*.jsonl.gz --text-field content
     prepare data/fineweb --tokenizer data/mistral --dataset HuggingFaceFW/fineweb:sample-10BT
+    prepare data/book --tokenizer data/tokenizer --input book.txt --validation-fraction 0.05 --split-by token
 
 The input is cut into units (text_sources.py); each becomes one shard. A run that was killed continues: shards
 that are finished are checked and kept. The result depends neither on the number of workers nor on
@@ -20,21 +21,26 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
 
-from .manifest import NAME, Manifest, Shard, read_manifest, write_atomically, write_manifest
-from .shards import file_sha256, token_dtype
-from .text_sources import Unit, plan_dataset_units, plan_units
+from .manifest import NAME, Manifest, Shard, make_folder, read_manifest, write_atomically, write_manifest
+from .shards import token_dtype
+from .text_sources import BadRecord, Unit, check_no_split, list_files, plan_dataset_units, plan_units
 from .tokenize_units import Job, tokenize_units
 from .tokenizer import copy_tokenizer, find_eos_id, load_tokenizer, tokenizer_sha256
+from .verified import NAME as VERIFIED
+from .verified import file_sha256
 
 WORK = ".prepare"
 BAD_RECORDS = "bad_records.jsonl"
 # Without --shard-mb: 64 units, so that a few dozen workers share the work, within these sizes of input text.
 UNITS, LEAST_UNIT_BYTES, MOST_UNIT_BYTES = 64, 1 << 20, 256 << 20
+MOST_UNKNOWN = 0.01
+"""Share of unknown tokens up to which a dataset is made without being told to."""
 
 
 @dataclass
@@ -52,8 +58,14 @@ class Settings:
     validation_fraction: float = 0.0
     split_by: str = "document"
     shard_mb: int = 0
+    validation_input: list[str] = field(default_factory=list)
+    """Files and folders that are held out, instead of a share of the input."""
 
     def __post_init__(self):
+        if self.input and self.split != "train":
+            check_no_split(self.input[0], self.split)
+        if self.validation_input and self.validation_fraction:
+            raise ConfigError("Give either --validation-input PATH... or --validation-fraction F, not both.")
         if bool(self.input) == bool(self.dataset):
             raise ConfigError("Give either --input PATH... or --dataset NAME, not both and not neither.")
         if not 0 <= self.validation_fraction < 1:
@@ -74,7 +86,11 @@ class Plan:
 
 
 def prepare(
-    settings: Settings, workers: int = 0, max_bad_records: int = 100, overwrite: bool = False
+    settings: Settings,
+    workers: int = 0,
+    max_bad_records: int = 100,
+    overwrite: bool = False,
+    max_unknown: float = MOST_UNKNOWN,
 ) -> bool:
     """Makes the prepared folder, or folders `train` and `validation` inside it.
 
@@ -83,6 +99,7 @@ def prepare(
         workers: processes; 0 takes one for each CPU core.
         max_bad_records: more than these stop the run with an error; finished shards are kept.
         overwrite: removes another prepared dataset that is in the way.
+        max_unknown: a larger share of unknown tokens is an error; finished shards are kept.
 
     Returns:
         False if the result was there already.
@@ -92,6 +109,8 @@ def prepare(
     """
     if workers < 0 or max_bad_records < 0:
         raise ConfigError("--workers and --max-bad-records must not be negative")
+    if not 0 <= max_unknown <= 1:
+        raise ConfigError(f"--max-unknown is {max_unknown}: expected a share of the tokens, 0 <= F <= 1")
     plan, out = make_plan(settings), Path(settings.out)
     with locked(out):
         if not overwrite and finished(out, plan):
@@ -103,14 +122,17 @@ def prepare(
             log(f"continuing: {len(done)} of {len(plan.units)} shards are there already")
         workers = workers or len(os.sched_getaffinity(0))
         records = tokenize_units(plan.job, plan.units, done, workers, max_bad_records)
+        records = hold_out_one(plan, records, workers, max_bad_records)
+        check_unknown(plan, records, max_unknown)
         write_result(out, plan, records, settings.tokenizer)
     return True
 
 
 def make_plan(settings: Settings) -> Plan:
     """Cuts the input into units and computes the checksum that identifies the result."""
+    inputs = [*settings.input, *settings.validation_input]
     inside = [
-        path for path in settings.input if Path(path).resolve() in Path(settings.out, "x").resolve().parents
+        path for path in inputs if Path(path).resolve() in Path(settings.out, "x").resolve().parents
     ]
     if inside:
         raise DataError(f"{settings.out} lies in its own input {inside[0]}.\nChoose a folder outside of it.")
@@ -119,13 +141,20 @@ def make_plan(settings: Settings) -> Plan:
         name, _, config = settings.dataset.partition(":")
         units = plan_dataset_units(name, config, settings.split, settings.text_field)
     else:
-        total = sum(unit.size for unit in plan_units(settings.input, settings.text_field, 1 << 62))
-        automatic = min(max(total // UNITS, LEAST_UNIT_BYTES), MOST_UNIT_BYTES)
-        units = plan_units(settings.input, settings.text_field, (settings.shard_mb << 20) or automatic)
+        units = plan_units(settings.input, settings.text_field, unit_bytes(settings, settings.input))
+    validation_from = None
+    if settings.validation_input:
+        validation_from = len(units)
+        check_apart(settings)
+        units += plan_units(
+            settings.validation_input, settings.text_field, unit_bytes(settings, settings.validation_input)
+        )
     eos_id, digest = find_eos_id(settings.tokenizer, settings.eos), tokenizer_sha256(settings.tokenizer)
     source = {key: value for key, value in asdict(settings).items() if key not in ("out", "tokenizer", "eos")}
     if not settings.dataset:
         del source["dataset"], source["split"]
+    if not settings.validation_input:
+        del source["validation_input"]
     source |= {"tokenizer_sha256": digest, "eos_id": eos_id}
     names = {name for unit in units if unit.kind != "dataset" for name in unit.paths}
     stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in sorted(names)]
@@ -138,15 +167,39 @@ def make_plan(settings: Settings) -> Plan:
         eos_id=eos_id,
         dtype=token_dtype(tokenizer.vocab_size),
         validation_fraction=settings.validation_fraction,
-        split_by=settings.split_by,
+        split_by=how_to_split(settings, units),
+        validation_from=validation_from,
     )
     return Plan(units, job, source, tokenizer.vocab_size, digest)
+
+
+def how_to_split(settings: Settings, units: list[Unit]) -> str:
+    """What was asked for; of a single text file, which is one document, the end is held out."""
+    single = len(units) == 1 and units[0].kind == "text" and len(units[0].paths) == 1
+    if single and settings.validation_fraction and settings.split_by != "token":
+        log(f"{units[0].paths[0]} is a single document: its end is held out, as --split-by token does")
+        return "token"
+    return settings.split_by
+
+
+def unit_bytes(settings: Settings, inputs: list[str]) -> int:
+    """Input text of a unit: what was asked for, or what its size suggests."""
+    total = sum(unit.size for unit in plan_units(inputs, settings.text_field, 1 << 62))
+    return (settings.shard_mb << 20) or min(max(total // UNITS, LEAST_UNIT_BYTES), MOST_UNIT_BYTES)
+
+
+def check_apart(settings: Settings) -> None:
+    """Raises DataError if a file to be held out is one to train on as well."""
+    trained = {os.path.realpath(file) for file in list_files(settings.input)}
+    for file in list_files(settings.validation_input):
+        if os.path.realpath(file) in trained:
+            raise DataError(f"{file} is in --input and in --validation-input: it would be trained on and held out")
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keeps a second prepare out of the folder; the lock ends with the process, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     handle = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,7 +231,7 @@ def make_room(out: Path, plan: Plan, overwrite: bool, keep: str) -> None:
     """Makes `out` ready for this plan: empty, or begun by the same plan."""
     manifests = [folder for folder in (out, out / "train", out / "validation") if (folder / NAME).is_file()]
     begun = out / WORK / "plan.json"
-    sources = [json.loads(begun.read_text())] if begun.is_file() else []
+    sources = [json.loads(begun.read_text(encoding="utf-8"))] if begun.is_file() else []
     # To be overwritten, a dataset need not be readable.
     sources += [{} if overwrite else read_manifest(folder).source for folder in manifests]
     other = [source for source in sources if source.get("plan") != plan.source["plan"]]
@@ -213,6 +266,7 @@ def clear(out: Path, keep: str) -> None:
     targets = [out, out / "train", out / "validation"]
     for folder in targets:
         (folder / NAME).unlink(missing_ok=True)
+        (folder / VERIFIED).unlink(missing_ok=True)
     for folder in targets:
         shutil.rmtree(folder / "shards", ignore_errors=True)
         if (folder / "tokenizer").resolve() != Path(keep).resolve():
@@ -227,7 +281,7 @@ def finished_units(out: Path, plan: Plan) -> dict[int, dict]:
     for number in range(len(plan.units)):
         path = out / WORK / f"{number:05d}.json"
         if path.is_file():
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8"))
             if all(intact(out / part, shard) for part, shard in record["shards"].items() if shard):
                 done[number] = record
             else:
@@ -242,21 +296,58 @@ def intact(folder: Path, shard: dict) -> bool:
     return all(path.is_file() and file_sha256(path) == digest for path, digest in files)
 
 
+def hold_out_one(plan: Plan, records: list[dict], workers: int, max_bad_records: int) -> list[dict]:
+    """The records, at least one document among them held out: of those to train on, the one with the smallest draw."""
+    job = plan.job
+    missing = job.validation_fraction and not any(record["shards"]["validation"] for record in records)
+    # What an interrupted run of an earlier version left says nothing of draws.
+    least = min((record.get("least", 1.0) for record in records), default=1.0)
+    if not missing or least == 1.0:
+        return records
+    log(f"no {job.split_by} was drawn at --validation-fraction {job.validation_fraction}: the nearest one is held out")
+    again = {number for number, record in enumerate(records) if record["least"] == least}
+    for number in again:
+        Path(job.work, f"{number:05d}.json").unlink(missing_ok=True)
+        for suffix in (".bin", ".idx"):
+            Path(job.out, "train", f"shards/{number:05d}{suffix}").unlink(missing_ok=True)
+    done = {number: record for number, record in enumerate(records) if number not in again}
+    return tokenize_units(replace(job, surely=least), plan.units, done, workers, max_bad_records)
+
+
+def check_unknown(plan: Plan, records: list[dict], limit: float) -> None:
+    """Raises DataError if the share of unknown tokens is above `limit`."""
+    unknown, shards = sum(record.get("unknown", 0) for record in records), shards_of(records)
+    tokens = sum(shard.tokens - shard.documents for shard in shards)
+    if unknown > limit * tokens:
+        raise DataError(
+            f"{unknown:,} of {tokens:,} tokens ({unknown / tokens:.1%}) are unknown: the tokenizer cannot write them.\n"
+            f"Use one that can, or allow more with --max-unknown (now {limit:g}); finished shards are kept."
+        )
+
+
+def shards_of(records: list[dict], part: str | None = None) -> list[Shard]:
+    """The shards of a part, or of all."""
+    found = [shard for record in records for name, shard in record["shards"].items() if part in (None, name)]
+    return [Shard(**shard) for shard in found if shard]
+
+
 def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> None:
     """Tokenizer copies, the list of bad records and, last, the manifests; then the working folder goes."""
     bad = [entry for record in records for entry in record["bad"]]
-    empty = sum(record["empty"] for record in records)
+    empty, unknown = (sum(record.get(key, 0) for record in records) for key in ("empty", "unknown"))
+    if spelled := sum(record.get("separators", 0) for record in records):
+        log(f"warning: {spelled} documents hold the separator inside, as it is an ordinary token of this tokenizer")
     manifests = {}
     for part, folder in folders(out, plan).items():
-        shards = [Shard(**record["shards"][part]) for record in records if record["shards"][part]]
+        shards = shards_of(records, part)
         if not shards:
             which = f"The {part} set" if part else "The dataset"
             raise DataError(
                 f"{which} has no documents: {empty} were empty and {len(bad)} records unreadable.\n"
-                "Give more input, or another --validation-fraction."
+                + no_documents(part, plan.job.split_by, bad)
             )
         if Path(tokenizer).resolve() != (folder / "tokenizer").resolve():
-            copy_tokenizer(tokenizer, folder / "tokenizer")
+            copy_tokenizer(tokenizer, folder / "tokenizer", plan.job.eos_id)
         manifests[folder] = Manifest(
             dtype=plan.job.dtype,
             vocab_size=plan.vocab_size,
@@ -267,6 +358,7 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
             bytes=sum(shard.bytes for shard in shards),
             empty_documents=empty,
             bad_records=len(bad),
+            unknown_tokens=unknown,
             source={**plan.source, "part": part},
             shards=shards,
         )
@@ -276,6 +368,20 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
     for folder, manifest in manifests.items():
         write_manifest(folder, manifest)
     shutil.rmtree(out / WORK)
+
+
+def no_documents(part: str, split_by: str, bad: list[list[str]]) -> str:
+    """What to do about a part without documents, or why there is none."""
+    if bad:
+        return "\n".join(str(BadRecord(*entry)) for entry in bad[:3])
+    if not part:
+        return "Give more input."
+    if split_by == "token":
+        return "No document is long enough to be cut: give more input, or another --validation-fraction."
+    return (
+        "One document cannot be on both sides: --split-by token holds out the end of each, --validation-input PATH "
+        "other files."
+    )
 
 
 def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
@@ -295,6 +401,9 @@ def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
             f"  left out: {manifest.empty_documents} empty documents, "
             f"{manifest.bad_records} unreadable records{named}"
         )
+    if manifest.unknown_tokens:
+        share = manifest.unknown_tokens / max(1, sum(read_manifest(out / part).tokens for part in plan_parts))
+        lines.append(f"  unknown: {manifest.unknown_tokens:,} tokens ({share:.1%}) that the vocabulary cannot write")
     lines.append(f'  to train on it: [data] paths = ["{out / plan_parts[0]}"]')
     return "\n".join(lines)
 
@@ -306,31 +415,47 @@ def log(message: str) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="prepare", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("out", help="folder to make")
+    add("out", type=path, help="folder to make")
     add(
         "--input",
         nargs="+",
         default=[],
+        type=path,
         metavar="PATH",
         help="text, .jsonl(.gz) or .parquet files, or folders",
     )
     add(
         "--dataset",
         default="",
+        type=path,
         metavar="NAME[:CONFIG]",
         help="instead of --input: a dataset of the hub or disk",
     )
-    add("--split", default="train", help="split of --dataset")
-    add("--tokenizer", required=True, metavar="FOLDER", help="folder with tokenizer.json")
-    add("--text-field", default="text", metavar="NAME", help="JSON field or column that holds the text")
+    add("--split", default="train", type=text, help="split of --dataset")
+    add("--tokenizer", required=True, type=path, metavar="FOLDER", help="folder with tokenizer.json")
+    add("--text-field", default="text", type=text, metavar="NAME", help="JSON field or column that holds the text")
     add(
         "--eos",
         default="",
+        type=text,
         metavar="TOKEN",
         help="separator token; default: the tokenizer's end-of-text token",
     )
-    add("--validation-fraction", type=float, default=0.0, metavar="F", help="share of documents held out")
-    add("--split-by", choices=("document", "file"), default="document", help="what is held out as a whole")
+    add("--validation-fraction", type=float, default=0.0, metavar="F", help="share held out, one document at least")
+    add(
+        "--split-by",
+        choices=("document", "file", "token"),
+        default="document",
+        help="what is held out as a whole; token: of each document the end",
+    )
+    add(
+        "--validation-input",
+        nargs="+",
+        default=[],
+        type=path,
+        metavar="PATH",
+        help="files or folders to hold out, instead of a share",
+    )
     add("--workers", type=int, default=0, help="processes; 0: one for each CPU core")
     add(
         "--max-bad-records",
@@ -346,20 +471,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="MB",
         help="input for one shard; 0: 1 to 256, by input size",
     )
+    add(
+        "--max-unknown",
+        type=float,
+        default=MOST_UNKNOWN,
+        metavar="F",
+        help="share of unknown tokens above which to stop (default: %(default)s)",
+    )
     add("--overwrite", action="store_true", help="replace another prepared dataset in OUT")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = vars(parse(arguments))
-    workers, max_bad, overwrite = (options.pop(k) for k in ("workers", "max_bad_records", "overwrite"))
+    how = {name: options.pop(name) for name in ("workers", "max_bad_records", "overwrite", "max_unknown")}
     settings = Settings(**options)
     try:
-        made = prepare(settings, workers, max_bad, overwrite)
+        made = prepare(settings, **how)
     except KeyboardInterrupt:
         log("\ninterrupted; the same command continues from the finished shards")
         return 130
-    parts = ("train", "validation") if settings.validation_fraction else ("",)
+    parts = ("train", "validation") if settings.validation_fraction or settings.validation_input else ("",)
     print(f"{'prepared' if made else 'already prepared:'} {settings.out}")
     print(summary(Path(settings.out), parts))
     return 0

@@ -17,7 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from torchtitan_deltaproduct.errors import DataError
+
 from .manifest import Manifest, Shard, read_manifest
+from .verified import check_shards
 
 # Every map holds a file descriptor; the usual limit of a process is 1,024.
 MAX_OPEN_MAPS = 256
@@ -85,21 +88,17 @@ class ShardWriter:
         return f"{self.path}{suffix}.tmp{os.getpid()}"
 
 
-def file_sha256(path: Path) -> str:
-    """Checksum of a file, as `sha256sum` prints it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class TokenStream:
     """The tokens of a prepared folder as one sequence, read by position.
 
-    Cheap to pickle (workers open their own maps). Positions run from -1, the leading separator, to `tokens`.
+    Opening it compares the files with their checksums once (`verified`). Cheap to pickle: workers open their own maps.
+    Positions run from -1, the leading separator, to `tokens`.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(folder)
+        check_shards(self.folder, self.manifest)
         self.tokens = self.manifest.tokens
         # Stream position of the first token of each shard, and the end of the last.
         self.bounds = [0, *accumulate(shard.tokens for shard in self.manifest.shards)]
@@ -109,7 +108,11 @@ class TokenStream:
         return {**self.__dict__, "_maps": OrderedDict()}
 
     def read(self, start: int, out: np.ndarray) -> int:
-        """Copies tokens `start`, `start + 1`, ... into `out: [n] int64`; returns how many there were."""
+        """Copies tokens `start`, `start + 1`, ... into `out: [n] int64`; returns how many there were.
+
+        Raises:
+            DataError: there is an id outside of the vocabulary among them.
+        """
         filled = 0
         if start == -1 and len(out):
             out[0] = self.manifest.eos_id
@@ -119,6 +122,11 @@ class TokenStream:
             piece = self._map(shard, ".bin")[first:last]
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
+            if piece.max() >= self.manifest.vocab_size:
+                raise DataError(
+                    f"{self.path(shard, '.bin')} holds token {piece.max():,}; the vocabulary ends at "
+                    f"{self.manifest.vocab_size - 1:,}\nit was not made with this tokenizer: prepare the data again"
+                )
         return filled
 
     def close(self) -> None:
@@ -146,14 +154,17 @@ class TokenStream:
             yield shard, start - base, min(stop, end) - base
             start, shard = end, shard + 1
 
+    def path(self, shard: int, suffix: str) -> Path:
+        """The file of a shard, `.bin` or `.idx`."""
+        return self.folder / (self.manifest.shards[shard].name + suffix)
+
     def _map(self, shard: int, suffix: str) -> np.ndarray:
         key = (shard, suffix)
         if key in self._maps:
             self._maps.move_to_end(key)
             return self._maps[key]
         dtype = np.dtype("i8" if suffix == ".idx" else self.manifest.dtype).newbyteorder("<")
-        path = self.folder / (self.manifest.shards[shard].name + suffix)
-        self._maps[key] = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+        self._maps[key] = np.memmap(self.path(shard, suffix), dtype=dtype, mode="r").view(np.ndarray)
         if len(self._maps) > MAX_OPEN_MAPS:
             self._maps.popitem(last=False)
         return self._maps[key]

@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from torchtitan_deltaproduct.arguments import path
 from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
 
 from .manifest import read_manifest
-from .shards import TokenStream, file_sha256
+from .shards import TokenStream
 from .tokenizer import load_tokenizer
+from .verified import file_sha256
 
 SHOWN_TOKENS = 200
 
@@ -70,6 +72,7 @@ def table(stream: TokenStream) -> Table:
         "text": f"{manifest.bytes:,} bytes, "
         f"{manifest.bytes / max(1, manifest.tokens - manifest.documents):.2f} a token",
         "left out": f"{manifest.empty_documents} empty documents, {manifest.bad_records} unreadable records",
+        "unknown": f"{manifest.unknown_tokens:,} tokens, in all parts",
         "shards": f"{len(manifest.shards)}",
         "separator": f"id {manifest.eos_id}",
         "tokenizer": manifest.tokenizer_sha256[:16],
@@ -85,7 +88,7 @@ def table(stream: TokenStream) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="show", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", help="prepared folder, the one with manifest.json")
+    parser.add_argument("folder", type=path, help="prepared folder, the one with manifest.json")
     parser.add_argument("--document", type=int, default=0, metavar="N", help="document to show (default: 0)")
     parser.add_argument("--verify", action="store_true", help="check every file against its checksum")
     options = parser.parse_args(arguments)
@@ -93,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     stream = TokenStream(options.folder)
     console.print(table(stream))
     tokens = document(stream, options.document)
-    tokenizer = load_tokenizer(stream.folder / "tokenizer")
+    tokenizer = load_tokenizer(stream.folder / "tokenizer", stream.manifest.eos_id)
     shown = tokens[:SHOWN_TOKENS].tolist()
     pieces = Text()
     for index, token in enumerate(shown):

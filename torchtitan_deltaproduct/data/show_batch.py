@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from rich.console import Console
 from rich.text import Text
 
+from torchtitan_deltaproduct.arguments import path
 from torchtitan_deltaproduct.config.snapshots import read_snapshot
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, exit_on_user_error
 
@@ -39,7 +40,9 @@ def global_batch(run: Path, step: int):
     snapshot = read_snapshot(run / "config.json")
     if snapshot is None:
         raise CheckpointError(f"{run} has no config.json; expected the dump_folder of a run that was started")
-    config, samples = snapshot["config"], snapshot["derived"]["global_batch_size"]
+    config, samples = snapshot["config"], snapshot.get("derived", {}).get("global_batch_size")
+    if samples is None:
+        raise CheckpointError(f"{run} holds imported weights: it has no steps of its own to show")
     if config["data"]["kind"] == "streaming":
         raise ConfigError(f"{run} streams its data: a step cannot be reached without reading all before it")
     if not step >= 1:
@@ -58,12 +61,12 @@ def global_batch(run: Path, step: int):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="show_batch", description=__doc__.split("\n")[0])
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("run", metavar="RUN", type=path, help="run folder")
     parser.add_argument("--step", type=int, required=True, metavar="S", help="step, as the log names it")
     parser.add_argument("--rows", type=int, nargs="+", metavar="R", help="rows of the batch (default: all)")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="shown of each (default: %(default)s)")
     options = parser.parse_args(arguments)
-    loader, first, inputs, labels = global_batch(options.run, options.step)
+    loader, first, inputs, labels = global_batch(Path(options.run), options.step)
     rows = range(len(labels)) if options.rows is None else options.rows
     if wrong := [row for row in rows if not 0 <= row < len(labels)]:
         raise ConfigError(f"--rows {wrong[0]}: the batch has rows 0 to {len(labels) - 1}")

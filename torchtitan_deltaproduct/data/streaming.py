@@ -6,7 +6,7 @@
     dataset_config = "sample-10BT"
     shuffle_buffer = 1000                  # documents shuffled among themselves; 0: file order
 
-    1 documents   rows of the dataset      in blocks of `shuffle_buffer`, permuted
+    1 documents   rows of the dataset      in blocks of `shuffle_buffer`, permuted; unreadable ones counted and left out
     2 chunks      256 documents            tokenised together, a separator after each; resuming begins here
     3 windows     [i*T - 1, (i+1)*T)       sample i, as for prepared data
 
@@ -28,11 +28,13 @@ import torch
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
+from . import separator_id
 from .loader import Batch, Geometry, Loader
 from .order import Permutation
 from .packing import read_window
-from .text_sources import open_dataset
-from .tokenizer import Tokenizer, find_eos_id, load_tokenizer, tokenizer_sha256
+from .text_sources import BadRecord, Document
+from .text_streams import open_records
+from .tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,6 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> "StreamingLoader":
     """The loader of `[data] kind = "streaming"`."""
     if not data.dataset:
         raise ConfigError('data.dataset is empty: name the dataset that data.kind = "streaming" reads')
-    if not tokenizer_path:
-        raise ConfigError("model.hf_assets_path is empty: streaming needs a folder with tokenizer.json")
     if data.num_workers > 1:
         raise ConfigError(
             f"data.num_workers is {data.num_workers}: streaming reads one stream, so it takes 0 or 1 worker"
@@ -62,6 +62,7 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> "StreamingLoader":
         seq_len=geometry.seq_len,
         reset=data.reset_state_at_documents,
         tokenizer_path=tokenizer_path,
+        eos_id=separator_id(data, tokenizer_path),
     )
     return StreamingLoader(source, geometry, data.num_workers, data.prefetch_factor)
 
@@ -75,11 +76,13 @@ class Position(NamedTuple):
     block: int = 0
     """Index of its block in the epoch."""
     dataset: dict | None = None
-    """State of the `datasets` iterator at the start of the block; None: at the start."""
+    """State of the records at the start of the block; None: at the start."""
     documents: int = 0
-    """Of the block before the chunk."""
+    """Records of the block before the chunk."""
     skipped: int = 0
-    """Rows without text so far."""
+    """Rows so far that could not be read."""
+    bad: str = ""
+    """The last of them, and why."""
 
 
 class Chunk(NamedTuple):
@@ -103,17 +106,17 @@ class StreamingSource:
         seq_len: window length in tokens.
         reset: adds `document_starts` to the batch.
         tokenizer_path: folder with tokenizer.json.
+        eos_id: separator between documents.
     """
 
     def __init__(
-        self, *, dataset, config, split, field, shuffle_buffer, seed, seq_len, reset, tokenizer_path
+        self, *, dataset, config, split, field, shuffle_buffer, seed, seq_len, reset, tokenizer_path, eos_id
     ):
         self.dataset, self.config, self.split, self.field = dataset, config, split, field
         self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self.seq_len, self.reset = seq_len, reset
-        self.tokenizer_path = tokenizer_path
+        self.tokenizer_path, self.eos_id = tokenizer_path, eos_id
         self.vocab_size = load_tokenizer(tokenizer_path).vocab_size
-        self.eos_id = find_eos_id(tokenizer_path)
 
     def order(self) -> dict[str, object]:
         """All that decides which tokens sample i has, as far as the name of a dataset decides its rows."""
@@ -138,42 +141,40 @@ class StreamingSource:
 
     def chunks(self, start: Position) -> Iterator[Chunk]:
         """The stream from `start` on, epoch after epoch."""
-        tokenizer = load_tokenizer(self.tokenizer_path)
-        dataset = open_dataset(self.dataset, self.config, self.split, streaming=True)
+        tokenizer = load_tokenizer(self.tokenizer_path, self.eos_id)
+        records = open_records(self.dataset, self.config, self.split, self.field)
         position = start
         while True:
-            dataset.load_state_dict(position.dataset)
-            rows, first = iter(dataset), position
+            records.load_state_dict(position.dataset)
+            rows, first = iter(records), position
             while block := list(islice(rows, self.shuffle_buffer or CHUNK)):
-                after = dataset.state_dict()
+                after = records.state_dict()
                 for chunk in self._chunks_of_block(block, position, tokenizer):
                     yield chunk
                     tokens = chunk.position.tokens + len(chunk.tokens)
                     position = chunk.position._replace(tokens=tokens)
-                missing = sum(not isinstance(row.get(self.field), str) for row in block)
+                bad = [record for record in block if isinstance(record, BadRecord)]
                 position = position._replace(
-                    block=position.block + 1, dataset=after, documents=0, skipped=position.skipped + missing
-                )
+                    block=position.block + 1, dataset=after, documents=0, skipped=position.skipped + len(bad),
+                    bad=str(bad[-1]) if bad else position.bad,
+                )  # fmt: skip
             if position.tokens == first.tokens and first.block == first.documents == 0:
-                raise DataError(f"The dataset {self.dataset!r}, split {self.split!r}, has no text in it.")
+                why = f"; {position.skipped:,} rows cannot be read, such as {position.bad}" if position.bad else "."
+                raise DataError(f"The dataset {self.dataset!r}, split {self.split!r}, has no text in it{why}")
             logger.warning("data: epoch %d of %s is over, starting again", position.epoch + 1, self.dataset)
             position = position._replace(epoch=position.epoch + 1, block=0, dataset=None)
 
-    def _chunks_of_block(self, block: list[dict], start: Position, tokenizer: Tokenizer) -> Iterator[Chunk]:
-        """The chunks from document `start.documents` of the block on."""
-        if self.field not in block[0]:
-            raise DataError(
-                f"The dataset {self.dataset!r} has no column {self.field!r}; it has: {', '.join(block[0])}.\n"
-                "Name one with data.text_field."
-            )
-        texts = [row[self.field] for row in block]
+    def _chunks_of_block(
+        self, block: list[Document | BadRecord], start: Position, tokenizer: Tokenizer
+    ) -> Iterator[Chunk]:
+        """The chunks from record `start.documents` of the block on."""
         if self.shuffle_buffer:
-            order = Permutation(len(texts), self.seed, start.epoch, start.block)(np.arange(len(texts)))
-            texts = [texts[i] for i in order.tolist()]
+            order = Permutation(len(block), self.seed, start.epoch, start.block)(np.arange(len(block)))
+            block = [block[i] for i in order.tolist()]
         position = start
-        for first in range(start.documents, len(texts), CHUNK):
+        for first in range(start.documents, len(block), CHUNK):
             position = position._replace(documents=first)
-            some = [text for text in texts[first : first + CHUNK] if isinstance(text, str)]
+            some = [record.text for record in block[first : first + CHUNK] if isinstance(record, Document)]
             documents = [[*ids, self.eos_id] for ids in tokenizer.encode_batch(some) if ids]
             lengths = [len(document) for document in documents]
             tokens = np.fromiter(chain.from_iterable(documents), np.int64, sum(lengths))
@@ -258,7 +259,8 @@ class StreamingLoader(Loader):
         for batch, position in self._wrap(stream):
             self.sample += self.geometry.micro_batch
             if position.skipped > self.position.skipped:
-                logger.warning("data: %d rows of %s have no text", position.skipped, self.source.dataset)
+                logger.warning("data: %d rows of %s cannot be read and are left out, such as %s",
+                               position.skipped, self.source.dataset, position.bad)  # fmt: skip
             self.position = position
             yield batch
 

@@ -1,8 +1,8 @@
 """Where text comes from: files, folders and `datasets`, cut into units that are read independently.
 
     a.txt, b.py, ...              text: one document a file               unit: some files
-    *.jsonl, *.ndjson, *.json     one JSON object a line (also .gz)       unit: a range of bytes (.gz: all)
-    *.parquet                     one document a row                      unit: a range of row groups
+    *.jsonl, *.json, ...          one JSON object a line (also .gz)       unit: a range of bytes (.gz: all)
+    *.parquet, *.parq, *.pq       one document a row                      unit: a range of row groups
     a name or path of `datasets`  one document a row                      unit: a range of rows
 
     units = plan_units(["corpus/"], field="text", unit_bytes=1 << 26)
@@ -14,18 +14,31 @@ share them.
 
 import gzip
 import json
+import logging
+import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-UNREADABLE = (".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".arrow")
+logger = logging.getLogger(__name__)
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".jl")
+SUFFIXES = dict.fromkeys(JSON_SUFFIXES, "json") | dict.fromkeys((".parquet", ".parq", ".pq"), "parquet")
+"""What is in a file, by the end of its name in lower case; all else is text."""
+UNREADABLE = (".zst", ".zstd", ".lz4", ".xz", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".arrow", ".feather")
+OF_MANY = re.compile(r"-\d+-of-\d+$")
+"""What `datasets` and others put behind the name of one file of several: `train.jsonl-00000-of-00002`."""
 UTF8_BOM = b"\xef\xbb\xbf"
+UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 ROWS_AT_ONCE = 256
+READ_ERRORS = (OSError, EOFError, zlib.error)
+"""What reading a damaged .gz can raise."""
 
 
 class Document(NamedTuple):
@@ -65,6 +78,15 @@ class Unit:
     field: str
 
 
+def kind_of(path: str | Path) -> tuple[str, bool]:
+    """What is in a file, by its name alone: `text`, `json`, `parquet` or `unreadable`; and whether it is a .gz."""
+    name = OF_MANY.sub("", Path(path).name.lower())
+    packed = name.endswith(".gz")
+    suffix = Path(OF_MANY.sub("", name.removesuffix(".gz"))).suffix
+    kind = SUFFIXES.get(suffix, "unreadable" if suffix in UNREADABLE else "text")
+    return "unreadable" if packed and kind == "parquet" else kind, packed
+
+
 def list_files(inputs: Iterable[str | Path]) -> list[Path]:
     """The input files: folders are searched for everything that is not hidden, in sorted order.
 
@@ -76,20 +98,55 @@ def list_files(inputs: Iterable[str | Path]) -> list[Path]:
         if given.is_file():
             found = [given]
         elif given.is_dir():
-            inner = (path for path in sorted(given.rglob("*")) if path.is_file())
-            found = [p for p in inner if not any(part.startswith(".") for part in p.relative_to(given).parts)]
+            found = _files_below(given)
         else:
             raise DataError(f"There is no file or folder {given}.\nCheck the path.")
         if not found:
             raise DataError(f"The folder {given} has no files in it.\nCheck the path.")
         files += found
     for file in files:
-        if file.suffix in UNREADABLE:
+        if kind_of(file)[0] == "unreadable":
             raise DataError(
                 f"{file} is of a kind that is not read here.\n"
                 "Give text, JSON lines (also .gz) or Parquet; unpack archives first; of Arrow name the folder."
             )
     return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files of a folder; links to folders are followed, and each folder is read once, whatever leads to it."""
+    found, seen, todo = [], set(), [str(folder)]
+    for start in todo:
+        for root, folders, names in os.walk(start):
+            status = os.stat(root)
+            if (status.st_dev, status.st_ino) in seen:
+                logger.warning("%s is a link to a folder that is read already: left out", root)
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            # What `os.walk` lists, but does not enter.
+            todo += [inner for name in folders if os.path.islink(inner := os.path.join(root, name))]
+            for path in (Path(root, name) for name in names if not name.startswith(".")):
+                if path.is_file():
+                    found.append(path)
+                else:
+                    logger.warning("%s is no file, or a link to none: left out", path)
+    return sorted(found)
+
+
+@lru_cache
+def _warn_of_json(file: Path, packed: bool) -> None:
+    """Says so once if a file that its name makes text begins like JSON lines."""
+    try:
+        with (gzip.open if packed else open)(file, "rb") as stream:
+            line = stream.readline(1 << 16).removeprefix(UTF8_BOM).strip()
+        is_json = line.startswith(b"{") and isinstance(json.loads(line), dict)
+    except (*READ_ERRORS, ValueError, RecursionError):
+        return
+    if is_json:
+        logger.warning("%s begins like JSON lines and is read as plain text; a name in %s makes it JSON lines",
+                       file, ", ".join(JSON_SUFFIXES))  # fmt: skip
 
 
 def plan_units(inputs: Iterable[str | Path], field: str, unit_bytes: int) -> list[Unit]:
@@ -99,21 +156,22 @@ def plan_units(inputs: Iterable[str | Path], field: str, unit_bytes: int) -> lis
     gathered = 0
     for file in list_files(inputs):
         name, size = str(file), file.stat().st_size
-        plain = file.with_suffix("") if file.suffix == ".gz" else file
-        if plain.suffix not in (*JSON_SUFFIXES, ".parquet"):
+        kind, packed = kind_of(file)
+        if kind == "text":
+            _warn_of_json(file, packed)
             texts.append((name, size))
             gathered += size
             if gathered < unit_bytes:
                 continue
         units += _text_unit(texts)
         gathered = 0
-        if plain.suffix in JSON_SUFFIXES and file.suffix == ".gz":
+        if kind == "json" and packed:
             units.append(Unit("json", (name,), 0, -1, size, field))
-        elif plain.suffix in JSON_SUFFIXES:
+        elif kind == "json":
             for start in range(0, size, unit_bytes):
                 stop = min(start + unit_bytes, size)
                 units.append(Unit("json", (name,), start, stop, stop - start, field))
-        elif plain.suffix == ".parquet":
+        elif kind == "parquet":
             units += _parquet_units(file, field, unit_bytes)
     return units + _text_unit(texts)
 
@@ -122,7 +180,7 @@ def plan_dataset_units(name: str, config: str, split: str, field: str, unit_rows
     """Cuts a dataset of the hub, or a local one that `datasets` can read, into ranges of rows."""
     dataset = open_dataset(name, config, split, streaming=False)
     if field not in dataset.column_names:
-        raise DataError(_no_field(f"dataset {name}", field, dataset.column_names))
+        raise DataError(no_field(f"dataset {name}", field, dataset.column_names))
     row_bytes = max(1, (dataset.data.nbytes if dataset.data is not None else 0) // max(1, len(dataset)))
     return [
         Unit("dataset", (name, config, split), a, b, (b - a) * row_bytes, field)
@@ -137,21 +195,16 @@ def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
     return readers[unit.kind](unit)
 
 
-def stream_dataset(name: str, config: str, split: str, field: str) -> Iterator[Document | BadRecord]:
-    """The rows of a dataset of `open_dataset` in order, downloaded as they are read.
+def is_saved_dataset(path: str | Path) -> bool:
+    """Whether a folder was written by `save_to_disk` of `datasets`."""
+    return any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json"))
 
-    Raises:
-        DataError: it cannot be opened or read on, or has no column `field`.
-    """
-    import datasets
 
-    try:
-        for number, row in enumerate(open_dataset(name, config, split, streaming=True)):
-            if field not in row:
-                raise DataError(_no_field(f"dataset {name}", field, list(row)))
-            yield from _rows([row[field]], name, number, field)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"dataset {name} cannot be read on: {error}") from None
+def check_no_split(name: str, split: str, config: str = "") -> None:
+    """Raises ConfigError if a split or configuration is asked of local data, which has none."""
+    if split != "train" or config:
+        asked = f"configuration {config!r}" if config else f"split {split!r}"
+        raise ConfigError(f"{asked} of {name}: only a dataset of `datasets` has that; name the files to be read")
 
 
 def open_dataset(name: str, config: str, split: str, streaming: bool):
@@ -166,23 +219,27 @@ def open_dataset(name: str, config: str, split: str, streaming: bool):
     """
     import datasets
 
-    builders = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
     path = Path(name)
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if is_saved_dataset(path):
             found = datasets.load_from_disk(name)
-            found = found[split] if isinstance(found, datasets.DatasetDict) else found
+            if isinstance(found, datasets.DatasetDict):
+                if split not in found:
+                    raise DataError(f"{name} has no split {split!r}; it has: {', '.join(found)}.")
+                found = found[split]
+            else:
+                check_no_split(name, split)
             return found.to_iterable_dataset() if streaming else found
         if path.is_file():
-            plain = path.with_suffix("") if path.suffix == ".gz" else path
-            if plain.suffix not in builders:
+            kind, _ = kind_of(path)
+            if kind == "unreadable" or (kind == "text" and ".txt" not in path.name.lower()):
                 raise DataError(
-                    f"{name} is not a data file that can be read: expected {', '.join(builders)}."
+                    f"{name} is not a data file that can be read: expected .txt, {', '.join(SUFFIXES)}."
                 )
-            kind = builders[plain.suffix]
-            return datasets.load_dataset(kind, data_files=[name], split="train", streaming=streaming)
+            check_no_split(name, "train", config)
+            return datasets.load_dataset(kind, data_files=[name], split=split, streaming=streaming)
         return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"The dataset {name!r} (configuration {config or 'default'!r}, split {split!r}) "
@@ -204,7 +261,7 @@ def _parquet_units(file: Path, field: str, unit_bytes: int) -> list[Unit]:
     parquet = _open_parquet(str(file))
     column_names = parquet.schema_arrow.names
     if field not in column_names:
-        raise DataError(_no_field(str(file), field, column_names))
+        raise DataError(no_field(str(file), field, column_names))
     metadata = parquet.metadata
     groups = [metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups)]
     units, start = [], 0
@@ -226,19 +283,22 @@ def _open_parquet(name: str):
         raise DataError(f"{name} cannot be read as Parquet ({error}).\nRemove it or copy it again.") from None
 
 
-def _no_field(where: str, field: str, columns: list[str]) -> str:
+def no_field(where: str, field: str, columns: list[str]) -> str:
     return f"{where} has no column {field!r}; it has: {', '.join(columns)}.\nName one with --text-field."
 
 
 def _read_texts(unit: Unit) -> Iterator[Document | BadRecord]:
     for name in unit.paths:
         raw = Path(name).read_bytes()
-        if name.endswith(".gz"):
+        if kind_of(name)[1]:
             try:
                 raw = gzip.decompress(raw)
-            except (OSError, EOFError) as error:
+            except READ_ERRORS as error:
                 yield BadRecord(name, "line 1", f"damaged gzip ({error})")
                 continue
+        if raw.startswith(UTF16_BOMS) or raw.count(0) > len(raw) // 8:
+            yield BadRecord(name, "line 1", "UTF-16 text, or no text at all; expected UTF-8")
+            continue
         raw = raw.removeprefix(UTF8_BOM)
         try:
             yield Document(raw.decode(), name)
@@ -250,7 +310,7 @@ def _read_texts(unit: Unit) -> Iterator[Document | BadRecord]:
 def _read_json(unit: Unit) -> Iterator[Document | BadRecord]:
     """Lines that begin in [start, stop). Line numbers are found by counting only when one has to be named."""
     name, before = unit.paths[0], None
-    for number, line in enumerate(_lines(unit), start=1):
+    for number, line in enumerate(lines_of(unit), start=1):
         if isinstance(line, BadRecord):
             yield line
             return
@@ -262,7 +322,8 @@ def _read_json(unit: Unit) -> Iterator[Document | BadRecord]:
             yield BadRecord(name, f"line {before + number}", reason)
 
 
-def _lines(unit: Unit) -> Iterator[bytes | BadRecord]:
+def lines_of(unit: Unit) -> Iterator[bytes | BadRecord]:
+    """The lines that begin in a unit of JSON; a BadRecord where a .gz is damaged."""
     name = unit.paths[0]
     if unit.stop == -1:
         number = 0
@@ -270,7 +331,7 @@ def _lines(unit: Unit) -> Iterator[bytes | BadRecord]:
             with gzip.open(name) as file:
                 for number, line in enumerate(file, start=1):  # noqa: B007 (used below)
                     yield line
-        except (OSError, EOFError) as error:
+        except READ_ERRORS as error:
             yield BadRecord(name, f"line {number + 1}", f"damaged gzip, the rest is lost ({error})")
         return
     with open(name, "rb") as file:
@@ -337,8 +398,9 @@ def _read_parquet(unit: Unit) -> Iterator[Document | BadRecord]:
     )
     try:
         for batch in batches:
-            values = _column_values(batch.column(0))
-            yield from _rows(values, name, row, unit.field)
+            # Of the column `doc.text` and a field `text` of `doc`, which come together, it is the column.
+            values = _column_values(batch.column(unit.field))
+            yield from checked_rows(values, name, row, unit.field)
             row += len(values)
     except (OSError, pyarrow.ArrowInvalid) as error:
         yield BadRecord(
@@ -348,6 +410,11 @@ def _read_parquet(unit: Unit) -> Iterator[Document | BadRecord]:
 
 def _column_values(column) -> list:
     """Python values of an Arrow column; where a string is not UTF-8, all strings stay bytes."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        values = _column_values(column.dictionary)
+        return [None if index is None else values[index] for index in column.indices.to_pylist()]
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -359,7 +426,7 @@ def _read_dataset(unit: Unit) -> Iterator[Document | BadRecord]:
     dataset = _cached_dataset(name, config, split)
     for row in range(unit.start, unit.stop, ROWS_AT_ONCE):
         values = dataset[row : min(row + ROWS_AT_ONCE, unit.stop)][unit.field]
-        yield from _rows(values, name, row, unit.field)
+        yield from checked_rows(values, name, row, unit.field)
 
 
 @lru_cache(maxsize=1)
@@ -367,7 +434,7 @@ def _cached_dataset(name: str, config: str, split: str):
     return open_dataset(name, config, split, streaming=False)
 
 
-def _rows(values: Iterable, name: str, first: int, field: str) -> Iterator[Document | BadRecord]:
+def checked_rows(values: Iterable, name: str, first: int, field: str) -> Iterator[Document | BadRecord]:
     for row, value in enumerate(values, start=first + 1):
         text, reason = _checked(value, field)
         yield BadRecord(name, f"row {row}", reason) if reason else Document(text, name)

@@ -42,7 +42,9 @@ class Job:
         eos_id: token after every document.
         dtype: of the shards.
         validation_fraction: share of documents in the part `validation`; 0: there is one part, named "".
-        split_by: `document` or `file`.
+        split_by: `document`, `file` or `token`.
+        validation_from: number of the first unit of `--validation-input`; None: there is none.
+        surely: the largest draw that is held out in any case (`prepare.hold_out_one`).
     """
 
     out: str
@@ -52,18 +54,42 @@ class Job:
     dtype: str
     validation_fraction: float
     split_by: str
+    validation_from: int | None = None
+    surely: float = -1.0
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return ("train", "validation") if self.validation_fraction else ("",)
+        return ("train", "validation") if self.splits else ("",)
 
-    def part_of(self, document: Document) -> str:
-        """Drawn by a hash: of the text, so that copies of a document are on one side, or of the file name."""
+    @property
+    def splits(self) -> bool:
+        """Whether there is a part that is held out."""
+        return bool(self.validation_fraction) or self.validation_from is not None
+
+    def draw(self, document: Document) -> float:
+        """In [0, 1), by a hash: of the text, so that copies of a document are on one side, or of the file name."""
+        basis = os.fsencode(document.origin) if self.split_by == "file" else document.text.encode()
+        return int.from_bytes(blake2b(basis, digest_size=8).digest(), "little") / 2**64
+
+    def pieces(self, document: Document, unit: int) -> list[tuple[str, str]]:
+        """The part that a document goes to and its text, or two parts and the two texts that it is cut into."""
+        if self.validation_from is not None:
+            return [("train" if unit < self.validation_from else "validation", document.text)]
         if not self.validation_fraction:
-            return ""
-        basis = document.origin if self.split_by == "file" else document.text
-        draw = int.from_bytes(blake2b(basis.encode(), digest_size=8).digest(), "little") / 2**64
-        return "validation" if draw < self.validation_fraction else "train"
+            return [("", document.text)]
+        if self.split_by == "token":
+            cut = tail_start(document.text, self.validation_fraction)
+            return [("train", document.text[:cut]), ("validation", document.text[cut:])]
+        draw = self.draw(document)
+        held_out = draw < self.validation_fraction or draw <= self.surely
+        return [("validation" if held_out else "train", document.text)]
+
+
+def tail_start(text: str, fraction: float) -> int:
+    """Where the last `fraction` of a text begins: with a line, unless the nearest one would double the tail."""
+    cut = round(len(text) * (1 - fraction))
+    line = text.rfind("\n", 0, cut) + 1
+    return line if len(text) - line <= 2 * (len(text) - cut) else cut
 
 
 class Stopped(Exception):
@@ -155,7 +181,7 @@ def _start_worker(job: Job, max_bad_records: int, messages, stop) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _worker.update(job=job, limit=max_bad_records, messages=messages, stop=stop)
-    _worker["tokenizer"] = load_tokenizer(job.tokenizer)
+    _worker["tokenizer"] = load_tokenizer(job.tokenizer, job.eos_id)
 
 
 def _die_with_parent() -> None:
@@ -188,27 +214,34 @@ def tokenize_unit(
     """Tokenises one unit into a shard for each part, and writes its record.
 
     Returns:
-        `{"shards": {part: shard or None}, "empty": count, "bad": [[file, position, reason], ...]}`.
+        `{"shards": {part: shard or None}, "empty": count, "bad": [[file, position, reason], ...], "unknown": tokens,
+        "separators": documents with the separator in their text, "least": smallest draw of a document}`.
     """
     writers = {
         part: ShardWriter(Path(job.out, part), f"shards/{number:05d}", job.dtype) for part in job.parts
     }
     bad: list[BadRecord] = []
-    empty = read_bytes = 0
+    empty = read_bytes = unknown = separators = 0
+    least = 1.0
     try:
         for documents in _batches(read_unit(unit), bad):
             if len(bad) > max_bad_records:
                 raise too_many_bad([list(entry) for entry in bad], max_bad_records)
-            texts = [document.text for document in documents]
+            pieces = [piece for document in documents for piece in job.pieces(document, number)]
             tokens = 0
-            for document, ids in zip(documents, tokenizer.encode_batch(texts), strict=True):
-                size = len(document.text.encode())
+            for (part, text), ids in zip(pieces, tokenizer.encode_batch([text for _, text in pieces]), strict=True):
+                size = len(text.encode())
                 read_bytes += size
                 tokens += len(ids)
+                unknown += ids.count(tokenizer.unknown_id)
+                separators += job.eos_id in ids
                 if ids:
-                    writers[job.part_of(document)].add([*ids, job.eos_id], size)
+                    writers[part].add([*ids, job.eos_id], size)
                 else:
-                    empty += 1
+                    # A short document may have no tail.
+                    empty += job.split_by != "token" or part == "train"
+            if job.validation_fraction and job.split_by != "token":
+                least = min([least, *(job.draw(document) for document in documents if document.text)])
             report(read_bytes, tokens)
         shards = {part: writer.close() for part, writer in writers.items()}
     except BaseException:
@@ -219,6 +252,9 @@ def tokenize_unit(
         "shards": {part: asdict(shard) if shard else None for part, shard in shards.items()},
         "empty": empty,
         "bad": [list(entry) for entry in bad],
+        "unknown": unknown,
+        "separators": separators,
+        "least": least,
     }
     write_atomically(Path(job.work, f"{number:05d}.json"), json.dumps(record))
     report(-1, 0)

@@ -3,9 +3,10 @@
     tokenizer = load_tokenizer("data/tokenizer")
     ids = tokenizer.encode_batch(["def f(): pass"])          # lists of ids, no special tokens added
     eos = find_eos_id("data/tokenizer")                       # the separator between documents
-    token_bytes("data/tokenizer", tokenizer.vocab_size)       # for bits per byte
+    copy_tokenizer("data/tokenizer", "outputs/run/tokenizer", eos)      # a copy that names this separator as its own
+    token_bytes("data/tokenizer", tokenizer.vocab_size, eos)  # for bits per byte
 
-Text that happens to spell a special token is encoded as text: only `prepare` and `streaming` write
+Text that happens to spell a special token, or the separator, is encoded as text: only `prepare` and `streaming` write
 separators.
 """
 
@@ -16,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as HfTokenizer
 
 from torchtitan_deltaproduct.errors import DataError
@@ -30,30 +32,36 @@ COMPANIONS = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+# Those that name the separator, the one that counts first.
+NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 # Names of the separator, tried in this order when no configuration file names it.
 USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>")
 
 
 class Tokenizer:
-    """The library's tokenizer with special tokens in text switched off.
+    """The library's tokenizer with special tokens in text switched off, and the separator too.
 
     Args:
         path: folder with tokenizer.json.
+        eos_id: the separator; None: the one that the folder names, if it names one.
+
+    Attributes:
+        vocab_size: one more than the largest id.
+        unknown_id: of the token that stands for text the vocabulary cannot write; None if there is none.
     """
 
-    def __init__(self, path: str | Path):
-        file = tokenizer_file(path)
-        try:
-            self.inner = HfTokenizer.from_file(str(file))
-        except Exception as error:
-            raise DataError(
-                f"{file} cannot be read as a tokenizer ({error}).\n"
-                "Expected the tokenizer.json of a fast tokenizer."
-            ) from None
+    def __init__(self, path: str | Path, eos_id: int | None = None):
+        self.inner = _read(path)
         self.inner.encode_special_tokens = True
         self.inner.no_truncation()
         self.inner.no_padding()
-        self.vocab_size = max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.unknown_id = _unknown_id(self.inner)
+        separator = named_eos_id(path) if eos_id is None else eos_id
+        added = self.inner.get_added_tokens_decoder().get(separator)
+        if added is not None and not added.special:
+            # An ordinary added token is cut out of the text it stands in; a special one is not (see above).
+            self.inner.add_special_tokens([AddedToken(added.content, special=True, normalized=False)])
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without separators."""
@@ -64,9 +72,27 @@ class Tokenizer:
         return self.inner.decode(ids, skip_special_tokens=False)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads the tokenizer of a folder; DataError if there is none or it is damaged."""
-    return Tokenizer(path)
+def load_tokenizer(path: str | Path, eos_id: int | None = None) -> Tokenizer:
+    """Reads the tokenizer of a folder, see `Tokenizer`; DataError if there is none or it is damaged."""
+    return Tokenizer(path, eos_id)
+
+
+def _read(path: str | Path) -> HfTokenizer:
+    file = tokenizer_file(path)
+    try:
+        # Not by the library's own reading of a path, which must be UTF-8.
+        return HfTokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(
+            f"{file} cannot be read as a tokenizer ({error}); expected the tokenizer.json of a fast tokenizer"
+        ) from None
+
+
+def _unknown_id(inner: HfTokenizer) -> int | None:
+    if isinstance(inner.model, models.Unigram):
+        return json.loads(inner.to_str())["model"]["unk_id"]
+    name = getattr(inner.model, "unk_token", None)
+    return None if name is None else inner.token_to_id(name)
 
 
 def tokenizer_file(path: str | Path) -> Path:
@@ -85,50 +111,100 @@ def tokenizer_sha256(path: str | Path) -> str:
     return hashlib.sha256(tokenizer_file(path).read_bytes()).hexdigest()
 
 
-def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copies tokenizer.json and its companions into the folder `target`; tokenizer.json comes last."""
+def copy_tokenizer(source: str | Path, target: str | Path, eos_id: int | None = None) -> None:
+    """Copies tokenizer.json and its companions into the folder `target`; tokenizer.json comes last.
+
+    Args:
+        source: folder with tokenizer.json.
+        target: folder, made if need be.
+        eos_id: the separator, which the copy then names as its `eos_token` whatever `source` names.
+
+    Raises:
+        DataError: the tokenizer has no token `eos_id`, or cannot be read.
+    """
+    name = ""
+    if eos_id is not None and named_eos_id(source) != eos_id:
+        name = _read(source).id_to_token(eos_id)
+        if name is None:
+            raise DataError(f"the tokenizer in {source} has no token {eos_id}, the separator of the model or data")
     Path(target).mkdir(parents=True, exist_ok=True)
-    for name in (*COMPANIONS, "tokenizer.json"):
-        if Path(source, name).is_file():
-            shutil.copyfile(Path(source, name), Path(target, name))
+    for file in (*COMPANIONS, "tokenizer.json"):
+        if name and file in NAMING:
+            known = _read_names(Path(source, file))
+            if known or file == NAMING[0]:
+                named = {"tokenizer_class": "PreTrainedTokenizerFast"} | known | {"eos_token": name}
+                Path(target, file).write_text(json.dumps(named, indent=1) + "\n", encoding="utf-8")
+        elif Path(source, file).is_file():
+            shutil.copyfile(Path(source, file), Path(target, file))
 
 
-def find_eos_id(path: str | Path, eos: str = "") -> int:
+def same_tokenizer(source: str | Path, target: str | Path, eos_id: int | None) -> bool:
+    """Whether `target` holds all that `copy_tokenizer` would make of `source`."""
+    try:
+        return tokenizer_sha256(source) == tokenizer_sha256(target) and eos_id in (None, named_eos_id(target))
+    except DataError:
+        return False
+
+
+def find_eos_id(path: str | Path, eos: str = "", option: str = "--eos TOKEN") -> int:
     """Id of the token that separates documents.
 
     Args:
         path: folder with tokenizer.json.
-        eos: the token's text; empty takes `eos_token` of tokenizer_config.json or special_tokens_map.json,
-            else the first of `USUAL_EOS` that is a special token.
+        eos: the token's text; empty takes the one that the folder names (`named_eos_id`), else the first of
+            `USUAL_EOS` that is a special token.
+        option: what a user can set, for messages.
     """
-    inner = HfTokenizer.from_file(str(tokenizer_file(path)))
+    inner = _read(path)
     special = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]
     shown = ", ".join(special[:8]) or "none"
-    name = eos or _configured_eos(Path(path)) or next((name for name in USUAL_EOS if name in special), "")
+    name = eos or _named_eos(Path(path)) or next((name for name in USUAL_EOS if name in special), "")
     if not name:
         raise DataError(
             f"The tokenizer in {path} names no end-of-text token; its special tokens: {shown}.\n"
-            "Name one with --eos TOKEN."
+            f"Name one with {option}."
         )
     found = inner.token_to_id(name)
     if found is None:
         raise DataError(
             f"The tokenizer in {path} has no token {name!r}; its special tokens: {shown}.\n"
-            "Name one of them with --eos TOKEN."
+            f"Name one of them with {option}."
         )
     return found
 
 
-def _configured_eos(folder: Path) -> str:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            try:
-                token = json.loads((folder / name).read_text()).get("eos_token")
-            except ValueError as error:
-                raise DataError(f"{folder / name} is not valid JSON ({error}).") from None
-            if token:
-                return token["content"] if isinstance(token, dict) else token
+def named_eos_id(path: str | Path) -> int | None:
+    """Id of the `eos_token` that the folder's configuration names; None if it names none, or one that does not exist.
+
+    Raises:
+        DataError: the folder has no tokenizer.json, or a file in it is damaged.
+    """
+    name = _named_eos(Path(path))
+    return _read(path).token_to_id(name) if name else None
+
+
+def _named_eos(folder: Path) -> str:
+    for name in NAMING:
+        token = _read_names(folder / name).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token and not isinstance(token, str):
+            raise DataError(f"{folder / name} has an eos_token of type {type(token).__name__}; expected a token's text")
+        if token:
+            return token
     return ""
+
+
+def _read_names(file: Path) -> dict:
+    """What a configuration file of a tokenizer says; nothing if there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        names = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not valid JSON ({error}); copy the tokenizer again") from None
+    if not isinstance(names, dict):
+        raise DataError(f"{file} holds a JSON {type(names).__name__}; expected an object with eos_token")
+    return names
 
 
 @lru_cache(maxsize=1)
@@ -139,20 +215,22 @@ def byte_level_alphabet() -> frozenset[str]:
     return frozenset(ByteLevel.alphabet())
 
 
-def token_bytes(path: str | Path, vocab_size: int) -> np.ndarray:
-    """UTF-8 bytes that each token stands for: [vocab_size] int32; special tokens count 0.
+def token_bytes(path: str | Path, vocab_size: int, eos_id: int | None = None) -> np.ndarray:
+    """UTF-8 bytes that each token stands for: [vocab_size] int32; special tokens and the separator count 0.
 
-    Exact for byte-level vocabularies (GPT-2, Llama 3, Qwen, ours), and for SentencePiece ones with byte
-    fallback (Llama 2, Mistral) up to the one space that they put before each document.
+    Exact for byte-level vocabularies without a normaliser (GPT-2, Llama 3, ours), and for SentencePiece ones with byte
+    fallback (Llama 2, Mistral) up to the one space that they put before each document. Where a normaliser changes the
+    text, or unknown tokens stand for some, only the manifest knows the bytes (`validation.ValidationLoader`).
     """
-    file = tokenizer_file(path)
-    description = json.loads(file.read_text())
-    inner = HfTokenizer.from_file(str(file))
+    description = json.loads(tokenizer_file(path).read_text(encoding="utf-8"))
+    inner = _read(path)
     added = inner.get_added_tokens_decoder()
     parts = json.dumps([description.get("pre_tokenizer"), description.get("decoder")])
     byte_level = '"ByteLevel"' in parts
     table = np.zeros(vocab_size, dtype=np.int32)
     for token, index in inner.get_vocab(with_added_tokens=True).items():
+        if index == eos_id:
+            continue
         if index in added:
             table[index] = 0 if added[index].special else len(added[index].content.encode())
         elif byte_level and byte_level_alphabet().issuperset(token):

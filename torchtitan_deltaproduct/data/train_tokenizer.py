@@ -17,9 +17,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
 
-from .manifest import write_atomically
+from .manifest import make_folder, write_atomically
 from .progress import Progress
 from .text_sources import BadRecord, Unit, plan_units, read_unit
 
@@ -47,6 +48,7 @@ def train_tokenizer(
             f"--vocab-size is {vocab_size}: expected at least 257 (256 bytes and the separator)"
         )
     folder = Path(out)
+    make_folder(folder)
     units = plan_units(inputs, text_field, unit_bytes=1 << 24)
     record = {
         "inputs": inputs,
@@ -56,7 +58,7 @@ def train_tokenizer(
     }
     if (folder / "tokenizer.json").exists() and not overwrite:
         try:
-            same = json.loads((folder / RECORD).read_text()) == record
+            same = json.loads((folder / RECORD).read_text(encoding="utf-8")) == record
         except (FileNotFoundError, ValueError):
             same = False
         if not same:
@@ -98,7 +100,6 @@ def texts(units: list[Unit], progress: Progress) -> Iterator[str]:
 
 def save(tokenizer: Tokenizer, folder: Path, record: dict) -> None:
     """Writes the folder in the form that Hugging Face loads; tokenizer.json comes last."""
-    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": EOS,
@@ -120,12 +121,12 @@ def identity(units: list[Unit]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train_tokenizer", description=__doc__.split("\n")[0])
-    parser.add_argument("input", nargs="+", help="text, .jsonl(.gz) or .parquet files, or folders")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument("input", nargs="+", type=path, help="text, .jsonl(.gz) or .parquet files, or folders")
+    parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="folder to write")
     parser.add_argument(
         "--vocab-size", type=int, default=32_000, metavar="N", help="entries of the vocabulary"
     )
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="JSON field or Parquet column")
+    parser.add_argument("--text-field", default="text", type=text, metavar="NAME", help="JSON field or Parquet column")
     parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer in the folder")
     options = parser.parse_args(arguments)
     made = train_tokenizer(

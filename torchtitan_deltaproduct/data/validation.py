@@ -20,7 +20,21 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError
 from .loader import Batch
 from .packing import IGNORE, all_windows, read_window
 from .prepared import open_streams
+from .shards import TokenStream
 from .tokenizer import token_bytes
+
+COUNTED = 1 << 22
+"""Tokens counted at a time."""
+
+
+def count_tokens(stream: TokenStream) -> np.ndarray:
+    """How often each id occurs: [vocab_size] int64."""
+    counts = np.zeros(stream.manifest.vocab_size, dtype=np.int64)
+    for first in range(0, stream.tokens, COUNTED):
+        piece = np.empty(min(COUNTED, stream.tokens - first), dtype=np.int64)
+        stream.read(first, piece)
+        counts += np.bincount(piece, minlength=len(counts))
+    return counts
 
 
 class ValidationLoader:
@@ -36,7 +50,7 @@ class ValidationLoader:
         reset_state_at_documents: adds `document_starts`; as in training. It changes no label.
 
     Attributes:
-        token_bytes: [vocab_size] int32, UTF-8 bytes that each token stands for; 0 for the separator.
+        token_bytes: [vocab_size] float64, UTF-8 bytes of text that each token stands for; 0 for the separator.
         windows: stream and window index of each row of the global set, in order.
     """
 
@@ -82,7 +96,19 @@ class ValidationLoader:
 
     @cached_property
     def token_bytes(self) -> torch.Tensor:
-        return torch.from_numpy(token_bytes(self.tokenizer_path, self.vocab_size))
+        """The table of `tokenizer.token_bytes`, scaled so that all tokens of the set have the bytes of its text.
+
+        The factor is 1 for byte-level vocabularies. Where the tokenizer changes the text (Unicode normalisation,
+        unknown tokens, a space before each document) it is not, and only the manifests know the bytes that were read.
+        """
+        table = token_bytes(self.tokenizer_path, self.vocab_size, self.streams[0].manifest.eos_id)
+        counts = sum(count_tokens(stream) for stream in self.streams)
+        if not table @ counts:
+            # Nothing but unknown tokens: each has an equal share.
+            table = np.ones_like(table)
+            table[self.streams[0].manifest.eos_id] = 0
+        text_bytes = sum(stream.manifest.bytes for stream in self.streams)
+        return torch.from_numpy(table * (text_bytes / (table @ counts)))
 
     def __len__(self) -> int:
         """Batches of one pass; the same on every rank."""

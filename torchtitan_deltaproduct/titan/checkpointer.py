@@ -25,8 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from torchtitan.components import checkpoint as stock
 
 from .. import events
-from ..checkpoint.folders import CheckpointInfo, deletable, delete, inspect, scan, was_complete
-from ..checkpoint.hf import is_hf_folder
+from ..checkpoint.folders import CheckpointInfo, deletable, delete, inspect, is_hf_folder, scan, was_complete
 from ..checkpoint.load import find_checkpoint
 from ..checkpoint.marker import SAVING, ours, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader

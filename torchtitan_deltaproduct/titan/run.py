@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import re
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -25,9 +24,9 @@ from ..checkpoint.marker import checksum
 from ..config import JobConfig
 from ..config.compare import compare_configs, refuse_breaking
 from ..config.snapshots import read_snapshot, snapshot, write_snapshot
-from ..data import GENERATED
-from ..data.manifest import read_manifest
-from ..data.tokenizer import COMPANIONS, copy_tokenizer
+from ..data import GENERATED, separator_id
+from ..data.prepared import open_streams
+from ..data.tokenizer import copy_tokenizer, same_tokenizer
 from ..errors import CheckpointError, ConfigError, UserError
 from . import device
 from .lock import RunLock
@@ -95,7 +94,7 @@ def build(config: JobConfig, stopping: Stopping) -> "Trainer | None":
     owns_group = not dist.is_initialized()
     trainer = Trainer(config, snapshot, stopping)
     trainer.owns_group = owns_group
-    keep_tokenizer(Path(config.job.dump_folder, "tokenizer"), trainer.dataloader.tokenizer_path)
+    keep_tokenizer(config, trainer.dataloader.tokenizer_path, snapshot["extra"]["eos_id"])
     return trainer
 
 
@@ -177,7 +176,8 @@ def check_run_folder(config: JobConfig) -> dict | None:
         ConfigError: a change that would make the run another run, or a folder that cannot be written. DataError: data
             that is not there or damaged. CheckpointError: the newest checkpoint holds weights only.
     """
-    current = snapshot(config, {"data_identity": check_data(config)})
+    identity, eos_id = check_data(config), separator_id(config.data, config.model.hf_assets_path)
+    current = snapshot(config, {"data_identity": identity, "eos_id": eos_id})
     folder = Path(config.job.dump_folder, config.checkpoint.folder)
     if config.checkpoint.enable:
         asked = config.checkpoint.load_step
@@ -239,31 +239,20 @@ def consumes_samples(config: JobConfig, info: CheckpointInfo) -> bool:
     return info.step > 0 and not {"dataloader", "train_state"} <= set(config.checkpoint.exclude_from_loading)
 
 
-def keep_tokenizer(folder: Path, source: str) -> None:
-    """Copies the tokenizer into the run folder, which is then complete in itself; a copy that was cut short again."""
-    if os.environ["RANK"] != "0" or not source or is_whole_copy(folder, Path(source)):
-        return
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+def keep_tokenizer(config: JobConfig, source: str, eos_id: int | None) -> None:
+    """Copies the tokenizer into the run folder, which is then complete in itself, unless that was done.
+
+    Args:
+        config: of the run.
+        source: folder with the tokenizer; empty: the data have none.
+        eos_id: the separator of the training data, which the copy names.
+    """
+    folder = Path(config.job.dump_folder, "tokenizer")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        copy_tokenizer(source, unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        if os.environ["RANK"] == "0" and source and not same_tokenizer(source, folder, eos_id):
+            copy_tokenizer(source, folder, eos_id)
     except OSError as error:
         logger.warning("the tokenizer was not copied to %s: %s; the next start tries again", folder, error)
-
-
-def is_whole_copy(folder: Path, source: Path) -> bool:
-    """Whether no file of a tokenizer is missing from its copy, or is there in part, as a full disk leaves it."""
-    try:
-        for name in ("tokenizer.json", *COMPANIONS):
-            if (source / name).is_file():
-                copied, whole = (folder / name).read_bytes(), (source / name).read_bytes()
-                if len(copied) < len(whole) and whole.startswith(copied):
-                    return False
-    except OSError:
-        return False
-    return True
 
 
 def check_data(config: JobConfig) -> list[str] | None:
@@ -272,14 +261,16 @@ def check_data(config: JobConfig) -> list[str] | None:
     Generated data has the version of its generator instead: the rest of what decides it is in `[data]`.
 
     Raises:
-        DataError: a set is missing or damaged. ConfigError: `model.vocab_size` is too small for it, or generated
-            data cannot be made as `[data]` says.
+        DataError: a set is missing or damaged, or of another tokenizer or separator than the first. ConfigError:
+            `model.vocab_size` is too small for it, or generated data cannot be made as `[data]` says.
     """
     if config.data.kind in GENERATED:
         return check_generated(config)
     training = config.data.paths if config.data.kind == "prepared" else []
     validation = config.validation.paths if config.validation.enable else []
-    manifests = {path: read_manifest(path) for path in [*training, *validation]}
+    paths = [*training, *validation]
+    streams = open_streams(paths, "data.paths") if paths else []
+    manifests = dict(zip(paths, (stream.manifest for stream in streams), strict=True))
     for path, manifest in manifests.items():
         if manifest.vocab_size > config.model.vocab_size:
             raise ConfigError(

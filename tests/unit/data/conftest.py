@@ -28,6 +28,7 @@ class Config:
     dataset_config: str = ""
     split: str = "train"
     text_field: str = "text"
+    eos: str = ""
     shuffle_buffer: int = 0
     num_workers: int = 0
     prefetch_factor: int = 2

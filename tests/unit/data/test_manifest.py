@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from torchtitan_deltaproduct.data import build_loader, build_validation_loader
-from torchtitan_deltaproduct.data.manifest import read_manifest
+from torchtitan_deltaproduct.data import build_loader, build_validation_loader, verified
+from torchtitan_deltaproduct.data.manifest import read_manifest, write_manifest
 from torchtitan_deltaproduct.data.shards import TokenStream, token_dtype
 from torchtitan_deltaproduct.data.show import document, verify
 from torchtitan_deltaproduct.data.show import main as show
@@ -57,15 +58,65 @@ def test_changed_manifest(folder, damage, message):
         use(folder)
 
 
-def test_flipped_token_is_found_by_verify(folder):
-    assert verify(folder) == 6
-    shard = next(folder.glob("shards/*.bin"))
+def flip(shard):
     raw = bytearray(shard.read_bytes())
     raw[10] ^= 1
     shard.write_bytes(raw)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_flipped_token_is_found_on_first_use_and_after_every_change(folder, used):
+    assert verify(folder) == 6
+    if used:
+        use(folder)
+    shard = next(folder.glob("shards/*.bin"))
+    flip(shard)
+    for find in (use, verify, lambda path: build_validation_loader([path], seq_len=8, local_batch_size=1)):
+        with pytest.raises(DataError, match=rf"1 of 6 files differ.*{shard.name}"):
+            find(folder)
+    flip(shard)
     use(folder)
-    with pytest.raises(DataError, match=rf"1 of 6 files differ.*{shard.name}"):
-        verify(folder)
+
+
+def test_files_are_compared_once(folder, monkeypatch):
+    """By one process that finds them unchanged; a copy has other inodes and is compared anew."""
+    read = []
+
+    def counted(path, compare=verified.file_sha256):
+        read.append(path.name)
+        return compare(path)
+
+    monkeypatch.setattr(verified, "file_sha256", counted)
+    use(folder), use(folder)
+    assert len(read) == 6
+    shutil.copytree(folder, folder.with_name("copy"))
+    use(folder.with_name("copy")), use(folder.with_name("copy"))
+    assert len(read) == 12
+    shard = sorted(folder.glob("shards/*.bin"))[1]
+    shard.write_bytes(shard.read_bytes())
+    use(folder), use(folder)
+    assert read[12:] == [shard.name]
+
+
+def test_a_folder_that_cannot_be_written(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(verified.os, "access", lambda *_: False)
+    use(folder)
+    (noted,) = (tmp_path / "cache/torchtitan_deltaproduct").iterdir()
+    assert noted.name.endswith(".verified.json") and not (folder / ".verified.json").exists()
+
+
+def test_an_id_outside_the_vocabulary_is_named(tmp_path, tokenizer):
+    """A manifest that fits its files, made with another tokenizer than it says."""
+    make_set(tmp_path / "x", tokenizer, [[30], [30]])
+    manifest = read_manifest(tmp_path / "x")
+    highest = max(document(TokenStream(tmp_path / "x"), 1))
+    write_manifest(tmp_path / "x", replace(manifest, vocab_size=int(highest)))
+    loader = use(tmp_path / "x")
+    said = rf"shards/0000\d.bin holds token {highest}; the vocabulary ends at {highest - 1}"
+    with pytest.raises(DataError, match=said):
+        for _, _ in zip(range(8), loader, strict=False):
+            pass
 
 
 def test_wrong_tokenizer(folder, sets, tmp_path):

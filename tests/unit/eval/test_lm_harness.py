@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from eval import lm_harness
 from tests.toy import REPO
 from torchtitan_deltaproduct.checkpoint.load import load_model
-from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
+from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
 
 TASKS = "py_choice,py_last,py_complete,py_perplexity"
 LOCAL = ["--include_path", "tests/lm_tasks"]
@@ -63,6 +64,9 @@ def log_probability(model, tokenizer, context, continuation, separator=0):
     context, continuation = context[: len(context) - spaces], context[len(context) - spaces :] + continuation
     whole, before = tokenizer.encode(context + continuation), tokenizer.encode(context)
     start = len(before)
+    if len(whole) <= start:
+        # They are one token together; each has its own.
+        whole = before + tokenizer.encode(continuation)
     if not before:
         whole, start = [separator, *whole], 1
     p = model(torch.tensor([whole]))[0].softmax(1)
@@ -224,6 +228,7 @@ def test_generation_arguments(here, toy_run, caplog):
         lm_harness.logging.getLogger("lm_eval").propagate = True
         assert say(num_beams=4) == greedy
     assert "not supported are left out: {'num_beams': 4" in caplog.text
+    assert say(temperature=None, top_p=None, do_sample=None) == greedy
     cut = greedy[0][3:5]
     assert say(until=[cut, "never said"])[0] == greedy[0].split(cut)[0]
 
@@ -238,6 +243,49 @@ def test_separator_before_contexts(here, toy_run, model, vocabulary):
     assert marked[0][0] == pytest.approx(expected, abs=1e-4) != plain[0][0]
     assert marked[1:2] + marked[3:] == plain[1:2] + plain[3:] and plain[3] == (0.0, True)
     assert plain[2][0] == pytest.approx(log_probability(model, vocabulary, " ", "x")[0], abs=1e-4)
+
+
+def test_a_continuation_that_merges_into_the_context_has_a_probability(here, toy_run, model, vocabulary):
+    """Tokenised together the two are one token, and nothing would be left to score."""
+    before, after = next(
+        (text[:-1], text[-1]) for text in ("def", "return", "self", "import", "class")
+        if len(vocabulary.encode(text)) == len(vocabulary.encode(text[:-1]))
+    )  # fmt: skip
+    pairs = instances("loglikelihood", (before, after), (before, ""), (before, " nothing like it"))
+    ((logprob, greedy), empty, _) = harness(toy_run).loglikelihood(pairs)
+    ids = [*vocabulary.encode(before), *vocabulary.encode(after)]
+    p = model(torch.tensor([ids]))[0].log_softmax(1)
+    assert logprob == pytest.approx(p[-2, ids[-1]].item(), abs=1e-4) and logprob < -0.1
+    assert greedy is (p[-2].argmax().item() == ids[-1]) and empty == (0.0, True)
+
+
+def test_text_without_tokens_is_refused(here, toy_run, monkeypatch):
+    lm = harness(toy_run)
+    monkeypatch.setattr(type(lm.vocabulary), "encode", lambda self, text: [] if text.isspace() or not text else [5])
+    both = lm.loglikelihood, lm.loglikelihood_rolling
+    for ask, request in ((both[0], ("", " ")), (both[0], ("x", "\n")), (both[1], (" ",))):
+        with pytest.raises(DataError, match="has no tokens in .*, so it has no probability"):
+            ask(instances(ask.__name__, request))
+    assert lm.loglikelihood_rolling(instances("loglikelihood_rolling", ("",))) == [0.0]
+
+
+def test_the_cache_belongs_to_weights_and_settings(here, toy_run, tmp_path):
+    """Two models, then another step, then another setting, with one --use_cache: each has its own answers."""
+    options = ["--tasks", "py_choice", *LOCAL, "--limit", "3", "--use_cache", str(tmp_path / "cache")]
+
+    def scores(name, *words):
+        lm_harness.main([*words, *options, "--log_samples", "--output_path", str(tmp_path / name)])
+        return [sample["resps"] for sample in read(tmp_path / name).py_choice]
+
+    newest, copy = str(toy_run), shutil.copytree(toy_run, tmp_path / "copy")
+    first = scores("first", newest)
+    assert len(list(tmp_path.glob("cache*.db"))) == 1
+    step4 = scores("step4", newest, "--model_args", "step=4")
+    marked = scores("marked", newest, "--model_args", "add_bos_token=True")
+    assert len({json.dumps(found) for found in (first, step4, marked)}) == 3
+    assert len(list(tmp_path.glob("cache*.db"))) == 3
+    # The same weights elsewhere need not be asked again.
+    assert scores("again", str(copy)) == first and len(list(tmp_path.glob("cache*.db"))) == 3
 
 
 def test_partial_results_are_kept(here, toy_run, tmp_path):

@@ -1,0 +1,245 @@
+"""Inputs that once were read wrongly or ended in a traceback: suffixes, damage, separators in text, unknown tokens."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.toy import REPO
+from torchtitan_deltaproduct.data import build_loader
+from torchtitan_deltaproduct.data.manifest import read_manifest
+from torchtitan_deltaproduct.data.prepare import Settings, main, prepare
+from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data.show import document
+from torchtitan_deltaproduct.data.text_sources import kind_of, list_files, plan_units, read_unit
+from torchtitan_deltaproduct.data.tokenizer import load_tokenizer
+from torchtitan_deltaproduct.data.train_tokenizer import main as train_tokenizer
+from torchtitan_deltaproduct.errors import ConfigError, DataError
+
+from .conftest import Config, make_jsonl
+from .test_prepare import texts_of
+
+CASES = REPO.parent / "shared/cases"
+# The folder of a worktree lies elsewhere.
+CASES = CASES if CASES.is_dir() else Path("/work/shared/cases")
+needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason=f"the small inputs are not in {CASES}")
+
+
+def made(out, tokenizer, *inputs, **options):
+    how = {key: options.pop(key) for key in ("max_unknown", "max_bad_records") if key in options}
+    prepare(Settings(str(out), str(tokenizer), [str(path) for path in inputs], **options), workers=1, **how)
+    return out
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("a.jsonl", "json"), ("a.JSONL", "json"), ("a.jsonlines", "json"), ("a.jl", "json"), ("a.ndjson", "json"),
+    ("a.jsonl-00000-of-00002", "json"), ("a.JSONL.GZ", "json"), ("a.jsonl-00000-of-00002.gz", "json"),
+    ("a.jsonl.gz-00000-of-00002", "json"), ("a-00000-of-00002.parquet", "parquet"), ("a.PARQUET", "parquet"),
+    ("a.parq", "parquet"), ("a.pq", "parquet"), ("a.txt", "text"), ("a", "text"), ("a.py.gz", "text"),
+    ("a.parquet.gz", "unreadable"), ("a.JSONL.ZST", "unreadable"), ("a.tar.gz", "unreadable"),
+])  # fmt: skip
+def test_one_table_of_suffixes(name, kind):
+    assert kind_of(name) == (kind, ".gz" in name.lower())
+
+
+def test_json_lines_under_any_name(tmp_path, tokenizer):
+    lines = make_jsonl(tmp_path / "a.jsonl", 20).read_bytes()
+    expected = texts_of(made(tmp_path / "expected", tokenizer, tmp_path / "a.jsonl"))
+    for number, name in enumerate(("b.JSONL", "b.jsonlines", "b.jl", "b.jsonl-00000-of-00001")):
+        (tmp_path / name).write_bytes(lines)
+        assert texts_of(made(tmp_path / str(number), tokenizer, tmp_path / name)) == expected and len(expected) == 20
+
+
+def test_text_that_begins_like_json_is_said(tmp_path, tokenizer, caplog):
+    (tmp_path / "a.txt").write_text('{"text": "x"}\n')
+    (tmp_path / "b.txt").write_text("{ a block }\n")
+    made(tmp_path / "out", tokenizer, tmp_path / "a.txt", tmp_path / "b.txt")
+    assert [record.args[0].name for record in caplog.records] == ["a.txt"] and ".jsonl" in caplog.text
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path, caplog):
+    for name in ("in/sub/a.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/again").symlink_to(tmp_path / "in")
+    (tmp_path / "elsewhere/up").symlink_to(tmp_path)
+    (tmp_path / "in/gone.txt").symlink_to(tmp_path / "nothing")
+    found = [str(path.relative_to(tmp_path / "in")) for path in list_files([tmp_path / "in"])]
+    assert found == ["link/b.txt", "link/deep/c.txt", "sub/a.txt"]
+    assert "in/again is a link to a folder that is read already" in caplog.text
+    assert "gone.txt is no file, or a link to none" in caplog.text
+
+
+def test_splits_are_obeyed_or_refused(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    texts = [f"row {n}" for n in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "disk"))
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": texts})}).save_to_disk(str(tmp_path / "dict"))
+    with pytest.raises(ConfigError, match=r"split 'train\[:10%\]' of .*a.jsonl: only a dataset of `datasets` has that"):
+        made(tmp_path / "o", tokenizer, tmp_path / "a.jsonl", split="train[:10%]")
+    out = made(tmp_path / "rows", tokenizer, dataset=str(tmp_path / "a.jsonl"), split="train[:10%]")
+    assert texts_of(out) == texts[:3]
+    with pytest.raises(ConfigError, match=r"split 'train\[:10%\]' of .*disk"):
+        made(tmp_path / "o", tokenizer, dataset=str(tmp_path / "disk"), split="train[:10%]")
+    with pytest.raises(DataError, match="has no split 'train'; it has: test"):
+        made(tmp_path / "o", tokenizer, dataset=str(tmp_path / "dict"))
+    config = Config(kind="streaming", dataset=str(tmp_path / "a.jsonl"), split="train[:10%]")
+    sizes = {"seq_len": 8, "local_batch_size": 1, "global_batch_size": 1}
+    with pytest.raises(ConfigError, match="only a dataset of `datasets` has that"):
+        next(iter(build_loader(config, **sizes, tokenizer_path=tokenizer)))
+
+
+@needs_cases
+@pytest.mark.parametrize(("name", "documents", "bad", "reason"), [
+    ("flip.jsonl.gz", None, 1, "damaged gzip, the rest is lost"),
+    ("badutfdict.parquet", 10, 5, "invalid UTF-8"),
+    ("badline.jsonl", None, 1, "invalid JSON"),
+    ("surrogate.jsonl", 5, 1, "a lone surrogate"),
+    ("empt.jsonl", 3, 1, "is NoneType, expected text"),
+])  # fmt: skip
+def test_damage_is_counted_and_named(tmp_path, tokenizer, name, documents, bad, reason):
+    out = made(tmp_path / "out", tokenizer, CASES / name)
+    manifest = read_manifest(out)
+    assert manifest.bad_records == bad and manifest.documents >= (documents or 10)
+    assert documents in (None, manifest.documents)
+    lines = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
+    assert len(lines) == bad and all(reason in line["reason"] and line["file"].endswith(name) for line in lines)
+
+
+@needs_cases
+def test_lines_before_the_flipped_byte_are_kept(tmp_path, tokenizer):
+    (unit,) = plan_units([CASES / "flip.jsonl.gz"], "text", 1 << 20)
+    *documents, bad = read_unit(unit)
+    assert bad.position == f"line {len(documents) + 1}" and len(documents) == len({d.text for d in documents}) > 100
+    assert train_tokenizer([str(CASES / "flip.jsonl.gz"), "--out", str(tmp_path / "tok"), "--vocab-size", "300"]) == 0
+
+
+@needs_cases
+@pytest.mark.parametrize(("name", "reason"), [
+    ("array.json", "line 1: expected a JSON object, found list"), ("u16.txt", "line 1: UTF-16 text, or no text at all"),
+])  # fmt: skip
+def test_the_reason_is_said_where_nothing_is_left(tmp_path, tokenizer, name, reason):
+    with pytest.raises(DataError, match=rf"has no documents: 0 were empty and 1 records unreadable.\n.*{reason}"):
+        made(tmp_path / "out", tokenizer, CASES / name)
+
+
+@needs_cases
+def test_a_column_with_a_dot_in_its_name(tmp_path, tokenizer):
+    texts = texts_of(made(tmp_path / "out", tokenizer, CASES / "dotamb.parquet", text_field="doc.text"))
+    assert texts == [f"def f{n}(): return {n}\n" for n in range(60)]
+
+
+@needs_cases
+def test_text_never_makes_a_separator(tmp_path):
+    out = made(tmp_path / "out", CASES / "tk_nonspecial", CASES / "literal_eos.jsonl")
+    manifest, stream = read_manifest(out), TokenStream(out)
+    tokens = np.empty(stream.tokens, dtype=np.int64)
+    stream.read(0, tokens)
+    assert manifest.documents == (tokens == manifest.eos_id).sum() == 100
+    first = document(stream, 0).tolist()
+    assert load_tokenizer(out / "tokenizer").decode(first[:-1]) == "a<|endoftext|>b"
+
+
+@needs_cases
+def test_unknown_tokens_are_counted_said_and_refused(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("hello world of unknown words " * 5)
+    (tmp_path / "b.txt").write_text("more unknown words")
+    inputs = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    with pytest.raises(DataError, match=r"of \d+ tokens \(\d+\.\d%\) are unknown.*\n.*--max-unknown"):
+        main([str(tmp_path / "out"), "--input", *inputs, "--tokenizer", str(CASES / "tk_unk"), "--workers", "1"])
+    assert not (tmp_path / "out/manifest.json").exists()
+    command = [str(tmp_path / "out"), "--input", *inputs, "--tokenizer", str(CASES / "tk_unk"), "--workers", "1"]
+    assert main([*command, "--max-unknown", "1"]) == 0
+    manifest, tokenizer = read_manifest(tmp_path / "out"), load_tokenizer(CASES / "tk_unk")
+    ids = [i for path in inputs for i in tokenizer.encode_batch([Path(path).read_text()])[0]]
+    assert manifest.unknown_tokens == ids.count(tokenizer.unknown_id) > len(ids) / 2
+    assert f"unknown: {manifest.unknown_tokens:,} tokens" in capsys.readouterr().out
+
+
+@needs_cases
+@pytest.mark.parametrize("locale", ["C", "POSIX"])
+def test_locales_that_are_not_utf8(tmp_path, locale):
+    """Read, written and printed as UTF-8 whatever the locale says."""
+    (tmp_path / "日本.txt").write_text("naïve 日本\n" * 30, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("b", encoding="utf-8")
+    command = [sys.executable, "-X", "utf8=0", "-m", "torchtitan_deltaproduct.data.prepare", str(tmp_path / "出")]
+    command += ["--input", str(tmp_path / "日本.txt"), str(tmp_path / "b.txt"), "--workers", "1"]
+    command += ["--tokenizer", str(CASES / "tk_fullwidth"), "--eos", "<｜end▁of▁sentence｜>"]
+    environment = os.environ | {"LC_ALL": locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path / "出").documents == 2 and texts_of(tmp_path / "出")[0] == "naïve 日本\n" * 30
+
+
+def test_file_names_that_are_not_utf8(tmp_path, tokenizer):
+    name = os.fsdecode(b"caf\xe9.txt")
+    for other in range(6):
+        (tmp_path / f"{other}.txt").write_text("x" * other + "y")
+    (tmp_path / name).write_text("bytes of Latin-1 in the name")
+    (tmp_path / os.fsdecode(b"bad\xe9.txt")).write_bytes(b"\xff")
+    out = tmp_path.with_name("out-" + tmp_path.name)
+    made(out, tokenizer, tmp_path, validation_fraction=0.3, split_by="file")
+    assert sum(read_manifest(out / part).documents for part in ("train", "validation")) == 7
+
+
+def test_out_onto_a_file(tmp_path, tokenizer):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "in.txt").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(DataError, match="cannot be made: a file is in the way"):
+            made(out, tokenizer, tmp_path / "in.txt")
+        with pytest.raises(DataError, match="cannot be made: a file is in the way"):
+            train_tokenizer([str(tmp_path / "in.txt"), "--out", str(out), "--vocab-size", "300"])
+
+
+def test_home_is_expanded(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("at home")
+    Path(tmp_path, "tok").symlink_to(tokenizer)
+    assert main(["~/out", "--input", "~/a.txt", "--tokenizer", "~/tok", "--workers", "1"]) == 0
+    assert texts_of(tmp_path / "out") == ["at home"]
+
+
+def test_one_document_is_held_out_at_least(tmp_path, tokenizer, capsys):
+    """The fraction draws none of 40: the one with the smallest draw is held out, whatever the number of workers."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(40)))
+    found = []
+    for name, shard_mb in (("one", 0), ("two", 1)):
+        out = made(tmp_path / name, tokenizer, tmp_path / "a.jsonl", validation_fraction=1e-9, shard_mb=shard_mb)
+        found.append(texts_of(out / "validation"))
+        assert sorted(found[-1] + texts_of(out / "train")) == sorted(f"document {n}" for n in range(40))
+    assert found[0] == found[1] and len(found[0]) == 1
+    assert "the nearest one is held out" in capsys.readouterr().err
+    (tmp_path / "single.jsonl").write_text('{"text": "one\\ntwo"}\n')
+    with pytest.raises(DataError, match="--split-by token holds out the end of each, --validation-input PATH"):
+        made(tmp_path / "x", tokenizer, tmp_path / "single.jsonl", validation_fraction=0.5)
+
+
+@pytest.mark.parametrize("split_by", ["document", "token"])
+def test_the_tail_of_a_single_text(tmp_path, tokenizer, split_by):
+    rng = random.Random(0)
+    text = "\n".join(f"line {n} {rng.random()}" for n in range(500))
+    (tmp_path / "book.txt").write_text(text)
+    out = made(tmp_path / "out", tokenizer, tmp_path / "book.txt", validation_fraction=0.1, split_by=split_by)
+    (train,), (held_out,) = texts_of(out / "train"), texts_of(out / "validation")
+    assert train + held_out == text and train.endswith("\n") and 0.1 <= len(held_out) / len(text) < 0.11
+    sizes = [read_manifest(out / part).bytes for part in ("train", "validation")]
+    assert sizes == [len(train.encode()), len(held_out.encode())]
+
+
+def test_validation_input(tmp_path, tokenizer):
+    make_jsonl(tmp_path / "in/a.jsonl", 30), make_jsonl(tmp_path / "held/b.jsonl", 7, seed=1)
+    out = made(tmp_path / "out", tokenizer, tmp_path / "in", validation_input=[str(tmp_path / "held")])
+    assert [read_manifest(out / part).documents for part in ("train", "validation")] == [30, 7]
+    assert not set(texts_of(out / "train")) & set(texts_of(out / "validation"))
+    with pytest.raises(DataError, match="it would be trained on and held out"):
+        made(tmp_path / "x", tokenizer, tmp_path / "in", validation_input=[str(tmp_path / "in/a.jsonl")])
+    with pytest.raises(ConfigError, match="either --validation-input"):
+        made(tmp_path / "x", tokenizer, tmp_path / "in", validation_input=["x"], validation_fraction=0.5)
