@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from torchtitan_deltaproduct.arguments import path as path_of
 from torchtitan_deltaproduct.config.locate import locate
 from torchtitan_deltaproduct.config.problems import Problem, Source, raise_if_any
 from torchtitan_deltaproduct.config.values import conform, nearest
 from torchtitan_deltaproduct.errors import ConfigError
-from torchtitan_deltaproduct.files import control_characters, read_text, user_path
+from torchtitan_deltaproduct.files import control_characters, read_text
 
 VARIABLE = "DELTAPRODUCT_SITE"
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
@@ -67,12 +68,12 @@ def load_site(given: str | None) -> tuple[Site, Path | None]:
     Raises:
         ConfigError: all that is wrong with the file.
     """
-    named = given or os.environ.get(VARIABLE)
-    if named and not user_path(named).is_file():
+    named = path_of(given or os.environ.get(VARIABLE) or "")
+    if named and not Path(named).is_file():
         asked = "--site " if given else f"{VARIABLE}="
         raise ConfigError(f"{asked}{named}: no such file; launch/site_example.toml shows one")
-    usual = [Path("site.toml"), user_path("~/.config/torchtitan-deltaproduct/site.toml")]
-    path = user_path(named) if named else next((path for path in usual if path.is_file()), None)
+    usual = [Path("site.toml"), Path(path_of("~/.config/torchtitan-deltaproduct/site.toml"))]
+    path = Path(named) if named else next((path for path in usual if path.is_file()), None)
     return (Site(), None) if path is None else (read_site(path), path)
 
 

@@ -3,11 +3,14 @@
     text = read_text(run / "events.jsonl")
 """
 
+import ctypes
 import errno
 import os
 import stat
 import unicodedata
 from pathlib import Path
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -34,14 +37,22 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     return read_bytes(path).decode("utf-8-sig", errors)
 
 
+def exchange(new: Path, old: Path) -> None:
+    """Puts the folder `new` in the place of `old`, and `old` in that of `new`, in one step of the file system.
+
+    Raises:
+        OSError: this file system cannot.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(old))
+    if libc.renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+
+
 def is_plain_name(name: object) -> bool:
     """Whether a name, as some file of a folder gives it, stays in that folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
-
-
-def user_path(text: str | Path) -> Path:
-    """A path as a user wrote it, `~` standing for the home folder; as it is where there is none."""
-    return Path(os.path.expanduser(text))
 
 
 def control_characters(text: str) -> str:

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .arguments import path
 from .errors import UserError, exit_on_user_error
 from .events import last_stop, read_events, read_metrics
-from .files import read_text, user_path
+from .files import read_text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 FRESH = 60.0
@@ -31,11 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m torchtitan_deltaproduct.status", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=user_path, help="run folder")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=path, help="run folder")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     refused = []
-    for run in options.runs:
+    for run in map(Path, options.runs):
         try:
             console.print(report(run, time.time()))
         except UserError as error:

@@ -112,3 +112,14 @@ def test_any_flipped_bit_leaves_a_report(tmp_path):
             status.report(run, NOW)
         (run / name).write_bytes(content)
     assert "1 records lost" in show(run)
+
+
+def test_folders_that_are_no_runs_are_left_out(tmp_path, capsys):
+    """As in `status outputs/*`, where evaluations lie beside the runs."""
+    run = write(tmp_path / "run", [step(1)], [LAUNCH, stop("finished")])
+    (tmp_path / "evals").mkdir()
+    status.main([str(tmp_path / "evals"), str(run)])
+    said = capsys.readouterr()
+    assert "finished" in said.out and f"left out: {tmp_path}/evals has neither metrics.jsonl nor" in said.err
+    with pytest.raises(UserError, match="has neither"):
+        status.main([str(tmp_path / "evals")])

@@ -94,8 +94,10 @@ def is_hf_folder(path: Path) -> bool:
     try:
         content = json.loads(read_text(path / "config.json"))
     except (OSError, ValueError, RecursionError):
-        return any((path / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
-    return isinstance(content, dict) and "config" not in content
+        content = None
+    if isinstance(content, dict):
+        return "config" not in content
+    return any((path / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
 def latest_complete(folder: str | Path) -> CheckpointInfo | None:

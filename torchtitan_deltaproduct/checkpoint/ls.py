@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..arguments import path
 from ..config.snapshots import read_snapshot
 from ..errors import CheckpointError, exit_on_user_error
 from .folders import CheckpointInfo, deletable, is_hf_folder, retention, scan, was_complete
@@ -63,10 +64,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m torchtitan_deltaproduct.checkpoint.ls", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("run", metavar="RUN", type=path, help="run folder")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    folder, settings = checkpoint_folder(options.run)
+    folder, settings = checkpoint_folder(Path(options.run))
     found = scan(folder)
     if not found:
         raise CheckpointError(f"{folder} holds no step-N; a run saves there every checkpoint.interval steps")

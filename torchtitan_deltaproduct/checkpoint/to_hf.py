@@ -11,7 +11,6 @@ the run's logits.
 
 import argparse
 import logging
-import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from pathlib import Path
 
 import torch
 
+from ..arguments import path
 from ..data.tokenizer import copy_tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError, DataError, exit_on_user_error
 from ..models.hf_names import to_hf as under_fla_names
 from .folders import is_hf_folder
-from .hf import make_unfinished, write_hf
+from .hf import make_unfinished, put_in_place, write_hf
 from .load import LoadedModel, load_model
 from .model_card import model_card
 
@@ -98,11 +98,7 @@ def export(
             copy_tokenizer(source, unfinished, separator)
         (unfinished / "README.md").write_text(model_card(loaded, out.name, dtype), encoding="utf-8")
         verified = verify(unfinished, loaded, state)
-        replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-        if out.exists():
-            out.rename(replaced)
-        unfinished.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return verified
@@ -204,12 +200,12 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m torchtitan_deltaproduct.checkpoint.to_hf", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
-    add("run", metavar="RUN", help="run folder, or one of its checkpoint/step-N")
-    add("out", metavar="OUT", help="folder to make")
+    add("run", metavar="RUN", type=path, help="run folder, or one of its checkpoint/step-N")
+    add("out", metavar="OUT", type=path, help="folder to make")
     add("--step", type=int, help="checkpoint step (default: the newest complete one)")
     add("--dtype", choices=DTYPES, default="float32", help="of the written weights (default: %(default)s)")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights (default: %(default)s)")
-    add("--tokenizer", metavar="FOLDER", help="folder with tokenizer.json (default: the run's own)")
+    add("--tokenizer", metavar="FOLDER", type=path, help="folder with tokenizer.json (default: the run's own)")
     add("--eos", default="", metavar="TOKEN", help="separator of documents (default: that of training)")
     add("--overwrite", action="store_true", help="replace a model that is in OUT already")
     options = vars(parser.parse_args(arguments))
