@@ -176,7 +176,7 @@ def train(runs: list[Run], jobs: int, console: Console) -> None:
                 for run in [run for run in active if run.process.poll() is not None]:
                     active.remove(run)
                     if run.process.returncode:
-                        tail = "\n".join(run.log.read_text(errors="replace").splitlines()[-8:])
+                        tail = "\n".join(run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
                         raise UserError(f"{run.name} ended with code {run.process.returncode}; {run.log} ends:\n{tail}")
                     display.finish(run)
     finally:
@@ -191,7 +191,7 @@ def start(run: Run) -> Run:
     run.folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torchtitan_deltaproduct.train", *run.arguments]
-    with run.log.open("a") as log:
+    with run.log.open("a", encoding="utf-8") as log:
         run.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     return run
 

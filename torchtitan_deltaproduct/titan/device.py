@@ -41,7 +41,7 @@ class CpuModule(types.ModuleType):
 
     def get_device_name(self, device=None) -> str:
         with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
         return "CPU"
 
@@ -52,7 +52,7 @@ class CpuModule(types.ModuleType):
     def memory_stats(self, device=None) -> dict[str, int]:
         peak = 0
         with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/self/status").read_text().splitlines()
+            lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
             peak = 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
         stats = {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
         return stats | {"num_alloc_retries": 0, "num_ooms": 0}
@@ -60,7 +60,7 @@ class CpuModule(types.ModuleType):
     def reset_peak_memory_stats(self, device=None) -> None:
         # 5 resets the peak resident size (proc(5)); a container may forbid it, and the peak then covers the whole run.
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
     def empty_cache(self) -> None:
         pass

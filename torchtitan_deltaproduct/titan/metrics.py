@@ -170,8 +170,8 @@ def wandb_logger(job_config: JobConfig, folder: Path) -> stock.BaseLogger:
     """torchtitan's wandb logger, continuing the run whose id is kept in `folder/wandb_id`."""
     path = folder / "wandb_id"
     if not path.exists():
-        path.write_text(os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex())
-    os.environ["WANDB_RUN_ID"] = path.read_text().strip()
+        path.write_text(os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex(), encoding="utf-8")
+    os.environ["WANDB_RUN_ID"] = path.read_text(encoding="utf-8").strip()
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("WANDB_PROJECT", "torchtitan-deltaproduct")
     return stock.WandBLogger(str(folder), job_config)
