@@ -10,8 +10,8 @@
 MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder.
 DATA is a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]. Measured are the states of each
 layer and head (`singular_values`), the distribution of beta, and the eigenvalues of the transitions (`transitions`).
-Results go to `--out`, by default MODEL/eval: effective_rank.json, .npz and pictures; in effective_rank/ the tokens that
-were read and the measurements. The same command again continues where it was stopped.
+Results go to `--out`, by default MODEL/eval: effective_rank.json, .csv, .npz and pictures; in effective_rank/ the
+tokens that were read and the measurements. The same command again continues where it was stopped.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from torchtitan_deltaproduct.arguments import path
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.data.formal import FormalSource
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
@@ -34,6 +35,7 @@ from .common.jobs import (
     check_text_options,
     compute,
     datasets,
+    refuse_other_data,
     short_names,
     texts_of,
 )
@@ -42,7 +44,7 @@ from .common.parts import Sequences, fingerprint
 from .common.ranks import Ranks
 from .common.texts import digest, slugs
 from .states.parts import Measurements, Reading
-from .states.results import Result, read_results, table, write_json, write_npz
+from .states.results import Result, read_results, table, write_csv, write_json, write_npz
 from .words.problems import problem_of
 
 NAME = "effective_rank"
@@ -62,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         loaded = load_models(options)
         folder = output_folder(options, loaded)
         jobs = plan(loaded, options, folder / NAME, ranks, console)
+        ranks.first(lambda: refuse_other_data(folder / f"{NAME}.json", jobs))
         compute(jobs, ranks, console)
         ranks.wait()
         if ranks.rank == 0:
@@ -80,7 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--between-householders", action="store_true", help="also the states between the n_h steps of those tokens")
     add("--reset", action=argparse.BooleanOptionalAction, default=None,
         help="an empty state at each document start (default: as the model was trained)")  # fmt: skip
-    add("--from", dest="source", nargs="+", default=[], metavar="FOLDER",
+    add("--from", dest="source", nargs="+", default=[], type=path, metavar="FOLDER",
         help="results to show side by side; takes no models")  # fmt: skip
     options = parser.parse_args(arguments)
     if bool(options.source) == bool(options.models) or (options.source and options.data):
@@ -96,7 +99,7 @@ class Words:
     """Generated words of the problem a run was trained on, as sequences of `length` tokens; see `texts.Texts`."""
 
     def __init__(self, loaded: LoadedModel, options: argparse.Namespace):
-        problem = problem_of(loaded.config, options.length, options.seed or None)
+        problem = problem_of(loaded.config, options.length, options.seed)
         self.length, self.sequences, self.source = options.length, options.sequences, problem.sources[-1]
         if problem.formal:
             # Rows as long as they can be: their states after the end would be those of padding.
@@ -208,7 +211,8 @@ def report(results: list[Result], stem: Path, console: Console) -> None:
                 console.print(f"{result.model['name']}, {data}: states that are not finite", soft_wrap=True)
     ordered = [result for data in names for result in results if result.data["name"] == data]
     write_json(stem.with_suffix(".json"), ordered, npz)
-    console.print(f"written: {stem}.json, .npz and .png; what they were made of is in {stem}/", soft_wrap=True)
+    write_csv(stem.with_suffix(".csv"), ordered)
+    console.print(f"written: {stem}.json, .csv, .npz and .png; what they were made of is in {stem}/", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
 
@@ -71,9 +72,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.generate", description=__doc__.split("\n")[0])
     add_model_options(parser, results=False)
     add = parser.add_argument
-    add("--prompt", nargs="+", action="extend", default=[], metavar="TEXT",
+    add("--prompt", nargs="+", action="extend", default=[], type=text, metavar="TEXT",
         help="what to continue; several are continued together")  # fmt: skip
-    add("--file", nargs="+", action="extend", default=[], metavar="FILE",
+    add("--file", nargs="+", action="extend", default=[], type=path, metavar="FILE",
         help="files with a prompt each; - is standard input")  # fmt: skip
     add("--tokens", type=int, default=128, help="the most tokens to add (default: %(default)s)")
     add("--temperature", type=float, default=0.0,
@@ -83,24 +84,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="only among the fewest most probable tokens that have the mass P (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the random choices (default: %(default)s)")
     add("--samples", type=int, default=1, help="continuations of each prompt, with seeds SEED, SEED+1, ...")
-    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="strings before which the text ends")
+    add("--stop", nargs="+", action="extend", default=[], type=text, metavar="TEXT",
+        help="strings before which the text ends")  # fmt: skip
     add("--ignore-eos", action="store_true", help="go on after the end of a document")
     add("--new-document", action="store_true", help="begin each prompt as a document begins in training, with the "
         "separator; an empty one always does")  # fmt: skip
     add("--echo", action="store_true", help="show the prompt before its continuation")
     add("--batch", type=int, default=16, help="prompts continued at a time (default: %(default)s)")
     add("--segment", type=int, default=SEGMENT, help="tokens of a prompt read at a time (default: %(default)s)")
-    add("--tokenizer", metavar="FOLDER", help="with tokenizer.json (default: the model's)")
-    add("--eos", default="", metavar="TOKEN", help="separator of documents (default: that of training)")
+    add("--tokenizer", type=path, metavar="FOLDER", help="with tokenizer.json (default: the model's)")
+    add("--eos", default="", type=text, metavar="TOKEN", help="separator of documents (default: that of training)")
     options = parser.parse_args(arguments)
     at_least(options, 1, "tokens", "samples", "batch", "segment")
     at_least(options, 0, "seed")
     if options.seed + options.samples > MOST_SEEDS:
         raise ConfigError(f"--seed {options.seed}: must be below 2^63, and the seeds of --samples too")
-    for path in options.models[1:]:
-        if not Path(path).exists():
+    for model in options.models[1:]:
+        if not Path(model).exists():
             raise ConfigError(
-                f"{path!r} is no model: every word before the first option is one\nprompts go after --prompt"
+                f"{model!r} is no model: every word before the first option is one\nprompts go after --prompt"
             )
     return options
 
@@ -127,15 +129,16 @@ def read_texts(options: argparse.Namespace) -> list[Prompt]:
     Raises:
         DataError: a file cannot be read as UTF-8 text.
     """
-    named = [(shorten(text), text) for text in options.prompt]
-    for path in options.file:
+    named = [(shorten(prompt), prompt) for prompt in options.prompt]
+    for file in options.file:
         try:
-            data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-            named.append(("standard input" if path == "-" else path, data.decode()))
+            data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+            # A mark that some editors put in front is no text.
+            named.append(("standard input" if file == "-" else file, data.decode("utf-8-sig")))
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+            raise DataError(f"{file} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start:,}") from None
+            raise DataError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start:,}") from None
     named = named or [("a new document", "")]
     if options.samples == 1:
         return [Prompt(name, text, options.seed) for name, text in named]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from torchtitan_deltaproduct.arguments import path
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 
@@ -29,6 +30,7 @@ from .common.jobs import (
     check_text_options,
     compute,
     datasets,
+    refuse_other_data,
     short_names,
     texts_of,
     tokenizer_of,
@@ -66,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         loaded = load_models(options)
         folder = output_folder(options, loaded)
         jobs = plan(loaded, options, folder / NAME, ranks, console)
+        ranks.first(lambda: refuse_other_data(folder / f"{NAME}.json", jobs))
         compute(jobs, ranks, console)
         ranks.wait()
         if ranks.rank == 0:
@@ -86,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="number of equal buckets, or their last positions (default: two an octave)")  # fmt: skip
     add("--x-axis", choices=("auto", "log", "linear"), default="auto",
         help="of the picture; auto: linear for equal buckets (default: %(default)s)")  # fmt: skip
-    add("--from", dest="source", nargs="+", default=[], metavar="FOLDER",
+    add("--from", dest="source", nargs="+", default=[], type=path, metavar="FOLDER",
         help="results to put into other --buckets, or side by side; takes no models")  # fmt: skip
     options = parser.parse_args(arguments)
     if bool(options.source) == bool(options.models) or bool(options.source) == bool(options.data):

@@ -109,7 +109,9 @@ def fill(namespace: argparse.Namespace, model: str | None) -> None:
         raise ConfigError(f"two models are named: {model!r} and pretrained={of_model['pretrained']}: leave one out")
     if model:
         of_model["pretrained"] = model
-    if "pretrained" not in of_model:
+    if "pretrained" in of_model:
+        of_model["pretrained"] = os.path.expanduser(str(of_model["pretrained"]))
+    else:
         raise ConfigError("no model is named: put a run, checkpoint/step-N or Hugging Face folder before the options")
     if given.get("apply_chat_template"):
         raise ConfigError(NO_TEMPLATE)

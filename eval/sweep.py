@@ -3,7 +3,7 @@
     python -m eval.sweep eval/example_sweep.toml --dry-run        the list, and what is done already
     python -m eval.sweep eval/example_sweep.toml                  one job after another
     python -m eval.sweep eval/example_sweep.toml --slurm --gpus 1 --time 2:00:00       as an array, a task a job
-    python -m eval.sweep eval/example_sweep.toml --collect        results.jsonl, results.md and pictures, nothing run
+    python -m eval.sweep eval/example_sweep.toml --collect        results.csv, .jsonl, .md and pictures, nothing run
 
 The TOML names models, datasets and evals (eval/example_sweep.toml). A job that failed or was interrupted goes on where
 it was when the same command is given again. Exit code 0: all jobs are done; 1: some are not.
@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from torchtitan_deltaproduct.arguments import path
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 
 from .common.options import make_folder
@@ -33,7 +34,7 @@ TAIL = 8
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
-    sweep = read_sweep(options.file)
+    sweep = read_sweep(Path(options.file))
     jobs = chosen(sweep, options.only)
     if options.dry_run:
         console.print(listing(jobs))
@@ -52,19 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(markdown(sweep, rows), soft_wrap=True)
     if rows:
         pictures(sweep, rows, console)
-    console.print(f"written: {sweep.out}/results.jsonl, results.md", soft_wrap=True)
+    console.print(f"written: {sweep.out}/results.csv, results.jsonl, results.md", soft_wrap=True)
     return 0 if len(rows) == len(sweep.jobs) else 1
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.sweep", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("file", type=Path, metavar="SWEEP.toml", help="models, datasets and evals; see eval/example_sweep.toml")
+    add("file", type=path, metavar="SWEEP.toml", help="models, datasets and evals; see eval/example_sweep.toml")
     add("--dry-run", action="store_true", help="print the jobs and their commands, run nothing")
     add("--collect", action="store_true", help="collect what is there, run nothing")
     add("--only", nargs="+", default=[], metavar="JOB", help="only jobs of these names, or whose names begin so")
     add("--slurm", action="store_true", help="submit what is missing as a SLURM array")
-    add("--site", metavar="FILE", help="site TOML of --slurm (see launch/site_example.toml)")
+    add("--site", type=path, metavar="FILE", help="site TOML of --slurm (see launch/site_example.toml)")
     add("--gpus", type=int, default=0, help="of each task of --slurm (default: %(default)s)")
     add("--time", default="", help="limit of each task of --slurm (default: the site's)")
     add("--max-parallel", type=int, default=0, metavar="N", help="tasks of --slurm at a time (default: no limit)")
@@ -120,6 +121,8 @@ def run(jobs: list[Job], console: Console) -> None:
 def execute(job: Job) -> int:
     """Runs one job's command, its output going to log.txt; ended together with this process."""
     job.folder.mkdir(parents=True, exist_ok=True)
+    # Of another command or other weights; the folder is this job's, whatever it read then.
+    (job.folder / f"{job.eval}.json").unlink(missing_ok=True)
     with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT)
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -145,7 +148,9 @@ def submit(sweep: Sweep, jobs: list[Job], options: argparse.Namespace, console: 
     commands = [[sys.executable, "-m", "eval.sweep", str(sweep.file), "--only", job.name] for job in todo]
     array = submit_array(commands, sweep.out / "slurm", site, name=sweep.file.stem, gpus=options.gpus,
                          time=options.time, max_parallel=options.max_parallel)  # fmt: skip
-    console.print(f"job {array}: {len(todo)} tasks; tail -f {sweep.out}/slurm/{array}_0.out", soft_wrap=True)
+    # More tasks than the cluster takes at once are several arrays, `12,13`.
+    first = array.partition(",")[0]
+    console.print(f"job {array}: {len(todo)} tasks; tail -f {sweep.out}/slurm/{first}_0.out", soft_wrap=True)
     console.print(f"when they are done: python -m eval.sweep {sweep.file} --collect", soft_wrap=True)
     return 0
 

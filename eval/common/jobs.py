@@ -13,11 +13,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.data.progress import clock
 from torchtitan_deltaproduct.data.tokenizer import tokenizer_sha256
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
+from .json_file import read_results
 from .options import at_least
 from .parts import Part, Parts, Sequences
 from .ranks import Ranks
@@ -66,20 +68,23 @@ class Job:
 def add_text_options(parser: argparse.ArgumentParser, *, length: int, sequences: int, documents: str) -> None:
     """Adds --data and all that says which sequences are read, and how; with the given defaults."""
     add = parser.add_argument
-    add("--data", nargs="+", default=[], help="prepared folder, file or folder of text, or dataset NAME[:CONFIG]")
+    add("--data", nargs="+", default=[], type=path,
+        help="prepared folder, file or folder of text, or dataset NAME[:CONFIG]")  # fmt: skip
     add("--length", type=int, default=length, help="tokens of a sequence (default: %(default)s)")
     add("--sequences", type=int, default=sequences, help="sequences at most (default: %(default)s)")
     add("--documents", choices=("auto", "long", "packed"), default=documents,
         help="documents at least as long as --length, or packed ones; auto: long if there are enough "
         "(default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the choice of sequences (default: %(default)s)")
+    add("--seed", type=int, help="of the choice of sequences (default: 0; of generated words that of the run)")
     add("--batch", type=int, default=0,
         help=f"sequences read together (default: {MOST_ROWS}; on a CPU fewer of long ones)")  # fmt: skip
     add("--segment", type=int, default=1024, help="tokens of a sequence read at a time (default: %(default)s)")
-    add("--tokenizer", metavar="FOLDER", help="with tokenizer.json (default: that of the model)")
+    add("--tokenizer", type=path, metavar="FOLDER", help="with tokenizer.json (default: that of the model)")
     add("--split", default="train", help="of a dataset (default: %(default)s)")
-    add("--text-field", default="text", metavar="NAME", help="field or column of the text (default: %(default)s)")
-    add("--eos", default="", metavar="TOKEN", help="separator of documents in text (default: that of training)")
+    add("--text-field", default="text", type=text, metavar="NAME",
+        help="field or column of the text (default: %(default)s)")  # fmt: skip
+    add("--eos", default="", type=text, metavar="TOKEN",
+        help="separator of documents in text (default: that of training)")  # fmt: skip
     add("--search-mb", type=int, default=1024, metavar="MB",
         help="text looked through for long documents, at most (default: %(default)s)")  # fmt: skip
 
@@ -103,6 +108,20 @@ def datasets(options: argparse.Namespace) -> list[tuple[str, str]]:
     return list(zip(paths, short_paths(paths), strict=True))
 
 
+def refuse_other_data(file: Path, jobs: list[Job]) -> None:
+    """Raises ConfigError if the results in a file are on data that the jobs do not read, and would be lost."""
+    try:
+        there = [entry["data"]["wanted"]["data"] for entry in read_results(file)] if file.exists() else []
+    except (DataError, KeyError, TypeError):
+        return
+    here = {job.data["wanted"]["data"] for job in jobs}
+    if others := [data for data in dict.fromkeys(there) if data not in here]:
+        raise ConfigError(
+            f"{file} holds results on {', '.join(others)}, which those on {', '.join(sorted(here))} would overwrite\n"
+            "name another folder with --out, or all the data after --data"
+        )
+
+
 def texts_of(data: str, loaded: LoadedModel, options: argparse.Namespace, folder: Path) -> Texts:
     """The sequences of a dataset for a model, kept in `folder`/texts.
 
@@ -111,7 +130,7 @@ def texts_of(data: str, loaded: LoadedModel, options: argparse.Namespace, folder
     """
     tokenizer = tokenizer_of(loaded, options)
     wanted = Wanted(
-        data, options.length, options.sequences, options.documents, options.seed, options.split,
+        data, options.length, options.sequences, options.documents, options.seed or 0, options.split,
         options.text_field, options.eos, options.search_mb << 20,
     )  # fmt: skip
     eos_id = None if tokenizer is None else loaded.separator(tokenizer, options.eos)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from torchtitan_deltaproduct.arguments import path
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel, common_folder, load_model
 from torchtitan_deltaproduct.errors import ConfigError
 
@@ -31,13 +32,15 @@ def add_model_options(
     """
     add = parser.add_argument
     nargs = "*" if optional else "+"
-    add("models", nargs=nargs, metavar="MODEL", help="run folder, one of its checkpoint/step-N, or Hugging Face folder")
+    add("models", nargs=nargs, type=path, metavar="MODEL",
+        help="run folder, one of its checkpoint/step-N, or Hugging Face folder")  # fmt: skip
     add("--step", type=int, help="checkpoint step of run folders (default: the newest complete one)")
     add("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, default=dtype,
         help="of weights and activations; auto: bfloat16 on cuda, float32 on cpu (default: %(default)s)")  # fmt: skip
     if results:
-        add("--out", help="folder for the results (default: eval/ in the model's folder, or in the one common to all)")
+        add("--out", type=path,
+            help="folder for results (default: eval/ in the model's folder, or in the one common to all)")  # fmt: skip
 
 
 def device_of(options: argparse.Namespace) -> str:
@@ -59,7 +62,7 @@ def load_models(options: argparse.Namespace) -> list[LoadedModel]:
     """
     device = device_of(options)
     dtype = DTYPES[options.dtype] or (torch.bfloat16 if device == "cuda" else torch.float32)
-    loaded = [load_model(path, options.step, device, dtype) for path in options.models]
+    loaded = [load_model(model, options.step, device, dtype) for model in options.models]
     # One checkpoint under two names is one model.
     return list({(model.run.resolve(), model.step): model for model in loaded}.values())
 
@@ -91,8 +94,8 @@ def make_folder(folder: Path) -> Path:
 
 
 def at_least(options: argparse.Namespace, least: int, *names: str) -> None:
-    """Raises ConfigError if one of the named whole numbers is below `least`."""
+    """Raises ConfigError if one of the named whole numbers is given and below `least`."""
     for name in names:
         value = getattr(options, name)
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")

@@ -7,6 +7,7 @@ Spreads are over sequences: standard deviation, and the 10 %, 50 % and 90 % quan
 position p; a document that begins after s tokens is first seen by the state at s + 1.
 """
 
+import csv
 import math
 import os
 from collections.abc import Callable
@@ -233,6 +234,21 @@ def write_json(path: Path, results: list[Result], npz: list[str]) -> None:
         "results": [result.to_dict(name, path.parent) for result, name in zip(results, npz, strict=True)],
     }
     write_json_file(path, content)
+
+
+def write_csv(path: Path, results: list[Result]) -> None:
+    """One row a model, dataset, layer and position: the rank's mean over heads and sequences, and its deviation."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["model", "step", "train_length", "data", "layer", "position", "rank", "rank_std"])
+        for result in results:
+            head = [result.model["label"], result.model["step"], result.model["train_length"], result.data["name"]]
+            mean, several = result.layer_mean.mean(1), result.layer_mean.shape[1] > 1
+            deviation = result.layer_mean.std(1, ddof=1) if several else np.full_like(mean, np.nan)
+            for layer, values in enumerate(zip(mean, deviation, strict=True)):
+                for position, *numbers in zip(result.positions.tolist(), *values, strict=True):
+                    cells = [f"{number:.6f}" if math.isfinite(number) else "" for number in numbers]
+                    writer.writerow([*head, layer, position, *cells])
 
 
 def read_results(paths: list[Path], rename: Callable[[list[dict]], list[str]]) -> list[Result]:

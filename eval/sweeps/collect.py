@@ -1,4 +1,4 @@
-"""What a sweep's jobs found, together: results.jsonl, results.md, and the pictures that compare models.
+"""What a sweep's jobs found, together: results.csv, .jsonl, .md, and the pictures that compare models.
 
     rows = collect(sweep)                   # one record a job that is done
     write_results(sweep, rows)
@@ -7,6 +7,8 @@
      "metrics": {"loss to the training length": 2.94, "loss beyond": 2.95, ...}}
 """
 
+import csv
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,9 +110,17 @@ READERS: dict[str, Callable[[Path], dict[str, float | None]]] = {
 
 
 def write_results(sweep: Sweep, rows: list[Row]) -> None:
-    """Writes results.jsonl and results.md to the sweep's folder."""
+    """Writes results.jsonl, results.csv (a line a metric of a job) and results.md to the sweep's folder."""
     sweep.out.mkdir(parents=True, exist_ok=True)
     write_atomically(sweep.out / "results.jsonl", "".join(json.dumps(row.to_dict()) + "\n" for row in rows))
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["eval", "data", "model", "checkpoint", "metric", "value"])
+    for row in rows:
+        job = row.job
+        for metric, value in finite(row.metrics).items():
+            writer.writerow([job.eval, job.data, job.model.name, job.model.checkpoint, metric, value])
+    write_atomically(sweep.out / "results.csv", table.getvalue())
     write_atomically(sweep.out / "results.md", markdown(sweep, rows))
 
 

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -59,7 +60,7 @@ class Model:
             files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in path.glob("*.*"))
             return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
         info = find_checkpoint(path, self.step)
-        return f"step {info.step}, saved {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(info.marker.time))}"
+        return f"step {info.step}, saved {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime(info.marker.time))}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def read_sweep(file: Path) -> Sweep:
         ConfigError: all that is wrong with it.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         tree = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; expected a sweep, such as eval/example_sweep.toml") from None
@@ -147,7 +148,7 @@ def read_sweep(file: Path) -> Sweep:
             wrong((key,), f"[{key}]: no such table; {told}")
     models = _models(tree.get("models"), wrong)
     data = _data(tree.get("data", {}), wrong)
-    out = Path(tree.get("out") or file.with_suffix(""))
+    out = Path(os.path.expanduser(tree.get("out") or file.with_suffix("")))
     asked = {name: tree[name] for name in EVALS if name in tree}
     if not asked:
         wrong((), f"nothing to do: add a table for an eval: {', '.join(f'[{name}]' for name in EVALS)}")
@@ -174,7 +175,7 @@ def _models(table: Any, wrong) -> dict[str, Model]:
             wrong(("models", name), f"[models] {name}: expected \"FOLDER\" or {{ path = \"FOLDER\", step = 500 }}, "
                   "and a name of letters, digits, '.', '_', '+' and '-'")  # fmt: skip
         else:
-            found[name] = Model(name, entry["path"], entry.get("step"))
+            found[name] = Model(name, os.path.expanduser(entry["path"]), entry.get("step"))
     return found
 
 
@@ -185,7 +186,7 @@ def _data(table: Any, wrong) -> dict[str, str]:
     for name, value in table.items():
         if not isinstance(value, str) or not NAME.fullmatch(name):
             wrong(("data", name), f"[data] {name}: expected what --data takes, as text")
-    return {name: value for name, value in table.items() if isinstance(value, str)}
+    return {name: os.path.expanduser(value) for name, value in table.items() if isinstance(value, str)}
 
 
 def _jobs(eval_name: str, options: dict, models: dict[str, Model], data: dict[str, str], out: Path, wrong) -> list[Job]:
@@ -211,7 +212,8 @@ def _jobs(eval_name: str, options: dict, models: dict[str, Model], data: dict[st
             step = models[model].step
             what = [models[model].path, *(["--step", str(step)] if step is not None else [])]
             if eval_name == "lm_harness" and step is not None:
-                what = ["--model_args", f"pretrained={models[model].path},step={step}"]
+                # The path as a word of its own: in --model_args a comma would end it, and a number be none.
+                what = [models[model].path, "--model_args", f"step={step}"]
             command = [sys.executable, "-m", f"eval.{eval_name}", *what, *of_data,
                        OUT.get(eval_name, "--out"), str(folder), *words]  # fmt: skip
             found.append(Job(label, eval_name, models[model], name, folder, command))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 
-from ..arguments import path
+from ..arguments import path, text
 from ..config.architecture import DeltaProductArgs
 from ..data.tokenizer import copy_tokenizer, find_eos_id
 from ..errors import CheckpointError, exit_on_user_error
@@ -96,9 +96,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m torchtitan_deltaproduct.checkpoint.from_hf", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("source", metavar="HF", type=path, help="folder with config.json and model.safetensors")
-    parser.add_argument("out", metavar="OUT", type=path, help="run folder to make")
-    parser.add_argument("--eos", default="", metavar="TOKEN", help="separator of documents (default: as HF says)")
+    parser.add_argument("source", type=path, metavar="HF", help="folder with config.json and model.safetensors")
+    parser.add_argument("out", type=path, metavar="OUT", help="run folder to make")
+    parser.add_argument(
+        "--eos", default="", type=text, metavar="TOKEN", help="separator of documents (default: as HF says)"
+    )
     options = parser.parse_args(arguments)
     found = import_hf(options.source, options.out, options.eos)
     tokenizer = "with its tokenizer" if (Path(options.out) / "tokenizer").exists() else "it brings no tokenizer"

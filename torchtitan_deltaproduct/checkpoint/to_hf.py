@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..arguments import path
+from ..arguments import path, text
 from ..data.tokenizer import copy_tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError, DataError, exit_on_user_error
 from ..models.hf_names import to_hf as under_fla_names
@@ -200,22 +200,22 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m torchtitan_deltaproduct.checkpoint.to_hf", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
-    add("run", metavar="RUN", type=path, help="run folder, or one of its checkpoint/step-N")
-    add("out", metavar="OUT", type=path, help="folder to make")
+    add("run", type=path, metavar="RUN", help="run folder, or one of its checkpoint/step-N")
+    add("out", type=path, metavar="OUT", help="folder to make")
     add("--step", type=int, help="checkpoint step (default: the newest complete one)")
     add("--dtype", choices=DTYPES, default="float32", help="of the written weights (default: %(default)s)")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights (default: %(default)s)")
-    add("--tokenizer", metavar="FOLDER", type=path, help="folder with tokenizer.json (default: the run's own)")
-    add("--eos", default="", metavar="TOKEN", help="separator of documents (default: that of training)")
+    add("--tokenizer", type=path, metavar="FOLDER", help="folder with tokenizer.json (default: the run's own)")
+    add("--eos", default="", type=text, metavar="TOKEN", help="separator of documents (default: that of training)")
     add("--overwrite", action="store_true", help="replace a model that is in OUT already")
     options = vars(parser.parse_args(arguments))
     if not options["max_shard_size"][:-2].isdigit() or options["max_shard_size"][-2:] not in ("KB", "MB", "GB"):
         raise ConfigError(f"--max-shard-size {options['max_shard_size']}: expected a size such as 500MB or 5GB")
     out = options["out"]
     verified = export(options.pop("run"), options.pop("out"), **options)
-    files = sorted(path for path in Path(out).iterdir() if path.is_file())
-    size = sum(path.stat().st_size for path in files)
-    print(f"{out}: {', '.join(path.name for path in files)} ({size / 1e6:,.1f} MB)")
+    files = sorted(file for file in Path(out).iterdir() if file.is_file())
+    size = sum(file.stat().st_size for file in files)
+    print(f"{out}: {', '.join(file.name for file in files)} ({size / 1e6:,.1f} MB)")
     same = "the run's logits exactly" if verified.logit_difference == 0 else (
         f"logits within {verified.logit_difference:.2g} of the run's in float32"
     )  # fmt: skip

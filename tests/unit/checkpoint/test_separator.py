@@ -11,6 +11,7 @@ from eval.text.vocabulary import open_vocabulary
 from tests import toy as toys
 from torchtitan_deltaproduct.checkpoint import from_hf, to_hf
 from torchtitan_deltaproduct.checkpoint.load import load_model
+from torchtitan_deltaproduct.data import show_batch
 from torchtitan_deltaproduct.data.manifest import read_manifest
 from torchtitan_deltaproduct.data.prepare import main as prepare
 from torchtitan_deltaproduct.data.shards import TokenStream
@@ -76,6 +77,8 @@ def test_exports_and_imports_keep_it(run, tmp_path, tokenizer):
         assert load_model(tmp_path / name).eos_id == 320
     assert load_model(tmp_path / "imported").eos_id == find_eos_id(tmp_path / "imported/tokenizer") == 320
     assert open_vocabulary(load_model(tmp_path / "imported")).separator == 320
+    with pytest.raises(CheckpointError, match="holds imported weights: it has no steps of its own to show"):
+        show_batch.main([str(tmp_path / "imported"), "--step", "1"])
     # The export of an import tells what the first export told of the training.
     first, again = ((tmp_path / name / "training.json").read_text() for name in ("hf", "again"))
     assert [json.loads(text)[key] for text in (first, again) for key in ("step", "run")] == [2, str(run)] * 2

@@ -127,3 +127,72 @@ def test_user_errors(rows, tokenizer, tmp_path):
     (tmp_path / "none.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match="has no text in it"):
         next(iter(loader((tmp_path / "none.jsonl", []), tokenizer)))
+
+
+def with_bad_lines(folder, rows):
+    """The rows of the fixture, some lines between them that cannot be read, in one file."""
+    lines = [json.dumps({"text": text}) for text in rows[1]]
+    for place, bad in ((3, '{"text": "cut'), (260, '{"text": "\\ud83d"}'), (500, '{"text": 7}')):
+        lines.insert(place, bad)
+    (folder / "bad.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "bad.jsonl", rows[1]
+
+
+@pytest.mark.parametrize("buffer", [0, 300])
+def test_bad_lines_are_counted_named_and_passed_over(rows, tokenizer, tmp_path, buffer, caplog):
+    bad = with_bad_lines(tmp_path, rows)
+    epoch = len(stream_by_hand(rows[1], tokenizer)) // (T * GLOBAL)
+    whole = loader(bad, tokenizer, shuffle_buffer=buffer)
+    expected = take(whole, epoch + 8)
+    if not buffer:
+        flat = expected[..., -1].flatten().tolist()
+        assert flat == (stream_by_hand(rows[1], tokenizer) * 2)[: len(flat)]
+    assert "3 rows of" in caplog.text and "cannot be read and are left out, such as" in caplog.text
+    # The last one of each block is named.
+    named = ["line 261", "line 501"] if buffer else ["line 4: invalid JSON", "line 501"]
+    assert all(line in caplog.text for line in named)
+    # Resumed in the middle, in another process: the position counts what was left out.
+    one = loader(bad, tokenizer, shuffle_buffer=buffer)
+    take(one, epoch // 2)
+    two = loader(bad, tokenizer, shuffle_buffer=buffer)
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert torch.equal(take(two, epoch + 8 - epoch // 2), expected[epoch // 2 :])
+
+
+def test_a_local_file_is_read_as_prepare_reads_it(rows, tokenizer, tmp_path):
+    """Under any suffix, and a text file as one document."""
+    (tmp_path / "a.JSONLINES").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows[1]))
+    assert torch.equal(take(loader((tmp_path / "a.JSONLINES", []), tokenizer), 5), take(loader(rows, tokenizer), 5))
+    (tmp_path / "book.txt").write_text("\n".join(rows[1]))
+    flat = take(loader((tmp_path / "book.txt", []), tokenizer), 2)[..., -1].flatten().tolist()
+    assert flat == stream_by_hand(["\n".join(rows[1])], tokenizer)[: len(flat)]
+
+
+def test_the_separator_of_the_table(rows, tokenizer):
+    one = loader(rows, tokenizer, eos="!")
+    bang = load_tokenizer(tokenizer).inner.token_to_id("!")
+    flat = take(one, 3)[..., -1].flatten().tolist()
+    assert one.source.eos_id == bang and flat == [bang if i == 0 else i for i in flat] and bang in flat
+    with pytest.raises(DataError, match="has no token '<none>'.*\n.*data.eos"):
+        loader(rows, tokenizer, eos="<none>")
+    with pytest.raises(DataError, match="tokenizer: was"):
+        loader(rows, tokenizer).load_state_dict(one.state_dict())
+
+
+def test_a_dataset_that_cannot_be_read_on_is_one_error(tokenizer, tmp_path, monkeypatch):
+    """What `datasets` raises in the middle of a dataset of its own names the row it came to."""
+    from torchtitan_deltaproduct.data import text_streams
+
+    class Broken:
+        def load_state_dict(self, state): ...
+
+        def state_dict(self):
+            return {}
+
+        def __iter__(self):
+            yield from ({"text": "fine " * 50} for _ in range(300))
+            raise datasets.exceptions.DatasetGenerationError("an error while generating")
+
+    monkeypatch.setattr(text_streams, "open_dataset", lambda *_, **__: Broken())
+    with pytest.raises(DataError, match="cannot be read on after row 300: an error while generating"):
+        take(loader(("nobody/set", []), tokenizer), 1000)

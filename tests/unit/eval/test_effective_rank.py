@@ -1,5 +1,6 @@
 """The command: ranks against an independent loop, killed and resumed, on two ranks; words; what is written; errors."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -208,6 +209,17 @@ def test_several_models_and_datasets(run, toy, data, tmp_path, capsys):
         assert (tmp_path / "out" / entry["npz"].replace(".npz", "_beta.png")).exists()
 
 
+def test_csv(whole):
+    """Means and deviations of each layer at each position, over heads and sequences."""
+    with (whole / "effective_rank.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    rank = numbers(whole)["rank"].astype(np.float64).mean(1)
+    layers, sequences, positions = rank.shape
+    assert len(rows) == layers * positions and [int(row["position"]) for row in rows[:2]] == [EVERY, 2 * EVERY]
+    assert [float(row["rank"]) for row in rows] == pytest.approx(rank.mean(1).ravel(), abs=1e-5)
+    assert [float(row["rank_std"]) for row in rows] == pytest.approx(rank.std(1, ddof=1).ravel(), abs=1e-5)
+
+
 def test_files_of_models_and_datasets_whose_paths_end_alike(run, data, tmp_path, no_pictures):
     models, sets = [tmp_path / name / "seed/1" for name in "ab"], [tmp_path / name / "x/short.jsonl" for name in "cd"]
     for number, folder in zip((4, 8), models, strict=True):
@@ -305,6 +317,13 @@ def test_words(tmp_path, capsys):
     words = effective_rank.Words(model, effective_rank.parse([str(tmp_path), *size]))
     assert words.read(1, 3, 5, 9).shape == (2, 4)
     assert np.array_equal(words.read(1, 3, 0, 40), words.source.batch(np.arange(1, 3))[0]["input"].numpy())
+    # Without --seed the run's own; 0 is a seed like any other.
+    model.config["data"]["seed"] = 5
+    seeds = [
+        effective_rank.Words(model, effective_rank.parse([str(tmp_path), *size, *seed])).about["source"]["seed"]
+        for seed in ([], ["--seed", "0"], ["--seed", "3"])
+    ]
+    assert seeds == [5, 0, 3]
 
 
 def test_change_at_document_starts():

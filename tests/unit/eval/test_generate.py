@@ -1,6 +1,7 @@
 """The command: what it prints, from which prompts, while it comes; and what is said when it cannot."""
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,18 @@ def test_one_prompt(command, speak, vocabulary, tmp_path, monkeypatch):
     assert command("--file", str(tmp_path / "prompt.txt")).out == speak("naïve 日本\n").text + "\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("x = 語".encode())))
     assert command("--file", "-").out == speak("x = 語").text + "\n"
+
+
+def test_a_mark_before_a_prompt_is_no_text(command, speak, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_bytes("\ufeffdef f".encode())
+    assert command("--file", str(tmp_path / "prompt.txt"), "--echo").out == "def f" + speak("def f").text + "\n"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command("--file", "~/prompt.txt").out == speak("def f").text + "\n"
+
+
+def test_prompts_that_are_not_utf8(command):
+    with pytest.raises(ConfigError, match="caf.* is not UTF-8 text"):
+        command("--prompt", os.fsdecode(b"caf\xe9"))
 
 
 def test_sampling_options(command, speak):

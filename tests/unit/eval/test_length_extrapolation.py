@@ -393,6 +393,20 @@ def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys):
     ]
 
 
+def test_results_on_other_data_are_not_overwritten(run, data, tmp_path):
+    """Neither by the default folder nor by --out; all data together may replace one of them."""
+    (tmp_path / "book.txt").write_text("def f(x):\n    return x\n" * 200)
+    sets, size = [str(data / "validation"), str(tmp_path / "book.txt")], ["--length", "64", "--sequences", "2"]
+    out = ["--out", str(tmp_path / "out"), "--documents", "packed"]
+    length_extrapolation.main([str(run), "--data", sets[0], *size, *out])
+    before = entries(tmp_path / "out")
+    with pytest.raises(ConfigError, match="book.txt would overwrite\nname another folder with --out"):
+        length_extrapolation.main([str(run), "--data", sets[1], *size, *out])
+    assert entries(tmp_path / "out") == before
+    length_extrapolation.main([str(run), "--data", *sets, *size, *out])
+    assert [entry["data"]["wanted"]["data"] for entry in entries(tmp_path / "out")] == sets
+
+
 def test_names(run):
     assert short_paths(["a/b/c"]) == ["b/c"] and short_paths(["x.txt"]) == ["x.txt"]
     assert short_paths(["p/a/v", "q/a/v"]) == ["p/a/v", "q/a/v"] and short_paths(["a", "b/c"]) == ["a", "b/c"]

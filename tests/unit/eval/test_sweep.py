@@ -1,9 +1,13 @@
 """Sweeps: what is wrong with a TOML, what runs, what is left alone, and what is collected."""
 
+import csv
 import json
 import os
 import re
+import shutil
 import stat
+import time
+from pathlib import Path
 
 import pytest
 
@@ -151,3 +155,63 @@ def test_the_example_is_one():
     assert [job.name for job in read_sweep(REPO / "eval/example_sweep.toml").jobs] == [
         "length_extrapolation/quickstart/stdlib", "effective_rank/quickstart/stdlib",
     ]  # fmt: skip
+
+
+def test_done_in_every_time_zone(toml, monkeypatch, capsys):
+    monkeypatch.setenv("TZ", "Pacific/Auckland")
+    time.tzset()
+    try:
+        assert sweep.main([str(toml), "--only", "length_extrapolation/early"]) == 0
+        monkeypatch.setenv("TZ", "America/Los_Angeles")
+        time.tzset()
+        capsys.readouterr()
+        sweep.main([str(toml), "--dry-run"])
+        assert capsys.readouterr().out.count("to run") == 2
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_one_table_of_all(toml):
+    sweep.main([str(toml)])
+    with (toml.parent / "out/results.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    lines = [json.loads(line) for line in (toml.parent / "out/results.jsonl").read_text().splitlines()]
+    assert [float(row["value"]) if row["value"] else None for row in rows] == [
+        value for line in lines for value in line["metrics"].values()
+    ]
+    assert {(row["eval"], row["model"]) for row in rows} == {
+        ("length_extrapolation", "late"), ("length_extrapolation", "early"), ("effective_rank", "late")
+    }  # fmt: skip
+
+
+def test_other_data_under_the_same_name(toml, toy):
+    """The folder is the job's: what another dataset left in it does not stand in the way."""
+    toml.write_text(toml.read_text().replace("/validation", "/train"))
+    assert sweep.main([str(toml), "--only", "length_extrapolation/early"]) == 0
+    toml.write_text(toml.read_text().replace("/train", "/validation"))
+    assert sweep.main([str(toml), "--only", "length_extrapolation/early"]) == 0
+
+
+def test_a_mark_before_the_text_and_home(toml, toy_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").symlink_to(toy_run)
+    toml.write_text(toml.read_text().replace(f'late = "{toy_run}"', 'late = "~/run"'), encoding="utf-8-sig")
+    jobs = read_sweep(toml).jobs
+    assert len(jobs) == 3 and jobs[0].model.path == str(tmp_path / "run") and not jobs[0].obstacle()
+
+
+@pytest.mark.parametrize("name", ["lr=1e-2,wd=0.1", "60"])
+def test_lm_eval_of_a_path_with_commas_or_a_bare_number(toy_run, tmp_path, monkeypatch, name):
+    pytest.importorskip("lm_eval")
+    shutil.copytree(toy_run, tmp_path / name)
+    (tmp_path / "eval").symlink_to(REPO / "eval")
+    (tmp_path / "tests").symlink_to(REPO / "tests")
+    monkeypatch.chdir(tmp_path)
+    Path("s.toml").write_text(
+        f'out = "out"\n[models]\nA = {{ path = "{name}", step = 4 }}\n'
+        '[lm_harness]\ntasks = "py_choice"\ninclude_path = "tests/lm_tasks"\nlimit = 2\n'
+    )
+    assert sweep.main(["s.toml"]) == 0
+    (row,) = map(json.loads, Path("out/results.jsonl").read_text().splitlines())
+    assert row["checkpoint"].startswith("step 4, saved") and "py_choice acc" in row["metrics"]

@@ -1,0 +1,127 @@
+"""The README's commands on data and models are run, on tiny data and a tiny run laid out as the README names them."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests import toy as toys
+from tests.launch.test_readme import COMMANDS
+from tests.unit.eval.words_toy import write_toml as write_words
+from torchtitan_deltaproduct.config import Environment, load_config
+
+REPO = toys.REPO
+MODULES = ("eval", *(f"torchtitan_deltaproduct.{name}" for name in ("data", "checkpoint", "status")))
+"""Of `python -m`: the commands that are run here. The others train, or look at this machine."""
+RUN = [words for words in map(shlex.split, COMMANDS) if words[:2] == ["python", "-m"] and words[2].startswith(MODULES)]
+FINEWEB = sorted((REPO / "train_configs/fineweb").glob("*.toml"))
+
+
+@pytest.fixture(scope="module")
+def here(toy, tmp_path_factory):
+    """A folder to run in: the quick start's data and run, and runs of the other names the README gives."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("eval", "train_configs", "tests"):
+        (folder / name).symlink_to(REPO / name)
+    for name in ("outputs/quickstart/data", "outputs/state_tracking", "data"):
+        (folder / name).mkdir(parents=True)
+    (folder / "outputs/quickstart/data/stdlib").symlink_to(toy.parent / "data")
+    (folder / "data/mistral").symlink_to(toy.parent / "tokenizer")
+    toys.train(toy, folder / "outputs/quickstart/run")
+    for name in ("outputs/run", "RUN"):
+        (folder / name).symlink_to(folder / "outputs/quickstart/run")
+    for name in ("RUN", "S5_n1"):
+        toys.train(write_words(folder / "s3.toml"), folder / "outputs/state_tracking" / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """What stands for the dataset on the hub."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("hub") / "fineweb"
+    rows = [f"row {n}: " + "the text of a page. " * 20 for n in range(60)]
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk(str(folder))
+    return folder
+
+
+def call(folder, words, *more):
+    """Runs a command of the README in the folder, on words for a word with a star as the shell would."""
+    words = [str(found) for word in words for found in (sorted(folder.glob(word)) if "?" in word else [word])]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *words[1:], *more]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, shlex.join(words) + "\n" + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_commands_are_found():
+    names = {words[2].rpartition(".")[2] for words in RUN}
+    assert {"prepare", "length_extrapolation", "effective_rank", "generate", "lm_harness", "sweep", "to_hf", "from_hf",
+            "state_tracking", "status", "ls", "verify"} <= names  # fmt: skip
+
+
+@pytest.mark.parametrize("words", RUN, ids=lambda words: " ".join(words[2:])[:60])
+def test_it_runs(here, hub, words):
+    module = words[2].rpartition(".")[2]
+    if module == "prepare":
+        words = [{"HuggingFaceFW/fineweb:sample-100BT": str(hub), "32": "1"}.get(word, word) for word in words]
+    if module == "lm_harness":
+        pytest.importorskip("lm_eval")
+        tasks = ["--tasks", "py_choice", "--include_path", "tests/lm_tasks", "--limit", "2"]
+        words = [*words[: words.index("--tasks")], *tasks]
+    if module == "from_hf" and not (here / words[3]).exists():
+        call(here, next(other for other in RUN if other[2].endswith(".to_hf")))
+    said = call(here, words)
+    made = {
+        "length_extrapolation": "outputs/quickstart/run/eval/length_extrapolation.csv",
+        "effective_rank": "outputs/quickstart/run/eval/effective_rank.csv",
+        "to_hf": "exported/quickstart/model.safetensors",
+        "from_hf": "data/imported/checkpoint/step-0/complete.json",
+        "prepare": "data/fineweb/validation/manifest.json",
+        "lm_harness": "RUN/eval/lm_harness",
+    }
+    if module in made:
+        assert (here / made[module]).exists()
+    else:
+        assert said.strip()
+
+
+@pytest.mark.parametrize("file", FINEWEB, ids=lambda file: file.stem)
+def test_the_fineweb_files_name_what_prepare_writes(file):
+    """`data/fineweb` of "A real run" gets `train` and `validation`."""
+    (prepare,) = (words for words in RUN if words[2].endswith(".prepare"))
+    config = tomllib.loads(file.read_text())
+    assert "--validation-fraction" in prepare
+    assert config["data"]["paths"] == [f"{prepare[3]}/train"]
+    assert config["validation"]["paths"] == [f"{prepare[3]}/validation"]
+
+
+def test_the_real_run_trains_on_them(here, hub):
+    """The TOML that the README trains with, its model made small, on what its prepare command made."""
+    (prepare,) = (words for words in RUN if words[2].endswith(".prepare"))
+    if not (here / "data/fineweb").exists():
+        test_it_runs(here, hub, prepare)
+    (toml,) = (words[-1] for words in map(shlex.split, COMMANDS) if words[:2] == ["bash", "launch/local.sh"])
+    small = {"model.hidden_size": 32, "model.num_hidden_layers": 1, "model.num_heads": 2, "model.head_dim": 16,
+             "model.intermediate_size": 64, "training.seq_len": 32, "training.steps": 2, "lr_scheduler.warmup_steps": 1,
+             "training.local_batch_size": 2, "training.global_batch_size": 2, "compile.enable": "false",
+             "training.mixed_precision_param": "float32", "validation.freq": 2, "checkpoint.async_mode": "disabled",
+             "activation_checkpoint.mode": "none"}  # fmt: skip
+    options = [str(word) for key, value in small.items() for word in (f"--{key}", value)]
+    module = ["python", "-m", "torchtitan_deltaproduct.train", "--job.config_file", toml]
+    assert "finished: step 2 of 2" in call(here, module, *options, "--job.dump_folder", "outputs/real")
+    records = map(json.loads, Path(here, "outputs/real/metrics.jsonl").read_text().splitlines())
+    assert any("validation_bits_per_byte" in record for record in records)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_quick_start_fits_its_ranks(ranks):
+    file = str(REPO / "train_configs/quickstart.toml")
+    config = load_config(["--job.config_file", file], Environment(world_size=ranks))
+    assert config.training.global_batch_size == 8
