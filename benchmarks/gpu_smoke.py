@@ -1,36 +1,21 @@
-"""One command for a GPU: checks the operator against float64, then times operator and trainer beside each other.
+"""One command for a GPU: checks the operator against float64, then times it; `benchmarks.training` times the model.
 
-    python -m benchmarks.gpu_smoke                      everything (about 15 minutes, most of it Triton tuning)
-    python -m benchmarks.gpu_smoke --only errors        or: growth, times, trainer
-    python -m benchmarks.gpu_smoke --steps 30 --config train_configs/fineweb/deltaproduct_340M_n1_4k.toml
+    python -m benchmarks.gpu_smoke                      everything (minutes, most of them Triton tuning)
+    python -m benchmarks.gpu_smoke --only errors        or: growth, times
 
 Errors are ||x - ref|| / ||ref|| against the float64 recurrence on the same bf16 inputs. Times are medians of CUDA-event
-measurements. The trainer part runs `torchtitan_deltaproduct.train` itself on random tokens; MFU is its own, by the
-closed FLOP formula, against the vendor's dense bf16 peak.
+measurements.
 """
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-from statistics import median
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.synthetic import write_random_set
 from torchtitan_deltaproduct.ops import gated_delta_product
 
 DEVICE = "cuda"
-VARIANTS = {
-    "compile": ["--compile.enable", "true"],
-    "compile-op-ac": ["--compile.enable", "true", "--activation_checkpoint.mode", "selective",
-                      "--activation_checkpoint.selective_ac_option", "op"],
-    "eager": ["--compile.enable", "false"],
-}  # fmt: skip
 
 
 def inputs(n: int, gated: bool, B: int, T: int, H: int, K: int, dtype=torch.bfloat16, seed: int = 0) -> dict:
@@ -136,32 +121,6 @@ def time_op(table: Table, householders: list[int]) -> None:
             table.add_row(str(n), f"{B} x {T}", str(H), "fwd+bwd" if backward else "fwd", *row)
 
 
-def time_trainer(table: Table, args: argparse.Namespace) -> None:
-    """Tokens/s and MFU of the real trainer on random tokens, medians over the second half of the steps."""
-    with tempfile.TemporaryDirectory() as tmp:
-        data = write_random_set(Path(tmp, "data"), 8_000_000, 32_000)
-        for name in args.variants:
-            run = Path(tmp, name)
-            command = [
-                sys.executable, "-m", "torchtitan_deltaproduct.train", "--job.config_file", args.config,
-                "--job.dump_folder", str(run), "--data.paths", str(data), "--training.steps", str(args.steps),
-                "--training.local_batch_size", str(args.batch), "--training.global_batch_size", str(args.batch),
-                "--validation.no-enable", "--checkpoint.no-enable", "--lr_scheduler.warmup_steps", "5",
-                "--metrics.no-enable_tensorboard", "--activation_checkpoint.mode", "none", *VARIANTS[name],
-            ]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(done.stdout[-3000:], done.stderr[-3000:])
-                table.add_row(name, "failed", "", "", "")
-                continue
-            records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            late = records[len(records) // 2 :]
-            speed, mfu = (median([r[key] for r in late]) for key in ("tokens_per_second", "mfu"))
-            losses = f"{records[0]['loss']:.3f} -> {records[-1]['loss']:.3f}"
-            memory = max(r["memory_gib"] for r in late)
-            table.add_row(name, f"{speed:,.0f}", f"{100 * mfu:.1f} %", f"{memory:.1f}", losses)
-
-
 def new_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
@@ -171,12 +130,8 @@ def new_table(title: str, *columns: str) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["errors", "growth", "times", "trainer"])
+    parser.add_argument("--only", nargs="+", default=["errors", "growth", "times"])
     parser.add_argument("--householders", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--config", default="train_configs/fineweb/deltaproduct_340M_n1_4k.toml")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 4,096 tokens a step")
     args = parser.parse_args()
     console = Console(width=150)
     import triton
@@ -196,10 +151,6 @@ def main() -> None:
         times = new_table("milliseconds (speed relative to fla), K = V = 128, bf16", *columns)
         time_op(times, args.householders)
         console.print(times)
-    if "trainer" in args.only:
-        speeds = new_table(f"{args.config}, batch {args.batch}", "variant", "tok/s", "MFU", "GiB", "loss")
-        time_trainer(speeds, args)
-        console.print(speeds)
 
 
 if __name__ == "__main__":

@@ -31,22 +31,22 @@ def slowly(trainer) -> None:
     """Puts pauses into a trainer."""
     from torchtitan_deltaproduct.checkpoint.writer import MarkedWriter
 
-    step, outputs, write = trainer.train_step, trainer.validator.outputs, MarkedWriter.write_data
+    step, batches, write = trainer.train_step, trainer.validator.batches, MarkedWriter.write_data
 
-    def slow_step(batches):
+    def slow_step(feed):
         moment(f"step {trainer.step}")
         hang_if_asked(trainer)
-        return step(batches)
+        return step(feed)
 
-    def slow_outputs(*given):
+    def slow_batches(*given):
         moment(f"validation at {trainer.step}")
-        yield from outputs(*given)
+        yield from batches(*given)
 
     def slow_write(writer, *given):
         moment(f"save of step {writer.about.step}")
         return write(writer, *given)
 
-    trainer.train_step, trainer.validator.outputs = slow_step, slow_outputs
+    trainer.train_step, trainer.validator.batches = slow_step, slow_batches
     MarkedWriter.write_data = slow_write
 
 

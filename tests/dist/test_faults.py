@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-from torch.distributed.checkpoint.staging import StagingOptions
 
 from tests.dist.helper import run_distributed
 from tests.dist.test_signals import start
@@ -126,22 +125,30 @@ def test_one_rank_cannot_write(toy, unbroken, tmp_path, mode):
     assert_close(run, unbroken)
 
 
-def test_a_stager_that_serves_once(toy, unbroken, tmp_path, monkeypatch):
-    """As in torch 2.11 and 2.12, where it closes itself after a save."""
-    from torchtitan_deltaproduct.titan import checkpointer
+def test_asynchronous_saves_take_their_memory_once(toy, unbroken, tmp_path, monkeypatch):
+    """After the first step, when nobody waits for a save."""
+    from torchtitan_deltaproduct.checkpoint.staging import Stager
+    from torchtitan_deltaproduct.titan.checkpointer import CheckpointManager
 
-    class Stager(checkpointer.DefaultStager):
-        def stage(self, state_dict, **kwargs):
-            staged = super().stage(state_dict, **kwargs)
-            self._state_dict_stager.close()
-            return staged
+    blocks, reserve, stage = [], CheckpointManager.reserve, Stager.stage
 
-    monkeypatch.setattr(checkpointer, "DefaultStager", Stager)
-    monkeypatch.setattr(checkpointer, "STAGER_LASTS", False)
+    def look(manager):
+        reserve(manager)
+        blocks.append(manager.stager.block)
+
+    def look_again(stager, states):
+        staged = stage(stager, states)
+        blocks.append(stager.block)
+        return staged
+
+    monkeypatch.setattr(CheckpointManager, "reserve", look)
+    monkeypatch.setattr(Stager, "stage", look_again)
     run = tmp_path / "run"
     train(toy, run, "--checkpoint.async_mode", "async")
+    assert len(blocks) == 4 and all(block is blocks[0] for block in blocks), "steps 1, 2, 4, 6; the last save waits"
     assert [event["step"] for event in of_kind(run, "save")] == [2, 4, 6, 8] and not of_kind(run, "save_failed")
-    assert_same_weights(weights(run, 8), weights(unbroken, 8))
+    for step in (6, 8):
+        assert_same_weights(weights(run, step), weights(unbroken, step))
 
 
 def test_the_thread_of_an_asynchronous_save_dies(toy, unbroken, tmp_path, monkeypatch, capsys):
@@ -169,7 +176,6 @@ def saved_by_processes(rank: int, argv: list[str]) -> None:
     from torchtitan_deltaproduct.titan.run import run
 
     # Pinned memory and copies beside the computation need CUDA; the rest of the mode is the same.
-    checkpointer.StagingOptions = lambda *_: StagingOptions(False, True, True, False)
     finish, signalled = checkpointer.CheckpointManager.finish_running_save, []
 
     def signal_and_finish(manager):
@@ -199,10 +205,10 @@ def lost_saver(rank: int, argv: list[str]) -> None:
     """Saves in a process of its own, without the pinned memory that needs a GPU; rank 1 loses it after step 3."""
     from torch.distributed.checkpoint import _async_process_executor as executor
 
-    from torchtitan_deltaproduct.titan import checkpointer, trainer
+    from torchtitan_deltaproduct.titan import trainer
     from torchtitan_deltaproduct.titan.run import run
 
-    options, original = checkpointer.StagingOptions, trainer.Trainer.train_step
+    original = trainer.Trainer.train_step
 
     def step(self, batches):
         if self.step == 4 and rank == 1:
@@ -210,7 +216,6 @@ def lost_saver(rank: int, argv: list[str]) -> None:
             executor._CHECKPOINT_PROCESS._save_process.kill()
         return original(self, batches)
 
-    checkpointer.StagingOptions = lambda *pinned: options(*[False] * 4)
     trainer.Trainer.train_step = step
     config = load_config(argv)
     config.checkpoint.async_mode = "async_with_pinned_mem"

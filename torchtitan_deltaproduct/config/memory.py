@@ -1,7 +1,7 @@
 """Bytes of a run, estimated from its config: what a rank holds, what a checkpoint takes on disk.
 
     parts = models.counts.parameters_by_part(config.model)
-    rank_memory(config, 8, parts)      # {"weights": 106_800_000, ..., "logits": 2_621_440_000}
+    rank_memory(config, 8, parts)      # {"weights": 106_800_000, ..., "loss": 984_612_864}
 
 Weights, gradients and Adam's two moments are float32 and divided by the shard degree: exact. Activations
 count what autograd keeps of each block in eager mode, 10 % more than a small model was seen to keep;
@@ -11,11 +11,16 @@ left out: plan for 20 % more.
 
 from collections.abc import Mapping
 
+from ..models.loss import peak_bytes
 from .architecture import DeltaProductArgs
 from .job import JobConfig
 
 _FLOAT32 = 4
 _ADAM_MOMENTS = 2
+_SMALL = 0.05
+"""Share of the card that gathered weights may take for the whole step: less than the activations of a block do."""
+_CARD = 80 << 30
+"""Bytes of a card where there is none to ask."""
 
 
 def shard_degree(config: JobConfig, world_size: int) -> int:
@@ -40,13 +45,43 @@ def rank_memory(config: JobConfig, world_size: int, parts: Mapping[str, int]) ->
     offloaded = config.training.enable_cpu_offload
     return {
         "weights": 0 if offloaded else _FLOAT32 * own,
-        "gradients": 0 if offloaded else _FLOAT32 * own,
+        # Reduced ones are sharded; up to the last micro-batch a rank holds all of its own.
+        "gradients": _FLOAT32 * (sum(parts.values()) if accumulates(config, world_size) else 0 if offloaded else own),
         "optimizer state": 0 if offloaded else _ADAM_MOMENTS * _FLOAT32 * own,
         "gathered weights": _gathered_weights(config, world_size, parts) * width,
         "activations": int(tokens * activation_elements(config) * width),
-        # The output in the compute type, its log-softmax and the gradient of that, both float32.
-        "logits": tokens * config.model.vocab_size * (width + 2 * _FLOAT32),
+        "loss": peak_bytes(tokens, config.model.vocab_size, config.model.hidden_size, width, _compiles_loss(config)),
     }
+
+
+def _compiles_loss(config: JobConfig) -> bool:
+    return config.compile.enable and "loss" in config.compile.components
+
+
+def accumulates(config: JobConfig, world_size: int) -> bool:
+    """Whether a step has more than one micro-batch."""
+    return config.training.global_batch_size > config.training.local_batch_size * world_size
+
+
+def reshard_after_forward(config: JobConfig, shards: int, parameters: int, card: int = _CARD) -> tuple[bool, str]:
+    """Whether a block's gathered weights are let go after its forward pass and gathered anew for the backward pass.
+
+    Args:
+        config: the job; its `parallelism.fsdp_reshard_after_forward` decides unless it is "default".
+        shards: ranks that share one copy of the weights.
+        parameters: of the whole model.
+        card: bytes of memory of the device.
+
+    Returns:
+        The answer and its reason.
+    """
+    policy, gathered = config.parallelism.fsdp_reshard_after_forward, parameters * activation_width(config)
+    if policy != "default":
+        return policy == "always", "as set"
+    if shards == 1:
+        return False, "one rank holds them all"
+    share = f"{gathered / 1e9:.2f} GB are {gathered / card:.1%} of the memory"
+    return gathered > _SMALL * card, share
 
 
 def activation_width(config: JobConfig) -> int:
@@ -115,7 +150,7 @@ def _gathered_weights(config: JobConfig, world_size: int, parts: Mapping[str, in
     if world_size == 1 and activation_width(config) == _FLOAT32:
         return 0
     total = sum(parts.values())
-    if config.parallelism.fsdp_reshard_after_forward == "never":
+    if not reshard_after_forward(config, shard_degree(config, world_size), total)[0]:
         return total
     around = parts["embedding"] + parts["head"]
     return around + min(2, layers) * (total - around) // layers

@@ -25,7 +25,15 @@ from .devices import PEAK_FLOPS, peak_flops
 from .fields import get_value, schema
 from .job import JobConfig
 from .load import load_config
-from .memory import activation_width, checkpoint_bytes, final_checkpoint_bytes, rank_memory, shard_degree
+from .memory import (
+    accumulates,
+    activation_width,
+    checkpoint_bytes,
+    final_checkpoint_bytes,
+    rank_memory,
+    reshard_after_forward,
+    shard_degree,
+)
 from .schedule import lr_factor
 from .snapshots import effective_global_batch_size
 from .values import nearest, shorten, show
@@ -182,19 +190,23 @@ def _tokenizer_rows(config: JobConfig) -> Rows:
 
 
 def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Rows:
-    memory = rank_memory(config, world_size, counts.parameters_by_part(config.model))
+    parts = counts.parameters_by_part(config.model)
+    memory = rank_memory(config, world_size, parts)
     ac, shards = config.activation_checkpoint, shard_degree(config, world_size)
+    reshard, reason = reshard_after_forward(config, shards, sum(parts.values()))
     mode = f"{ac.mode} {ac.selective_ac_option}" if ac.mode == "selective" else ac.mode
     offload = "; on the host" if config.training.enable_cpu_offload else ""
     compiled = config.compile.enable and "model" in config.compile.components
     remarks = {
         "weights": f"float32, 1/{shards} of them{offload}",
-        "gradients": f"float32, 1/{shards} of them{offload}",
+        "gradients": "float32, all of them: reduced with the last micro-batch"
+        if accumulates(config, world_size)
+        else f"float32, 1/{shards} of them{offload}",
         "optimizer state": f"{config.optimizer.name}, two moments{offload}",
-        "gathered weights": "unsharded for use: embedding, head, two blocks",
+        "gathered weights": f"unsharded for use: {'embedding, head, two blocks' if reshard else 'all'} ({reason})",
         "activations": f"checkpointing {mode}; "
         + ("as if eager: torch.compile, which is on, keeps less" if compiled else "eager; torch.compile keeps less"),
-        "logits": "output, log-softmax and gradient of a micro-batch",
+        "loss": "logits of a chunk of tokens, gradients of the head and its input",
     }
     rows = [(name, amount(size, "B"), remarks[name]) for name, size in memory.items() if size]
     needed = SPARE * sum(memory.values())

@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import _async_process_executor as process_executor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components import checkpoint as stock
 
 from .. import events
@@ -29,6 +29,7 @@ from ..checkpoint.folders import CheckpointInfo, deletable, delete, inspect, is_
 from ..checkpoint.load import find_checkpoint
 from ..checkpoint.marker import SAVING, ours, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
+from ..checkpoint.staging import Stager
 from ..checkpoint.writer import About, MarkedWriter
 from ..errors import CheckpointError
 from .stopping import deaf_children
@@ -37,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 LAST_TRIES, PAUSE = 3, 5.0
 """Tries of the save before an end, and seconds between them."""
-STAGER_LASTS = torch.__version__ >= "2.13"
-"""Whether a stager takes more than one save. Before, it closed itself after the first, and the second then failed."""
 
 
 class CheckpointManager(stock.CheckpointManager):
@@ -64,7 +63,10 @@ class CheckpointManager(stock.CheckpointManager):
         self.saving_step: int | None = None
         self.writer_lost = False
         self.durations: list[float] = []
+        self.staging = False
         self.deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-deleter")
+        if self.enable and self.async_mode != stock.AsyncMode.DISABLED:
+            self.stager = Stager(shared=self.async_mode == stock.AsyncMode.ASYNC_WITH_PINNED_MEM)
 
     @property
     def save_seconds(self) -> float:
@@ -115,6 +117,12 @@ class CheckpointManager(stock.CheckpointManager):
         logger.warning("training goes on; the next try is at step %d", self.retry_at)
         return False
 
+    def reserve(self) -> None:
+        """Takes the memory that asynchronous saves copy to: now, since pinning it stops all work on a GPU."""
+        if self.stager is not None:
+            states = self._states_to_save(last_step=False)
+            self.stager.reserve({k: v.state_dict() if isinstance(v, Stateful) else v for k, v in states.items()})
+
     def _try_to_save(self, step: int, why: str, last_step: bool, wait: bool) -> bool:
         """Writes one folder; False if it failed on any rank, and then on all."""
         folder = Path(self._create_checkpoint_id(step))
@@ -141,11 +149,6 @@ class CheckpointManager(stock.CheckpointManager):
 
     def _start_async(self, states: dict, writer: MarkedWriter, step: int, why: str, start: float) -> None:
         pinned = self.async_mode == stock.AsyncMode.ASYNC_WITH_PINNED_MEM
-        if self.stager is not None and not STAGER_LASTS:
-            self.stager.close()
-            self.stager = None
-        if self.stager is None:
-            self.stager = DefaultStager(StagingOptions(*([pinned] * 4)))
         kind = AsyncCheckpointerType.PROCESS if pinned else AsyncCheckpointerType.THREAD
         if pinned:
             self._renew_lost_writers()
@@ -156,7 +159,7 @@ class CheckpointManager(stock.CheckpointManager):
             )  # fmt: skip
         if isinstance(response, AsyncSaveResponse):
             self.save_future, self.staging_future = response.upload_completion, response.staging_completion
-            self.staging = pinned
+            self.staging = True
         else:
             self.save_future = response
         self.saving_step = step
@@ -176,6 +179,12 @@ class CheckpointManager(stock.CheckpointManager):
             if process_executor._CHECKPOINT_PROCESS is not None:
                 process_executor._CHECKPOINT_PROCESS._save_process.terminate()
             process_executor._CHECKPOINT_PROCESS, self.writer_lost = None, False
+
+    def maybe_wait_for_staging(self) -> None:
+        """Waits until the weights may change: an asynchronous save of either kind may still be copying them."""
+        if self.staging:
+            self.staging_future.result()
+            self.staging = False
 
     def finish_running_save(self) -> None:
         """Waits for an asynchronous save; if it failed, the next step that is due stands in for it."""
@@ -338,13 +347,16 @@ class CheckpointManager(stock.CheckpointManager):
             self.states[stock.MODEL].load_state_dict(states)
 
     def _purge_stale_checkpoints(self, wait: bool = False) -> None:
+        """Deletes what retention does not keep, in a thread: looking through the folders takes time, too."""
         if dist.get_rank() == 0:
-            running = self.saving_step if self.save_future is not None else None
-            for info in deletable(scan(self.folder), self.keep_latest_k, self.keep_every):
-                if info.step != running:
-                    self.deleter.submit(self._delete, info)
+            done = self.deleter.submit(self._purge, self.saving_step if self.save_future is not None else None)
             if wait:
-                self.deleter.submit(lambda: None).result()
+                done.result()
+
+    def _purge(self, running: int | None) -> None:
+        for info in deletable(scan(self.folder), self.keep_latest_k, self.keep_every):
+            if info.step != running:
+                self._delete(info)
 
     def _delete(self, info: CheckpointInfo) -> None:
         try:

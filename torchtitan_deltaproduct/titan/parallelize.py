@@ -8,6 +8,7 @@ tokens, and a mean over ranks (DDP's and FSDP's default) would divide a second t
 Tensor, pipeline and context parallelism have their place between the steps of `parallelize`.
 """
 
+import itertools
 import logging
 
 import torch
@@ -20,6 +21,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.tools import utils
 
 from ..config.job import JobConfig
+from ..config.memory import reshard_after_forward
 from ..ops import SAVE_FOR_SELECTIVE_AC
 from .stopping import shield_compile_workers
 
@@ -51,6 +53,8 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         for name, block in model.layers.named_children():
             compiled = torch.compile(block, backend=job_config.compile.backend, fullgraph=True)
             model.layers.register_module(name, compiled)
+    if job_config.compile.enable and "loss" in job_config.compile.components:
+        model.loss_backend = job_config.compile.backend
     mesh, reason = data_parallel_mesh(parallel_dims, job_config)
     if mesh is not None:
         shard(model, mesh, job_config)
@@ -78,7 +82,7 @@ def data_parallel_mesh(parallel_dims: ParallelDims, job_config: JobConfig) -> tu
 
 def shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
     """Shards `model` in place, one FSDP group a block and one for what surrounds the blocks."""
-    training, policy = job_config.training, job_config.parallelism.fsdp_reshard_after_forward
+    training = job_config.training
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
@@ -90,18 +94,28 @@ def shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
     }
     if training.enable_cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
+    card = utils.device_module.get_device_properties(utils.device_module.current_device()).total_memory
+    parameters = sum(p.numel() for p in model.parameters())
+    reshard, reason = reshard_after_forward(job_config, mesh.size(mesh.ndim - 1), parameters, card)
+    logger.info("gathered weights: %s (%s)", "gathered again for backward" if reshard else "kept for backward", reason)
     # A_log and dt_bias are computed in float32 whatever the precision of the rest: one group for those of all layers.
     decays = [block.mixer.decay for block in model.layers.values() if model.args.use_forget_gate]
     if decays:
         full = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
         fully_shard(decays, **(options | {"mp_policy": full}), reshard_after_forward=False)
-    for block in model.layers.values():
-        fully_shard(block, **options, reshard_after_forward=policy != "never")
+    blocks = list(model.layers.values())
+    for block in blocks:
+        fully_shard(block, **options, reshard_after_forward=reshard)
     # A tied weight must belong to one group, and a group is one module: embedding and head stay with the root then.
     if not model.args.tie_word_embeddings:
-        fully_shard(model.tok_embeddings, **options, reshard_after_forward=policy != "never")
-        fully_shard([model.norm, model.output], **options, reshard_after_forward=policy == "always")
+        fully_shard(model.tok_embeddings, **options, reshard_after_forward=reshard)
+        # The backward pass begins with them.
+        at_once = job_config.parallelism.fsdp_reshard_after_forward == "always"
+        fully_shard([model.norm, model.output], **options, reshard_after_forward=at_once)
     fully_shard(model, **options)
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

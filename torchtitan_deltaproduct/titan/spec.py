@@ -7,7 +7,6 @@ itself, so `register` makes the spec for one job config.
 from dataclasses import asdict, dataclass, field
 
 from torch import nn
-from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.protocols import train_spec as registry
 from torchtitan.protocols.model import BaseModelArgs
 
@@ -73,7 +72,8 @@ def register(job_config: JobConfig) -> None:
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_training_loader,
         build_tokenizer_fn=None,
-        build_loss_fn=build_cross_entropy_loss,
+        # The model computes its loss itself, and torchtitan only hands on what this returns.
+        build_loss_fn=lambda job_config, **given: None,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics_processor,
     )

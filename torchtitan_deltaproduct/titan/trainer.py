@@ -1,10 +1,14 @@
 """The Trainer: torchtitan's construction of a run, with our step and loop.
 
-One step reads the micro-batches of a global batch, divides the summed loss by the global number of valid tokens,
-clips, and updates. A step whose loss or gradient is not finite is skipped on every rank and counted; the schedule
-follows the step number all the same, so that a run that skipped differs from one that did not by that update alone.
+One step takes the micro-batches of a global batch, divides the summed loss by the global number of valid tokens, clips,
+and updates. Gradients are reduced over ranks with the last micro-batch alone: until then every rank holds its own sum
+of them unsharded, in `training.mixed_precision_reduce` (4 bytes a parameter in float32). A step whose loss or gradient
+is not finite is skipped on every rank and counted; the schedule follows the step number all the same, so that a run
+that skipped differs from one that did not by that update alone.
 
-With the loss, ranks exchange whether to stop (`stopping`): all end after the same step, with a complete checkpoint.
+The host waits for the device once a step, for the loss and the norm. While the device works it reads the next global
+batch (`feed`), and with the loss ranks exchange how many tokens that one has and whether to stop (`stopping`): all end
+after the same step, with a complete checkpoint.
 """
 
 import contextlib
@@ -18,9 +22,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import FSDPModule
 from torchtitan import train as stock
-from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.checkpoint import DATALOADER
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
 
@@ -29,6 +35,7 @@ from ..config.job import JobConfig
 from ..errors import NonFiniteError
 from .checkpointer import CheckpointManager
 from .describe import describe, resumed
+from .feed import Feed, to_device
 from .rendezvous import own_store
 from .spec import global_batch_size, register
 from .spikes import LossSpikes
@@ -57,6 +64,9 @@ class Trainer(stock.Trainer):
         super().__init__(job_config)
         dims, guard = self.parallel_dims, job_config.guard
         self.run_folder = Path(job_config.job.dump_folder)
+        self.feed = Feed(self.dataloader, self.gradient_accumulation_steps, self.device)
+        self.checkpointer.states[DATALOADER] = self.feed
+        self.tokens_ahead: float | None = None
         self.samples_per_step = global_batch_size(job_config, dims.dp_replicate * dims.dp_shard)
         self.skipped_steps = self.skipped_in_a_row = 0
         self.validated_step = -1
@@ -102,13 +112,12 @@ class Trainer(stock.Trainer):
             if stop:
                 logger.warning("stopped on %s before step %d: there was nothing new to save", stop, self.step + 1)
                 return stop
-            batches = self.batch_generator(self.dataloader)
             first_step = self.step + 1
             while self.should_continue_training():
                 begin = time.monotonic()
                 self.step += 1
                 self.gc_handler.run(self.step)
-                stop = self.train_step(batches)
+                stop = self.train_step(self.feed)
                 stop = self.finish_step(stop, begin, first=self.step == first_step)
                 for tool in (profiler, memory_profiler):
                     if tool:
@@ -118,6 +127,9 @@ class Trainer(stock.Trainer):
                     logger.warning("stopped on %s after step %d: %s", stop, self.step, saved)
                     return stop
                 if self.step == first_step:
+                    if self.saves:
+                        self.checkpointer.reserve()
+                        self.metrics_processor.restart_clock()
                     # Compilation and lazy initialisation are over: a hang from here on is a fault.
                     seconds = config.comm.train_timeout_seconds
                     dist_utils.set_pg_timeouts(timedelta(seconds=seconds), self.parallel_dims)
@@ -193,9 +205,13 @@ class Trainer(stock.Trainer):
 
     def agree_to_stop(self) -> str | None:
         """Why to stop, if any rank wants to; the same answer on all ranks, which must all ask."""
-        flags = torch.tensor(self.stop_flags(), device=self.device)
+        flags = self.numbers(self.stop_flags())
         dist.all_reduce(flags)
         return Stopping.reason(flags.tolist())
+
+    def numbers(self, values: list[float]) -> torch.Tensor:
+        """[n] float64 on the device, without a wait."""
+        return to_device(torch.tensor(values, dtype=torch.float64), self.device)
 
     def stop_flags(self) -> list[float]:
         return self.stopping.flags(max(self.step_seconds, default=0.0), self.checkpointer_seconds)
@@ -204,26 +220,19 @@ class Trainer(stock.Trainer):
     def checkpointer_seconds(self) -> float:
         return self.checkpointer.save_seconds if self.saves else 0.0
 
-    def train_step(self, data_iterator) -> str | None:
+    def train_step(self, feed: Feed) -> str | None:
         """One optimizer step over one global batch; returns why to stop after it, the same on all ranks."""
         self.optimizers.zero_grad()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
-        microbatches, tokens = self.next_global_batch(data_iterator)
-        losses = []
-        for inputs, labels in microbatches:
-            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-            labels = labels.to(self.device, non_blocking=True)
-            loss = self.forward_backward_step(input_dict=batch, labels=labels, global_valid_tokens=tokens)
-            losses.append(loss.detach())
+        microbatches, tokens = self.next_global_batch(feed)
+        loss = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for i, (inputs, labels) in enumerate(microbatches):
+            reduce_gradients(self.model_parts, i == len(microbatches) - 1)
+            loss += self.forward_backward_step(input_dict=inputs, labels=labels, global_valid_tokens=tokens)
         parameters = [p for model in self.model_parts for p in model.parameters()]
         grad_norm = dist_utils.clip_grad_norm_(parameters, self.job_config.training.max_norm, foreach=True)
-        flags = torch.tensor(self.stop_flags(), device=self.device)
-        totals = torch.cat([torch.stack(losses).sum().float().view(1), flags])
-        if self.parallel_dims.dp_cp_enabled:
-            dist.all_reduce(totals, group=self.parallel_dims.get_mesh("loss").get_group())
-        # The one wait for the device in a step: everything below decides on these numbers.
-        numbers = torch.cat([totals, grad_norm.float().view(1)]).tolist()
-        loss_value, norm_value = numbers[0], numbers[-1]
+        numbers = self.wait_for(loss, grad_norm, self.numbers([*self.stop_flags(), self.read_ahead(feed)]))
+        loss_value, norm_value, self.tokens_ahead = numbers[0], numbers[-1], numbers[-2]
         self.checkpointer.maybe_wait_for_staging()
         if math.isfinite(loss_value) and math.isfinite(norm_value):
             self.optimizers.step()
@@ -239,7 +248,7 @@ class Trainer(stock.Trainer):
                 "grad_norm": norm_value,
                 "lr": lr,
                 "tokens": self.tokens_seen,
-                "epoch": round(max(self.dataloader.epochs().values()), 4),
+                "epoch": round(max(feed.epochs().values()), 4),
                 "skipped_steps": self.skipped_steps,
                 "failed_saves": self.checkpointer.failed_saves if self.saves else 0,
             },
@@ -256,14 +265,43 @@ class Trainer(stock.Trainer):
             if dist.get_rank() == 0:
                 events.append(self.run_folder, "loss_spike", step=self.step, loss=loss, samples=[first, last])
 
-    def next_global_batch(self, data_iterator) -> tuple[list, torch.Tensor]:
+    def forward_backward_step(self, *, input_dict: dict, labels: torch.Tensor, global_valid_tokens: float):
+        """The loss of a micro-batch over the tokens of its global batch, [] on the device; adds to the gradients."""
+        inputs = {name: tensor for name, tensor in input_dict.items() if name != "input"}
+        loss = self.model_parts[0](input_dict["input"], **inputs, labels=labels) / global_valid_tokens
+        loss.backward()
+        return loss.detach()
+
+    def next_global_batch(self, feed: Feed) -> tuple[list, float]:
         """This rank's micro-batches, and the number of valid tokens in the whole global batch (at least 1)."""
-        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        valid = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in microbatches)
-        tokens = torch.tensor(float(valid), device=self.device)
-        if self.parallel_dims.dp_enabled:
-            dist.all_reduce(tokens, group=self.parallel_dims.get_mesh("batch").get_group())
-        return microbatches, tokens.clamp(min=1.0)
+        microbatches = feed.take()
+        self.metrics_processor.ntokens_since_last_log += sum(labels.numel() for _, labels in microbatches)
+        if self.tokens_ahead is None:
+            # The first step of a launch: every later one was counted by the one before it.
+            tokens = self.sum_over_ranks(self.numbers([feed.labels])).tolist()
+            self.metrics_processor.data_loading_times.append(feed.seconds)
+        else:
+            tokens = [self.tokens_ahead]
+        return microbatches, max(1.0, tokens[0])
+
+    def read_ahead(self, feed: Feed) -> int:
+        """Reads the next step's batch if there is to be one; returns its labels on this rank."""
+        if not self.should_continue_training():
+            return 0
+        feed.read_ahead()
+        self.metrics_processor.data_loading_times.append(feed.seconds)
+        return feed.labels
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """values: [n] of this rank's data -> their sums over all ranks, in place."""
+        if self.parallel_dims.dp_cp_enabled:
+            dist.all_reduce(values, group=self.parallel_dims.get_mesh("loss").get_group())
+        return values
+
+    def wait_for(self, loss: torch.Tensor, grad_norm: torch.Tensor, others: torch.Tensor) -> list[float]:
+        """[loss, *others, grad_norm], all but the norm summed over ranks: the one wait for the device in a step."""
+        totals = self.sum_over_ranks(torch.cat([loss, others]))
+        return torch.cat([totals, grad_norm.double().view(1)]).tolist()
 
     def skip_step(self, loss: float, grad_norm: float) -> None:
         """Counts a step without an update, names the first bad gradient, and stops after too many in a row."""
@@ -314,9 +352,17 @@ class Trainer(stock.Trainer):
 
     def close(self) -> None:
         self.watchdog.close()
+        self.feed.close()
         super().close()
         # torchtitan switches the collector off for the process, and a test or a notebook lives on.
         gc.enable()
+
+
+def reduce_gradients(model_parts: list[nn.Module], now: bool) -> None:
+    """Whether the next backward pass reduces gradients over ranks, or adds to what this rank holds of them."""
+    for model in model_parts:
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(now)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

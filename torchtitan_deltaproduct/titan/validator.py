@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
 from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
@@ -21,6 +20,7 @@ from torchtitan.tools import utils
 from ..config.job import JobConfig
 from ..data import GENERATED, build_validation_loader
 from ..data.loader import Batch
+from ..models.loss import IGNORE_INDEX
 from .metrics import MetricsProcessor
 
 
@@ -38,13 +38,11 @@ class HeldOutValidator(BaseValidator):
         dp_rank: int,
         parallel_dims: ParallelDims,
         metrics_processor: MetricsProcessor,
-        validation_context,
     ) -> None:
         self.job_config = job_config
         self.dp_world_size, self.dp_rank = dp_world_size, dp_rank
         self.parallel_dims = parallel_dims
         self.metrics = metrics_processor
-        self.context = validation_context
         self.last: dict[str, float] = {}
         self.after_batch: Callable[[], str | None] = lambda: None
         """Called on all ranks after each batch; a reason to stop, the same on all, breaks the pass off."""
@@ -89,13 +87,10 @@ class HeldOutValidator(BaseValidator):
         self.metrics.log_validation(step, self.last, self.summary(self.last))
         return None
 
-    def outputs(self, model: nn.Module, loader: Iterable[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields the logits [B, T, vocab] and labels [B, T] of each batch, on the device."""
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields each batch on the device, and looks after it whether the run has to stop."""
         for inputs, labels in loader:
-            batch = {name: tensor.to(utils.device_type) for name, tensor in inputs.items()}
-            with self.context():
-                logits = model(batch.pop("input"), **batch)
-            yield logits, labels.to(utils.device_type)
+            yield {name: tensor.to(utils.device_type) for name, tensor in inputs.items()}, labels.to(utils.device_type)
             if reason := self.after_batch():
                 raise Interrupted(reason)
 
@@ -126,8 +121,8 @@ class Validator(HeldOutValidator):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         totals = torch.zeros(3, dtype=torch.float64)  # summed loss, tokens, bytes
         token_bytes = self.loader.token_bytes
-        for logits, labels in self.outputs(model, self.loader):
-            loss = cross_entropy_loss(logits, labels).item()
+        for batch, labels in self.batches(self.loader):
+            loss = model(batch.pop("input"), **batch, labels=labels).item()
             valid = labels[labels != IGNORE_INDEX].cpu()
             totals += torch.tensor([loss, valid.numel(), token_bytes[valid].sum().item()], dtype=torch.float64)
         loss_sum, tokens, n_bytes = self.sum_over_ranks(totals)
@@ -150,6 +145,6 @@ def build_validator(job_config: JobConfig, **given) -> HeldOutValidator:
     """The signature TrainSpec asks for; of what it gives, pipeline parallelism's part is not used."""
     from .word_validator import WordValidator
 
-    names = ("dp_world_size", "dp_rank", "parallel_dims", "metrics_processor", "validation_context")
+    names = ("dp_world_size", "dp_rank", "parallel_dims", "metrics_processor")
     kind = WordValidator if job_config.data.kind in GENERATED else Validator
     return kind(job_config, **{name: given[name] for name in names})

@@ -8,11 +8,12 @@ have one answer a row, hence `accuracy` and `scaled_accuracy`, (accuracy - chanc
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
 
 from ..config.job import JobConfig
 from ..data.word_validation import WordValidation, build_word_validations
+from ..models.loss import IGNORE_INDEX
 from .validator import HeldOutValidator
 
 
@@ -66,8 +67,9 @@ class WordValidator(HeldOutValidator):
         which, itself included, every answer of the word is right. `sequence_accuracy`: share of words all right.
         """
         totals = torch.zeros(6, dtype=torch.float64)
-        for logits, labels in self.outputs(model, loader):
-            totals[0] += cross_entropy_loss(logits, labels).item()
+        for batch, labels in self.batches(loader):
+            logits = model(batch.pop("input"), **batch).float()
+            totals[0] += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
             totals[1:] += count_right(logits, labels)
         loss, tokens, right, unbroken, rows, rows_right = self.sum_over_ranks(totals)
         values = {"loss": loss / tokens}

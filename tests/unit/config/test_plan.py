@@ -11,7 +11,12 @@ import torch
 from torchtitan_deltaproduct.checkpoint.folders import retention
 from torchtitan_deltaproduct.config import Environment, load_config, plan
 from torchtitan_deltaproduct.config.devices import PEAK_FLOPS, peak_flops
-from torchtitan_deltaproduct.config.memory import activation_elements, checkpoint_bytes, rank_memory
+from torchtitan_deltaproduct.config.memory import (
+    activation_elements,
+    checkpoint_bytes,
+    rank_memory,
+    reshard_after_forward,
+)
 from torchtitan_deltaproduct.data.manifest import read_manifest
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.models import DeltaProductLM, counts
@@ -69,6 +74,31 @@ def test_memory_is_sharded(load):
     assert checkpoint_bytes(sum(parts.values())) == one["weights"] + one["optimizer state"]
     replicated = rank_memory(load(PAPER, "--parallelism.data_parallel_replicate_degree=2"), 8, parts)
     assert replicated["weights"] == -(-sum(parts.values()) // 4) * 4
+
+
+def test_gradients_are_whole_while_micro_batches_are_added_up(load):
+    parts = counts.parameters_by_part(load(PAPER).model)
+    total = sum(parts.values())
+    assert rank_memory(load(PAPER), 8, parts)["gradients"] == 4 * total, "4 micro-batches of 4 on 8 ranks"
+    assert rank_memory(load(PAPER), 32, parts)["gradients"] == 4 * -(-total // 32), "one micro-batch"
+    offloaded = load(PAPER, "--training.enable_cpu_offload")
+    assert rank_memory(offloaded, 8, parts)["gradients"] == 4 * total
+    assert rank_memory(offloaded, 32, parts)["gradients"] == 0
+
+
+def test_weights_are_gathered_again_where_they_are_large(load):
+    small, large = 392_000_000, 8_000_000_000
+    assert reshard_after_forward(load(PAPER), 8, small) == (False, "0.78 GB are 0.9% of the memory")
+    assert reshard_after_forward(load(PAPER), 8, large) == (True, "16.00 GB are 18.6% of the memory")
+    assert reshard_after_forward(load(PAPER), 1, large) == (False, "one rank holds them all")
+    assert reshard_after_forward(load(PAPER), 8, large, card=1 << 40)[0] is False
+    for policy, answer in (("always", True), ("never", False)):
+        config = load(PAPER, f"--parallelism.fsdp_reshard_after_forward={policy}")
+        assert all(reshard_after_forward(config, shards, large) == (answer, "as set") for shards in (1, 8))
+    parts = {"embedding": 10**8, "mlp": large, "head": 10**8}
+    kept = rank_memory(load(PAPER, "--parallelism.fsdp_reshard_after_forward=never"), 8, parts)["gathered weights"]
+    again = rank_memory(load(PAPER), 8, parts)["gathered weights"]
+    assert kept == 2 * sum(parts.values()) and again == 2 * (2 * 10**8 + 2 * large // 24)
 
 
 def test_checkpointing_orders_activations(load):

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchtitan_deltaproduct import ops
 from torchtitan_deltaproduct.errors import ConfigError
-from torchtitan_deltaproduct.models import DeltaProductLM, counts
+from torchtitan_deltaproduct.models import DeltaProductLM, counts, loss
 
 from .conftest import small_args, small_model
 
@@ -44,6 +44,17 @@ def test_flops_equal_the_flop_counter(variant):
     per_token = counts.forward_flops_per_token(args) - args.num_hidden_layers * operator
     assert matrices == 2 * length * per_token
     assert counter.get_total_flops() == 2 * length * counts.forward_flops_per_token(args)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_flops_equal_the_flop_counter(tied, monkeypatch):
+    """Forward, loss by chunks and backward; the head counts whether tied or not."""
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 7)
+    model = small_model(torch.float32, use_short_conv=False, tie_word_embeddings=tied)
+    tokens = torch.zeros(2, 24, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, labels=tokens).backward()
+    assert counter.get_total_flops() == 2 * 24 * counts.training_flops_per_token(model.args)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

@@ -1,0 +1,74 @@
+"""`benchmarks.training` runs, tells why a row is missing, and ends with its table."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.training import Variant, kind_of, main, run, table_of
+from tests.toy import REPO
+
+
+def test_a_toy_on_the_cpu():
+    command = ["--device", "cpu", "--householders", "2", "--gates", "gated", "--steps", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training", *command], capture_output=True, text=True, cwd=REPO, check=True
+    )
+    first, *table = done.stdout.splitlines()
+    row = json.loads(first)
+    assert row["model"] == "ours" and row["num_householder"] == 2 and row["gated"] and row["batch"] == 2
+    assert row["tokens_per_second"] > 0 and row["first_step_seconds"] > 0 and row["peak_gib"] is None
+    assert math.isclose(row["loss"], math.log(320), rel_tol=0.05)
+    assert all(row["kernels"][kind] > 0 for kind in ("matmul", "operator", "optimizer", "elementwise"))
+    assert table[0].startswith("CPU, batch 2 x 64") and any("toy" in line and "ours" in line for line in table)
+
+
+def test_no_time_is_left(capsys):
+    main(["--device", "cpu", "--householders", "1", "3", "--gates", "plain", "--minutes", "0"])
+    said = capsys.readouterr().out
+    assert said.count("not run: the time was over") == 4 and "toy n_h = 3 plain ours: not run" in said
+
+
+def test_a_row_that_fails_says_why(monkeypatch):
+    monkeypatch.chdir(REPO)
+    row = run(Variant("ours", "9M", 1, False, "cpu", 2, 64, 1), seconds=300)
+    assert "deltaproduct_9M_n1_4k.toml" in row["failed"]
+
+
+def test_ratios_are_to_the_row_of_fla_of_the_same_shape(capsys):
+    from rich.console import Console
+
+    rest = {"mfu": 0.5, "first_step_seconds": 1.0, "kernels": {"matmul": 10.0}, "device": "H200"}
+    rows = [
+        (Variant(model, "392M", n, False, "cuda", 8, 4096, 1), {"tokens_per_second": speed, "peak_gib": gib} | rest)
+        for model, n, speed, gib in (("ours", 1, 3e5, 30.0), ("fla", 1, 2e5, 40.0), ("ours", 2, 1e5, 20.0))
+    ]
+    Console(width=180).print(table_of(rows))
+    ours, fla, alone = (line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()[4:7])
+    assert ours[4:9] == ["300,000", "1.50x", "50.0%", "30.0", "0.75x"] and fla[5] == "1.00x" and alone[5] == "-"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    {
+        "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT": "matmul",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "matmul",
+        "triton_poi_fused__to_copy_mul_silu_3": "elementwise",
+        "triton_red_fused__to_copy_amax_copy_exp_gather_sub_sum_0": "loss",
+        "triton_red_fused__to_copy_gather_prepare_softmax_online_1": "loss",
+        "layer_norm_fwd_kernel": "elementwise",
+        "swiglu_bwd_kernel": "elementwise",
+        "causal_conv1d_fwd_kernel": "conv",
+        "l2norm_fwd_kernel": "operator",
+        "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": "operator",
+        "cross_entropy_bwd_kernel": "loss",
+        "void at::native::chunk_cat_cuda_kernel<float>": "copy",
+        "Memcpy DtoD (Device -> Device)": "copy",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
+        "some_unknown_thing": "other",
+    }.items(),
+)
+def test_kinds_of_kernels(kernel, kind):
+    assert kind_of(kernel) == kind

@@ -1,0 +1,63 @@
+"""Batches one step ahead: the same ones, and a position that does not know of what was only read ahead."""
+
+import pytest
+import torch
+
+from torchtitan_deltaproduct.data.loader import Geometry, Loader
+from torchtitan_deltaproduct.titan.feed import Feed
+
+
+class Counting:
+    """Sample i is the number i, whose label is ignored if it is a multiple of 3."""
+
+    vocab_size, tokenizer_path = 1000, ""
+
+    def batch(self, samples):
+        tokens = torch.from_numpy(samples)[:, None].expand(-1, 4)
+        return {"input": tokens}, torch.where(tokens % 3 == 0, -100, tokens)
+
+    def order(self):
+        return {"source": "counting"}
+
+    def epochs(self, sample):
+        return {"counting": sample / 100}
+
+
+def new_feed(**options) -> Feed:
+    return Feed(Loader(Counting(), Geometry(4, 2, 12, 1, 2), **options), 3, torch.device("cpu"))
+
+
+def samples(batches) -> list[int]:
+    return [int(row[0]) for inputs, _ in batches for row in inputs["input"]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_ahead_changes_neither_batches_nor_positions(workers):
+    feed, plain = new_feed(num_workers=workers), Loader(Counting(), Geometry(4, 2, 12, 1, 2))
+    batches = iter(plain)
+    for ahead in (False, True, True, False, True):
+        expected = [next(batches) for _ in range(3)]
+        assert samples(feed.take()) == samples(expected)
+        assert feed.state_dict() == plain.state_dict() and feed.epochs() == plain.epochs()
+        if ahead:
+            feed.read_ahead()
+            assert feed.state_dict() == plain.state_dict() and feed.epochs() == plain.epochs()
+    feed.close()
+
+
+def test_labels_of_the_batch_read_last():
+    feed = new_feed()
+    assert samples(feed.take()) == [2, 3, 6, 7, 10, 11] and feed.labels == 4 * 4
+    feed.read_ahead()
+    assert samples(feed.ahead) == [14, 15, 18, 19, 22, 23] and feed.labels == 4 * 4
+    assert feed.seconds > 0
+
+
+def test_a_saved_position_is_gone_on_from_and_what_was_read_ahead_is_dropped():
+    feed, other = new_feed(), new_feed()
+    feed.take()
+    feed.read_ahead()
+    saved = feed.state_dict()
+    other.read_ahead()
+    other.load_state_dict(saved)
+    assert other.state_dict() == saved and samples(other.take()) == samples(feed.take()) == [14, 15, 18, 19, 22, 23]

@@ -1,0 +1,80 @@
+"""The global batches of this rank on its device, read one step ahead.
+
+    feed = Feed(loader, micro_batches=4, device=device)
+    for inputs, labels in feed.take(): ...       # this step's
+    feed.read_ahead()                            # the next step's, while the device works on these
+    feed.state_dict()                            # the position after what was taken: what was read ahead does not count
+
+On a GPU batches go through pinned memory and are copied behind the work that is queued already, without a wait: a
+micro-batch of 8 x 4,096 tokens is half a megabyte, 20 microseconds of a step.
+"""
+
+import copy
+import time
+
+import torch
+
+from ..data.loader import Batch, Loader
+from ..models.loss import IGNORE_INDEX
+
+
+class Feed:
+    """See the module docstring. It takes the loader's place in a checkpoint.
+
+    Args:
+        loader: of this rank.
+        micro_batches: of a global batch.
+        device: where batches are to be.
+    """
+
+    def __init__(self, loader: Loader, micro_batches: int, device: torch.device) -> None:
+        self.loader, self.micro_batches, self.device = loader, micro_batches, device
+        self.taken = copy.copy(loader)
+        """The loader as it was when the last batch was taken."""
+        self.batches = None
+        self.ahead: list[Batch] = []
+        self.labels = 0
+        """Labels on this rank of the global batch read last, ignored ones left out."""
+        self.seconds = 0.0
+        """How long reading it took, without the copy."""
+
+    def read_ahead(self) -> None:
+        """Reads the next global batch and starts its copy to the device."""
+        start = time.perf_counter()
+        self.batches = self.batches or iter(self.loader)
+        batches = [next(self.batches) for _ in range(self.micro_batches)]
+        self.labels = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batches)
+        self.seconds = time.perf_counter() - start
+        self.ahead = [
+            ({name: to_device(tensor, self.device) for name, tensor in inputs.items()}, to_device(labels, self.device))
+            for inputs, labels in batches
+        ]
+
+    def take(self) -> list[Batch]:
+        """The next global batch, as micro-batches; reads it now if it was not read ahead."""
+        if not self.ahead:
+            self.read_ahead()
+        self.taken = copy.copy(self.loader)
+        batches, self.ahead = self.ahead, []
+        return batches
+
+    def epochs(self) -> dict[str, float]:
+        """Passes over each part of the data by what was taken."""
+        return self.taken.epochs()
+
+    def state_dict(self) -> dict[str, int | str]:
+        return self.taken.state_dict()
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        self.close()
+        self.loader.load_state_dict(state)
+        self.taken = copy.copy(self.loader)
+
+    def close(self) -> None:
+        """Lets go of what was read ahead and of the processes that read."""
+        self.batches, self.ahead = None, []
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device` that nobody waits for; on the CPU the tensor itself."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
