@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 
 from torchtitan_deltaproduct.config.snapshots import REVISION, versions
+from torchtitan_deltaproduct.errors import ConfigError
 
 from .sbatch import ROOT, ask
 
@@ -46,6 +47,8 @@ def new_folder(run: Path) -> Path:
             return folder
         except FileExistsError:
             continue
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be made: {error.strerror}; choose another job.dump_folder") from None
 
 
 def record(folder: Path, config: Path, overrides: list[str], command: list[str]) -> None:

@@ -37,6 +37,17 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     return read_bytes(path).decode("utf-8-sig", errors)
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something of that name, as far as can be seen: what may not be looked at counts as there."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def exchange(new: Path, old: Path) -> None:
     """Puts the folder `new` in the place of `old`, and `old` in that of `new`, in one step of the file system.
 

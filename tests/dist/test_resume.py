@@ -194,6 +194,17 @@ def test_a_seed_checkpoint_serves_any_number_of_ranks(toy, tmp_path):
     assert "resumed" not in log_of(run) and [r["tokens"] for r in records(run) if "loss" in r] == [2 * 2 * 64]
 
 
+def test_without_its_data_a_run_goes_on_with_any_batch(toy, tmp_path):
+    """Where the position in the data is left out, no sample is missed or seen twice by another batch."""
+    run = tmp_path / "run"
+    train(toy, run, "--training.steps", "4")
+    bigger = ("--training.global_batch_size", "8", "--training.steps", "5")
+    with pytest.raises(ConfigError, match="global_batch_size was 4, is 8"):
+        train(toy, run, *bigger)
+    train(toy, run, *bigger, "--checkpoint.exclude_from_loading", "dataloader")
+    assert [r["step"] for r in records(run) if "loss" in r] == [1, 2, 3, 4, 5]
+
+
 def test_a_run_that_ended_with_weights_alone(toy, tmp_path, capsys):
     run, only = tmp_path / "run", ("--checkpoint.last_save_model_only", "--checkpoint.keep_latest_k", "0")
     train(toy, run, *only, "--training.steps", "6")

@@ -172,3 +172,9 @@ def test_folders_count_up(tmp_path):
     (tmp_path / "launch/010").mkdir()
     (tmp_path / "launch/requeues.log").touch()
     assert new_folder(tmp_path) == Path(tmp_path, "launch/011")
+
+
+def test_a_file_where_the_launches_should_be(tmp_path):
+    (tmp_path / "launch").touch()
+    with pytest.raises(ConfigError, match="launch/001 cannot be made: Not a directory"):
+        new_folder(tmp_path)

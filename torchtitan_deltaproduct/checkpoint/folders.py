@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files import read_text
+from ..files import is_there, read_text
 from .marker import INDEX, MARKER, SAVING, Marker, read_marker, wrong_sizes
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -149,7 +149,7 @@ def deletable(found: Iterable[CheckpointInfo], keep_latest_k: int, keep_every: i
 
 def cut_short(path: Path) -> bool:
     """Whether a save of ours began here and never ended; not one that ended and whose marker does not read now."""
-    return (path / SAVING).exists() and not (path / MARKER).exists()
+    return is_there(path / SAVING) and not is_there(path / MARKER)
 
 
 def was_complete(path: Path) -> bool:
@@ -157,7 +157,7 @@ def was_complete(path: Path) -> bool:
 
     A save leaves `.saving` until its marker is written, and whoever deletes puts it back first.
     """
-    return (path / MARKER).exists() or ((path / INDEX).exists() and not (path / SAVING).exists())
+    return is_there(path / MARKER) or (is_there(path / INDEX) and not is_there(path / SAVING))
 
 
 def retire(path: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files import is_plain_name, read_text
+from ..files import is_plain_name, is_there, read_text
 
 MARKER, SAVING, INDEX = "complete.json", ".saving", ".metadata"
 """The commit marker, the sign that a save is under way, and DCP's index."""
@@ -90,7 +90,7 @@ def read_marker(folder: Path) -> Marker:
 
 def ours(folder: Path) -> bool:
     """Whether a folder was written, or begun, by this package: only such a one may be deleted."""
-    if (folder / SAVING).exists():
+    if os.access(folder, os.X_OK) and is_there(folder / SAVING):
         return True
     try:
         # Another program's complete.json does not make it ours.
@@ -135,7 +135,7 @@ def wrong_checksums(folder: Path, marker: Marker, share: int = 0, shares: int = 
 
 
 def _missing(folder: Path) -> str:
-    if (folder / SAVING).exists():
+    if is_there(folder / SAVING):
         return f"{folder} has no {MARKER}: its save is under way or was cut short"
     return f"{folder} has no {MARKER}: it is no checkpoint of this package, or its save never finished"
 

@@ -236,7 +236,7 @@ def finished_with_weights_only(config: JobConfig, found: list[CheckpointInfo], s
 
 def consumes_samples(config: JobConfig, info: CheckpointInfo) -> bool:
     """Whether going on from a checkpoint means going on in its data: not from step 0, nor where that is left out."""
-    return info.step > 0 and not {"dataloader", "train_state"} <= set(config.checkpoint.exclude_from_loading)
+    return info.step > 0 and "dataloader" not in config.checkpoint.exclude_from_loading
 
 
 def keep_tokenizer(config: JobConfig, source: str, eos_id: int | None) -> None:

@@ -143,6 +143,28 @@ def test_a_folder_that_lost_its_marker_was_a_checkpoint(run):
     assert [was_complete(run / f"step-{step}") for step in (5, 10, 200)] == [True, False, True]
 
 
+def test_a_folder_that_may_not_be_looked_into(run, monkeypatch):
+    """It gives way to the step before; alone, it is not trained over; and it is not deleted."""
+    gone = run / "step-200"
+
+    def refuse(original):
+        def call(path, *given, **more):
+            if isinstance(path, str | Path) and gone in Path(path).parents:
+                raise PermissionError(13, "Permission denied", str(path))
+            return original(path, *given, **more)
+
+        return call
+
+    for name in ("open", "stat", "lstat", "scandir"):
+        monkeypatch.setattr(os, name, refuse(getattr(os, name)))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != gone)
+    newest = scan(run)[-1]
+    assert (newest.step, newest.complete) == (200, False) and "Permission denied" in newest.reason
+    assert latest_complete(run).step == 10
+    assert was_complete(gone) and not ours(gone) and not cut_short(gone)
+    assert gone not in [info.path for info in deletable(scan(run), 2)]
+
+
 def test_a_link_is_left_alone(run, tmp_path_factory):
     """Someone moved a checkpoint to another disk: retention and a new save never delete what a link leads to."""
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "step-5"
