@@ -9,20 +9,27 @@ continued from the newest complete one. SIGTERM, SIGINT and SIGUSR1 end it after
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from .errors import exit_on_user_error
 from .titan.stopping import Stopping
 
+if TYPE_CHECKING:
+    from .config import JobConfig
+
+
+def load_config(argv: list[str]) -> "JobConfig":
+    """As in `config`, which imports torch, and so only here: a signal that comes meanwhile is noted by `Stopping`."""
+    from .config import load_config
+
+    return load_config(argv)
+
 
 def main() -> None:
     with Stopping() as stopping:
-        # Here, because it takes a second, and torchtitan, once the config is known to be good, several: a signal that
-        # comes meanwhile is noted, and the run ends before its first step.
-        from .config import load_config
-
         config = load_config(sys.argv[1:])
 
-        from .titan.run import run
+        from .titan.run import run  # after the config is known to be good: torchtitan takes seconds to import
 
         run(config, stopping)
     # All is saved and closed. Some of torch's C++ threads may still run, and the interpreter's teardown then aborts now
