@@ -38,32 +38,36 @@ def main(arguments: list[str] | None = None) -> None:
     )
     warn_of_data(config)
     run, toml = Path(config.job.dump_folder).absolute(), Path(options.config)
-    folder = next_folder(run)
+
+    def job_in(folder: Path) -> Job:
+        return Job(
+            folder / toml.name, overrides, run, folder, Path.cwd(), folder / CODE if options.snapshot else ROOT,
+            options.nodes, ranks, gpus, options.job_name or toml.stem, options.time, options.dependency,
+            options.max_requeues, options.max_restarts,
+        )  # fmt: skip
+
+    job = job_in(next_folder(run))
+    text = render(job, site)
     if not options.dry_run:
         require_sbatch()
         if not options.dependency:
             refuse_second_job(run)
-        folder = new_folder(run)
-        record(folder, toml, overrides, ["python", "-m", "launch.slurm", *words])
-    code = folder / CODE if options.snapshot else ROOT
-    job = Job(
-        folder / toml.name, overrides, run, folder, Path.cwd(), code, options.nodes, ranks, gpus,
-        options.job_name or toml.stem, options.time, options.dependency, options.max_requeues, options.max_restarts,
-    )  # fmt: skip
-    text = render(job, site)
+        job = job_in(new_folder(run))
+        text = render(job, site)
+        record(job.folder, toml, overrides, ["python", "-m", "launch.slurm", *words])
     found = site_file or "none, so the cluster's defaults; see launch/site_example.toml"
     print(f"site TOML: {found}", file=sys.stderr)
     what = "a copy, made now" if options.snapshot else "the checkout, as it is when the job starts"
-    print(f"code: {code} ({what}), revision {versions().get('git', 'unknown')}", file=sys.stderr)
+    print(f"code: {job.code} ({what}), revision {versions().get('git', 'unknown')}", file=sys.stderr)
     if options.dry_run:
         print(text, end="")
         return
-    script = folder / "job.sbatch"
+    script = job.folder / "job.sbatch"
     script.write_text(text, encoding="utf-8")
     number = submit(script)
-    (folder / "job_id").write_text(number + "\n", encoding="utf-8")
+    (job.folder / "job_id").write_text(number + "\n", encoding="utf-8")
     # tail -f wants a file; the job appends to it.
-    output = folder / f"{number}.out"
+    output = job.folder / f"{number}.out"
     output.touch()
     print(f"submitted job {number} on {job.size}: {script}\ntail -f {shlex.quote(str(output))}")
 

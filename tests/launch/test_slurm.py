@@ -65,6 +65,17 @@ def test_what_is_wrong_is_said_before_anything_is_written(toy, bench, more, told
     assert told in str(caught.value) and list(bench.iterdir()) == []
 
 
+@pytest.mark.parametrize("more", [
+    ["--job-name", "a\n#SBATCH --x"], ["--dependency", "afterany:1\r"], ["--job.dump_folder", "run\nrm -rf x"],
+    ["--model.flavor", "a\nb"],
+])  # fmt: skip
+def test_a_value_that_would_be_a_command_leaves_nothing(toy, stand_ins, more):
+    before = sorted(stand_ins.rglob("*"))
+    with pytest.raises(ConfigError, match="which a script cannot"):
+        slurm.main(words(toy, *more))
+    assert sorted(stand_ins.rglob("*")) == before
+
+
 def test_ranks_must_be_given(toy, bench, capsys):
     with pytest.raises(ConfigError, match="how many ranks"):
         slurm.main([str(toy), "--dry-run"])

@@ -89,6 +89,10 @@ class RunLock:
             return
         try:
             os.write(handle, json.dumps(identity()).encode())
+        except OSError:
+            # A full disk: an owner whose file does not read would be watched for a minute.
+            path.unlink()
+            raise
         finally:
             os.close(handle)
         if numbers(self.folder)[-1] != int(path.stem):

@@ -149,3 +149,13 @@ def test_a_run_folder_that_cannot_be(tmp_path, place):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match="cannot be written: a file is in the way"):
         RunLock(tmp_path / place).__enter__()
+
+
+def test_a_full_disk_leaves_no_owner(tmp_path, monkeypatch):
+    def full(handle, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        RunLock(tmp_path).__enter__()
+    assert numbers(tmp_path / "owner") == []
