@@ -91,12 +91,12 @@ def test_a_clock_that_was_set_back(tmp_path, monkeypatch, shift):
     """Between the start of the job and its first event: the launch names the job, so its stop counts."""
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    earlier = [LAUNCH | {"slurm_job": "123", "slurm_restart": 1}, stop("finished")]
-    now = [LAUNCH | {"slurm_job": "123", "slurm_restart": 2}, stop("walltime")]
+    earlier = [LAUNCH | {"slurm_job": "123", "slurm_restart": 1}, stop("walltime")]
+    now = [LAUNCH | {"slurm_job": "123", "slurm_restart": 2}, stop("finished")]
     now = [event | {"time": 1e9 + shift} for event in now]
     lines = [json.dumps(event) for event in earlier + now]
     (tmp_path / "events.jsonl").write_text("\n".join([*lines, '{"event": "loss_spike", "step": 5}', ""]))
-    assert requeue.main([str(tmp_path), "--max", "3", "--code", "138", "--since", "1e9"]) == requeue.REQUEUE
+    assert requeue.main([str(tmp_path), "--max", "3", "--code", "138", "--since", "1e9"]) == requeue.FINISHED
 
 
 def test_any_flipped_bit_leaves_a_verdict(tmp_path):
