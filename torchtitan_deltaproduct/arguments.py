@@ -2,6 +2,7 @@
 
     parser.add_argument("--input", type=path)       # "~/corpus" -> "/home/me/corpus"
     parser.add_argument("--eos", type=text)         # UTF-8 whatever the locale says of the terminal
+    print(shown(os.fsdecode(b"caf\\xe9")))         # caf\\xe9
 """
 
 import os
@@ -24,3 +25,8 @@ def text(word: str) -> str:
         return os.fsencode(word).decode()
     except UnicodeError:
         raise ConfigError(f"{word!a} is not UTF-8 text") from None
+
+
+def shown(name: str | os.PathLike) -> str:
+    """A path as text for tables and pictures: its bytes as UTF-8, those that are none escaped."""
+    return os.fsencode(name).decode(errors="backslashreplace")

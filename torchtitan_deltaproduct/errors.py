@@ -7,8 +7,11 @@ Each message has one to three lines: what was found, what was expected, how to f
         exit_on_user_error(main)
 """
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -43,6 +46,10 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         if hasattr(stream, "reconfigure"):
             # A name or a text that the locale cannot write is no reason to end.
             stream.reconfigure(errors="backslashreplace")
+    if os.path.expanduser("~") == "~":
+        # A container's user may have neither HOME nor an entry in passwd; libraries would make a folder named ~.
+        os.environ["HOME"] = home = tempfile.mkdtemp(prefix="torchtitan_deltaproduct-")
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
     try:
         code = main()
     except UserError as error:

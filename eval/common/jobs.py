@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from torchtitan_deltaproduct.arguments import path, text
+from torchtitan_deltaproduct.arguments import path, shown, text
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.data.progress import clock
 from torchtitan_deltaproduct.data.tokenizer import tokenizer_sha256
@@ -52,7 +52,7 @@ class Job:
     def of(cls, loaded: LoadedModel, name: str, data_name: str, texts: Sequences, parts: Parts) -> "Job":
         args = loaded.model.args
         model = {
-            "name": name, "label": loaded.label, "path": str(loaded.run), "step": loaded.step,
+            "name": name, "label": shown(loaded.label), "path": str(loaded.run), "step": loaded.step,
             "train_length": loaded.train_length, "num_householder": args.num_householder,
             "head_dim": args.head_dim, "head_v_dim": args.head_v_dim, "allow_neg_eigval": args.allow_neg_eigval,
             "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
@@ -105,7 +105,7 @@ def datasets(options: argparse.Namespace) -> list[tuple[str, str]]:
         # As a path it would be the current folder: more likely a shell variable is not set.
         raise ConfigError("--data '': expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIG]")
     paths = list(dict.fromkeys(data.rstrip("/") or "/" for data in options.data))
-    return list(zip(paths, short_paths(paths), strict=True))
+    return list(zip(paths, map(shown, short_paths(paths)), strict=True))
 
 
 def refuse_other_data(file: Path, jobs: list[Job]) -> None:
@@ -179,7 +179,7 @@ def short_names(models: list[tuple[Path, int | None]]) -> list[str]:
     runs = [run.resolve() for run, _ in models]
     common = os.path.commonpath([run.parent for run in runs])
     steps = ["" if step is None else f" step {step}" for _, step in models]
-    return [os.path.relpath(run, common) + step for run, step in zip(runs, steps, strict=True)]
+    return [shown(os.path.relpath(run, common)) + step for run, step in zip(runs, steps, strict=True)]
 
 
 def automatic_batch(loaded: LoadedModel, length: int, part_tokens: int) -> int:

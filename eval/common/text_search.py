@@ -103,6 +103,7 @@ class Search:
         documents: seen so far that are not empty.
         found: of them, as long as a row; counted if `long` is there.
         bytes: of text so far.
+        tokens, unknown: of the first pieces of documents, and those of them that the vocabulary cannot write.
         bad: the first records that could not be read; bad_count: all of them.
         complete: there was nothing left to look through.
     """
@@ -115,6 +116,8 @@ class Search:
     documents: int = 0
     found: int = 0
     bytes: int = 0
+    tokens: int = 0
+    unknown: int = 0
     bad: list[BadRecord] = field(default_factory=list)
     bad_count: int = 0
     complete: bool = False
@@ -124,6 +127,8 @@ class Search:
         for texts in self._batches(records):
             firsts = [text[: _cut(text, 0)] for text in texts]
             for text, ids in zip(texts, self.tokenizer.encode_batch(firsts), strict=True):
+                self.tokens += len(ids)
+                self.unknown += self.tokenizer.count_unknown(text[: _cut(text, 0)], ids)
                 if ids:
                     self._take(text, ids)
             if self._enough() or self.bytes >= self.search_bytes:

@@ -29,9 +29,10 @@ from torchtitan_deltaproduct.data.manifest import NAME as MANIFEST
 from torchtitan_deltaproduct.data.manifest import write_atomically
 from torchtitan_deltaproduct.data.prepared import check_tokenizer
 from torchtitan_deltaproduct.data.shards import TokenStream, token_dtype
-from torchtitan_deltaproduct.data.text_sources import check_no_split, is_saved_dataset, list_files
+from torchtitan_deltaproduct.data.text_files import list_files
+from torchtitan_deltaproduct.data.text_sources import check_no_split, is_saved_dataset
 from torchtitan_deltaproduct.data.text_streams import stream_dataset
-from torchtitan_deltaproduct.data.tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
+from torchtitan_deltaproduct.data.tokenizer import MOST_UNKNOWN, find_eos_id, load_tokenizer, tokenizer_sha256
 from torchtitan_deltaproduct.data.verified import file_sha256
 from torchtitan_deltaproduct.errors import DataError
 
@@ -290,6 +291,9 @@ def _choose_texts(wanted: Wanted, tokenizer_folder: Path, eos_id: int, target: P
         if search.bad_count:
             logger.warning("%s: %d records cannot be read and are left out, such as %s",
                            wanted.data, search.bad_count, search.bad[0])  # fmt: skip
+        if search.unknown > MOST_UNKNOWN * search.tokens:
+            logger.warning("%s: %d of %d tokens are unknown to the tokenizer, which was not made for such text",
+                           wanted.data, search.unknown, search.tokens)  # fmt: skip
         if not made[kind].rows:
             raise too_short(wanted, kind, search.packed.filled - 1 if search.packed else None, search.complete)
         for sink in made.values():

@@ -252,7 +252,7 @@ def write_json(path: Path, results: list[Result]) -> None:
 
 def write_csv(path: Path, results: list[Result]) -> None:
     """One row a model, dataset and bucket; fields are empty where JSON has null."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
         writer = csv.writer(stream)
         writer.writerow(["model", "step", "train_length", "data", "documents", "length", "sequences",
                          *results[0].buckets[0]])  # fmt: skip

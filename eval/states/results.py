@@ -238,7 +238,7 @@ def write_json(path: Path, results: list[Result], npz: list[str]) -> None:
 
 def write_csv(path: Path, results: list[Result]) -> None:
     """One row a model, dataset, layer and position: the rank's mean over heads and sequences, and its deviation."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
         writer = csv.writer(stream)
         writer.writerow(["model", "step", "train_length", "data", "layer", "position", "rank", "rank_std"])
         for result in results:

@@ -306,7 +306,7 @@ def write_csv(path: Path, settings: list[Setting]) -> None:
     names = ["problem", "num_householder", "eigenvalue_range", "differs", "data_seed", "model_seed", "run", "position",
              "scored", "correct", "accuracy", "accuracy_low", "accuracy_high", "prefix_accuracy", "prefix_low",
              "prefix_high"]  # fmt: skip
-    with path.open("w", newline="", encoding="utf-8") as stream:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
         writer = csv.writer(stream)
         writer.writerow(names)
         for setting in settings:

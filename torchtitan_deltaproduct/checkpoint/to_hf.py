@@ -96,7 +96,7 @@ def export(
         )
         if source is not None:
             copy_tokenizer(source, unfinished, separator)
-        (unfinished / "README.md").write_text(model_card(loaded, out.name, dtype), encoding="utf-8")
+        (unfinished / "README.md").write_text(model_card(loaded, out.name, dtype), "utf-8", "backslashreplace")
         verified = verify(unfinished, loaded, state)
         put_in_place(unfinished, out)
     finally:

@@ -14,75 +14,26 @@ in OUT/bad_records.jsonl.
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
 
 from .manifest import NAME, Manifest, Shard, make_folder, read_manifest, write_atomically, write_manifest
-from .shards import token_dtype
-from .text_sources import BadRecord, Unit, check_no_split, list_files, plan_dataset_units, plan_units
-from .tokenize_units import Job, tokenize_units
-from .tokenizer import copy_tokenizer, find_eos_id, load_tokenizer, tokenizer_sha256
+from .preparation import WORK, Plan, Settings, log, make_plan
+from .text_sources import BadRecord
+from .tokenize_units import tokenize_units
+from .tokenizer import MOST_UNKNOWN, copy_tokenizer
 from .verified import NAME as VERIFIED
 from .verified import file_sha256
 
-WORK = ".prepare"
 BAD_RECORDS = "bad_records.jsonl"
-# Without --shard-mb: 64 units, so that a few dozen workers share the work, within these sizes of input text.
-UNITS, LEAST_UNIT_BYTES, MOST_UNIT_BYTES = 64, 1 << 20, 256 << 20
-MOST_UNKNOWN = 0.01
-"""Share of unknown tokens up to which a dataset is made without being told to."""
-
-
-@dataclass
-class Settings:
-    """All that decides the result; one field for each option of the command line."""
-
-    out: str
-    tokenizer: str
-    input: list[str]
-    dataset: str = ""
-    """`NAME` or `NAME:CONFIGURATION`."""
-    split: str = "train"
-    text_field: str = "text"
-    eos: str = ""
-    validation_fraction: float = 0.0
-    split_by: str = "document"
-    shard_mb: int = 0
-    validation_input: list[str] = field(default_factory=list)
-    """Files and folders that are held out, instead of a share of the input."""
-
-    def __post_init__(self):
-        if self.input and self.split != "train":
-            check_no_split(self.input[0], self.split)
-        if self.validation_input and self.validation_fraction:
-            raise ConfigError("Give either --validation-input PATH... or --validation-fraction F, not both.")
-        if bool(self.input) == bool(self.dataset):
-            raise ConfigError("Give either --input PATH... or --dataset NAME, not both and not neither.")
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(f"--validation-fraction is {self.validation_fraction}: expected 0 <= F < 1")
-        if self.shard_mb < 0:
-            raise ConfigError(f"--shard-mb is {self.shard_mb}: expected 0 (automatic) or more")
-
-
-@dataclass
-class Plan:
-    """What to do, and `source`, the part of it that identifies the result and goes into the manifest."""
-
-    units: list[Unit]
-    job: Job
-    source: dict
-    vocab_size: int
-    tokenizer_sha256: str
 
 
 def prepare(
@@ -128,74 +79,6 @@ def prepare(
     return True
 
 
-def make_plan(settings: Settings) -> Plan:
-    """Cuts the input into units and computes the checksum that identifies the result."""
-    inputs = [*settings.input, *settings.validation_input]
-    inside = [
-        path for path in inputs if Path(path).resolve() in Path(settings.out, "x").resolve().parents
-    ]
-    if inside:
-        raise DataError(f"{settings.out} lies in its own input {inside[0]}.\nChoose a folder outside of it.")
-    tokenizer = load_tokenizer(settings.tokenizer)
-    if settings.dataset:
-        name, _, config = settings.dataset.partition(":")
-        units = plan_dataset_units(name, config, settings.split, settings.text_field)
-    else:
-        units = plan_units(settings.input, settings.text_field, unit_bytes(settings, settings.input))
-    validation_from = None
-    if settings.validation_input:
-        validation_from = len(units)
-        check_apart(settings)
-        units += plan_units(
-            settings.validation_input, settings.text_field, unit_bytes(settings, settings.validation_input)
-        )
-    eos_id, digest = find_eos_id(settings.tokenizer, settings.eos), tokenizer_sha256(settings.tokenizer)
-    source = {key: value for key, value in asdict(settings).items() if key not in ("out", "tokenizer", "eos")}
-    if not settings.dataset:
-        del source["dataset"], source["split"]
-    if not settings.validation_input:
-        del source["validation_input"]
-    source |= {"tokenizer_sha256": digest, "eos_id": eos_id}
-    names = {name for unit in units if unit.kind != "dataset" for name in unit.paths}
-    stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in sorted(names)]
-    identity = json.dumps([source, [asdict(unit) for unit in units], stats], sort_keys=True)
-    source["plan"] = hashlib.sha256(identity.encode()).hexdigest()
-    job = Job(
-        out=settings.out,
-        work=str(Path(settings.out, WORK)),
-        tokenizer=settings.tokenizer,
-        eos_id=eos_id,
-        dtype=token_dtype(tokenizer.vocab_size),
-        validation_fraction=settings.validation_fraction,
-        split_by=how_to_split(settings, units),
-        validation_from=validation_from,
-    )
-    return Plan(units, job, source, tokenizer.vocab_size, digest)
-
-
-def how_to_split(settings: Settings, units: list[Unit]) -> str:
-    """What was asked for; of a single text file, which is one document, the end is held out."""
-    single = len(units) == 1 and units[0].kind == "text" and len(units[0].paths) == 1
-    if single and settings.validation_fraction and settings.split_by != "token":
-        log(f"{units[0].paths[0]} is a single document: its end is held out, as --split-by token does")
-        return "token"
-    return settings.split_by
-
-
-def unit_bytes(settings: Settings, inputs: list[str]) -> int:
-    """Input text of a unit: what was asked for, or what its size suggests."""
-    total = sum(unit.size for unit in plan_units(inputs, settings.text_field, 1 << 62))
-    return (settings.shard_mb << 20) or min(max(total // UNITS, LEAST_UNIT_BYTES), MOST_UNIT_BYTES)
-
-
-def check_apart(settings: Settings) -> None:
-    """Raises DataError if a file to be held out is one to train on as well."""
-    trained = {os.path.realpath(file) for file in list_files(settings.input)}
-    for file in list_files(settings.validation_input):
-        if os.path.realpath(file) in trained:
-            raise DataError(f"{file} is in --input and in --validation-input: it would be trained on and held out")
-
-
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keeps a second prepare out of the folder; the lock ends with the process, however it ends."""
@@ -231,7 +114,7 @@ def make_room(out: Path, plan: Plan, overwrite: bool, keep: str) -> None:
     """Makes `out` ready for this plan: empty, or begun by the same plan."""
     manifests = [folder for folder in (out, out / "train", out / "validation") if (folder / NAME).is_file()]
     begun = out / WORK / "plan.json"
-    sources = [json.loads(begun.read_text(encoding="utf-8"))] if begun.is_file() else []
+    sources = [read_record(begun) or {}] if begun.is_file() else []
     # To be overwritten, a dataset need not be readable.
     sources += [{} if overwrite else read_manifest(folder).source for folder in manifests]
     other = [source for source in sources if source.get("plan") != plan.source["plan"]]
@@ -281,12 +164,20 @@ def finished_units(out: Path, plan: Plan) -> dict[int, dict]:
     for number in range(len(plan.units)):
         path = out / WORK / f"{number:05d}.json"
         if path.is_file():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if all(intact(out / part, shard) for part, shard in record["shards"].items() if shard):
+            record = read_record(path)
+            if record and all(intact(out / part, shard) for part, shard in record["shards"].items() if shard):
                 done[number] = record
             else:
                 log(f"warning: a shard of unit {number} is damaged and is made again")
     return done
+
+
+def read_record(path: Path) -> dict | None:
+    """A JSON file of the working folder; None if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def intact(folder: Path, shard: dict) -> bool:
@@ -408,76 +299,29 @@ def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-def log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="prepare", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("out", type=path, help="folder to make")
-    add(
-        "--input",
-        nargs="+",
-        default=[],
-        type=path,
-        metavar="PATH",
-        help="text, .jsonl(.gz) or .parquet files, or folders",
-    )
-    add(
-        "--dataset",
-        default="",
-        type=path,
-        metavar="NAME[:CONFIG]",
-        help="instead of --input: a dataset of the hub or disk",
-    )
+    add("--input", nargs="+", default=[], type=path, metavar="PATH",
+        help="text, .jsonl(.gz) or .parquet files, or folders")  # fmt: skip
+    add("--dataset", default="", type=path, metavar="NAME[:CONFIG]",
+        help="instead of --input: a dataset of the hub or disk")  # fmt: skip
     add("--split", default="train", type=text, help="split of --dataset")
     add("--tokenizer", required=True, type=path, metavar="FOLDER", help="folder with tokenizer.json")
     add("--text-field", default="text", type=text, metavar="NAME", help="JSON field or column that holds the text")
-    add(
-        "--eos",
-        default="",
-        type=text,
-        metavar="TOKEN",
-        help="separator token; default: the tokenizer's end-of-text token",
-    )
+    add("--eos", default="", type=text, metavar="TOKEN",
+        help="separator token; default: the tokenizer's end-of-text token")  # fmt: skip
     add("--validation-fraction", type=float, default=0.0, metavar="F", help="share held out, one document at least")
-    add(
-        "--split-by",
-        choices=("document", "file", "token"),
-        default="document",
-        help="what is held out as a whole; token: of each document the end",
-    )
-    add(
-        "--validation-input",
-        nargs="+",
-        default=[],
-        type=path,
-        metavar="PATH",
-        help="files or folders to hold out, instead of a share",
-    )
+    add("--split-by", choices=("document", "file", "token"), default="document",
+        help="what is held out as a whole; token: of each document the end")  # fmt: skip
+    add("--validation-input", nargs="+", default=[], type=path, metavar="PATH",
+        help="files or folders to hold out, instead of a share")  # fmt: skip
     add("--workers", type=int, default=0, help="processes; 0: one for each CPU core")
-    add(
-        "--max-bad-records",
-        type=int,
-        default=100,
-        metavar="N",
-        help="unreadable records to skip before stopping",
-    )
-    add(
-        "--shard-mb",
-        type=int,
-        default=0,
-        metavar="MB",
-        help="input for one shard; 0: 1 to 256, by input size",
-    )
-    add(
-        "--max-unknown",
-        type=float,
-        default=MOST_UNKNOWN,
-        metavar="F",
-        help="share of unknown tokens above which to stop (default: %(default)s)",
-    )
+    add("--max-bad-records", type=int, default=100, metavar="N", help="unreadable records to skip before stopping")
+    add("--max-unknown", type=float, default=MOST_UNKNOWN, metavar="F",
+        help="share of unknown tokens above which to stop (default: %(default)s)")  # fmt: skip
+    add("--shard-mb", type=int, default=0, metavar="MB", help="input for one shard; 0: 1 to 256, by input size")
     add("--overwrite", action="store_true", help="replace another prepared dataset in OUT")
     return parser.parse_args(arguments)
 

@@ -34,7 +34,7 @@ from .order import Permutation
 from .packing import read_window
 from .text_sources import BadRecord, Document
 from .text_streams import open_records
-from .tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
+from .tokenizer import MOST_UNKNOWN, Tokenizer, load_tokenizer, tokenizer_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,7 @@ class StreamingSource:
         self.seq_len, self.reset = seq_len, reset
         self.tokenizer_path, self.eos_id = tokenizer_path, eos_id
         self.vocab_size = load_tokenizer(tokenizer_path).vocab_size
+        self.said_unknown = False
 
     def order(self) -> dict[str, object]:
         """All that decides which tokens sample i has, as far as the name of a dataset decides its rows."""
@@ -175,11 +176,21 @@ class StreamingSource:
         for first in range(start.documents, len(block), CHUNK):
             position = position._replace(documents=first)
             some = [record.text for record in block[first : first + CHUNK] if isinstance(record, Document)]
-            documents = [[*ids, self.eos_id] for ids in tokenizer.encode_batch(some) if ids]
+            encoded = tokenizer.encode_batch(some)
+            self._say_unknown(tokenizer, some, encoded)
+            documents = [[*ids, self.eos_id] for ids in encoded if ids]
             lengths = [len(document) for document in documents]
             tokens = np.fromiter(chain.from_iterable(documents), np.int64, sum(lengths))
             yield Chunk(position, tokens, np.cumsum([0, *lengths[:-1]]) if lengths else np.empty(0, np.int64))
             position = position._replace(tokens=position.tokens + len(tokens))
+
+
+    def _say_unknown(self, tokenizer: Tokenizer, texts: list[str], encoded: list[list[int]]) -> None:
+        """One warning for each opening of the stream if the tokenizer was not made for such text."""
+        unknown, tokens = sum(map(tokenizer.count_unknown, texts, encoded)), sum(map(len, encoded))
+        if not self.said_unknown and unknown > MOST_UNKNOWN * tokens:
+            self.said_unknown = True
+            logger.warning("data: %d of %d tokens of %s are unknown to the tokenizer", unknown, tokens, self.dataset)
 
 
 class StreamWindow:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torchtitan_deltaproduct.errors import DataError
 
+from .text_files import UTF8_BOM
 from .text_sources import (
     ROWS_AT_ONCE,
-    UTF8_BOM,
     BadRecord,
     Document,
     Unit,

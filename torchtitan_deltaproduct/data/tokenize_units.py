@@ -233,7 +233,7 @@ def tokenize_unit(
                 size = len(text.encode())
                 read_bytes += size
                 tokens += len(ids)
-                unknown += ids.count(tokenizer.unknown_id)
+                unknown += tokenizer.count_unknown(text, ids)
                 separators += job.eos_id in ids
                 if ids:
                     writers[part].add([*ids, job.eos_id], size)

@@ -32,6 +32,8 @@ COMPANIONS = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+MOST_UNKNOWN = 0.01
+"""Share of unknown tokens up to which text is taken for what the tokenizer was made for."""
 # Those that name the separator, the one that counts first.
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 # Names of the separator, tried in this order when no configuration file names it.
@@ -48,6 +50,7 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the largest id.
         unknown_id: of the token that stands for text the vocabulary cannot write; None if there is none.
+        alphabet: where such text leaves no token at all, as in BPE without bytes, the characters that are known.
     """
 
     def __init__(self, path: str | Path, eos_id: int | None = None):
@@ -57,6 +60,7 @@ class Tokenizer:
         self.inner.no_padding()
         self.vocab_size = max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.unknown_id = _unknown_id(self.inner)
+        self.alphabet = _alphabet(self.inner)
         separator = named_eos_id(path) if eos_id is None else eos_id
         added = self.inner.get_added_tokens_decoder().get(separator)
         if added is not None and not added.special:
@@ -64,8 +68,22 @@ class Tokenizer:
             self.inner.add_special_tokens([AddedToken(added.content, special=True, normalized=False)])
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without separators."""
-        return [enc.ids for enc in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+        """Token ids of each text, without separators.
+
+        Raises:
+            DataError: the vocabulary cannot write one, and has no unknown token either.
+        """
+        try:
+            return [enc.ids for enc in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"the tokenizer cannot write the text: {error}; use one that can") from None
+
+    def count_unknown(self, text: str, ids: list[int]) -> int:
+        """Unknown tokens among the ids of a text; where the vocabulary drops what it cannot write, characters lost."""
+        if self.alphabet is None:
+            return ids.count(self.unknown_id)
+        text = self.inner.normalizer.normalize_str(text) if self.inner.normalizer else text
+        return sum(not (char in self.alphabet or char.isspace()) for char in text)
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens shown."""
@@ -93,6 +111,14 @@ def _unknown_id(inner: HfTokenizer) -> int | None:
         return json.loads(inner.to_str())["model"]["unk_id"]
     name = getattr(inner.model, "unk_token", None)
     return None if name is None else inner.token_to_id(name)
+
+
+def _alphabet(inner: HfTokenizer) -> frozenset[str] | None:
+    """The characters of a BPE vocabulary that has neither bytes nor an unknown token; None for every other one."""
+    if getattr(inner.model, "byte_fallback", True) or _unknown_id(inner) is not None:
+        return None
+    characters = frozenset("".join(inner.get_vocab(with_added_tokens=False)))
+    return None if byte_level_alphabet() <= characters else characters
 
 
 def tokenizer_file(path: str | Path) -> Path:
@@ -130,10 +156,11 @@ def copy_tokenizer(source: str | Path, target: str | Path, eos_id: int | None = 
     Path(target).mkdir(parents=True, exist_ok=True)
     for file in (*COMPANIONS, "tokenizer.json"):
         if name and file in NAMING:
-            known = _read_names(Path(source, file))
-            if known or file == NAMING[0]:
-                named = {"tokenizer_class": "PreTrainedTokenizerFast"} | known | {"eos_token": name}
-                Path(target, file).write_text(json.dumps(named, indent=1) + "\n", encoding="utf-8")
+            # The first is made where there is none, and must name a class then.
+            least = {"tokenizer_class": "PreTrainedTokenizerFast"} if file == NAMING[0] else {}
+            if known := least | _read_names(Path(source, file)):
+                text = json.dumps(known | {"eos_token": name}, indent=1) + "\n"
+                Path(target, file).write_text(text, encoding="utf-8")
         elif Path(source, file).is_file():
             shutil.copyfile(Path(source, file), Path(target, file))
 

@@ -99,6 +99,7 @@ def test_files_are_compared_once(folder, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written(folder, tmp_path, monkeypatch):
+    (folder / ".verified.json").unlink(missing_ok=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(verified.os, "access", lambda *_: False)
     use(folder)

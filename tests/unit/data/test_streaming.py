@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.tokenizer import load_tokenizer
@@ -177,6 +178,17 @@ def test_the_separator_of_the_table(rows, tokenizer):
         loader(rows, tokenizer, eos="<none>")
     with pytest.raises(DataError, match="tokenizer: was"):
         loader(rows, tokenizer).load_state_dict(one.state_dict())
+
+
+def test_text_that_the_tokenizer_cannot_write_is_said(rows, tmp_path, caplog):
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "document": 1, "x": 2, "y": 3}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["</s>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    take(loader(rows, str(tmp_path)), 3)
+    said = [record.getMessage() for record in caplog.records if "unknown" in record.getMessage()]
+    # The number of each document, of the first 256 of which two are missing.
+    assert len(said) == 1 and f"of {rows[0]} are unknown to the tokenizer" in said[0] and "data: 255 of" in said[0]
 
 
 def test_a_dataset_that_cannot_be_read_on_is_one_error(tokenizer, tmp_path, monkeypatch):

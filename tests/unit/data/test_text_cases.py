@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from tests.toy import REPO
 from torchtitan_deltaproduct.data import build_loader
@@ -16,7 +17,8 @@ from torchtitan_deltaproduct.data.manifest import read_manifest
 from torchtitan_deltaproduct.data.prepare import Settings, main, prepare
 from torchtitan_deltaproduct.data.shards import TokenStream
 from torchtitan_deltaproduct.data.show import document
-from torchtitan_deltaproduct.data.text_sources import kind_of, list_files, plan_units, read_unit
+from torchtitan_deltaproduct.data.text_files import kind_of, list_files
+from torchtitan_deltaproduct.data.text_sources import plan_units, read_unit
 from torchtitan_deltaproduct.data.tokenizer import load_tokenizer
 from torchtitan_deltaproduct.data.train_tokenizer import main as train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
@@ -243,3 +245,46 @@ def test_validation_input(tmp_path, tokenizer):
         made(tmp_path / "x", tokenizer, tmp_path / "in", validation_input=[str(tmp_path / "in/a.jsonl")])
     with pytest.raises(ConfigError, match="either --validation-input"):
         made(tmp_path / "x", tokenizer, tmp_path / "in", validation_input=["x"], validation_fraction=0.5)
+
+
+def test_a_damaged_record_is_made_again(tmp_path, tokenizer, capsys):
+    """Of a run that was cut off between a shard and the end, one record is torn."""
+    make_jsonl(tmp_path / "a.jsonl", 30), make_jsonl(tmp_path / "b.jsonl", 30, seed=1)
+    (tmp_path / "c.jsonl").write_text("{\n")
+    command = [str(tmp_path / "out"), "--tokenizer", tokenizer, "--workers", "1", "--input"]
+    command += [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    with pytest.raises(DataError, match="--max-bad-records"):
+        main([*command, "--max-bad-records", "0"])
+    records = sorted((tmp_path / "out/.prepare").glob("0*.json"))
+    assert len(records) == 2
+    records[0].write_text("{")
+    main(command)
+    assert "is damaged and is made again" in capsys.readouterr().err
+    assert read_manifest(tmp_path / "out").documents == 60
+
+
+@needs_cases
+def test_a_tokenizer_configuration_that_is_a_list(tmp_path, tokenizer):
+    (tmp_path / "tok").mkdir()
+    for source in (CASES / "tk_list/tokenizer_config.json", Path(tokenizer, "tokenizer.json")):
+        (tmp_path / "tok" / source.name).write_bytes(source.read_bytes())
+    with pytest.raises(DataError, match="tokenizer_config.json holds a JSON list; expected an object") as caught:
+        made(tmp_path / "out", tmp_path / "tok", CASES / "code.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_that_drops_what_it_cannot_write(tmp_path):
+    """BPE without bytes and without an unknown token: the characters lost are counted."""
+    letters = {letter: i for i, letter in enumerate("abc ")}
+    folder, inner = tmp_path / "tok", Tokenizer(models.BPE(vocab=letters, merges=[]))
+    inner.add_special_tokens(["</s>"])
+    folder.mkdir()
+    inner.save(str(folder / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("abc 日本 abc", encoding="utf-8"), (tmp_path / "b.txt").write_text("abc\ncab\n")
+    with pytest.raises(DataError, match=r"2 of 14 tokens \(14.3%\) are unknown"):
+        made(tmp_path / "out", folder, tmp_path / "a.txt", tmp_path / "b.txt")
+    assert read_manifest(made(tmp_path / "b", folder, tmp_path / "b.txt")).unknown_tokens == 0
+    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="[UNK]"))
+    words.save(str(folder / "tokenizer.json"))
+    with pytest.raises(DataError, match="the tokenizer cannot write the text: WordLevel error"):
+        made(tmp_path / "c", folder, tmp_path / "b.txt", eos="</s>")

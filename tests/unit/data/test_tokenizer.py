@@ -11,7 +11,13 @@ import pytest
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, normalizers, trainers
 
-from torchtitan_deltaproduct.data.tokenizer import find_eos_id, load_tokenizer, token_bytes
+from torchtitan_deltaproduct.data.tokenizer import (
+    copy_tokenizer,
+    find_eos_id,
+    load_tokenizer,
+    same_tokenizer,
+    token_bytes,
+)
 from torchtitan_deltaproduct.data.train_tokenizer import main as train_main
 from torchtitan_deltaproduct.data.train_tokenizer import train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
@@ -37,6 +43,29 @@ def test_byte_table_is_exact_for_a_byte_level_vocabulary(tokenizer):
         assert table[ids].sum() == len(text.encode())
         assert inner.decode(ids) == text
         assert 0 not in ids
+
+
+def test_a_separator_that_is_an_ordinary_token_has_no_bytes(tokenizer, tmp_path):
+    copy_tokenizer(tokenizer, tmp_path)
+    inner = HfTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    inner.add_tokens(["<doc>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    assert token_bytes(tmp_path, 401)[400] == 5 and token_bytes(tmp_path, 401, eos_id=400)[400] == 0
+    assert (token_bytes(tmp_path, 401)[:400] == token_bytes(tmp_path, 401, eos_id=400)[:400]).all()
+
+
+def test_a_copy_names_the_separator(tokenizer, tmp_path):
+    """In every file that names one; a folder that names none gets the file."""
+    bang = load_tokenizer(tokenizer).inner.token_to_id("!")
+    copy_tokenizer(tokenizer, tmp_path / "one", bang)
+    assert find_eos_id(tmp_path / "one") == bang and find_eos_id(tokenizer) == 0
+    assert same_tokenizer(tokenizer, tmp_path / "one", bang) and not same_tokenizer(tokenizer, tmp_path / "one", 0)
+    (tmp_path / "one/special_tokens_map.json").write_text('{"eos_token": "?", "pad_token": "#"}')
+    copy_tokenizer(tmp_path / "one", tmp_path / "two", 0)
+    names = json.loads((tmp_path / "two/special_tokens_map.json").read_text())
+    assert names == {"eos_token": "<|endoftext|>", "pad_token": "#"} and find_eos_id(tmp_path / "two") == 0
+    with pytest.raises(DataError, match="has no token 4000, the separator"):
+        copy_tokenizer(tokenizer, tmp_path / "three", 4000)
 
 
 def test_byte_table_of_a_sentencepiece_vocabulary(tmp_path):

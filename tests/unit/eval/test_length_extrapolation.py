@@ -407,6 +407,19 @@ def test_results_on_other_data_are_not_overwritten(run, data, tmp_path):
     assert [entry["data"]["wanted"]["data"] for entry in entries(tmp_path / "out")] == sets
 
 
+def test_names_in_a_locale_that_cannot_write_them(run, tmp_path):
+    (tmp_path / "日本").mkdir()
+    (tmp_path / "日本/文.txt").write_text("def f(x):\n    return x\n" * 200, encoding="utf-8")
+    command = [sys.executable, "-X", "utf8=0", "-m", "eval.length_extrapolation", str(run), "--length", "64"]
+    command += ["--sequences", "2", "--documents", "packed", "--data", str(tmp_path / "日本")]
+    command += ["--out", str(tmp_path / "出")]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, cwd=toys.REPO, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert entries(tmp_path / "出")[0]["data"]["name"].endswith("/日本")
+    assert "/日本,packed" in (tmp_path / "出/length_extrapolation.csv").read_text(encoding="utf-8")
+
+
 def test_names(run):
     assert short_paths(["a/b/c"]) == ["b/c"] and short_paths(["x.txt"]) == ["x.txt"]
     assert short_paths(["p/a/v", "q/a/v"]) == ["p/a/v", "q/a/v"] and short_paths(["a", "b/c"]) == ["a", "b/c"]

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from eval.common import text_search
 from eval.common.texts import Wanted, open_texts, spread
@@ -198,6 +199,16 @@ def test_datasets_and_json(corpus, tmp_path, tokenizer, caplog):  # noqa: F811
     assert "1 records cannot be read and are left out, such as" in caplog.text and "line 2" in caplog.text
     with pytest.raises(DataError, match="has no column 'text'; it has: body"):
         open_texts(Wanted(str(tmp_path / "d"), length, 3), tokenizer, tmp_path / "texts")
+
+
+def test_unknown_tokens_are_said(tmp_path, caplog):
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["</s>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "x.txt").write_text("a b a c " * 20)
+    open_texts(Wanted(str(tmp_path / "x.txt"), 10, 2), tmp_path, tmp_path / "texts")
+    assert "x.txt: 40 of 80 tokens are unknown to the tokenizer" in caplog.text
 
 
 def test_what_cannot_be_read(corpus, tmp_path, tokenizer, monkeypatch):  # noqa: F811

@@ -1,0 +1,42 @@
+"""Words of a command line, and what a command finds around it: no home, a locale that cannot write a name."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.toy import REPO
+from torchtitan_deltaproduct.arguments import path, shown, text
+from torchtitan_deltaproduct.errors import ConfigError
+
+
+def test_paths_and_text(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [path(word) for word in ("~/a", "a/~", "wikitext:103")] == ["/home/me/a", "a/~", "wikitext:103"]
+    assert text("naïve 日本") == shown("naïve 日本") == "naïve 日本" and shown(os.fsdecode(b"caf\xe9")) == r"caf\xe9"
+    with pytest.raises(ConfigError, match=r"'caf\\udce9' is not UTF-8 text"):
+        text(os.fsdecode(b"caf\xe9"))
+
+
+def run(code, **environment):
+    start = ["import os, pwd", "from torchtitan_deltaproduct.errors import exit_on_user_error"]
+    command = [sys.executable, "-c", "\n".join([*start, *code, "exit_on_user_error(main)"])]
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    return subprocess.run(command, cwd=REPO, env=kept | environment, capture_output=True)
+
+
+def test_without_home_and_passwd_entry(tmp_path):
+    """Caches go to a folder that ends with the process, not to one that is called ~."""
+    done = run([
+        "def none(uid): raise KeyError(uid)",
+        "pwd.getpwuid = none",
+        "def main(): print(os.path.expanduser('~'), os.path.isdir(os.path.expanduser('~')))",
+    ], TMPDIR=str(tmp_path))  # fmt: skip
+    home, there = done.stdout.decode().split()
+    assert home.startswith(f"{tmp_path}/torchtitan_deltaproduct-") and there == "True" and not list(tmp_path.iterdir())
+
+
+def test_what_the_locale_cannot_write_is_escaped():
+    done = run(["def main(): print('日'); print(os.fsdecode(b'\\xe9'))"], PYTHONIOENCODING="latin-1", HOME="/")
+    assert done.returncode == 0 and done.stdout == b"\\u65e5\n\\udce9\n"
