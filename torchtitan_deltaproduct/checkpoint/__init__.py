@@ -5,6 +5,7 @@
                             /__0_0.distcp    DCP data, one or more files a rank
                             /config.json     the run's settings when this step was saved
     marker.py     complete.json                               writer.py    the DCP writer that makes it
+    staging.py    the copy of a state that an asynchronous save writes
     folders.py    scan a run's checkpoints: step, size, complete or why not; retention
     ls.py         command: what a run has, and why each is kept             verify.py   command: read all of it back
     safe_dcp.py   read DCP without unpickling anything but its own index classes and plain tensors

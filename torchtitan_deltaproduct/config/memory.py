@@ -3,10 +3,10 @@
     parts = models.counts.parameters_by_part(config.model)
     rank_memory(config, 8, parts)      # {"weights": 106_800_000, ..., "loss": 984_612_864}
 
-Weights, gradients and Adam's two moments are float32 and divided by the shard degree: exact. Activations
-count what autograd keeps of each block in eager mode, 10 % more than a small model was seen to keep;
-`torch.compile` keeps less. The operator's work space, allocator fragmentation and communication buffers are
-left out: plan for 20 % more.
+Weights, gradients and Adam's two moments are float32 and divided by the shard degree: exact. Where a step adds up
+micro-batches, gradients are whole until the last one. Activations count what autograd keeps of each block in eager
+mode, 10 % more than a small model was seen to keep; `torch.compile` keeps less. The operator's work space, allocator
+fragmentation and communication buffers are left out: plan for 20 % more.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from .job import JobConfig
 _FLOAT32 = 4
 _ADAM_MOMENTS = 2
 _SMALL = 0.05
-"""Share of the card that gathered weights may take for the whole step: less than the activations of a block do."""
+"""Share of the card's memory that gathered weights may take for a whole step."""
 _CARD = 80 << 30
 """Bytes of a card where there is none to ask."""
 

@@ -7,9 +7,9 @@ The forward pass of a chunk makes its logits, turns them into the gradient of th
 contribute to the gradients of x and of the weight at once; the backward pass multiplies both by the incoming number.
 Kept for it are the two gradients; while it is made, the logits of a chunk exist beside them, in eager mode a second
 time in float32 (`peak_bytes`). Of 8 x 4,096 tokens, 32,000 words and 1,024 channels in bfloat16 that is
-67 MB + 131 MB, and 262 MB + 524 MB: 985 MB, or 460 MB compiled, where the whole logits and what is made of them take
-13 GB. The products are taken in the dtype of x, the softmax and the sum over chunks of the weight's gradient in
-float32 (float64 stays float64). No atomics: equal inputs give equal bits.
+67 MB + 131 MB, and 262 MB + 524 MB: 985 MB, or 460 MB compiled. The logits of all tokens, their log-softmax and its
+gradient take 10.5 GB. The products are taken in the dtype of x, the softmax and the sum over chunks of the weight's
+gradient in float32 (float64 stays float64). No atomics: equal inputs give equal bits.
 """
 
 import functools

@@ -5,6 +5,7 @@
     parallelize.py    activation checkpointing, torch.compile, FSDP2 / HSDP / DDP
     optimizer.py      AdamW with decay and no-decay groups
     trainer.py        the Trainer subclass: one step, the loop, what is saved
+    feed.py           global batches on the device, read one step ahead
     validator.py      a fixed held-out set, weighted by tokens, in bits per byte
     metrics.py        console line, metrics.jsonl, TensorBoard, wandb
     checkpointer.py   the CheckpointManager subclass: complete or ignored, retried, verified

@@ -33,13 +33,23 @@ class Feed:
         """The loader as it was when the last batch was taken."""
         self.batches = None
         self.ahead: list[Batch] = []
+        self.error: Exception | None = None
         self.labels = 0
         """Labels on this rank of the global batch read last, ignored ones left out."""
         self.seconds = 0.0
         """How long reading it took, without the copy."""
 
     def read_ahead(self) -> None:
-        """Reads the next global batch and starts its copy to the device."""
+        """Reads the next global batch and starts its copy to the device.
+
+        An error is raised when that batch is taken: the step before it can end, and be saved.
+        """
+        try:
+            self._read()
+        except Exception as error:
+            self.error, self.labels = error, 0
+
+    def _read(self) -> None:
         start = time.perf_counter()
         self.batches = self.batches or iter(self.loader)
         batches = [next(self.batches) for _ in range(self.micro_batches)]
@@ -52,8 +62,10 @@ class Feed:
 
     def take(self) -> list[Batch]:
         """The next global batch, as micro-batches; reads it now if it was not read ahead."""
+        if self.error is not None:
+            raise self.error
         if not self.ahead:
-            self.read_ahead()
+            self._read()
         self.taken = copy.copy(self.loader)
         batches, self.ahead = self.ahead, []
         return batches
@@ -72,7 +84,7 @@ class Feed:
 
     def close(self) -> None:
         """Lets go of what was read ahead and of the processes that read."""
-        self.batches, self.ahead = None, []
+        self.batches, self.ahead, self.error = None, [], None
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

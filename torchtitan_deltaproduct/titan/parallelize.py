@@ -97,7 +97,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
     card = utils.device_module.get_device_properties(utils.device_module.current_device()).total_memory
     parameters = sum(p.numel() for p in model.parameters())
     reshard, reason = reshard_after_forward(job_config, mesh.size(mesh.ndim - 1), parameters, card)
-    logger.info("gathered weights: %s (%s)", "gathered again for backward" if reshard else "kept for backward", reason)
+    logger.info("gathered weights: %s for the backward pass (%s)", "gathered again" if reshard else "kept", reason)
     # A_log and dt_bias are computed in float32 whatever the precision of the rest: one group for those of all layers.
     decays = [block.mixer.decay for block in model.layers.values() if model.args.use_forget_gate]
     if decays:
@@ -109,9 +109,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
     # A tied weight must belong to one group, and a group is one module: embedding and head stay with the root then.
     if not model.args.tie_word_embeddings:
         fully_shard(model.tok_embeddings, **options, reshard_after_forward=reshard)
-        # The backward pass begins with them.
-        at_once = job_config.parallelism.fsdp_reshard_after_forward == "always"
-        fully_shard([model.norm, model.output], **options, reshard_after_forward=at_once)
+        # The backward pass begins with these: only who asks for it has them gathered twice.
+        always = job_config.parallelism.fsdp_reshard_after_forward == "always"
+        fully_shard([model.norm, model.output], **options, reshard_after_forward=always)
     fully_shard(model, **options)
     for block, following in itertools.pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])

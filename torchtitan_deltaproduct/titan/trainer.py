@@ -127,7 +127,8 @@ class Trainer(stock.Trainer):
                     logger.warning("stopped on %s after step %d: %s", stop, self.step, saved)
                     return stop
                 if self.step == first_step:
-                    if self.saves:
+                    # Asked for its state before its first update, the optimizer would make one up.
+                    if self.saves and not self.skipped_in_a_row:
                         self.checkpointer.reserve()
                         self.metrics_processor.restart_clock()
                     # Compilation and lazy initialisation are over: a hang from here on is a fault.
@@ -231,7 +232,8 @@ class Trainer(stock.Trainer):
             loss += self.forward_backward_step(input_dict=inputs, labels=labels, global_valid_tokens=tokens)
         parameters = [p for model in self.model_parts for p in model.parameters()]
         grad_norm = dist_utils.clip_grad_norm_(parameters, self.job_config.training.max_norm, foreach=True)
-        numbers = self.wait_for(loss, grad_norm, self.numbers([*self.stop_flags(), self.read_ahead(feed)]))
+        ahead = self.read_ahead(feed)
+        numbers = self.wait_for(loss, grad_norm, self.numbers([*self.stop_flags(), ahead]))
         loss_value, norm_value, self.tokens_ahead = numbers[0], numbers[-1], numbers[-2]
         self.checkpointer.maybe_wait_for_staging()
         if math.isfinite(loss_value) and math.isfinite(norm_value):
@@ -265,7 +267,9 @@ class Trainer(stock.Trainer):
             if dist.get_rank() == 0:
                 events.append(self.run_folder, "loss_spike", step=self.step, loss=loss, samples=[first, last])
 
-    def forward_backward_step(self, *, input_dict: dict, labels: torch.Tensor, global_valid_tokens: float):
+    def forward_backward_step(
+        self, *, input_dict: dict, labels: torch.Tensor, global_valid_tokens: float
+    ) -> torch.Tensor:
         """The loss of a micro-batch over the tokens of its global batch, [] on the device; adds to the gradients."""
         inputs = {name: tensor for name, tensor in input_dict.items() if name != "input"}
         loss = self.model_parts[0](input_dict["input"], **inputs, labels=labels) / global_valid_tokens

@@ -158,7 +158,7 @@ def test_peak_of_the_usual_batch_is_below_one_gigabyte():
 
 
 def test_a_vocabulary_of_128k_trains():
-    """Whole logits and what torch makes of them would be 43 GB."""
+    """Whole logits and what torch makes of them would be 42 GB."""
     assert peak_of(8 * 4096, 128_256, 1024) < 2.3e9
     assert chunk_rows(128_256, 2, "cuda") == 2092 and chunk_rows(32_000, 2, "cuda") == 4096
     assert chunk_rows(10**9, 2, "cpu") == 1

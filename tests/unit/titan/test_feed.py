@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from torchtitan_deltaproduct.data.loader import Geometry, Loader
+from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.titan.feed import Feed
 
 
@@ -23,8 +24,8 @@ class Counting:
         return {"counting": sample / 100}
 
 
-def new_feed(**options) -> Feed:
-    return Feed(Loader(Counting(), Geometry(4, 2, 12, 1, 2), **options), 3, torch.device("cpu"))
+def new_feed(source=None, **options) -> Feed:
+    return Feed(Loader(source or Counting(), Geometry(4, 2, 12, 1, 2), **options), 3, torch.device("cpu"))
 
 
 def samples(batches) -> list[int]:
@@ -61,3 +62,19 @@ def test_a_saved_position_is_gone_on_from_and_what_was_read_ahead_is_dropped():
     other.read_ahead()
     other.load_state_dict(saved)
     assert other.state_dict() == saved and samples(other.take()) == samples(feed.take()) == [14, 15, 18, 19, 22, 23]
+
+
+def test_an_error_waits_for_the_step_it_belongs_to():
+    class Damaged(Counting):
+        def batch(self, samples):
+            if samples[0] > 12:
+                raise DataError("shard 3 is damaged")
+            return super().batch(samples)
+
+    feed = new_feed(Damaged())
+    assert samples(feed.take()) == [2, 3, 6, 7, 10, 11]
+    before = feed.state_dict()
+    feed.read_ahead()
+    assert feed.state_dict() == before and feed.labels == 0
+    with pytest.raises(DataError, match="shard 3"):
+        feed.take()
