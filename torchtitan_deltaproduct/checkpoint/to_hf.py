@@ -96,7 +96,8 @@ def export(
         )
         if source is not None:
             copy_tokenizer(source, unfinished, separator)
-        (unfinished / "README.md").write_text(model_card(loaded, out.name, dtype), "utf-8", "backslashreplace")
+        card = model_card(loaded, out.name, dtype)
+        (unfinished / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         verified = verify(unfinished, loaded, state)
         put_in_place(unfinished, out)
     finally:
