@@ -194,7 +194,12 @@ def run_folder(checkpoint: Path) -> Path:
 
 
 def find_tokenizer(run: Path, config: dict) -> Path | None:
-    """Where a run's tokenizer is: its own copy, the one its TOML names, or that of its prepared data."""
+    """Where a run's tokenizer is: its own copy, the one its TOML names, or that of its prepared data.
+
+    Raises:
+        CheckpointError: its own copy holds links to files elsewhere, which an export would take along.
+    """
+    check_tokenizer_files(run / "tokenizer")
     asked, sets = config.get("model", {}).get("hf_assets_path"), config.get("data", {}).get("paths", [])
     places = [run / "tokenizer", *([Path(asked)] if asked else []), *(Path(path, "tokenizer") for path in sets)]
     return next((place for place in places if (place / "tokenizer.json").exists()), None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -97,6 +98,16 @@ def test_the_hubs_cache_may_link_to_its_own_files(folder, tmp_path):
         path.rename(blobs / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     assert load_model(snapshot).model.args.num_hidden_layers > 0
+
+
+def test_an_export_takes_no_file_from_elsewhere(toy_run, tmp_path):
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    (tmp_path / "secret").write_text("{}")
+    (run / "tokenizer").mkdir(exist_ok=True)
+    replace(run / "tokenizer/tokenizer.json", lambda path: path.symlink_to(tmp_path / "secret"))
+    with pytest.raises(CheckpointError, match="outside of its folder"):
+        to_hf.export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_absurd_snapshot_of_a_run_is_refused():
