@@ -287,16 +287,26 @@ def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
             f"{size / 1e6:.1f} MB in {len(manifest.shards)} shards"
         )
     if manifest.empty_documents or manifest.bad_records:
-        named = f" (named in {out / BAD_RECORDS})" if manifest.bad_records else ""
+        named = f" (named in {out / BAD_RECORDS}), such as" if manifest.bad_records else ""
         lines.append(
             f"  left out: {manifest.empty_documents} empty documents, "
             f"{manifest.bad_records} unreadable records{named}"
         )
+        lines += [f"    {record}" for record in first_bad(out)]
     if manifest.unknown_tokens:
         share = manifest.unknown_tokens / max(1, sum(read_manifest(out / part).tokens for part in plan_parts))
         lines.append(f"  unknown: {manifest.unknown_tokens:,} tokens ({share:.1%}) that the vocabulary cannot write")
     lines.append(f'  to train on it: [data] paths = ["{out / plan_parts[0]}"]')
     return "\n".join(lines)
+
+
+def first_bad(out: Path) -> list[BadRecord]:
+    """The first three records that could not be read."""
+    try:
+        lines = (out / BAD_RECORDS).read_text(encoding="utf-8").splitlines()[:3]
+        return [BadRecord(*json.loads(line).values()) for line in lines]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -21,6 +21,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ from . import separator_id
 from .loader import Batch, Geometry, Loader
 from .order import Permutation
 from .packing import read_window
-from .text_sources import BadRecord, Document
+from .text_sources import BadRecord, Document, check_no_split, is_saved_dataset
 from .text_streams import open_records
 from .tokenizer import MOST_UNKNOWN, Tokenizer, load_tokenizer, tokenizer_sha256
 
@@ -46,6 +47,8 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> "StreamingLoader":
     """The loader of `[data] kind = "streaming"`."""
     if not data.dataset:
         raise ConfigError('data.dataset is empty: name the dataset that data.kind = "streaming" reads')
+    if Path(data.dataset).exists() and not is_saved_dataset(data.dataset):
+        check_no_split(data.dataset, data.split, data.dataset_config)
     if data.num_workers > 1:
         raise ConfigError(
             f"data.num_workers is {data.num_workers}: streaming reads one stream, so it takes 0 or 1 worker"

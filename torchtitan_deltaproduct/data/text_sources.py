@@ -194,7 +194,8 @@ def _open_parquet(name: str):
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(name)
+        # Not by the library's own reading of a path, which must be UTF-8. The file is closed with what reads it.
+        return pyarrow.parquet.ParquetFile(open(name, "rb"))  # noqa: SIM115
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise DataError(f"{name} cannot be read as Parquet ({error}).\nRemove it or copy it again.") from None
 

@@ -83,6 +83,9 @@ class Tokenizer:
         if self.alphabet is None:
             return ids.count(self.unknown_id)
         text = self.inner.normalizer.normalize_str(text) if self.inner.normalizer else text
+        if self.inner.pre_tokenizer:
+            # It may write bytes, or spaces, by other characters.
+            text = "".join(piece for piece, _ in self.inner.pre_tokenizer.pre_tokenize_str(text))
         return sum(not (char in self.alphabet or char.isspace()) for char in text)
 
     def decode(self, ids: list[int]) -> str:

@@ -214,7 +214,8 @@ def test_bad_records_are_named_counted_and_skipped(tmp_path, tokenizer, capsys):
     source, out = bad_input(tmp_path / "in"), tmp_path / "out"
     assert main([str(out), "--input", str(source), "--tokenizer", tokenizer, "--workers", "1"]) == 0
     assert texts_of(out) == ["fine"] * 10
-    assert "1 empty documents, 7 unreadable records" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 empty documents, 7 unreadable records" in said and "a.jsonl, line 2: invalid JSON" in said
     bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
     named = [(Path(entry["file"]).name, entry["position"]) for entry in bad]
     assert named == [("a.jsonl", f"line {n}") for n in (2, 3, 4, 5, 9, 10)] + [("b.txt", "line 3")]

@@ -95,7 +95,7 @@ def test_splits_are_obeyed_or_refused(tmp_path, tokenizer):
     config = Config(kind="streaming", dataset=str(tmp_path / "a.jsonl"), split="train[:10%]")
     sizes = {"seq_len": 8, "local_batch_size": 1, "global_batch_size": 1}
     with pytest.raises(ConfigError, match="only a dataset of `datasets` has that"):
-        next(iter(build_loader(config, **sizes, tokenizer_path=tokenizer)))
+        build_loader(config, **sizes, tokenizer_path=tokenizer)
 
 
 @needs_cases

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as HfTokenizer
-from tokenizers import decoders, models, normalizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from torchtitan_deltaproduct.data.tokenizer import (
     copy_tokenizer,
@@ -52,6 +52,20 @@ def test_a_separator_that_is_an_ordinary_token_has_no_bytes(tokenizer, tmp_path)
     inner.save(str(tmp_path / "tokenizer.json"))
     assert token_bytes(tmp_path, 401)[400] == 5 and token_bytes(tmp_path, 401, eos_id=400)[400] == 0
     assert (token_bytes(tmp_path, 401)[:400] == token_bytes(tmp_path, 401, eos_id=400)[:400]).all()
+
+
+def test_bytes_that_a_vocabulary_lacks(tmp_path):
+    """Byte-level BPE over the bytes of some text alone: others leave no token, and are counted one by one."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = sorted({letter for piece, _ in byte_level.pre_tokenize_str("a b é") for letter in piece})
+    inner = HfTokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    inner.pre_tokenizer = byte_level
+    inner.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    texts = ["é b a", "é c a", "日"]
+    ids = loaded.encode_batch(texts)
+    assert [len(found) for found in ids] == [6, 5, 0]
+    assert [loaded.count_unknown(*pair) for pair in zip(texts, ids, strict=True)] == [0, 1, 3]
 
 
 def test_a_copy_names_the_separator(tokenizer, tmp_path):
