@@ -1,12 +1,16 @@
-"""The operator's recurrent and chunk backends side by side: milliseconds and their ratio.
+"""The operator, milliseconds and ratios side by side: ours and fla on a GPU, chunk and the plain loop on a CPU.
 
-    python benchmarks/op.py                                # T=1024, n=2, H=4, K=V=64, B=1, one thread
-    python benchmarks/op.py --tokens 4096 --heads 8 --head-dim 128 --gated
-    python benchmarks/op.py --sweep                        # chunk rows R and segment sizes
+    python -m benchmarks.op                               on a GPU: n 1 to 3, plain and gated, 8 x 4,096, 1 x 65,536
+    python -m benchmarks.op --minutes 5 --householders 3 --gates plain
+    python -m benchmarks.op --device cpu                  T=1024, n=2, H=4, K=V=64, B=1, one thread
+    python -m benchmarks.op --device cpu --tokens 4096 --heads 8 --head-dim 128 --gated
+    python -m benchmarks.op --device cpu --sweep          chunk rows R and segment sizes
 
-Each time is the best of `--repeats`, the two backends taken in turn so that a busy machine slows both; with
-one CPU thread it is CPU time, so that waiting for the core does not count. The recurrent backend is the plain
-loop with plain autograd; chunk goes through the public function, custom op included.
+On a GPU both are given bfloat16 queries and keys of unit length, K = V = 128, and are timed by CUDA events (median);
+fla is called directly. Errors are the worst of o and all gradients against float64, ||x - ref|| / ||ref||, over 512
+tokens. fla tunes its kernels at the first call of each kind, which takes minutes; what the time does not allow is left
+out and said. On a CPU each time is the best of `--repeats`, taken in turn so that a busy machine slows both; with one
+thread it is CPU time. The recurrent backend is the plain loop with plain autograd; chunk goes through the custom op.
 """
 
 import argparse
@@ -14,8 +18,10 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from torchtitan_deltaproduct.ops import gated_delta_product
 from torchtitan_deltaproduct.ops.chunk import chunk_backward, chunk_forward
@@ -33,7 +39,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=64, help="K and V")
     parser.add_argument("--gated", action="store_true", help="with a decay")
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--householders", type=int, nargs="+", default=[1, 2, 3], help="n of the GPU table")
+    parser.add_argument("--gates", nargs="+", choices=("plain", "gated"), default=["plain", "gated"])
+    parser.add_argument("--shapes", nargs="+", default=["8x4096x8", "1x65536x6"], help="B x T x H of the GPU table")
+    parser.add_argument("--minutes", type=float, default=9.5, help="after which no row of the GPU table is begun")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--sweep", action="store_true", help="time chunk for several R and segment sizes instead")
@@ -117,6 +127,96 @@ def sweep(args: argparse.Namespace) -> Table:
     return table
 
 
+def beside_fla(args: argparse.Namespace) -> Table:
+    """Ours and fla, forward and forward + backward, on a GPU."""
+    end = time.monotonic() + 60 * args.minutes
+    table = Table(title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}: ms, K = V = 128, bfloat16")
+    for column in (
+        *("B x T x H", "n", "gate", "fla fwd", "ours", "ratio"), *("fla fwd+bwd", "ours", "ratio", "error fla", "ours")
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    shapes = [tuple(int(x) for x in shape.split("x")) for shape in args.shapes]
+    cases = [(s, n, gate) for s in shapes for gate in args.gates for n in args.householders]
+    for number, (shape, n, gate) in enumerate(cases):
+        if time.monotonic() > end:
+            table.caption = f"{len(cases) - number} rows left out: the time was over (--minutes)"
+            break
+        tensors = unit_inputs(*shape, n, gate == "gated")
+        row = {name: times_of(op, tensors, n) for name, op in (("fla", fla_op), ("ours", our_op))}
+        cells = []
+        for k in range(2):
+            theirs, ours = row["fla"][k], row["ours"][k]
+            ratio = f"{theirs / ours:.2f}x" if isinstance(theirs, float) else "-"
+            cells += [f"{theirs:.3f}" if isinstance(theirs, float) else theirs, f"{ours:.3f}", ratio]
+        small = unit_inputs(1, 512, shape[2], n, gate == "gated")
+        cells += [worst_error(fla_op, small, n), worst_error(our_op, small, n)]
+        table.add_row("x".join(map(str, shape)), str(n), gate, *cells)
+        print(shape, n, gate, *cells, flush=True)
+        torch.cuda.empty_cache()
+    return table
+
+
+def unit_inputs(batch: int, length: int, heads: int, n: int, gated: bool) -> list[Tensor | None]:
+    """q, k, v, g, beta, with gradients."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(rows: int) -> Tensor:
+        return torch.randn(batch, rows, heads, 128, device="cuda", generator=generator)
+
+    q, k = (F.normalize(normal(rows), dim=-1).bfloat16() for rows in (length, length * n))
+    beta = 2 * torch.rand(batch, length * n, heads, device="cuda", generator=generator)
+    g = -0.2 * torch.rand(batch, length, heads, device="cuda", generator=generator) if gated else None
+    tensors = [q, k, normal(length * n).bfloat16(), g, beta]
+    return [x if x is None else x.requires_grad_() for x in tensors]
+
+
+def our_op(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, n: int) -> Tensor:
+    return gated_delta_product(q, k, v, g, beta, n, unit_keys=True, backend="triton")[0]
+
+
+def fla_op(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, n: int) -> Tensor:
+    from fla.ops.gated_delta_product import chunk_gated_delta_product
+
+    return chunk_gated_delta_product(q, k, v, g, beta, n)[0]
+
+
+def times_of(op: Callable[..., Tensor], tensors: list[Tensor | None], n: int) -> list[float | str]:
+    """Median milliseconds of forward and of forward + backward, or why there is none."""
+    from triton.testing import do_bench
+
+    leaves = [x for x in tensors if x is not None]
+    do = torch.randn_like(tensors[0])
+
+    def forward() -> None:
+        with torch.no_grad():
+            op(*tensors, n)
+
+    def both() -> None:
+        torch.autograd.grad(op(*tensors, n), leaves, do)
+
+    found: list[float | str] = []
+    for function in (forward, both):
+        try:
+            found.append(do_bench(function, warmup=50, rep=200, return_mode="median"))
+        except Exception as error:  # the table tells, and goes on
+            found.append("refuses" if "640" in str(error) or isinstance(error, RuntimeError) else type(error).__name__)
+    return found
+
+
+def worst_error(op: Callable[..., Tensor], tensors: list[Tensor | None], n: int) -> str:
+    """The largest relative error of o and the gradients against the float64 chunk backend."""
+    exact = [x if x is None else x.detach().double().requires_grad_() for x in tensors]
+    want = gated_delta_product(*exact, n, backend="chunk")[0]
+    do = torch.randn_like(want)
+    wants = [want, *torch.autograd.grad(want, [x for x in exact if x is not None], do)]
+    try:
+        got = op(*tensors, n)
+        gots = [got, *torch.autograd.grad(got, [x for x in tensors if x is not None], do.to(got.dtype))]
+    except RuntimeError:
+        return "-"
+    return f"{max(float((a.double() - b).norm() / b.norm()) for a, b in zip(gots, wants, strict=True)):.1e}"
+
+
 def title(args: argparse.Namespace) -> str:
     gate = "decay" if args.gated else "no decay"
     return (
@@ -128,6 +228,9 @@ def title(args: argparse.Namespace) -> str:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
+    if args.device == "cuda" and not args.sweep:
+        Console(width=150).print(beside_fla(args))
+        return
     # A line of its own: a table wraps its title.
     print(title(args))
     Console().print(sweep(args) if args.sweep else compare(args))

@@ -1,5 +1,4 @@
-"""fla and the chunk backend on a CUDA device against the float64 recurrence: python -m pytest -m gpu
-tests/gpu."""
+"""The backends on a CUDA device against the float64 recurrence: python -m pytest -m gpu tests/gpu/test_op.py."""
 
 import pytest
 import torch
@@ -21,11 +20,11 @@ def relative(a, b) -> float:
     return ((a.double().cpu() - b.double().cpu()).norm() / b.double().norm().clamp(min=1e-9)).item()
 
 
-def compare(backend, n, gated, bounds, states, dtype, length=256):
+def compare(backend, n, gated, bounds, states, dtype, length=256, dim=64):
     """Relative errors by name: outputs and gradients on the device against float64 on the CPU."""
     count = 1 if bounds is None else len(bounds) - 1
     args = make(
-        length, n, dim=64, dim_v=64, gated=gated, states=count if states else None, dtype=torch.float32
+        length, n, dim=dim, dim_v=dim, gated=gated, states=count if states else None, dtype=torch.float32
     )
     low = {
         name: None
@@ -77,16 +76,79 @@ def test_chunk(gated, bounds, states, dtype):
     assert max(errors.values()) < (2e-5 if dtype == torch.float32 else 5e-3), errors
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bounds", [None, BOUNDS])
+@pytest.mark.parametrize(
+    ("n", "dtype", "dim", "bound"),
+    [
+        *((n, torch.bfloat16, 128, 1e-2) for n in (1, 2, 3, 4)),
+        (2, torch.bfloat16, 64, 1e-2),
+        # 1,024 random keys in 32 dimensions: rounding to 16 bits moves more.
+        (4, torch.bfloat16, 32, 1.5e-2),
+        (2, torch.float16, 128, 2e-3),
+        *((n, torch.float32, 32, 1e-5) for n in (1, 2, 4)),
+        (2, torch.float32, 128, 1e-5),
+    ],
+)
+def test_triton(n, dtype, dim, bound, gated, bounds):
+    errors = compare("triton", n, gated, bounds, dim == 64, dtype, dim=dim)
+    print({name: f"{error:.1e}" for name, error in errors.items()})
+    assert max(errors.values()) < bound, errors
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_triton_segments(gated):
+    """One sequence of two heads: enough segments to fill the device."""
+    args = make(8192, 2, heads=2, dim=64, dim_v=64, gated=gated, dtype=torch.float32)
+    low = {name: x if x is None else x.detach().cuda() for name, x in args.items()}
+    if gated:
+        low["g"] = low["g"] * 0.1
+    bf16 = {name: x if x is None else x.to(torch.bfloat16 if name in "qkv" else x.dtype).requires_grad_()
+            for name, x in low.items()}  # fmt: skip
+    exact = {name: x if x is None else x.detach().double().requires_grad_() for name, x in bf16.items()}
+    common = {"num_householder": 2, "use_qk_l2norm": True}
+    results = []
+    for tensors, backend in ((exact, "chunk"), (bf16, "triton")):
+        o, _ = gated_delta_product(**tensors, **common, backend=backend)
+        leaves = [x for x in tensors.values() if x is not None]
+        torch.manual_seed(0)
+        results.append([o, *torch.autograd.grad((o.double() * torch.randn_like(exact["q"])).sum(), leaves)])
+    worst = max(relative(got, want) for want, got in zip(*results, strict=True))
+    print(f"{worst:.1e}")
+    assert worst < 1e-2
+
+
+def test_triton_is_deterministic_and_waits_for_nothing():
+    args = make(1000, 2, batch=2, heads=4, dim=128, dim_v=128, gated=True, dtype=torch.float32)
+    args = {name: x if x is None else x.detach().cuda().to(torch.bfloat16 if name in "qkv" else x.dtype)
+            .requires_grad_() for name, x in args.items()}  # fmt: skip
+    positions = (torch.arange(1000, device="cuda") % 137).int().expand(2, 1000).contiguous()
+
+    def run():
+        o, _ = gated_delta_product(
+            **args, num_householder=2, use_qk_l2norm=True, positions=positions, backend="triton"
+        )
+        return [o, *torch.autograd.grad(o.float().square().sum(), [x for x in args.values() if x is not None])]
+
+    first = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("backend", ["fla", "chunk"])
+@pytest.mark.parametrize("backend", ["fla", "chunk", "triton"])
 def test_repeated_keys_do_not_grow_the_state(backend, n, normalise):
     growth = repeated_key_growth(n, normalise=normalise, backend=backend, device="cuda", dim=64)
     print(f"growth {backend} n={n} normalise={normalise}: {growth:.4f}")
     assert growth < 1.5
 
 
-@pytest.mark.parametrize("backend", ["fla", "chunk"])
+@pytest.mark.parametrize("backend", ["fla", "chunk", "triton"])
 def test_compile_fullgraph(backend):
     args = make(256, 2, dim=64, dim_v=64, gated=False, dtype=torch.float32)
     args = [args[name].detach().cuda().bfloat16().requires_grad_() for name in ("q", "k", "v")] + [

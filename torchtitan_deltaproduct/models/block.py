@@ -39,11 +39,10 @@ class Block(nn.Module):
         self,
         x: Tensor,
         decay: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """x: [B, T, hidden]; the other arguments as in `DeltaProductMixer.forward`."""
-        x = x + self.mixer(self.mixer_norm(x), decay, cu_seqlens, positions)
+        x = x + self.mixer(self.mixer_norm(x), decay, positions)
         return x + self.mlp(self.mlp_norm(x))
 
     def extend(

@@ -7,14 +7,16 @@ of a document the values before it count as zero; when decoding, the last W-1 in
     y = conv(x)                                     # x, y: [B, T, 512]
     y, cache = conv.extend(x, cache)                # cache: [B, 512, 3]
 
-`sum_of_taps` is the definition. torch.compile fuses it into one kernel (on an H200 1.8 times faster than the
-compiled `F.conv1d`). Eager float32 on the CPU takes `_CpuConv`, the same sum with its backward written out: 5
-times faster than `F.conv1d` there, 3 times faster than autograd of the sum.
+`sum_of_taps` is the definition. On CUDA it is one kernel each way (`ops.short_conv`), which also normalises q and k.
+Eager float32 on the CPU takes `_CpuConv`, the same sum with its backward written out: 5 times faster than `F.conv1d`
+there, 3 times faster than autograd of the sum.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..ops import short_conv
 
 
 class ShortConvolution(nn.Module):
@@ -26,11 +28,17 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """x: [B, T, C]; positions: [B, T] index of each token in its document, None: a row is a document."""
+        if short_conv.obstacle(x, self.weight.shape[2]) is None:
+            return short_conv.short_conv(x, self.weight[:, 0], positions)[0]
         by_hand = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         if by_hand and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
             return F.silu(_CpuConv.apply(x, self.weight, positions), inplace=not torch.is_grad_enabled())
         padded = F.pad(x, (0, 0, self.weight.shape[2] - 1, 0))
         return F.silu(sum_of_taps(padded, self.weight, positions)).to(x.dtype)
+
+    def unit(self, x: Tensor, positions: Tensor | None, head_dim: int) -> tuple[Tensor, Tensor]:
+        """`forward` at unit length per `head_dim` channels, and |y|^2 before over after rounding; the kernels' only."""
+        return short_conv.short_conv(x, self.weight[:, 0], positions, head_dim=head_dim)
 
     def extend(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
         """Continues a sequence whose last W-1 inputs are `cache`.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.architecture import DeltaProductArgs
-from ..ops import gated_delta_product, recurrent_step
+from ..ops import gated_delta_product, recurrent_step, short_conv
 from .conv import ShortConvolution
 from .norm import RMSNorm
 
@@ -84,52 +84,51 @@ class DeltaProductMixer(nn.Module):
         self.o_norm = RMSNorm(args.head_v_dim, args.norm_eps)
         self.o_proj = nn.Linear(v_dim, hidden, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        decay: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, decay: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Mixes along the sequence.
 
         Args:
             x: [B, T, hidden].
             decay: [2, H] float32, `self.decay()`; None: computed here.
-            cu_seqlens: [N+1] int32, bounds of the documents in the B*T tokens of the flattened batch.
-            positions: [B, T] index of each token in its document; goes with `cu_seqlens`.
+            positions: [B, T] int32, index of each token in its document; None: a row is one document.
 
         Returns:
             [B, T, hidden].
         """
+        args = self.args
+        unit_keys = args.use_short_conv and short_conv.obstacle(x, args.conv_size, args.head_dim) is None
+        if unit_keys:
+            # One kernel each: convolution, SiLU, and for q and k the norm per head.
+            q, _ = self.q_conv1d.unit(self.q_proj(x), positions, args.head_dim)
+            k, ratio = self.k_conv1d.unit(self.k_proj(x), positions, args.head_dim)
+            q, k, v, g, beta = self._operands(q, k, self.v_conv1d(self.v_proj(x), positions), x, decay)
+            beta = beta * ratio.view(beta.shape)
+        else:
+            q, k, v, g, beta = self.operands(x, decay, positions)
         o, _ = gated_delta_product(
-            *self.operands(x, decay, cu_seqlens, positions),
-            self.args.num_householder,
-            cu_seqlens=cu_seqlens,
-            use_qk_l2norm=True,
-            backend=self.args.op_backend,
+            *(q, k, v, g, beta, args.num_householder),
+            positions=positions,
+            use_qk_l2norm=not unit_keys,
+            unit_keys=unit_keys,
+            backend=args.op_backend,
         )
         return self._output(o, x)
 
     def operands(
-        self,
-        x: Tensor,
-        decay: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        positions: Tensor | None = None,
+        self, x: Tensor, decay: Tensor | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         """What the operator is given for `forward`'s arguments; also for whoever studies a trained model.
 
         Returns:
             q [B, T, H, K], k [B, T*n, H, K], v [B, T*n, H, V], g [B, T, H] or None, and beta [B, T*n, H] in the
-            model's range. q and k are not normalised yet (`ops.normalize.l2norm`). With `cu_seqlens` B is 1.
+            model's range. q and k are not normalised yet (`ops.normalize.l2norm`).
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.args.use_short_conv:
             q, k, v = self.q_conv1d(q, positions), self.k_conv1d(k, positions), self.v_conv1d(v, positions)
         else:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        return self._operands(q, k, v, x, decay, x.shape[0] if cu_seqlens is None else 1)
+        return self._operands(q, k, v, x, decay)
 
     def extend(
         self, x: Tensor, cache: MixerCache, operator: Operator | None = None
@@ -146,7 +145,7 @@ class DeltaProductMixer(nn.Module):
             conv = (q_cache, k_cache, v_cache)
         else:
             q, k, v, conv = F.silu(q), F.silu(k), F.silu(v), None
-        q, k, v, g, beta = self._operands(q, k, v, x, None, x.shape[0])
+        q, k, v, g, beta = self._operands(q, k, v, x, None)
         if operator is not None:
             o, state = operator(q, k, v, g, beta, cache.state)
         elif x.shape[1] == 1:
@@ -164,10 +163,10 @@ class DeltaProductMixer(nn.Module):
         return self._output(o, x), MixerCache(state, conv)
 
     def _operands(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, decay: Tensor | None, batch: int
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, decay: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        """q, k, v, g and beta in the operator's layouts, with the tokens of x as `batch` rows."""
-        args = self.args
+        """q, k, v, g and beta in the operator's layouts."""
+        args, batch = self.args, x.shape[0]
         q = q.reshape(batch, -1, args.num_heads, args.head_dim)
         k = k.reshape(batch, -1, args.num_heads, args.head_dim)
         v = v.reshape(batch, -1, args.num_heads, args.head_v_dim)

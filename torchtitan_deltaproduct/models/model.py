@@ -11,8 +11,6 @@ there is no tie that `to_empty`, sharding or a checkpoint could lose; under FSDP
 group, where both uses see it gathered.
 """
 
-import sys
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,13 +71,11 @@ class DeltaProductLM(nn.Module):
         Returns:
             [B, T, vocab] in the model's dtype; with `labels`, the summed cross-entropy, [] float32.
         """
-        cu_seqlens, positions = None, None
-        if document_starts is not None:
-            cu_seqlens, positions = document_layout(document_starts)
+        positions = None if document_starts is None else document_positions(document_starts)
         x = self.tok_embeddings(tokens)
         for layer in self.layers.values():
             decay = layer.mixer.decay() if self.args.use_forget_gate else None
-            x = layer(x, decay, cu_seqlens, positions)
+            x = layer(x, decay, positions)
         return self.head(x) if labels is None else self.loss(x, labels)
 
     def head(self, x: Tensor) -> Tensor:
@@ -102,25 +98,11 @@ class DeltaProductLM(nn.Module):
         init_parameters(self, self.args, self.seed)
 
 
-def document_layout(document_starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds and positions of packed documents. One device synchronisation, for the number of documents.
+def document_positions(document_starts: Tensor) -> Tensor:
+    """Index of each token in its document [B, T] int32, on the device and without waiting for it.
 
     Args:
         document_starts: [B, T] bool; the first token of each row counts as a start.
-
-    Returns:
-        cu_seqlens [N+1] int32, bounds in the flattened B*T tokens, and positions [B, T] int32, the index of
-        each token in its document.
     """
-    starts = document_starts.clone()
-    starts[:, 0] = True
-    flat = starts.flatten().nonzero().squeeze(1)
-    cu_seqlens = torch.cat([flat, flat.new_tensor([starts.numel()])]).int()
-    index = torch.arange(starts.shape[1], device=starts.device, dtype=torch.int32).expand_as(starts)
-    positions = index - torch.where(starts, index, 0).cummax(1).values
-    # The number of documents differs from batch to batch, and one compiled graph must serve them all. Where
-    # dynamo is not loaded nothing is compiled, and importing it would cost a second.
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-    return cu_seqlens, positions
+    index = torch.arange(document_starts.shape[1], device=document_starts.device, dtype=torch.int32)
+    return index - torch.where(document_starts, index, 0).cummax(1).values

@@ -46,20 +46,19 @@ def saved_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[int, ...], tupl
 class _Segments:
     """Cuts the op's arguments into segments and prepares each on demand."""
 
-    def __init__(self, q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm, chunk_rows, segment_rows) -> None:
+    def __init__(self, q, k, v, g, beta, positions, scale, use_qk_l2norm, chunk_rows, segment_rows) -> None:
         self.tensors = (q, k, v, g, beta)
         self.length, self.n = q.shape[1], k.shape[1] // q.shape[1]
         self.tokens, self.span = plan(q, k, chunk_rows, segment_rows)
         self.scale, self.use_qk_l2norm = scale, use_qk_l2norm
         self.dtype = compute_dtype(q, k, v)
         self.document = None
-        if cu_seqlens is not None:
-            bounds = cu_seqlens.to(q.device, torch.int64, non_blocking=True)
-            padded = -(-self.length // self.tokens) * self.tokens
-            position = torch.arange(-1, padded, device=q.device)
-            self.document = torch.searchsorted(bounds[1:], position, right=True)
-            # No state enters the first token, whatever its document.
-            self.document[0] = -1
+        if positions is not None:
+            # A number for each document of a row, of the token before the row first: the first document has the state
+            # that enters, the last goes on through the padding.
+            number = (positions == 0).cumsum(1)
+            padding = -self.length % self.tokens
+            self.document = torch.cat([number[:, :1], number, number[:, -1:].expand(-1, padding)], 1)
 
     def slices(self) -> Iterator[tuple[int, slice, slice]]:
         """(index, tokens, rows) of each segment in order."""
@@ -81,7 +80,7 @@ class _Segments:
         document = self.document
         if document is not None:
             padded = -(-(tokens.stop - tokens.start) // self.tokens) * self.tokens
-            document = document[tokens.start : tokens.start + padded + 1]
+            document = document[:, tokens.start : tokens.start + padded + 1]
         return segment.prepare(
             q[:, tokens],
             k[:, rows],
@@ -141,7 +140,7 @@ def chunk_forward(
     g: Tensor | None,
     beta: Tensor,
     initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    positions: Tensor | None,
     *,
     scale: float,
     use_qk_l2norm: bool,
@@ -153,15 +152,15 @@ def chunk_forward(
     Args:
         q, k, v, g, beta, initial_state, scale, use_qk_l2norm: as in `gated_delta_product`; n = k's rows /
         q's.
-        cu_seqlens: [N+1] or None; the state is reset at each boundary, inside chunks by masks. Takes no
-            initial state.
+        positions: [B, T] index of each token in its document, or None; the state is reset where it is 0, inside chunks
+            by masks, except at the first token of a row.
         chunk_rows: R; by device if None.
         segment_rows: B * H * rows of a segment; by device if None.
 
     Returns:
-        o [B, T, H, V] in v's dtype, the final state [B, H, K, V] (with `cu_seqlens`: of no use), and for the
-        backward `starts`, the states at the starts of the segments [segments, B*H, K, V], and `errors`, the
-        v - read of every row [chunks*B*H, R, V], both in the compute dtype.
+        o [B, T, H, V] in v's dtype, the final state [B, H, K, V], and for the backward `starts`, the states at the
+        starts of the segments [segments, B*H, K, V], and `errors`, the v - read of every row [chunks*B*H, R, V], both
+        in the compute dtype.
     """
     batch, length, heads, dim = q.shape
     o = v.new_empty(batch, length, heads, v.shape[3])
@@ -170,7 +169,7 @@ def chunk_forward(
         state.copy_(initial_state.flatten(0, 1))
     starts = []
     with full_precision(q.device.type):
-        parts = _Segments(q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm, chunk_rows, segment_rows)
+        parts = _Segments(q, k, v, g, beta, positions, scale, use_qk_l2norm, chunk_rows, segment_rows)
         chunks = -(-length // parts.tokens)
         errors = state.new_empty(chunks * batch * heads, parts.tokens * parts.n, v.shape[3])
         for _, tokens, rows in parts.slices():
@@ -187,7 +186,7 @@ def chunk_backward(
     v: Tensor,
     g: Tensor | None,
     beta: Tensor,
-    cu_seqlens: Tensor | None,
+    positions: Tensor | None,
     starts: Tensor,
     errors: Tensor,
     *,
@@ -208,7 +207,7 @@ def chunk_backward(
     if dstate is not None:
         carry.copy_(dstate.flatten(0, 1))
     with full_precision(q.device.type):
-        parts = _Segments(q, k, v, g, beta, cu_seqlens, scale, use_qk_l2norm, chunk_rows, segment_rows)
+        parts = _Segments(q, k, v, g, beta, positions, scale, use_qk_l2norm, chunk_rows, segment_rows)
         for i, tokens, rows in reversed(list(parts.slices())):
             carry = _backward_segment(parts, tokens, rows, do, starts[i], errors, carry, (dq, dk, dv, dg, dbeta))
     return dq, dk, dv, dg, dbeta, carry.view(q.shape[0], q.shape[2], *carry.shape[1:])

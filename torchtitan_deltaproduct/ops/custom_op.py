@@ -4,7 +4,7 @@ Dynamo and AOTAutograd see two nodes with known output shapes, never the kernels
 `fullgraph=True`, selective activation checkpointing can name the op, and `FlopCounterMode` counts the
 recurrence.
 
-    torch.ops.deltaproduct.gated_delta_product(q, k, v, g, beta, None, None, 2, 0.125, False, True, "chunk")
+    torch.ops.deltaproduct.gated_delta_product(q, k, v, g, beta, None, None, 2, 0.125, False, True, True, "chunk")
 
 A custom op cannot return None: tensors that do not apply (the final state, gradients of absent inputs) have
 no elements. Inductor caches compiled graphs by the op's name and signature, not by its shapes: a change of the
@@ -14,7 +14,7 @@ outputs needs a change of either, or graphs cached by an older version fail ("mi
 import torch
 from torch import Tensor
 
-from torchtitan_deltaproduct.ops import chunk, documents, fla_backend
+from torchtitan_deltaproduct.ops import chunk, fla_backend, triton_backend
 from torchtitan_deltaproduct.ops.normalize import compute_dtype
 
 
@@ -26,34 +26,43 @@ def _forward(
     g: Tensor | None,
     beta: Tensor,
     initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    positions: Tensor | None,
     num_householder: int,
     scale: float,
     output_final_state: bool,
     use_qk_l2norm: bool,
+    save: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Arguments as in `gated_delta_product`, `backend` already resolved to "chunk" or "fla".
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments as in `gated_delta_product`, `backend` already resolved to "chunk", "fla" or "triton".
 
     Returns:
-        o, the final state, and two tensors for the backward: fla's solved triangles and gates; chunk's
-        segment starts and errors (v's number of elements, in the compute dtype).
+        o, the final state, and with `save` up to three tensors for the backward: the records, factors and maps of our
+        kernels; fla's solved triangles and gates; chunk's segment starts and errors.
     """
-    none = q.new_empty(0, dtype=torch.float32)
-    if cu_seqlens is not None:
-        documents.check_boundaries(cu_seqlens, q.shape[1])
-    if backend == "fla":
-        o, state, *saved = fla_backend.forward(
-            q, k, v, g, beta, initial_state, cu_seqlens, num_householder, scale, output_final_state
+    saved: tuple[Tensor | None, ...]
+    if backend == "triton":
+        o, state, *saved = triton_backend.forward(
+            *(q, k, v, g, beta, initial_state, positions),
+            n=num_householder,
+            scale=scale,
+            final=output_final_state,
+            save=save,
         )
-        return o, none if state is None else state, *(none.clone() if x is None else x for x in saved)
-    options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
-    if cu_seqlens is not None and (initial_state is not None or output_final_state):
-        o, state = documents.forward(q, k, v, g, beta, initial_state, cu_seqlens, **options)
-        saved = none, none.clone()
+    elif backend == "fla":
+        o, state, *saved = fla_backend.forward(
+            q, k, v, g, beta, initial_state, positions, num_householder, scale, output_final_state
+        )
     else:
-        o, state, *saved = chunk.chunk_forward(q, k, v, g, beta, initial_state, cu_seqlens, **options)
-    return o, state if output_final_state else none.clone(), *saved
+        options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
+        o, state, *saved = chunk.chunk_forward(q, k, v, g, beta, initial_state, positions, **options)
+    kept = [_none(q) if x is None or not save else x for x in saved]
+    kept += [_none(q) for _ in range(3 - len(kept))]
+    return o, state if output_final_state else _none(q), *kept
+
+
+def _none(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32)
 
 
 @_forward.register_fake
@@ -64,27 +73,29 @@ def _(
     g: Tensor | None,
     beta: Tensor,
     initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    positions: Tensor | None,
     num_householder: int,
     scale: float,
     output_final_state: bool,
     use_qk_l2norm: bool,
+    save: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state_shape = (count, q.shape[2], q.shape[3], v.shape[3]) if output_final_state else (0,)
-    by_document = cu_seqlens is not None and (initial_state is not None or output_final_state)
-    if backend == "fla":
-        shapes, dtypes = fla_backend.saved_shapes(k, g), (k.dtype, torch.float32)
-    elif by_document:
-        shapes, dtypes = ((0,), (0,)), (torch.float32, torch.float32)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    o = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3], dtype=v.dtype)
+    state = _none(q)
+    if output_final_state:
+        state = q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=compute_dtype(q, k, v))
+    packed = positions is not None
+    if not save:
+        return o, state, *(_none(q) for _ in range(3))
+    if backend == "triton":
+        shapes = triton_backend.saved_shapes(q, k, v, g is not None, packed)
+        dtypes = (k.dtype, torch.float32, torch.float32)
+    elif backend == "fla":
+        shapes, dtypes = (*fla_backend.saved_shapes(k, g, packed), (0,)), (k.dtype, torch.float32, torch.float32)
     else:
-        shapes, dtypes = chunk.saved_shapes(q, k, v), (compute_dtype(q, k, v),) * 2
-    return (
-        q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3], dtype=v.dtype),
-        q.new_empty(state_shape, dtype=compute_dtype(q, k, v) if output_final_state else torch.float32),
-        *(q.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)),
-    )
+        shapes, dtypes = (*chunk.saved_shapes(q, k, v), (0,)), (*(compute_dtype(q, k, v),) * 2, torch.float32)
+    return o, state, *(q.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
 @torch.library.custom_op("deltaproduct::gated_delta_product_backward", mutates_args=())
@@ -97,9 +108,10 @@ def _backward(
     g: Tensor | None,
     beta: Tensor,
     initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    positions: Tensor | None,
     first: Tensor,
     second: Tensor,
+    third: Tensor,
     num_householder: int,
     scale: float,
     use_qk_l2norm: bool,
@@ -107,23 +119,26 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, beta and the initial state, each in the dtype of its tensor.
 
-    `first` and `second` are what the forward returned for the backward.
+    `first`, `second` and `third` are what the forward returned for the backward.
     """
-    if backend == "fla":
-        grads = fla_backend.backward(
-            do, dstate, q, k, v, g, beta, initial_state, cu_seqlens, first, second, num_householder, scale
+    if backend == "triton":
+        *most, dg, dbeta, dinitial = triton_backend.backward(
+            *(do, dstate, q, k, v, g, beta, positions, first, second, third),
+            n=num_householder,
+            scale=scale,
+            initial=initial_state is not None,
+        )
+    elif backend == "fla":
+        *most, dg, dbeta, dinitial = fla_backend.backward(
+            do, dstate, q, k, v, g, beta, initial_state, positions, first, second, num_householder, scale
         )
     else:
-        options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
-        if cu_seqlens is not None and first.numel() == 0:
-            grads = documents.backward(do, dstate, q, k, v, g, beta, initial_state, cu_seqlens, **options)
-        else:
-            grads = chunk.chunk_backward(do, dstate, q, k, v, g, beta, cu_seqlens, first, second, **options)
-    *most, dg, dbeta, dinitial = grads
-    none = q.new_empty(0, dtype=torch.float32)
-    dg = none if g is None else dg
-    dinitial = none.clone() if initial_state is None else dinitial.to(initial_state.dtype)
-    return *most, dg, dbeta, dinitial
+        *most, dg, dbeta, dinitial = chunk.chunk_backward(
+            *(do, dstate, q, k, v, g, beta, positions, first, second), scale=scale, use_qk_l2norm=use_qk_l2norm
+        )
+    dg = _none(q) if g is None else dg.to(g.dtype)
+    dinitial = _none(q) if initial_state is None else dinitial.to(initial_state.dtype)
+    return *most, dg, dbeta.to(beta.dtype), dinitial
 
 
 @_backward.register_fake
@@ -136,28 +151,29 @@ def _(
     g: Tensor | None,
     beta: Tensor,
     initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    positions: Tensor | None,
     first: Tensor,
     second: Tensor,
+    third: Tensor,
     num_householder: int,
     scale: float,
     use_qk_l2norm: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(x: Tensor | None) -> Tensor:
-        return q.new_empty(0, dtype=torch.float32) if x is None else x.new_empty(x.shape)
+        return _none(q) if x is None else x.new_empty(x.shape)
 
     return like(q), like(k), like(v), like(g), like(beta), like(initial_state)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    tensors, ctx.options = inputs[:7], (*inputs[7:9], *inputs[10:])
+    tensors, ctx.options = inputs[:7], (*inputs[7:9], inputs[10], inputs[12])
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.has_state = inputs[9]
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, do, dstate, _dfirst, _dsecond):
+def _autograd(ctx, do, dstate, *_dsaved):
     # Read once: under activation checkpointing a second look is an error.
     saved = ctx.saved_tensors
     q, _, v, g, _, initial_state, _ = saved[:7]
@@ -166,7 +182,7 @@ def _autograd(ctx, do, dstate, _dfirst, _dsecond):
     dq, dk, dv, dg, dbeta, dinitial = BACKWARD(do, dstate if ctx.has_state else None, *saved, *ctx.options)
     dg = None if g is None else dg
     dinitial = None if initial_state is None else dinitial
-    return dq, dk, dv, dg, dbeta, dinitial, None, None, None, None, None, None
+    return dq, dk, dv, dg, dbeta, dinitial, None, None, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -175,5 +191,5 @@ FORWARD = torch.ops.deltaproduct.gated_delta_product.default
 BACKWARD = torch.ops.deltaproduct.gated_delta_product_backward.default
 
 SAVE_FOR_SELECTIVE_AC = {FORWARD}
-"""Ops whose outputs selective activation checkpointing should keep. With backend "chunk" that is o and, for
-the backward, the errors: as many elements as v, in float32 (4 * B * T * n * H * V bytes a layer)."""
+"""Ops whose outputs selective activation checkpointing should keep: o and what the backward needs, per layer and token
+about 12 (backend "triton", K = V = 128) to 4 n (backend "chunk") times the width of v in bytes."""

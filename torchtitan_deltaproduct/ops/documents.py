@@ -1,19 +1,17 @@
-"""Packed documents with states: the dense chunkwise path, run once per document.
+"""Packed documents: where each token stands in its document, and documents that have a state each.
 
-Training needs neither an initial nor a final state, and there `chunk.py` masks document boundaries inside its
-chunks, with static shapes. Prefill and evaluation of packed documents do need them; they run document by
-document.
+Within a row of tokens a document ends where the next begins, and the recurrence starts anew. `positions` [B, T], the
+index of each token in its document, says where. Every backend resets in one pass by it: a row's first document takes
+the initial state, its last leaves the final one. `cu_seqlens` [N+1], the boundaries of N documents in one row, become
+positions; only where each of the N documents has a state of its own do they run one after another.
 
-    o, states = forward(q, k, v, g, beta, None, cu_seqlens, scale=0.125, use_qk_l2norm=True)
+    positions = document_positions(torch.tensor([0, 3, 3, 7]), 7)       # [[0, 1, 2, 0, 1, 2, 3]]
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from torchtitan_deltaproduct.ops.chunk import chunk_backward, chunk_forward
-from torchtitan_deltaproduct.ops.normalize import compute_dtype
 
 
 def check_boundaries(cu_seqlens: Tensor, length: int) -> None:
@@ -26,15 +24,37 @@ def check_boundaries(cu_seqlens: Tensor, length: int) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {length}; found [{shown}]")
 
 
-def _documents(cu_seqlens: Tensor, n: int) -> Iterator[tuple[int, slice, slice]]:
-    """(index, tokens, rows) of every document that has a token."""
-    bounds = cu_seqlens.tolist()
-    for i, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        if stop > start:
-            yield i, slice(start, stop), slice(start * n, stop * n)
+@torch.library.custom_op("deltaproduct::document_positions", mutates_args=())
+def _positions(cu_seqlens: Tensor, like: Tensor) -> Tensor:
+    """[1, T] int32 on the device of `like` [1, T, ...]. An op, so that a compiled graph does not look inside."""
+    length = like.shape[1]
+    check_boundaries(cu_seqlens, length)
+    bounds = cu_seqlens.to(like.device, torch.int64, non_blocking=True)
+    token = torch.arange(length, device=like.device)
+    start = bounds[torch.searchsorted(bounds[1:], token, right=True)]
+    return (token - start).int().unsqueeze(0)
 
 
-def forward(
+@_positions.register_fake
+def _(cu_seqlens: Tensor, like: Tensor) -> Tensor:
+    return like.new_empty(1, like.shape[1], dtype=torch.int32)
+
+
+def document_positions(cu_seqlens: Tensor, like: Tensor) -> Tensor:
+    """Index of each token in its document [1, T] int32, without a device synchronisation.
+
+    Args:
+        cu_seqlens: [N+1] boundaries from 0 to T; documents may be empty.
+        like: [1, T, ...], for T and the device.
+
+    Raises:
+        ValueError: boundaries on the CPU that do not rise from 0 to T.
+    """
+    return torch.ops.deltaproduct.document_positions(cu_seqlens, like)
+
+
+def one_by_one(
+    operator: Callable[..., tuple[Tensor, Tensor]],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -42,55 +62,22 @@ def forward(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor,
-    *,
-    scale: float,
-    use_qk_l2norm: bool,
+    n: int,
 ) -> tuple[Tensor, Tensor]:
-    """o [1, T, H, V] and the final state [N, H, K, V] of every document; empty ones keep theirs."""
-    options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
-    o = v.new_empty(*q.shape[:3], v.shape[3])
-    shape = (cu_seqlens.shape[0] - 1, q.shape[2], q.shape[3], v.shape[3])
-    states = torch.zeros(shape, dtype=compute_dtype(q, k, v), device=q.device)
-    if initial_state is not None:
-        states.copy_(initial_state)
-    for i, tokens, rows in _documents(cu_seqlens, k.shape[1] // max(q.shape[1], 1)):
-        gate = None if g is None else g[:, tokens]
-        o[:, tokens], states[i : i + 1], _, _ = chunk_forward(
-            q[:, tokens], k[:, rows], v[:, rows], gate, beta[:, rows], states[i : i + 1], None, **options
-        )
-    return o, states
+    """Runs `operator(q, k, v, g, beta, initial_state)` on each document; differentiable by autograd.
 
-
-def backward(
-    do: Tensor,
-    dstate: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor,
-    *,
-    scale: float,
-    use_qk_l2norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients as `chunk_backward` returns them, over all documents."""
-    options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
-    dq, dk, dv, dg, dbeta = (None if x is None else x.new_zeros(x.shape) for x in (q, k, v, g, beta))
-    shape = (cu_seqlens.shape[0] - 1, q.shape[2], q.shape[3], v.shape[3])
-    dinitial = torch.zeros(shape, dtype=compute_dtype(q, k, v), device=q.device)
-    if dstate is not None:
-        dinitial.copy_(dstate)
-    for i, tokens, rows in _documents(cu_seqlens, k.shape[1] // max(q.shape[1], 1)):
-        one = slice(i, i + 1)
-        inputs = (q[:, tokens], k[:, rows], v[:, rows], None if g is None else g[:, tokens], beta[:, rows])
-        state = None if initial_state is None else initial_state[one]
-        # How many segments the documents have is not known when shapes are, so nothing was kept.
-        saved = chunk_forward(*inputs, state, None, **options)[2:]
-        dq[:, tokens], dk[:, rows], dv[:, rows], dgate, dbeta[:, rows], dinitial[one] = chunk_backward(
-            do[:, tokens], dinitial[one], *inputs, None, *saved, **options
-        )
-        if dg is not None:
-            dg[:, tokens] = dgate
-    return dq, dk, dv, dg, dbeta, dinitial
+    Returns:
+        o [1, T, H, V] and the final state [N, H, K, V] of every document; an empty one hands its initial state on.
+    """
+    check_boundaries(cu_seqlens, q.shape[1])
+    bounds, outputs, states = cu_seqlens.tolist(), [], []
+    for i, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        state = None if initial_state is None else initial_state[i : i + 1]
+        if stop > start:
+            tokens, rows = slice(start, stop), slice(start * n, stop * n)
+            gate = None if g is None else g[:, tokens]
+            o, state = operator(q[:, tokens], k[:, rows], v[:, rows], gate, beta[:, rows], state)
+            outputs.append(o)
+        states.append(q.new_zeros(1, *q.shape[2:], v.shape[3]) if state is None else state)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.cat(outputs, 1), torch.cat([state.to(dtype) for state in states])

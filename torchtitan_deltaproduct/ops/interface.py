@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from torchtitan_deltaproduct.errors import ConfigError
-from torchtitan_deltaproduct.ops import custom_op, fla_backend
-from torchtitan_deltaproduct.ops.normalize import contractive_beta
+from torchtitan_deltaproduct.ops import custom_op, documents, fla_backend, triton_backend
+from torchtitan_deltaproduct.ops.normalize import contractive_beta, normalise
 from torchtitan_deltaproduct.ops.recurrent import recurrent_gated_delta_product
 
-BACKENDS = ("auto", "recurrent", "chunk", "fla")
+BACKENDS = ("auto", "recurrent", "chunk", "fla", "triton")
 
 logger = logging.getLogger(__name__)
 _logged: set[tuple[str, str]] = set()
@@ -33,7 +33,9 @@ def gated_delta_product(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    positions: Tensor | None = None,
     use_qk_l2norm: bool = False,
+    unit_keys: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """The gated DeltaProduct recurrence (arXiv 2502.10297; layouts of flash-linear-attention).
@@ -54,13 +56,17 @@ def gated_delta_product(
         scale: factor on o; K^-1/2 if None.
         initial_state: [N, H, K, V] (N = B, or the number of documents), zeros if None.
         output_final_state: whether to return the state after each sequence.
-        cu_seqlens: [N+1] integer document boundaries in tokens, from 0 to T, with B = 1; the state is reset
-            at each.
-            Documents may be empty. On a GPU keep it on the CPU: then fla needs no device synchronisation.
-            Together with states the chunk backend runs document by document; without, one pass over the
-            packed stream.
+        cu_seqlens: [N+1] integer document boundaries in tokens, from 0 to T, with B = 1; the state is reset at each.
+            Documents may be empty. With states, one for each document, the documents run one after another; without,
+            all in one pass.
+        positions: [B, T] integer, index of each token in its document: another way to pack documents, in rows. The
+            state is reset where it is 0, except at a row's first token: a row's first document takes the initial
+            state [B, H, K, V], its last one leaves the final state. Needs no device synchronisation.
         use_qk_l2norm: normalise q and k per head, x * rsqrt(sum x^2 + 1e-6), in float32.
-        backend: "auto", "recurrent" (slow oracle), "chunk" (PyTorch, any device) or "fla" (CUDA, 16-bit).
+        unit_keys: q and k have unit length already and beta fits the rounded keys, as `ops.short_conv` makes them:
+            nothing is normalised or checked.
+        backend: "auto", "recurrent" (slow oracle), "chunk" (PyTorch, any device), "triton" (our kernels, CUDA) or
+            "fla" (CUDA, 16-bit).
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V], float32 (float64 for float64), or None.
@@ -69,52 +75,55 @@ def gated_delta_product(
         ValueError: shapes that do not fit together.
         ConfigError: a backend asked for by name that cannot run.
     """
-    _check_shapes(q, k, v, g, beta, num_householder, initial_state, cu_seqlens)
+    _check_shapes(q, k, v, g, beta, num_householder, initial_state, cu_seqlens, positions)
+    states = initial_state is not None or output_final_state
     dtypes = tuple(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
-    backend = resolve_backend(backend, q.device.type, dtypes, g is not None, q.shape[3])
+    packed_states = positions is not None and states
+    backend = resolve_backend(
+        backend, q.device.type, dtypes, g is not None, q.shape[3], v.shape[3], num_householder, packed_states
+    )
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
-    if backend == "fla":
-        q, k, beta = fla_backend.normalise(q, k, beta, use_qk_l2norm)
+    if unit_keys:
+        use_qk_l2norm = False
+    elif backend in ("fla", "triton"):
+        q, k, beta = normalise(q, k, beta, use_qk_l2norm)
         use_qk_l2norm = False
     elif not use_qk_l2norm:
         beta = contractive_beta(k, beta)
-    if backend == "recurrent":
-        o, state = recurrent_gated_delta_product(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            num_householder,
-            scale=scale,
-            initial_state=initial_state,
-            cu_seqlens=cu_seqlens,
-            use_qk_l2norm=use_qk_l2norm,
-        )
+
+    def run(q, k, v, g, beta, initial_state, positions=None):
+        arguments = (q, k, v, g, beta, initial_state, positions)
+        if backend == "recurrent":
+            return recurrent_gated_delta_product(
+                *arguments[:5], num_householder, scale=scale, initial_state=initial_state, positions=positions,
+                use_qk_l2norm=use_qk_l2norm,
+            )  # fmt: skip
+        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:6])
+        options = (num_householder, scale, output_final_state, use_qk_l2norm, save, backend)
+        return custom_op.FORWARD(*arguments, *options)[:2]
+
+    if cu_seqlens is not None and states:
+        o, state = documents.one_by_one(run, q, k, v, g, beta, initial_state, cu_seqlens, num_householder)
     else:
-        o, state, _, _ = custom_op.FORWARD(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            initial_state,
-            cu_seqlens,
-            num_householder,
-            scale,
-            output_final_state,
-            use_qk_l2norm,
-            backend,
-        )
+        if cu_seqlens is not None:
+            positions = documents.document_positions(cu_seqlens, q)
+        o, state = run(q, k, v, g, beta, initial_state, positions)
     return o, state if output_final_state else None
 
 
 # Under torch.compile this runs as plain Python while the graph is traced: it may log and look at the machine.
 @torch.compiler.assume_constant_result
 def resolve_backend(
-    backend: str, device_type: str, dtypes: tuple[str, ...], gated: bool, head_dim: int
+    backend: str,
+    device_type: str,
+    dtypes: tuple[str, ...],
+    gated: bool,
+    head_dim: int,
+    head_v_dim: int,
+    num_householder: int,
+    packed_states: bool = False,
 ) -> str:
-    """Turns the request into "recurrent", "chunk" or "fla", and logs each distinct (backend, reason) once.
+    """Turns the request into "recurrent", "chunk", "fla" or "triton", and logs each distinct (backend, reason) once.
 
     Args:
         backend: one of `BACKENDS`.
@@ -122,28 +131,35 @@ def resolve_backend(
         dtypes: of q, k and v, as `bfloat16`.
         gated: whether g is given.
         head_dim: K.
+        head_v_dim: V.
+        num_householder: n.
+        packed_states: whether rows of several documents come with states.
 
     Raises:
         ConfigError: an unknown backend, or one asked for by name that cannot run here.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"op backend {backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
-    obstacle = None
-    if backend in ("auto", "fla"):
-        obstacle = fla_backend.obstacle(device_type, dtypes, gated, head_dim)
-    if backend == "fla" and obstacle:
+    obstacles = {
+        "triton": lambda: triton_backend.obstacle(device_type, dtypes, head_dim, head_v_dim, num_householder),
+        "fla": lambda: fla_backend.obstacle(device_type, dtypes, gated, max(head_dim, head_v_dim), packed_states),
+    }
+    if backend in obstacles and (obstacle := obstacles[backend]()):
         raise ConfigError(
-            f'op backend "fla" cannot run: {obstacle}\nuse op_backend = "auto", which chooses "chunk" here'
+            f'op backend "{backend}" cannot run: {obstacle}\nuse op_backend = "auto", which chooses what can run here'
         )
     if backend != "auto":
         chosen, reason = backend, "asked for by name"
-    elif obstacle is None:
-        chosen, reason = "fla", "16-bit tensors on CUDA"
+    elif device_type != "cuda":
+        chosen, reason = "chunk", f"device is {device_type}"
     else:
-        chosen, reason = (
-            "chunk",
-            f"fla cannot run: {obstacle}" if device_type == "cuda" else f"device is {device_type}",
-        )
+        chosen, reason = "chunk", ""
+        for name in ("triton", "fla") if triton_backend.measured_here() else ("fla", "triton"):
+            obstacle = obstacles[name]()
+            if obstacle is None:
+                chosen, reason = name, f"{dtypes[0]} tensors on CUDA" + (f"; {reason}" if reason else "")
+                break
+            reason = "; ".join(filter(None, (reason, f"{name} cannot run: {obstacle}")))
     if (chosen, reason) not in _logged:
         _logged.add((chosen, reason))
         logger.info("gated_delta_product runs on backend %s: %s", chosen, reason)
@@ -159,6 +175,7 @@ def _check_shapes(
     n: int,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    positions: Tensor | None,
 ) -> None:
     """Raises ValueError naming the tensor, its shape and the one expected."""
     if n < 1:
@@ -171,6 +188,8 @@ def _check_shapes(
     if length < 1:
         raise ValueError(f"q has no tokens: {list(q.shape)}")
     rows, count = length * n, batch
+    if cu_seqlens is not None and positions is not None:
+        raise ValueError("documents are given by cu_seqlens or by positions, not by both")
     if cu_seqlens is not None:
         if batch != 1 or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
             raise ValueError(
@@ -180,6 +199,7 @@ def _check_shapes(
         count = cu_seqlens.shape[0] - 1
     expected = [("k", k, (batch, rows, heads, dim)), ("v", v, (batch, rows, heads, v.shape[3]))]
     expected += [("beta", beta, (batch, rows, heads)), ("g", g, (batch, length, heads))]
+    expected += [("positions", positions, (batch, length))]
     expected += [("initial_state", initial_state, (count, heads, dim, v.shape[3]))]
     for name, tensor, shape in expected:
         if tensor is not None and tuple(tensor.shape) != shape:

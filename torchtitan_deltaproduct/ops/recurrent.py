@@ -30,6 +30,7 @@ def recurrent_gated_delta_product(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    positions: Tensor | None = None,
     use_qk_l2norm: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Runs the recurrence token by token; differentiable by autograd.
@@ -53,7 +54,7 @@ def recurrent_gated_delta_product(
             state = qc.new_zeros(documents, q.shape[2], q.shape[3], v.shape[3])
         state = state.to(dtype)
         if cu_seqlens is None:
-            o, state = _scan(qc * scale, kc, vc, decay, bc, num_householder, state)
+            o, state = _scan(qc * scale, kc, vc, decay, bc, num_householder, state, positions)
             return o.to(v.dtype), state
         outputs, states = [vc[:, :0]], [state[:0]]
         check_boundaries(cu_seqlens, q.shape[1])
@@ -76,13 +77,22 @@ def recurrent_gated_delta_product(
 
 
 def _scan(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor, n: int, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor,
+    n: int,
+    state: Tensor,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loop itself, all in one dtype, q already scaled; returns o [B, T, H, V] and the last state."""
     queries, keys, values, betas = q.unbind(1), k.unbind(1), v.unbind(1), beta.unsqueeze(-1).unbind(1)
     decays = None if decay is None else decay[..., None, None].unbind(1)
     outputs = []
     for t, query in enumerate(queries):
+        if positions is not None and t > 0:
+            state = torch.where((positions[:, t] == 0)[:, None, None, None], 0.0, state)
         if decays is not None:
             state = state * decays[t]
         for row in range(t * n, (t + 1) * n):

@@ -108,7 +108,7 @@ def _decays(g: Tensor | None, document: Tensor | None, like: Tensor, heads: int,
 
     Args:
         g: [B, L, H] or None.
-        document: [1 + NC*C] number of the document of each token, of the one before the segment first; or
+        document: [B, 1 + NC*C] number of the document of each token, of the one before the segment first; or
             None.
         like: [NC*BH, R, K], for shape, dtype and device.
         heads: BH.
@@ -127,8 +127,9 @@ def _decays(g: Tensor | None, document: Tensor | None, like: Tensor, heads: int,
     between = (since.unsqueeze(-1) - since.unsqueeze(-2)).clamp_(max=0).exp_()
     enter, leave, across = since.exp(), (since[:, -1:] - since).exp_(), since[:, -1:].exp()
     if document is not None:
-        entering = document[:-1:tokens].repeat_interleave(heads).unsqueeze(-1)
-        document = document[1:].view(-1, tokens).repeat_interleave(heads, 0)
+        each = heads // document.shape[0]
+        entering = document[:, :-1:tokens].t().repeat_interleave(each, 1).reshape(-1, 1)
+        document = document[:, 1:].unflatten(1, (-1, tokens)).transpose(0, 1).repeat_interleave(each, 1).flatten(0, 1)
         leaving = document[:, -1:]
         same = document.unsqueeze(-1) == document.unsqueeze(-2)
         between, suffix = between * same, suffix * same

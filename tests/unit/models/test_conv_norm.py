@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from torchtitan_deltaproduct.models.conv import ShortConvolution, sum_of_taps
-from torchtitan_deltaproduct.models.model import document_layout
+from torchtitan_deltaproduct.models.model import document_positions
 from torchtitan_deltaproduct.models.norm import RMSNorm
 
 
@@ -27,7 +27,7 @@ def gradients(y: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...
 def test_convolution_equals_its_definition(width, length, documents):
     conv = make_conv(width)
     x = torch.randn(3, length, 5, dtype=torch.float64, requires_grad=True)
-    positions = document_layout(torch.rand(3, length) < 0.4)[1] if documents else None
+    positions = document_positions(torch.rand(3, length) < 0.4) if documents else None
     fast = conv(x, positions)
     slow = F.silu(sum_of_taps(F.pad(x, (0, 0, width - 1, 0)), conv.weight, positions))
     torch.testing.assert_close(fast, slow, atol=1e-12, rtol=0)
@@ -48,7 +48,7 @@ def test_convolution_resets_at_documents():
     x = torch.randn(1, 12, 5, dtype=torch.float64)
     starts = torch.zeros(1, 12, dtype=torch.bool)
     starts[0, [2, 3, 7]] = True
-    packed = conv(x, document_layout(starts)[1])
+    packed = conv(x, document_positions(starts))
     for first, last in ((0, 2), (2, 3), (3, 7), (7, 12)):
         torch.testing.assert_close(packed[:, first:last], conv(x[:, first:last]), atol=1e-12, rtol=0)
 

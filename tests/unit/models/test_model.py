@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchtitan_deltaproduct.models import Block
 from torchtitan_deltaproduct.models.hf_names import to_hf
-from torchtitan_deltaproduct.models.model import document_layout
+from torchtitan_deltaproduct.models.model import document_positions
 
 from . import reference
 from .conftest import small_model
@@ -43,11 +43,10 @@ def test_gradients_reach_every_parameter_with_and_without_documents(variant):
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-def test_document_layout():
+def test_document_positions():
     starts = torch.tensor([[0, 0, 1, 0], [1, 1, 0, 0]], dtype=torch.bool)
-    cu_seqlens, positions = document_layout(starts)
-    assert cu_seqlens.tolist() == [0, 2, 4, 5, 8] and cu_seqlens.dtype == torch.int32
-    assert positions.tolist() == [[0, 1, 0, 1], [0, 0, 1, 2]]
+    positions = document_positions(starts)
+    assert positions.tolist() == [[0, 1, 0, 1], [0, 0, 1, 2]] and positions.dtype == torch.int32
     assert not starts[0, 0], "the caller's mask is left alone"
 
 
@@ -100,13 +99,13 @@ def test_block_compiles_whole_and_once(documents):
     generator = torch.Generator().manual_seed(0)
     for share in (0.0, 0.05, 0.1, 0.3, 0.6, 0.9):
         x = torch.randn(2, 32, model.args.hidden_size, generator=generator, dtype=torch.float64)
-        layout = (None, None)
+        positions = None
         if documents:
-            layout = document_layout(torch.rand(2, 32, generator=generator) < share)
+            positions = document_positions(torch.rand(2, 32, generator=generator) < share)
         results = []
         for run in (block, compiled):
             block.zero_grad()
-            y = run(x, block.mixer.decay(), *layout)
+            y = run(x, block.mixer.decay(), positions)
             y.square().sum().backward()
             results.append((y, [p.grad.clone() for p in block.parameters()]))
         torch.testing.assert_close(results[0], results[1], atol=1e-9, rtol=1e-9)

@@ -16,7 +16,10 @@ from torchtitan_deltaproduct.ops import (
     flops_per_token,
     gated_delta_product,
     interface,
+    triton_backend,
 )
+from torchtitan_deltaproduct.ops.documents import document_positions
+from torchtitan_deltaproduct.ops.normalize import normalise
 
 N = 2
 
@@ -45,11 +48,10 @@ def policy(_ctx, op, *_args, **_kwargs):
 @pytest.mark.parametrize("states", [False, True])
 def test_opcheck(gated, bounds, states):
     args = inputs(gated=gated)
-    count = 1 if bounds is None else len(bounds) - 1
-    state = torch.randn(count, 2, 8, 6, requires_grad=True) if states else None
-    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    state = torch.randn(1, 2, 8, 6, requires_grad=True) if states else None
+    positions = None if bounds is None else document_positions(torch.tensor(bounds), args[0])
     op = torch.ops.deltaproduct.gated_delta_product.default
-    torch.library.opcheck(op, (*args, state, cu_seqlens, N, 0.3, states, True, "chunk"))
+    torch.library.opcheck(op, (*args, state, positions, N, 0.3, states, True, True, "chunk"))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -99,16 +101,29 @@ def test_auto_choice_by_machine(monkeypatch):
     monkeypatch.setattr(fla_backend, "_missing", lambda: None)
     monkeypatch.setattr(fla_backend, "_broken_gated_backward", lambda: "fla #640")
     low, full = ("bfloat16",) * 3, ("float32",) * 3
-    assert interface.resolve_backend("auto", "cuda", low, False, 128) == "fla"
-    assert interface.resolve_backend("auto", "cuda", low, True, 128) == "chunk"
-    assert interface.resolve_backend("auto", "cuda", low, False, 512) == "chunk"
-    assert interface.resolve_backend("auto", "cuda", full, False, 128) == "chunk"
-    assert interface.resolve_backend("auto", "meta", low, False, 128) == "chunk"
+    monkeypatch.setattr(triton_backend, "_missing", lambda: None)
+    choose = interface.resolve_backend
+    assert choose("auto", "cuda", low, False, 128, 128, 2) == "fla", "before Hopper, where ours were never timed"
+    monkeypatch.setattr(triton_backend, "measured_here", lambda: True)
+    assert choose("auto", "cuda", low, True, 128, 128, 2) == "triton"
+    assert choose("auto", "cuda", full, False, 128, 64, 8) == "triton"
+    assert choose("auto", "cuda", low, False, 256, 256, 2) == "fla"
+    assert choose("auto", "cuda", low, False, 128, 128, 9) == "fla"
+    assert choose("auto", "cuda", low, False, 128, 128, 9, packed_states=True) == "chunk"
+    assert choose("auto", "cuda", low, True, 256, 256, 2) == "chunk"
+    assert choose("auto", "cuda", low, False, 512, 512, 2) == "chunk"
+    assert choose("auto", "cuda", ("float64",) * 3, False, 128, 128, 2) == "chunk"
+    assert choose("auto", "meta", low, False, 128, 128, 2) == "chunk"
     with pytest.raises(ConfigError, match="fla #640"):
-        interface.resolve_backend("fla", "cuda", low, True, 128)
+        choose("fla", "cuda", low, True, 128, 128, 2)
+    with pytest.raises(ConfigError, match="at most 128"):
+        choose("triton", "cuda", low, True, 256, 256, 2)
 
 
-@pytest.mark.parametrize(("backend", "message"), [("fla", "need CUDA"), ("chunky", "choose one of auto")])
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [("fla", "need CUDA"), ("triton", "need CUDA"), ("chunky", "choose one of auto")],
+)
 def test_backend_that_cannot_run(backend, message):
     with pytest.raises(ConfigError, match=message):
         gated_delta_product(*inputs(), N, backend=backend)
@@ -141,7 +156,7 @@ def test_fla_normalisation_is_contractive_and_differentiable():
     """What feeds fla: beta' |k rounded|^2 = beta |k exact|^2, and the norm's own gradient."""
     k = torch.randn(1, 50, 2, 64).bfloat16().requires_grad_()
     q, beta = torch.randn(1, 25, 2, 64).bfloat16(), torch.full((1, 50, 2), 2.0, requires_grad=True)
-    _, unit, scaled = fla_backend.normalise(q, k, beta, True)
+    _, unit, scaled = normalise(q, k, beta, True)
     assert unit.dtype == torch.bfloat16 and scaled.dtype == torch.float32
     assert (scaled * unit.float().square().sum(-1) - 2).abs().max() < 1e-5
     dunit = torch.randn_like(unit)
@@ -151,4 +166,4 @@ def test_fla_normalisation_is_contractive_and_differentiable():
     (want,) = torch.autograd.grad(norm, exact, dunit.double())
     assert (got.double() - want).norm() < 5e-3 * want.norm()
     zero = torch.zeros(1, 50, 2, 64, dtype=torch.bfloat16)
-    assert torch.equal(fla_backend.normalise(q, zero, beta, True)[2], beta)
+    assert torch.equal(normalise(q, zero, beta, True)[2], beta)

@@ -81,6 +81,29 @@ def test_float64_documents(bounds, n, gated, final):
     assert_same(fast, run(args, n, "recurrent", final, cu_seqlens=cu_seqlens), 1e-12)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("states", [False, True])
+def test_float64_rows_of_documents(gated, states):
+    """Positions: each row has its own documents; the first takes the initial state, the last leaves the final one."""
+    args = make(71, 2, batch=3, gated=gated, states=3 if states else None)
+    starts = torch.rand(3, 71) < torch.tensor([[0.0], [0.1], [0.6]])
+    starts[1, 70] = True
+    index = torch.arange(71)
+    positions = (index - torch.where(starts, index, 0).cummax(1).values).int()
+    # A row may begin inside a document: nothing is reset there.
+    positions[0] += 5
+    options = {"final": states, "positions": positions}
+    slow = run(args, 2, "recurrent", **options)
+    assert_same(run(args, 2, "chunk", **options), slow, 1e-12)
+    bounds = [0, *starts[2].nonzero().squeeze(1).tolist(), 71] if not starts[2, 0] else None
+    if bounds and not states:
+        row = {name: x if x is None else x[2:] for name, x in args.items()}
+        o, _ = gated_delta_product(
+            **row, num_householder=2, use_qk_l2norm=True, backend="recurrent", cu_seqlens=torch.tensor(bounds)
+        )
+        assert_same([("o", o.detach())], [("o", slow[0][1][2:])], 1e-12)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_float32(n):
     args = make(133, n, dim=16, dim_v=24, dtype=torch.float32)

@@ -1,0 +1,165 @@
+"""Our kernels under Triton's interpreter, in float32, against the float64 recurrence: run by test_triton.py."""
+
+import pytest
+import torch
+
+from tests.unit.ops.test_parity import make
+from torchtitan_deltaproduct.ops import gated_delta_product, recurrent_gated_delta_product, triton_backend
+
+
+def positions_of(bounds: list[int]) -> torch.Tensor:
+    return torch.cat([torch.arange(b - a) for a, b in zip(bounds, bounds[1:], strict=False)]).int().unsqueeze(0)
+
+
+def errors(length, n, *, gated=False, states=True, positions=None, dim=16, dim_v=16, batch=1, decay=0.3, **options):
+    """Relative errors of outputs, final state and gradients, by name; fresh memory is NaN."""
+    given = make(length, n, batch=batch, gated=gated, dim=dim, dim_v=dim_v, states=batch if states else None)
+    if gated:
+        given["g"] = (given["g"].detach() * decay).requires_grad_()
+    results = []
+    for dtype, backend in ((torch.float64, "recurrent"), (torch.float32, "triton")):
+        args = {name: x if x is None else x.detach().to(dtype).requires_grad_() for name, x in given.items()}
+        o, state = gated_delta_product(
+            **args, num_householder=n, output_final_state=states, positions=positions, use_qk_l2norm=True,
+            backend=backend, **options,
+        )  # fmt: skip
+        torch.manual_seed(5)
+        loss = (o * torch.randn(o.shape, dtype=torch.float64)).sum()
+        if states:
+            loss = loss + (state * torch.randn(state.shape, dtype=torch.float64)).sum()
+        leaves = {name: x for name, x in args.items() if x is not None}
+        grads = torch.autograd.grad(loss, tuple(leaves.values()))
+        named = {"o": o, **({"state": state} if states else {})}
+        results.append(named | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)})
+    exact, got = results
+    return {name: ((got[name].double() - x).norm() / x.norm().clamp(min=1e-6)).item() for name, x in exact.items()}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+def test_householders(n, gated):
+    found = errors(70, n, gated=gated)
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33])
+def test_lengths(length):
+    found = errors(length, 2, gated=True, batch=2)
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize(("dim", "dim_v"), [(32, 64), (24, 40), (8, 16), (64, 16)])
+def test_head_dims(dim, dim_v):
+    found = errors(40, 2, gated=True, dim=dim, dim_v=dim_v)
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("bounds", [[0, 1, 20, 47, 64, 70], [0, 70], list(range(71)), [0, 21, 42, 63, 70]])
+@pytest.mark.parametrize("states", [False, True])
+def test_documents(bounds, n, gated, states):
+    found = errors(70, n, gated=gated, positions=positions_of(bounds), states=states)
+    assert max(found.values()) < 1e-5, found
+
+
+def test_rows_of_documents_that_begin_inside_one():
+    positions = torch.stack([torch.arange(7, 77), torch.arange(70) % 9]).int()
+    found = errors(70, 2, gated=True, positions=positions, batch=2)
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 5, 100, 130]])
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_segments(monkeypatch, gated, states, bounds):
+    """Few heads and long sequences: the sequence in three parts, each an affine map of the state."""
+    monkeypatch.setattr(triton_backend, "segments", lambda *_: 3)
+    positions = None if bounds is None else positions_of(bounds)
+    found = errors(130, 2, gated=gated, states=states, positions=positions, dim_v=32)
+    assert max(found.values()) < 1e-5, found
+
+
+def test_documents_with_a_state_each():
+    args = make(70, 2, gated=True, dim=16, dim_v=16, states=4, dtype=torch.float32)
+    cu_seqlens = torch.tensor([0, 20, 20, 21, 70])
+    options = {"num_householder": 2, "use_qk_l2norm": True, "cu_seqlens": cu_seqlens}
+    o, states = gated_delta_product(**args, **options, output_final_state=True, backend="triton")
+    want, want_states = recurrent_gated_delta_product(**args, **options)
+    assert (o - want).abs().max() < 1e-5 and (states - want_states).abs().max() < 1e-5
+    assert torch.equal(states[1], args["initial_state"][1])
+
+
+@pytest.mark.parametrize("lowest", [-30.0, -1e4, float("-inf")])
+def test_hard_reset_by_the_gate(lowest):
+    """Tokens that forget everything leave their neighbours' decays, and every gradient, as they are."""
+    args = make(70, 2, dim=16, dim_v=16, dtype=torch.float64)
+    with torch.no_grad():
+        args["g"][:, [3, 17, 18, 40]] = lowest
+    low = {name: x if x is None else x.detach().float().requires_grad_() for name, x in args.items()}
+    want, _ = gated_delta_product(**args, num_householder=2, use_qk_l2norm=True, backend="recurrent")
+    got, _ = gated_delta_product(**low, num_householder=2, use_qk_l2norm=True, backend="triton")
+    names = ("q", "k", "v", "g", "beta")
+    wants = torch.autograd.grad(want.sin().sum(), [args[name] for name in names])
+    gots = torch.autograd.grad(got.sin().sum(), [low[name] for name in names])
+    for name, a, b in zip(("o", *names), (got, *gots), (want, *wants), strict=True):
+        assert (a.double() - b).norm() < 1e-4 * b.norm(), name
+
+
+def test_strong_decay_leaves_no_noise_in_the_gate_gradient():
+    """Near pairs cancel exactly: dg keeps its relative precision although it is far smaller than what it sums."""
+    found = errors(70, 2, gated=True, decay=12.0, states=False)
+    assert found["dg"] < 1e-4, found
+
+
+def test_repeated_keys_at_two():
+    """(I + A)^-1 is solved, not summed: a Neumann series has errors of 1e20 here."""
+    k = torch.nn.functional.normalize(torch.randn(1, 1, 2, 16), dim=-1).expand(1, 128, 2, 16).contiguous()
+    q, v, beta = torch.randn(1, 64, 2, 16), torch.randn(1, 128, 2, 16), torch.full((1, 128, 2), 2.0)
+    got, state = gated_delta_product(q, k, v, None, beta, 2, output_final_state=True, backend="triton")
+    want, want_state = recurrent_gated_delta_product(q.double(), k.double(), v.double(), None, beta.double(), 2)
+    assert (got - want).norm() < 1e-4 * want.norm() and (state - want_state).norm() < 1e-4 * want_state.norm()
+
+
+def test_zero_beta_has_a_zero_gradient_and_changes_nothing_else():
+    args = make(40, 2, gated=False, dim=16, dim_v=16, dtype=torch.float32)
+    with torch.no_grad():
+        args["beta"][:, 5] = 0.0
+    o, _ = gated_delta_product(**args, num_householder=2, use_qk_l2norm=True, backend="triton")
+    want, _ = gated_delta_product(**args, num_householder=2, use_qk_l2norm=True, backend="recurrent")
+    assert (o - want).abs().max() < 1e-5
+    dbeta, dv = torch.autograd.grad(o.sum(), [args["beta"], args["v"]])
+    want_dbeta, want_dv = torch.autograd.grad(want.sum(), [args["beta"], args["v"]])
+    assert (dbeta[:, 5] == 0).all() and (dv - want_dv).abs().max() < 1e-4
+    others = torch.arange(80) != 5
+    assert (dbeta - want_dbeta)[:, others].abs().max() < 1e-4
+
+
+def test_bitwise_repeatable_and_nothing_kept_without_gradients():
+    args = make(70, 2, dim=16, dim_v=16, dtype=torch.float32)
+    results = []
+    for _ in range(2):
+        o, _ = gated_delta_product(**args, num_householder=2, use_qk_l2norm=True, backend="triton")
+        results.append([o, *torch.autograd.grad(o.sum(), [x for x in args.values() if x is not None])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    op = torch.ops.deltaproduct.gated_delta_product
+    plain = [x if x is None else x.detach() for x in args.values()]
+    *_, records, factors, maps = op(*plain, None, 2, 0.25, False, False, False, "triton")
+    assert records.numel() == factors.numel() == maps.numel() == 0
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(states, packed):
+    args = make(40, 2, dim=16, dim_v=16, states=1 if states else None, dtype=torch.float32)
+    positions = positions_of([0, 7, 40]) if packed else None
+    op = torch.ops.deltaproduct.gated_delta_product.default
+    torch.library.opcheck(op, (*args.values(), positions, 2, 0.3, states, False, True, "triton"))
