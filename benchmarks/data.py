@@ -68,7 +68,7 @@ def make_data(root: Path) -> dict[str, str]:
     )
     size, folder = 0, root / "text"
     folder.mkdir()
-    with open(folder / "train.jsonl", "w") as file:
+    with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
         for path in sources:
             if "site-packages" in path.parts or size > CORPUS_BYTES:
                 continue

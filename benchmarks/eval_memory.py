@@ -63,7 +63,7 @@ def whole(folder: Path, length: int) -> None:
 def measure(*command: str) -> tuple[int, float]:
     """Runs a command; returns its peak resident set in bytes and its CPU time in seconds."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         process = subprocess.Popen([sys.executable, *command], stdout=output, stderr=output, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

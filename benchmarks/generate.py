@@ -70,7 +70,7 @@ class Memory:
 
     @staticmethod
     def forget_peak() -> None:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
     @staticmethod
     def peak() -> int:
@@ -78,7 +78,7 @@ class Memory:
 
     @staticmethod
     def _read(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 

@@ -12,6 +12,7 @@ which names the task, and names it again if it fails; its exit code is the comma
 """
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -19,8 +20,20 @@ import sys
 from pathlib import Path
 
 from torchtitan_deltaproduct.errors import ConfigError, UserError, exit_on_user_error
+from torchtitan_deltaproduct.files import read_text
 
-from .sbatch import literal, preamble, python, require_sbatch, resources, submit
+from .record import CODE, snapshot_code
+from .sbatch import (
+    ask,
+    literal,
+    of_site,
+    preamble,
+    python,
+    refuse_control_characters,
+    require_sbatch,
+    resources,
+    submit,
+)
 from .site import Site
 
 USAGE = "usage: python -m launch.arrays TASKS.jsonl NUMBER"
@@ -30,11 +43,11 @@ def submit_array(
     commands: list[list[str]], folder: Path, site: Site, *, name: str = "eval", gpus: int = 0, time: str = "",
     max_parallel: int = 0,
 ) -> str:  # fmt: skip
-    """Writes tasks.jsonl and job.sbatch to `folder` and submits the array.
+    """Writes tasks.jsonl and job.sbatch to `folder` and submits the array, or several where the cluster takes no more.
 
     Args:
         commands: words of each task; relative paths count from the current folder.
-        folder: for the two files and the output of the tasks; made if need be.
+        folder: for the files, the code and the output of the tasks; made if need be.
         site: what the cluster wants to hear.
         name: the job's name.
         gpus: GPUs of a task.
@@ -42,48 +55,86 @@ def submit_array(
         max_parallel: tasks that run at a time; 0: as many as there is room for.
 
     Returns:
-        The job id; task i is `ID_i`.
+        The job id; task i is `ID_i`. Of several arrays, their ids with commas between.
 
     Raises:
         ConfigError: there are no commands. UserError: there is no sbatch, or it refused.
     """
     require_sbatch()
-    folder = Path(folder).absolute()
-    script = folder / "job.sbatch"
-    text = render_array(commands, folder, site, name=name, gpus=gpus, time=time, max_parallel=max_parallel)
+    folder, largest = Path(folder).absolute(), max_array_size()
+    firsts = range(0, len(commands), largest) if commands else [0]
+    at_a_time = max(1, max_parallel // len(firsts)) if max_parallel else 0
+    texts = [
+        render_array(commands, folder, site, name=name, gpus=gpus, time=time, max_parallel=at_a_time,
+                     tasks=range(first, min(first + largest, len(commands))))
+        for first in firsts
+    ]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(words) + "\n" for words in commands))
-    script.write_text(text)
-    return submit(script)
+    snapshot_code(folder)
+    lines = "".join(json.dumps(words) + "\n" for words in commands)
+    (folder / "tasks.jsonl").write_text(lines, encoding="utf-8")
+    numbers = []
+    for part, text in enumerate(texts, start=1):
+        script = folder / ("job.sbatch" if part == 1 else f"job-{part}.sbatch")
+        script.write_text(text, encoding="utf-8")
+        try:
+            numbers.append(submit(script))
+        except UserError as error:
+            sent = f"\nsubmitted before it: {', '.join(numbers)}" if numbers else ""
+            limit = f"{largest:,}" if largest < sys.maxsize else "not known here"
+            told = f"tasks of an array, by MaxArraySize of scontrol show config: at most {limit}"
+            raise UserError(f"{error}\n{told}{sent}") from None
+    return ",".join(numbers)
+
+
+def max_array_size() -> int:
+    """Tasks an array of this cluster may have; no limit where it does not say."""
+    try:
+        shown = ask("scontrol", "show", "config")
+    except OSError:
+        return sys.maxsize
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown.stdout, re.MULTILINE)
+    # It is the first number that no task may have, and 0 forbids arrays: sbatch will say so.
+    return max(1, int(match[1])) if match else sys.maxsize
 
 
 def render_array(
     commands: list[list[str]], folder: Path, site: Site, *, name: str = "eval", gpus: int = 0, time: str = "",
-    max_parallel: int = 0,
+    max_parallel: int = 0, tasks: range | None = None,
 ) -> str:  # fmt: skip
-    """The sbatch file of `submit_array`, for tasks.jsonl in `folder`; the arguments are the same."""
+    """The sbatch file of `submit_array`, for tasks.jsonl in `folder`.
+
+    Args:
+        tasks: those of this array, numbered from 0 in it; None: all. The others are as of `submit_array`.
+    """
     if not commands:
         raise ConfigError(f"an array of no tasks: there is nothing to run for {name}")
+    refuse_control_characters({
+        "the array's name": name, "its folder": folder, "the current folder": Path.cwd(), "--time": time,
+        **of_site(site),
+    })  # fmt: skip
+    tasks = tasks or range(len(commands))
     at_a_time = f"%{max_parallel}" if max_parallel else ""
     asked = resources(
         site, name=name, nodes=1, ranks=1, gpus=gpus, time=time,
         output=f"{literal(folder)}/%A_%a.out", workdir=Path.cwd(),
     )  # fmt: skip
     container = f"srun --ntasks=1 {site.container} " if site.container else ""
+    number = f"$((SLURM_ARRAY_TASK_ID + {tasks.start}))" if tasks.start else "$SLURM_ARRAY_TASK_ID"
     return "\n".join([
         "#!/bin/bash",
-        f"# {name}: {len(commands)} tasks, one for each line of {folder}/tasks.jsonl; written by launch.arrays.",
+        f"# {name}: {len(tasks)} tasks, one for each line of {folder}/tasks.jsonl; written by launch.arrays.",
         "",
         *asked,
-        f"#SBATCH --array=0-{len(commands) - 1}{at_a_time}",
+        f"#SBATCH --array=0-{len(tasks) - 1}{at_a_time}",
         "# A task that is preempted starts again.",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
         "",
-        preamble(site),
+        preamble(site, folder / CODE),
         "",
         f"exec {container}{python(site)} -m launch.arrays {shlex.quote(f'{folder}/tasks.jsonl')} "
-        '"$SLURM_ARRAY_TASK_ID"',
+        f'"{number}"',
         "",
     ])  # fmt: skip
 
@@ -108,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
 def read_tasks(path: Path) -> list[list[str]]:
     """The commands in a tasks.jsonl; raises UserError."""
     try:
-        tasks = [json.loads(line) for line in path.read_text().splitlines()]
+        tasks = [json.loads(line) for line in read_text(path).splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a list of tasks: {error}") from None
     for number, task in enumerate(tasks):

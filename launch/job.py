@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .node import TRAIN, Layout
-from .sbatch import directive, literal, preamble, python, resources
+from .sbatch import directive, literal, of_site, preamble, python, refuse_control_characters, resources
 from .site import Site
 
 
@@ -29,6 +29,8 @@ class Job:
     """RUN/launch/NNN: sbatch file, output, and what was recorded."""
     workdir: Path
     """Where the job starts: relative paths of the TOML count from here."""
+    code: Path
+    """Folder of the code that runs: a copy in `folder`, or the checkout."""
     nodes: int
     ranks_per_node: int
     gpus_per_node: int
@@ -46,8 +48,18 @@ class Job:
 
 
 def render(job: Job, site: Site) -> str:
-    """The sbatch file; see tests/launch/job.sbatch for one."""
-    parts = [head(job, site), preamble(site), TIME_LEFT, rendezvous(site), train(job, site), requeue(job, site)]
+    """The sbatch file; see tests/launch/job.sbatch for one.
+
+    Raises:
+        ConfigError: a value that would not stay on its line.
+    """
+    refuse_control_characters({
+        "the TOML's name": job.config, "an override": job.overrides, "job.dump_folder": job.run,
+        "the launch's folder": job.folder, "the current folder": job.workdir, "the code's folder": job.code,
+        "--job-name": job.name, "--time": job.time, "--dependency": job.dependency, **of_site(site),
+    })  # fmt: skip
+    meeting = [rendezvous(site)] if job.nodes > 1 else []
+    parts = [head(job, site), preamble(site, job.code), TIME_LEFT, *meeting, train(job, site), requeue(job, site)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -90,16 +102,16 @@ def rendezvous(site: Site) -> str:
     listed = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)'
     first = shlex.quote(site.rdzv_host) if site.rdzv_host else listed
     return f"""\
-# The nodes meet at the first of them, on a port of this job's own.
+# The nodes meet at the first of them, on a port of this job's own, under a name that nobody can guess.
 first={first}
-endpoint="$first:$((20000 + SLURM_JOB_ID % 10000))\""""
+endpoint="$first:$((20000 + SLURM_JOB_ID % 10000))"
+meeting="$(od -An -N16 -tx8 /dev/urandom | tr -d ' \\n')\""""
 
 
 def train(job: Job, site: Site) -> str:
     """One torchrun a node, and what came of it."""
-    layout = Layout(
-        job.nodes, job.ranks_per_node, job.max_restarts, '"$endpoint"', '"$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"'
-    )
+    meeting = ('"$endpoint"', '"$meeting"') if job.nodes > 1 else ("", "")
+    layout = Layout(job.nodes, job.ranks_per_node, job.max_restarts, *meeting)
     # A tenth of the time that is left is kept for the decision below.
     seconds = max(1, site.signal_seconds * 9 // 10)
     # srun does not take this over from sbatch since SLURM 22.05.
@@ -110,7 +122,7 @@ def train(job: Job, site: Site) -> str:
         *([f"  {site.container}"] if site.container else []),
         f"  {python(site)} -m launch.torchrun",
         f"    {' '.join(words[:3])}",
-        f"    {' '.join(words[3:])}",
+        *([f"    {' '.join(words[3:])}"] if words[3:] else []),
         f"    -m {TRAIN}",
         f"    --job.config_file {shlex.quote(str(job.config))}",
         *(f"    {line}" for line in override_lines(job.overrides)),

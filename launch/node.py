@@ -27,8 +27,8 @@ class Layout:
     max_restarts: int = 3
     endpoint: str = ""
     """host:port of the rendezvous; empty on one node, which needs none."""
-    run_id: str = "deltaproduct"
-    """Tells launches apart that share an endpoint."""
+    run_id: str = ""
+    """Name of the rendezvous: random, since who knows it can take part; torchrun makes one up on one node."""
     is_host: bool | None = None
     """Whether this node keeps the rendezvous; None: torchrun compares its name with the endpoint's."""
 
@@ -77,7 +77,12 @@ def layout_of(environment: Mapping[str, str]) -> Layout:
         raise ConfigError(f"NODE_RANK={rank}: counts from 0, and NNODES={nodes}")
     ranks = whole_number(environment, "NPROC", 0) or devices()
     restarts = whole_number(environment, "MAX_RESTARTS", 3, least=0)
-    run_id = environment.get("RDZV_ID") or Layout.run_id
+    run_id = environment.get("RDZV_ID", "")
+    if endpoint and not re.fullmatch(r"[\w.-]+", run_id):
+        raise ConfigError(
+            f"RDZV_ID={run_id}: RDZV_ENDPOINT needs a random word beside it, the same on every node\n"
+            "make one with: openssl rand -hex 16"
+        )
     return Layout(nodes, ranks, restarts, endpoint, run_id, None if rank < 0 else rank == 0)
 
 

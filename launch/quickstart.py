@@ -7,7 +7,6 @@
 Each step is one documented command, printed before it runs. What is already there is reused.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -22,6 +21,7 @@ import numpy as np
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.data.shards import TokenStream
 from torchtitan_deltaproduct.errors import UserError, exit_on_user_error
+from torchtitan_deltaproduct.events import read_metrics
 
 CONFIG = Path("train_configs/quickstart.toml")
 ROOT = Path("outputs/quickstart/data")
@@ -76,7 +76,7 @@ def unigram_loss(train: Path, validation: Path) -> float:
 
 def report(run: Path, baseline: float, seconds: float, config: Path) -> None:
     """Says what was learned, where it is, and what to type next."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(run)
     steps = [r for r in records if "loss" in r]
     validations = [r for r in records if "validation_loss" in r]
     loss, bits, perplexity = (
@@ -117,7 +117,7 @@ def main() -> None:
     # sleeping at once halves the speed of an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     begin = time.monotonic()
-    call(python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, "-m", f"{package}.train",
+    call(python, "-m", "launch.torchrun", "--standalone", "--nproc_per_node", ranks, "-m", f"{package}.train",
          "--job.config_file", str(CONFIG), *overrides)  # fmt: skip
     baseline = unigram_loss(ROOT / "stdlib/train", ROOT / "stdlib/validation")
     report(Path(config.job.dump_folder), baseline, time.monotonic() - begin, CONFIG)

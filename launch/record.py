@@ -8,23 +8,28 @@
     git.txt         revision and changed files; git.diff: what the changes are
     packages.txt    every installed package, as pip freeze lists them
     env.json        who, where, when, with which versions
+    code/           the packages of this project as they were; the job runs this copy, for the same reason
 """
 
 import getpass
 import json
+import os
 import platform
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
-from torchtitan_deltaproduct.config.snapshots import versions
+from torchtitan_deltaproduct.config.snapshots import REVISION, versions
+from torchtitan_deltaproduct.errors import ConfigError
 
-from .sbatch import ROOT
+from .sbatch import ROOT, ask
+
+CODE = "code"
+PACKAGES = ("torchtitan_deltaproduct", "launch", "eval")
 
 
 def next_folder(run: Path) -> Path:
@@ -42,6 +47,8 @@ def new_folder(run: Path) -> Path:
             return folder
         except FileExistsError:
             continue
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be made: {error.strerror}; choose another job.dump_folder") from None
 
 
 def record(folder: Path, config: Path, overrides: list[str], command: list[str]) -> None:
@@ -54,32 +61,53 @@ def record(folder: Path, config: Path, overrides: list[str], command: list[str])
         command: the words the user typed.
     """
     shutil.copyfile(config, folder / config.name)
+    snapshot_code(folder)
     write_json(folder / "overrides.json", overrides)
     write_json(folder / "env.json", {
         "command": shlex.join(command),
         "folder": str(Path.cwd()),
         "host": socket.gethostname(),
-        "user": getpass.getuser(),
+        "user": user(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "platform": platform.platform(),
         "python": sys.executable,
         "versions": versions(),
     })  # fmt: skip
     packages = {f"{found.metadata['Name']}=={found.version}" for found in metadata.distributions()}
-    (folder / "packages.txt").write_text("".join(f"{line}\n" for line in sorted(packages, key=str.lower)))
-    (folder / "git.txt").write_text(git("log", "-1", "--format=%H %cI %s") + git("status", "--short"))
+    lines = "".join(f"{line}\n" for line in sorted(packages, key=str.lower))
+    (folder / "packages.txt").write_text(lines, encoding="utf-8")
+    told = git("log", "-1", "--format=%H %cI %s") + git("status", "--short")
+    (folder / "git.txt").write_text(told, encoding="utf-8")
     if changes := git("diff", "HEAD"):
-        (folder / "git.diff").write_text(changes)
+        (folder / "git.diff").write_text(changes, encoding="utf-8")
+
+
+def snapshot_code(folder: Path) -> None:
+    """Copies this project's packages to folder/code, with changes that are not committed, and notes the revision."""
+    code = folder / CODE
+    shutil.rmtree(code, ignore_errors=True)
+    for name in PACKAGES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    (code / REVISION).write_text(versions().get("git", "") + "\n", encoding="utf-8")
+
+
+def user() -> str:
+    """The user's name, or number where none is known: in a container, say."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def git(*command: str) -> str:
     """What git says of this checkout; "" where it is none, or there is no git."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, errors="replace")
+        done = ask("git", "-C", str(ROOT), *command)
     except FileNotFoundError:
         return ""
     return done.stdout if done.returncode == 0 else ""
 
 
 def write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -50,6 +50,19 @@ def decide(
     return requeue, why
 
 
+def of_this_start(events: list[dict[str, Any]], since: float) -> list[dict[str, Any]]:
+    """The events of this start of the job: from the first launch that names it, or that came after it by the clock.
+
+    By the clock alone they would be missed where it was set back, or differs between the nodes.
+    """
+    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    for place, event in enumerate(events):
+        here = event["event"] == "launch" and event.get("slurm_job") == os.environ.get("SLURM_JOB_ID", "")
+        if (here and (event.get("slurm_restart") or 0) == restart) or event.get("time", 0) >= since:
+            return events[place:]
+    return []
+
+
 def judge_stop(stop: dict[str, Any]) -> tuple[bool, str]:
     """The answer for a run that left word of its stop."""
     reason, detail = stop["reason"], stop.get("detail")
@@ -83,7 +96,7 @@ def judge_silence(events: list[dict[str, Any]], code: int) -> tuple[bool, str]:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     job, restarts = os.environ.get("SLURM_JOB_ID", "?"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    events = [event for event in read_events(options.run) if event["time"] >= options.since]
+    events = of_this_start(read_events(options.run), options.since)
     # At its time limit SLURM ends a job as well, but there nobody wished it to end.
     out_of_time = time.time() >= float(os.environ.get("SLURM_JOB_END_TIME") or "inf")
     ended_by_slurm = options.ended_by_slurm == "yes" and not out_of_time
@@ -93,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         log = options.run / "launch/requeues.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as stream:
+        with log.open("a", encoding="utf-8") as stream:
             stream.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}\n")
     except OSError as error:
         print(f"warning: not noted in requeues.log: {error}", file=sys.stderr)

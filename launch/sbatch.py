@@ -4,13 +4,16 @@
     job = submit(folder / "job.sbatch")                # "12345"
 """
 
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-from torchtitan_deltaproduct.errors import UserError
+from torchtitan_deltaproduct.errors import ConfigError, UserError
+from torchtitan_deltaproduct.files import control_characters
 
 from .site import Site
 
@@ -53,13 +56,43 @@ def resources(
 
 
 def directive(option: str) -> str:
-    """A #SBATCH line; sbatch splits it at blanks unless there are quotes."""
+    """A #SBATCH line; sbatch splits it at blanks unless there are quotes.
+
+    Raises:
+        ConfigError: a value that would end its quotes.
+    """
     name, equals, value = option.partition("=")
+    if '"' in value or "\\" in value:
+        raise ConfigError(f"{option}: sbatch takes no quotation mark or backslash in a value; choose another name")
     return f'#SBATCH {name}="{value}"' if equals and any(c in value for c in " #'") else f"#SBATCH {option}"
 
 
-def preamble(site: Site) -> str:
-    """The shell's setup: the site's own lines, then our variables."""
+def refuse_control_characters(values: dict[str, object]) -> None:
+    """Raises ConfigError for a value that would not stay on its line of the script.
+
+    Args:
+        values: what is to be rendered: texts, paths, or lists of them, by the name the user knows it under.
+    """
+    for name, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if found := control_characters(str(text)):
+                raise ConfigError(f"{name} = {str(text)!r}: holds {found}, which a script cannot; choose another")
+
+
+def of_site(site: Site) -> dict[str, object]:
+    """What a script takes from the site TOML, but for its own shell lines."""
+    taken = {f"{field.name} of the site TOML": getattr(site, field.name) for field in fields(site)}
+    del taken["setup of the site TOML"]
+    return taken | {"env of the site TOML": list(site.env.values())}
+
+
+def preamble(site: Site, code: Path) -> str:
+    """The shell's setup: the site's own lines, then our variables.
+
+    Args:
+        site: what the cluster wants to hear.
+        code: folder that holds this project's packages.
+    """
     threads = max(1, min(8, site.cpus_per_rank))
     variables = {"OMP_NUM_THREADS": str(threads), **site.env}
     # Before `set -u`, which the scripts behind `module` and `conda` do not bear.
@@ -67,7 +100,9 @@ def preamble(site: Site) -> str:
     return "\n".join([
         *setup,
         "set -euo pipefail",
-        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        # Without it the current folder, which may be the checkout, would come first.
+        "export PYTHONSAFEPATH=1",
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
     ])  # fmt: skip
 
@@ -91,6 +126,11 @@ def require_sbatch() -> None:
         )
 
 
+def ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command and keeps what it says, in whatever encoding."""
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+
+
 def submit(script: Path) -> str:
     """Hands a file to sbatch.
 
@@ -100,7 +140,14 @@ def submit(script: Path) -> str:
     Raises:
         UserError: sbatch refused it.
     """
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
+    done = ask("sbatch", "--parsable", str(script))
     if done.returncode:
         raise UserError(f"sbatch refused {script}:\n{done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout.strip().partition(";")[0]
+    # Some sites print a banner before the answer, `519605` or `519605;cluster`.
+    answers = re.findall(r"^(\d+)(?:;\S+)?\s*$", done.stdout, re.MULTILINE)
+    if not answers:
+        raise UserError(
+            f"sbatch took {script}, but its answer names no job: {done.stdout.strip()[-200:]!r}\n"
+            "look for it with squeue --me"
+        )
+    return answers[-1]

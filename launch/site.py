@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from torchtitan_deltaproduct.arguments import path as path_of
 from torchtitan_deltaproduct.config.locate import locate
 from torchtitan_deltaproduct.config.problems import Problem, Source, raise_if_any
 from torchtitan_deltaproduct.config.values import conform, nearest
 from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.files import control_characters, read_text
 
 VARIABLE = "DELTAPRODUCT_SITE"
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
@@ -66,11 +68,11 @@ def load_site(given: str | None) -> tuple[Site, Path | None]:
     Raises:
         ConfigError: all that is wrong with the file.
     """
-    named = given or os.environ.get(VARIABLE)
+    named = path_of(given or os.environ.get(VARIABLE) or "")
     if named and not Path(named).is_file():
         asked = "--site " if given else f"{VARIABLE}="
         raise ConfigError(f"{asked}{named}: no such file; launch/site_example.toml shows one")
-    usual = [Path("site.toml"), Path.home() / ".config/torchtitan-deltaproduct/site.toml"]
+    usual = [Path("site.toml"), Path(path_of("~/.config/torchtitan-deltaproduct/site.toml"))]
     path = Path(named) if named else next((path for path in usual if path.is_file()), None)
     return (Site(), None) if path is None else (read_site(path), path)
 
@@ -78,7 +80,7 @@ def load_site(given: str | None) -> tuple[Site, Path | None]:
 def read_site(path: Path) -> Site:
     """Reads one site TOML; raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         tree = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
@@ -132,7 +134,8 @@ def seconds_of(time: str) -> int:
 
 
 def _one_line(value: str) -> str:
-    return "must be one line" if "\n" in value else ""
+    found = control_characters(value)
+    return f"must be one line, without {found}" if found else ""
 
 
 def _time(value: str) -> str:
@@ -142,7 +145,7 @@ def _time(value: str) -> str:
 
 
 def _gres(value: str) -> str:
-    return "" if not value or "{gpus}" in value else "must contain {gpus}, which stands for their number"
+    return _one_line(value) if not value or "{gpus}" in value else "must contain {gpus}, which stands for their number"
 
 
 def _words(value: str) -> str:
@@ -158,9 +161,45 @@ def _signal_seconds(value: int) -> str:
     return "" if 1 <= value <= 65535 else "must be 1 to 65535, the range of sbatch --signal"
 
 
+OWNED = {
+    **dict.fromkeys(("nodes", "N"), "--nodes"),
+    **dict.fromkeys(("ntasks", "n", "ntasks-per-node", "tasks-per-node"), "--ranks-per-node and --gpus-per-node"),
+    **dict.fromkeys(("output", "o", "open-mode", "chdir", "D", "signal", "requeue", "no-requeue", "array", "a", "wrap",
+                     "parsable", "test-only", "wait", "W"), "no other way: the launcher counts on its own"),
+    **dict.fromkeys(("job-name", "J"), "--job-name"),
+    **dict.fromkeys(("dependency", "d"), "--dependency"),
+    **dict.fromkeys(("cpus-per-task", "c"), 'the key "cpus_per_rank"'),
+    **dict.fromkeys(("gres",), 'the keys "gpus_per_node" and "gres"'),
+    **dict.fromkeys(("time", "t"), 'the key "time"'),
+    **dict.fromkeys(("mem",), 'the key "mem"'),
+    **dict.fromkeys(("partition", "p"), 'the key "partition"'),
+    **dict.fromkeys(("account", "A"), 'the key "account"'),
+    **dict.fromkeys(("qos", "q"), 'the key "qos"'),
+    **dict.fromkeys(("constraint", "C"), 'the key "constraint"'),
+}
+"""Options of sbatch that a job has from elsewhere: sbatch would follow what `extra` says of them, and the job not."""
+
+
 def _options(value: list[str]) -> str:
-    wrong = [line for line in value if not re.fullmatch(r"-[^\n]+", line)]
-    return f'"{wrong[0]}": expected an option of sbatch, such as "--reservation=name"' if wrong else ""
+    for line in value:
+        if not re.fullmatch(r"-\S.*", line) or control_characters(line):
+            return f'{line!r}: expected an option of sbatch, such as "--reservation=name"'
+        # Without "=" further words may be options too.
+        for word in [line.partition("=")[0]] if "=" in line.split()[0] else line.split():
+            if word.startswith("-") and (owner := owned(word)):
+                return f'"{line}": is said elsewhere; use {owner}'
+    return ""
+
+
+def owned(word: str) -> str:
+    """How to say what an option of sbatch says that is not to be repeated in `extra`; "" for any other option."""
+    if not word.startswith("--"):
+        return OWNED.get(word[1:2], "")
+    name = word[2:].partition("=")[0]
+    if name in OWNED:
+        return OWNED[name]
+    # sbatch takes the beginning of an option for the option.
+    return next((told for option, told in OWNED.items() if len(option) > 1 and name and option.startswith(name)), "")
 
 
 JUDGES: dict[str, Callable[[Any], str]] = {

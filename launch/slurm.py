@@ -13,16 +13,16 @@ job saves and requeues itself when it is preempted or out of time, see launch/re
 
 import argparse
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 from torchtitan_deltaproduct.config import Environment, load_config
+from torchtitan_deltaproduct.config.snapshots import versions
 from torchtitan_deltaproduct.errors import ConfigError, DataError, UserError, exit_on_user_error
 
 from .job import Job, render
-from .record import new_folder, next_folder, record
-from .sbatch import require_sbatch, submit
+from .record import CODE, new_folder, next_folder, record
+from .sbatch import ROOT, ask, require_sbatch, submit
 from .site import Site, load_site, seconds_of
 
 
@@ -38,29 +38,36 @@ def main(arguments: list[str] | None = None) -> None:
     )
     warn_of_data(config)
     run, toml = Path(config.job.dump_folder).absolute(), Path(options.config)
-    folder = next_folder(run)
+
+    def job_in(folder: Path) -> Job:
+        return Job(
+            folder / toml.name, overrides, run, folder, Path.cwd(), folder / CODE if options.snapshot else ROOT,
+            options.nodes, ranks, gpus, options.job_name or toml.stem, options.time, options.dependency,
+            options.max_requeues, options.max_restarts,
+        )  # fmt: skip
+
+    job = job_in(next_folder(run))
+    text = render(job, site)
     if not options.dry_run:
         require_sbatch()
         if not options.dependency:
             refuse_second_job(run)
-        folder = new_folder(run)
-        record(folder, toml, overrides, ["python", "-m", "launch.slurm", *words])
-    job = Job(
-        folder / toml.name, overrides, run, folder, Path.cwd(), options.nodes, ranks, gpus,
-        options.job_name or toml.stem, options.time, options.dependency, options.max_requeues, options.max_restarts,
-    )  # fmt: skip
-    text = render(job, site)
+        job = job_in(new_folder(run))
+        text = render(job, site)
+        record(job.folder, toml, overrides, ["python", "-m", "launch.slurm", *words])
     found = site_file or "none, so the cluster's defaults; see launch/site_example.toml"
     print(f"site TOML: {found}", file=sys.stderr)
+    what = "a copy, made now" if options.snapshot else "the checkout, as it is when the job starts"
+    print(f"code: {job.code} ({what}), revision {versions().get('git', 'unknown')}", file=sys.stderr)
     if options.dry_run:
         print(text, end="")
         return
-    script = folder / "job.sbatch"
-    script.write_text(text)
+    script = job.folder / "job.sbatch"
+    script.write_text(text, encoding="utf-8")
     number = submit(script)
-    (folder / "job_id").write_text(number + "\n")
+    (job.folder / "job_id").write_text(number + "\n", encoding="utf-8")
     # tail -f wants a file; the job appends to it.
-    output = folder / f"{number}.out"
+    output = job.folder / f"{number}.out"
     output.touch()
     print(f"submitted job {number} on {job.size}: {script}\ntail -f {shlex.quote(str(output))}")
 
@@ -81,6 +88,8 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--max-restarts", type=at_least(0), default=3, help="restarts of dead ranks by torchrun (default: %(default)s)")
     add("--job-name", default="", help="(default: the TOML's name)")
     add("--dependency", default="", help="as sbatch takes it, such as afterany:123")
+    add("--snapshot", action=argparse.BooleanOptionalAction, default=True,
+        help="run a copy of the code, kept in the launch's folder, and not the checkout")  # fmt: skip
     add("--dry-run", action="store_true", help="print the sbatch file and write nothing")
     return parser.parse_known_args(words)
 
@@ -137,11 +146,12 @@ def refuse_second_job(run: Path) -> None:
     Raises:
         UserError: a job of an earlier launch is queued or running.
     """
-    jobs = [path.read_text().strip() for path in sorted(run.glob("launch/*/job_id"))]
+    noted = [path.read_text(encoding="utf-8", errors="replace").strip() for path in sorted(run.glob("launch/*/job_id"))]
+    jobs = [job for job in noted if job.isdecimal()]
     if not jobs:
         return
     listed = ["squeue", "--noheader", "--jobs", ",".join(jobs), "--format=%i %T"]
-    alive = subprocess.run(listed, capture_output=True, text=True).stdout.split("\n")[0].split()
+    alive = ask(*listed).stdout.split("\n")[0].split()
     if alive:
         raise UserError(
             f"job {alive[0]} is {alive[1]} in {run} already\n"

@@ -3,12 +3,14 @@
     HOSTS="n1 n2" bash launch/multinode.sh train_configs/X.toml [--section.key value ...]
 
 The hosts share this folder and have ssh keys; PATH and the variables of FORWARDED go along, so that the environment
-that is active here is active there. Every line of output begins with its host. Ctrl-C, SIGTERM and SIGUSR1 reach
-torchrun on every host, and the ranks save. If a host fails, the others have SHUTDOWN_TIMEOUT seconds to end of
-themselves, then they get SIGTERM.
+that is active here is active there; through ssh's standard input, since everybody can read a command line. Every line
+of output begins with its host. Ctrl-C, SIGTERM and SIGUSR1 reach torchrun on every host, and the ranks save. If a host
+fails, the others have SHUTDOWN_TIMEOUT seconds to end of themselves, then they get SIGTERM.
 """
 
+import contextlib
 import os
+import secrets
 import shlex
 import signal
 import subprocess
@@ -37,14 +39,19 @@ PID = "launch-pid"
 class Host:
     """One node: an ssh client, and the process at its other end."""
 
-    def __init__(self, name: str, command: str):
+    def __init__(self, name: str, command: str, exports: str):
         self.name, self.pid, self.missed = name, 0, None
         self.lock = threading.Lock()
         # A session of its own, or the terminal's Ctrl-C would end the connection before the ranks have saved.
         self.client = subprocess.Popen(
-            [*SSH, name, command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", start_new_session=True,
+            [*SSH, name, command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            encoding="utf-8", errors="surrogateescape", start_new_session=True,
         )  # fmt: skip
+        # A client that ended at once says itself why.
+        with contextlib.suppress(BrokenPipeError):
+            self.client.stdin.write(exports)
+        with contextlib.suppress(BrokenPipeError):
+            self.client.stdin.close()
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
@@ -79,26 +86,36 @@ def main(arguments: list[str] | None = None) -> int:
     received: list[signal.Signals] = []
     for number in SIGNALS:
         signal.signal(number, lambda got, frame: received.append(signal.Signals(got)))
-    # One name for all hosts, whatever the second in which each is started.
-    environment = {**os.environ, "RDZV_ID": os.environ.get("RDZV_ID") or f"{os.getpid()}.{int(time.time())}"}
-    hosts = [Host(name, remote_command(words, names, rank, environment)) for rank, name in enumerate(names)]
+    # One name for all hosts.
+    environment = {**os.environ, "RDZV_ID": os.environ.get("RDZV_ID") or secrets.token_hex(16)}
+    hosts = [
+        Host(name, remote_command(words), remote_exports(names, rank, environment)) for rank, name in enumerate(names)
+    ]
     return wait(hosts, grace, received)
 
 
-def remote_command(words: list[str], names: list[str], rank: int, environment: Mapping[str, str]) -> str:
-    """What the shell of host `rank` is to run: first it tells its process id, which stays that of torchrun."""
+def remote_command(words: list[str]) -> str:
+    """What a host's shell is to run: first it tells its process id, which stays that of torchrun.
+
+    The variables come through standard input, as `remote_exports` makes them.
+    """
+    script = Path(__file__).with_name("multinode.sh").resolve()
+    command = shlex.join(["bash", str(script), *words])
+    told = f'cd {shlex.quote(os.getcwd())} && echo {PID} $$ && eval "$(cat)" && exec {command} </dev/null'
+    # The login shell may be any; bash reads the rest.
+    return f"exec bash -c {shlex.quote(told)}"
+
+
+def remote_exports(names: list[str], rank: int, environment: Mapping[str, str]) -> str:
+    """Shell lines with the variables of host `rank`."""
     endpoint = environment.get("RDZV_ENDPOINT") or f"{names[0].rpartition('@')[2]}:29400"
     wanted = (*FORWARDED, *environment.get("ENV", "").replace(",", " ").split())
     variables = {name: value for name, value in environment.items()
                  if name.isidentifier() and any(fnmatchcase(name, pattern) for pattern in wanted)}  # fmt: skip
     variables |= {"NNODES": str(len(names)), "NODE_RANK": str(rank), "RDZV_ENDPOINT": endpoint}
     variables["RDZV_ID"] = environment["RDZV_ID"]
-    assigned = [f"{name}={value}" for name, value in variables.items()]
-    script = Path(__file__).with_name("multinode.sh").resolve()
-    command = shlex.join(["env", "-u", "HOSTS", *assigned, "bash", str(script), *words])
-    told = f"cd {shlex.quote(os.getcwd())} && echo {PID} $$ && exec {command}"
-    # The login shell may be any; bash reads the rest.
-    return f"exec bash -c {shlex.quote(told)}"
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    return "\n".join(["unset HOSTS", *lines, ""])
 
 
 def wait(hosts: list[Host], grace: float, received: list[signal.Signals]) -> int:

@@ -10,8 +10,6 @@ interrupted ones go on. Then tests at four times the training length. Exit code 
 """
 
 import argparse
-import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -30,6 +28,7 @@ from torchtitan_deltaproduct.config import JobConfig, load_config
 from torchtitan_deltaproduct.config.compare import compare_configs, refuse_breaking
 from torchtitan_deltaproduct.config.snapshots import read_snapshot, snapshot
 from torchtitan_deltaproduct.errors import ConfigError, UserError, exit_on_user_error
+from torchtitan_deltaproduct.events import parse_line
 
 CONFIGS = "train_configs/state_tracking/laptop_S3_*.toml"
 CLEAR_FAILURE = 0.7
@@ -61,12 +60,11 @@ class Run:
             return 0, "starting"
         with path.open("rb") as stream:
             stream.seek(max(0, path.stat().st_size - 65536))
-            lines = stream.read().decode(errors="ignore").splitlines()
+            lines = stream.read().splitlines()
         newest: dict = {}
-        for line in lines:
-            # The first line may be cut by the seek, and the last by the writer.
-            with contextlib.suppress(ValueError, TypeError):
-                newest |= json.loads(line)
+        # The first line may be cut by the seek, and the last by the writer.
+        for record in filter(None, map(parse_line, lines)):
+            newest |= {name: value for name, value in record.items() if isinstance(value, int | float)}
         note = "starting" if newest.get("loss") is None else f"loss {newest['loss']:.4f}"
         if "validation_token_accuracy" in newest:
             note += f", validation accuracy {newest['validation_token_accuracy']:.1%}"
@@ -176,7 +174,7 @@ def train(runs: list[Run], jobs: int, console: Console) -> None:
                 for run in [run for run in active if run.process.poll() is not None]:
                     active.remove(run)
                     if run.process.returncode:
-                        tail = "\n".join(run.log.read_text(errors="replace").splitlines()[-8:])
+                        tail = "\n".join(run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
                         raise UserError(f"{run.name} ended with code {run.process.returncode}; {run.log} ends:\n{tail}")
                     display.finish(run)
     finally:
@@ -191,7 +189,7 @@ def start(run: Run) -> Run:
     run.folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torchtitan_deltaproduct.train", *run.arguments]
-    with run.log.open("a") as log:
+    with run.log.open("a", encoding="utf-8") as log:
         run.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     return run
 

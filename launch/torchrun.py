@@ -7,11 +7,13 @@ SIGTERM, SIGINT and SIGUSR1 are handed on to the ranks. Beyond torchrun (of torc
 - After a signal the ranks have SHUTDOWN_TIMEOUT seconds (default 300) to save. Before torch 2.12 it was always 30.
 - Further signals in that time are told and passed over. torchrun leaves at the third, and its ranks without a parent.
 - Ranks that refuse to go on (exit code 2: wrong settings, weights that are not finite) are not started again.
+- With --standalone its store listens on the loopback alone: whoever reaches it can run code in the ranks.
 - The exit code is 128 + signal after a signal, 2 after a refusal, 1 after a failure; one line says which, no traceback.
 """
 
 import os
 import signal
+import socket
 import sys
 from types import FrameType
 
@@ -57,9 +59,13 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     repair(shutdown)
+    words = sys.argv[1:]
+    if "--standalone" in words:
+        stay_on_this_machine()
+        words = ["--local-addr=127.0.0.1", *words]
     try:
         shutdown.torchrun_runs = True
-        run.main(["--signals-to-handle", ",".join(number.name for number in SIGNALS), *sys.argv[1:]])
+        run.main(["--signals-to-handle", ",".join(number.name for number in SIGNALS), *words])
     except SignalException:
         say(f"stopped by {shutdown.signal.name}")
         return 128 + shutdown.signal
@@ -93,6 +99,26 @@ def repair(shutdown: Shutdown) -> None:
     api._terminate_process_handler = shutdown.on_signal
     api.PContext.close = close_in_time
     LocalElasticAgent._monitor_workers = monitor_refusals
+
+
+def stay_on_this_machine() -> None:
+    """Has the servers of torchrun's store, and gloo, listen on the loopback instead of every interface."""
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, dynamic_rendezvous
+
+    def store_on_loopback(host, port, is_master=False, **given):
+        if not is_master:
+            return TCPStore(host, port, is_master=False, **given)
+        listener = socket.create_server(("127.0.0.1", port))
+        port = listener.getsockname()[1]
+        return TCPStore("127.0.0.1", port, is_master=True, master_listen_fd=listener.detach(), **given)
+
+    def store_for_ranks(handler, address, port):
+        return store_on_loopback(address, port, is_master=True, multi_tenant=True)
+
+    c10d_rendezvous_backend.TCPStore = store_on_loopback
+    dynamic_rendezvous.DynamicRendezvousHandler._create_tcp_store_server = store_for_ranks
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def seconds_to_save() -> int:

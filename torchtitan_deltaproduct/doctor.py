@@ -168,12 +168,12 @@ def processes() -> Finding:
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "hello.py")
-        path.write_text(program)
+        path.write_text(program, encoding="utf-8")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         start = time.monotonic()
         try:
             done = subprocess.run(
-                [*command, str(path)], capture_output=True, text=True, timeout=120,
+                [*command, str(path)], capture_output=True, encoding="utf-8", errors="replace", timeout=120,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -240,7 +240,7 @@ def shared_memory() -> Finding:
 def slurm() -> Finding:
     if not shutil.which("sbatch"):
         return Finding(NOTE, "slurm", "sbatch is not here: start runs with launch/local.sh or launch/multinode.sh")
-    done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["scontrol", "ping"], capture_output=True, encoding="utf-8", errors="replace", timeout=30)
     if done.returncode:
         said = ((done.stdout + done.stderr).strip().splitlines() or ["no answer"])[0]
         return Finding(NOTE, "slurm", f"sbatch is here, its controller does not answer: {said}",

@@ -37,7 +37,7 @@ class NonFiniteError(UserError):
 
 
 def exit_on_user_error(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits: with its return value, or with 2 after printing a `UserError`.
+    """Runs `main` and exits: with its return value, with 2 after printing a `UserError`, or with 130 after Ctrl-C.
 
     Only rank 0 of a torchrun job prints, so that the message appears once. The others wait: torchrun ends all ranks
     as soon as one of them is gone, and it must not be before rank 0 has spoken.
@@ -58,4 +58,7 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         else:
             time.sleep(5)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
     sys.exit(code or 0)

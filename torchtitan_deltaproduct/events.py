@@ -16,8 +16,11 @@ import json
 import os
 import socket
 import time
+import types
 from pathlib import Path
 from typing import Any
+
+from .files import read_bytes
 
 NAME = "events.jsonl"
 
@@ -25,7 +28,8 @@ NAME = "events.jsonl"
 def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
     """Adds an event, by one write: a kill leaves a line or none, and ranks do not mix theirs.
 
-    A folder that is not there or cannot be written (a full disk) is no reason to stop training: the event is lost.
+    A folder that is not there or cannot be written (a full disk, a pipe in the file's place) is no reason to stop
+    training: the event is lost.
 
     Args:
         run: the run folder.
@@ -34,7 +38,7 @@ def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
     """
     record = {"event": event, "time": round(time.time(), 3), **fields}
     try:
-        handle = os.open(Path(run, NAME), os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(Path(run, NAME), os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
         try:
             # After a line that a full disk cut short, a new one begins: readers leave out what does not parse.
             size = os.fstat(handle).st_size
@@ -48,25 +52,53 @@ def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
 
 
 def read_events(run: str | Path) -> list[dict[str, Any]]:
-    """All events of a run in order; [] if there are none."""
-    return [record for record in read_jsonl(Path(run, NAME)) if "event" in record]
+    """All events of a run in order; [] if there are none. A line without the fields of its kind is left out."""
+    return [record for record in read_jsonl(Path(run, NAME)) if fits(record)]
+
+
+FIELDS: dict[str, dict[str, type | types.UnionType]] = {
+    "launch": {"time": float | int, "step": int},
+    "stop": {"time": float | int, "step": int | None, "reason": str, "detail": str, "saved": bool},
+    "save": {"time": float | int, "step": int, "seconds": float | int, "reason": str},
+    "save_failed": {"step": int},
+    "skipped_step": {"step": int},
+    "loss_spike": {"step": int},
+    "bad_checkpoint": {"step": int},
+}
+"""What readers count on, kind by kind: a flipped bit may change a name or a type and leave valid JSON."""
+
+
+def fits(record: dict[str, Any]) -> bool:
+    """Whether a record is an event with all that readers of its kind count on."""
+    expected = {"event": str} | FIELDS.get(str(record.get("event")), {})
+    return all(name in record and isinstance(record[name], kind) for name, kind in expected.items())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; [] without a file. What a kill or a full disk cut short is left out."""
+    """The JSON objects of a file, one a line; [] without a file. A line that does not parse is left out."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = read_bytes(path).splitlines()
     except OSError:
         return []
-    found = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+    return [record for record in map(parse_line, lines) if record is not None]
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl, `{"step": 20, "loss": 5.1, ...}`; a damaged line is left out."""
+    return [
+        record
+        for record in read_jsonl(Path(run, "metrics.jsonl"))
+        if type(record.get("step")) is int and all(isinstance(v, int | float | None) for v in record.values())
+    ]
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line; None for one that a kill, a full disk or a flipped bit made something else."""
+    try:
+        record = json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def last_stop(events: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .arguments import path
 from .errors import UserError, exit_on_user_error
-from .events import last_stop, read_events, read_jsonl
+from .events import last_stop, read_events, read_metrics
+from .files import read_text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 FRESH = 60.0
@@ -30,11 +32,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m torchtitan_deltaproduct.status", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=path, help="run folder")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    for run in options.runs:
-        console.print(report(run, time.time()))
+    refused = []
+    for run in map(Path, options.runs):
+        try:
+            console.print(report(run, time.time()))
+        except UserError as error:
+            refused.append(error)
+    if len(refused) == len(options.runs):
+        raise refused[0]
+    for error in refused:
+        print(f"left out: {error}", file=sys.stderr)
 
 
 def report(run: Path, now: float) -> Table:
@@ -47,14 +57,13 @@ def report(run: Path, now: float) -> Table:
     Raises:
         UserError: the folder is not a run's.
     """
-    records = [r for r in read_jsonl(run / "metrics.jsonl") if "step" in r]
+    records = read_metrics(run)
     events = read_events(run)
     if not records and not events:
         what = "has neither metrics.jsonl nor events.jsonl" if run.is_dir() else "is not a folder"
         raise UserError(f"{run} {what}; expected the dump_folder of a run that was started")
-    config, beat = read_json(run / "config.json").get("config", {}), read_json(run / "heartbeat.json")
-    steps = [r for r in records if "loss" in r]
-    total = config.get("training", {}).get("steps")
+    beat = read_json(run / "heartbeat.json")
+    steps, total = [r for r in records if "loss" in r], steps_of(run)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in [
         ("run", f"[bold]{escape(str(run))}[/]"),
@@ -74,34 +83,45 @@ def report(run: Path, now: float) -> Table:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_text(path))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
+def steps_of(run: Path) -> int | None:
+    """Steps of the whole run by its config.json; None if that does not say."""
+    try:
+        total = read_json(run / "config.json")["config"]["training"]["steps"]
+    except (KeyError, TypeError):
+        return None
+    return total if isinstance(total, int) else None
+
+
 def state(events: list[dict], beat: dict, now: float) -> str:
     """One or two words, coloured, and since when."""
+    beat = beat if isinstance(beat.get("time"), int | float) else {}
     stop, age = last_stop(events), now - beat.get("time", 0)
     if stop is None and beat and age < FRESH:
-        return f"[green]running[/], heartbeat {age:.0f} s ago on {beat.get('host')} after the {beat.get('after')}"
+        where = escape(f"on {beat.get('host')} after the {beat.get('after')}")
+        return f"[green]running[/], heartbeat {age:.0f} s ago {where}"
     if stop is None:
         since = f"no heartbeat for {ago(age)}" if beat else "no heartbeat yet"
         return f"[red]silent[/]: {since}, and no word of a stop: killed, hanging, or starting"
     when = ago(now - stop["time"])
     if stop["reason"] == "finished":
         return f"[green]finished[/] {when} ago"
-    word = {"signal": f"stopped on {stop['detail']}", "walltime": "stopped at its walltime"}.get(stop["reason"])
+    word = {"signal": f"stopped on {escape(stop['detail'])}", "walltime": "stopped at its walltime"}.get(stop["reason"])
     if word:
         return f"[yellow]{word}[/] {when} ago, {'everything saved' if stop['saved'] else 'not saved'}"
     how = {"lost_peer": "lost a rank"}.get(stop["reason"], stop["reason"])
-    return f"[red]{how}[/] {when} ago: {escape(stop['detail'])}"
+    return f"[red]{escape(how)}[/] {when} ago: {escape(stop['detail'])}"
 
 
 def progress(steps: list[dict], total: int | None) -> str:
     if not steps:
         return ""
-    step, tokens = steps[-1]["step"], steps[-1].get("tokens", 0)
+    step, tokens = steps[-1]["step"], steps[-1].get("tokens") or 0
     share = f" of {total:,} ({step / total:.1%})" if total else ""
     return f"{step:,}{share}, {tokens:,} tokens"
 
@@ -148,15 +168,16 @@ def validation(records: list[dict]) -> str:
 
 def speed(steps: list[dict], total: int | None) -> str:
     """Medians of the last steps: one that validates or saves is not typical."""
-    recent = sorted(steps[-50:], key=lambda r: r.get("seconds", 0))
-    if not recent or "seconds" not in recent[0]:
+    timed = [r for r in steps[-50:] if r.get("seconds") is not None and r.get("tokens_per_second") is not None]
+    recent = sorted(timed, key=lambda r: r["seconds"])
+    if not recent:
         return ""
     typical = recent[len(recent) // 2]
     mfu = f", MFU {typical['mfu']:.1%}" if typical.get("mfu") else ""
     left = (total or 0) - steps[-1]["step"]
     eta = f", {ago(left * typical['seconds'])} to go" if left > 0 else ""
     said = f"{typical['tokens_per_second']:,.0f} tokens/s, {typical['seconds']:.3g} s a step{mfu}{eta}"
-    return f"{said}, {typical['memory_gib']:.1f} GiB a device" if "memory_gib" in typical else said
+    return f"{said}, {typical['memory_gib']:.1f} GiB a device" if typical.get("memory_gib") is not None else said
 
 
 def trouble(steps: list[dict], events: list[dict]) -> str:
@@ -165,7 +186,7 @@ def trouble(steps: list[dict], events: list[dict]) -> str:
         found = [event for event in events if event["event"] == kind]
         if found:
             parts.append(f"{len(found)} x {kind.replace('_', ' ')} (last at step {found[-1]['step']:,})")
-    lost = steps[-1].get("lost_records", 0) if steps else 0
+    lost = steps[-1].get("lost_records") if steps else 0
     return "; ".join(parts + ([f"{lost} records lost"] if lost else []))
 
 
@@ -175,7 +196,8 @@ def checkpoint(events: list[dict], now: float) -> str:
         return "none yet"
     newest = saves[-1]
     when, took = ago(now - newest["time"]), newest["seconds"]
-    return f"step {newest['step']:,}, complete with checksums {when} ago, took {took:.1f} s ({newest['reason']})"
+    why = escape(newest["reason"])
+    return f"step {newest['step']:,}, complete with checksums {when} ago, took {took:.1f} s ({why})"
 
 
 def launches(events: list[dict], now: float) -> Iterable[tuple[str, str]]:
@@ -185,10 +207,11 @@ def launches(events: list[dict], now: float) -> Iterable[tuple[str, str]]:
         b = starts[number] if number < len(starts) else len(events)
         launch = events[a]
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(launch["time"]))
-        ranks = f"{launch['ranks']} rank{'s' if launch['ranks'] > 1 else ''}"
-        where = f"{launch['host']}, SLURM job {launch['slurm_job']}" if launch.get("slurm_job") else launch["host"]
+        ranks = launch.get("ranks", "?")
+        job = f", SLURM job {launch['slurm_job']}" if launch.get("slurm_job") else ""
+        where = escape(f"{ranks} rank{'' if ranks == 1 else 's'} of {launch.get('host')}{job}")
         end = ending(last_stop(events[a:b]), newest=b == len(events))
-        yield f"launch {number}", f"{when} from step {launch['step']:,} on {ranks} of {where}{escape(end)}"
+        yield f"launch {number}", f"{when} from step {launch['step']:,} on {where}{escape(end)}"
 
 
 def ending(stop: dict | None, newest: bool) -> str:

@@ -1,6 +1,6 @@
 """Train a DeltaProduct language model.
 
-    torchrun --nproc_per_node 8 -m torchtitan_deltaproduct.train --job.config_file train_configs/X.toml
+    torchrun --nproc_per_node 8 -m torchtitan_deltaproduct.train train_configs/X.toml
     python -m torchtitan_deltaproduct.train --job.config_file train_configs/quickstart.toml --training.steps 100
 
 A TOML key is overridden by `--section.key value`; `--help` lists them all. A run folder that holds a checkpoint is
@@ -9,10 +9,20 @@ continued from the newest complete one. SIGTERM, SIGINT and SIGUSR1 end it after
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from .config import load_config
 from .errors import exit_on_user_error
 from .titan.stopping import Stopping
+
+if TYPE_CHECKING:
+    from .config import JobConfig
+
+
+def load_config(argv: list[str]) -> "JobConfig":
+    """As in `config`, which imports torch, and so only here: a signal that comes meanwhile is noted by `Stopping`."""
+    from .config import load_config
+
+    return load_config(argv)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torchtitan_deltaproduct.checkpoint.hf import is_hf_folder
+from torchtitan_deltaproduct.checkpoint.folders import is_hf_folder
 from torchtitan_deltaproduct.checkpoint.load import find_checkpoint
 from torchtitan_deltaproduct.config.locate import locate
 from torchtitan_deltaproduct.config.values import nearest

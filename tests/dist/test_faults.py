@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,57 @@ def test_no_marker_can_be_read(toy, tmp_path):
         retire(run / f"checkpoint/step-{step}")
     train(toy, run)
     assert [info.step for info in scan(run / "checkpoint") if info.complete] == [4, 6, 8]
+
+
+def test_all_markers_are_gone(toy, tmp_path):
+    """What was complete once is not trained over."""
+    run = tmp_path / "run"
+    train(toy, run, "--training.steps", "4")
+    for step in (2, 4):
+        (run / f"checkpoint/step-{step}/complete.json").unlink()
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be used: step 2, step 4 damaged"):
+        train(toy, run)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def spoil(path, make):
+    """Puts a folder or a pipe in the place of a file."""
+    path.unlink()
+    make(path)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+@pytest.mark.parametrize("name", ["complete.json", ".metadata", "__0_0.distcp", "config.json"])
+def test_what_is_no_file_gives_way_to_the_step_before(toy, unbroken, tmp_path, name, make):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    spoil(run / f"checkpoint/step-8/{name}", make)
+    train(toy, run, "--checkpoint.keep_latest_k", "0")
+    assert learned(run) == learned(unbroken)
+    assert_same_weights(weights(run, 8), weights(unbroken, 8))
+    assert len(list((run / "checkpoint").glob("step-8.found-*"))) == (name == "complete.json")
+
+
+def test_a_tokenizer_that_was_cut_short_is_copied_again(toy, unbroken, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    whole = (run / "tokenizer/tokenizer.json").read_bytes()
+    (run / "tokenizer/tokenizer.json").write_bytes(whole[:1000])
+    train(toy, run)
+    assert (run / "tokenizer/tokenizer.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "heartbeat.json"])
+def test_noise_in_the_files_of_a_run_does_not_end_it(toy, unbroken, tmp_path, name):
+    """One bit of every line is flipped, the highest of some byte: no line is UTF-8 any more."""
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    path = run / name
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"".join(bytes([line[0]]) + bytes([line[1] ^ 128]) + line[2:] + b"\n" for line in lines))
+    train(toy, run, "--checkpoint.load_step", "4")
+    assert_same_weights(weights(run, 8), weights(unbroken, 8))
 
 
 def test_a_hanging_rank(toy, tmp_path):

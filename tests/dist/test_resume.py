@@ -23,6 +23,7 @@ from tests.toy import (
 from torchtitan_deltaproduct.checkpoint import scan
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
+from torchtitan_deltaproduct.events import last_stop, read_events, read_jsonl
 
 FULL = ("--compile.enable", "--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option",
         "op", "--checkpoint.async_mode", "async")  # fmt: skip
@@ -183,3 +184,52 @@ def test_seed_checkpoint(toy, tmp_path):
     train(toy, tmp_path / "a")
     train(toy, tmp_path / "b")
     assert torch.equal(weights(tmp_path / "a", 8)["norm.weight"], weights(tmp_path / "b", 8)["norm.weight"])
+
+
+def test_a_seed_checkpoint_serves_any_number_of_ranks(toy, tmp_path):
+    """Without a global batch size the batch grows with the ranks, and no sample was trained on yet."""
+    run, batch = tmp_path / "run", ("--training.global_batch_size", "-1")
+    train(toy, run, *batch, "--checkpoint.create_seed_checkpoint")
+    launch(toy, run, *batch, "--training.steps", "1", ranks=2)
+    assert "resumed" not in log_of(run) and [r["tokens"] for r in records(run) if "loss" in r] == [2 * 2 * 64]
+
+
+def test_without_its_data_a_run_goes_on_with_any_batch(toy, tmp_path):
+    """Where the position in the data is left out, no sample is missed or seen twice by another batch."""
+    run = tmp_path / "run"
+    train(toy, run, "--training.steps", "4")
+    bigger = ("--training.global_batch_size", "8", "--training.steps", "5")
+    with pytest.raises(ConfigError, match="global_batch_size was 4, is 8"):
+        train(toy, run, *bigger)
+    train(toy, run, *bigger, "--checkpoint.exclude_from_loading", "dataloader")
+    assert [r["step"] for r in records(run) if "loss" in r] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_ended_with_weights_alone(toy, tmp_path, capsys):
+    run, only = tmp_path / "run", ("--checkpoint.last_save_model_only", "--checkpoint.keep_latest_k", "0")
+    train(toy, run, *only, "--training.steps", "6")
+    before = (run / "metrics.jsonl").read_bytes()
+    train(toy, run, *only, "--training.steps", "6")
+    assert "finished already: step 6 of 6" in capsys.readouterr().out and (run / "metrics.jsonl").read_bytes() == before
+    assert last_stop(read_events(run))["reason"] == "finished"
+    with pytest.raises(CheckpointError, match=r"(?s)step 6 .* holds weights only .*--checkpoint.load_step 4 goes on"):
+        train(toy, run)
+    train(toy, run, "--checkpoint.load_step", "4", "--checkpoint.keep_latest_k", "0")
+    train(toy, tmp_path / "unbroken")
+    assert learned(run) == learned(tmp_path / "unbroken")
+
+
+def test_a_try_out_in_the_folder_of_a_run(toy, tmp_path, capsys):
+    """Its records do not replace the run's, nor mix with them when the run goes on."""
+    run = tmp_path / "run"
+    train(toy, run, "--training.steps", "4")
+    before = (run / "metrics.jsonl").read_bytes()
+    train(toy, run, "--checkpoint.enable", "false", "--training.steps", "6", "--model.num_householder", "1")
+    (aside,) = run.glob("metrics.until-*.jsonl")
+    assert aside.read_bytes() == before and f"is kept as {aside}" in capsys.readouterr().out
+    train(toy, run)
+    assert (run / "metrics.jsonl").read_bytes().startswith(before)
+    train(toy, tmp_path / "unbroken")
+    assert learned(run) == learned(tmp_path / "unbroken")
+    (aside,) = run.glob("metrics.until-*.jsonl")
+    assert [r["step"] for r in read_jsonl(aside) if "loss" in r] == [1, 2, 3, 4, 5, 6]

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,57 @@ def test_submission_writes_the_list(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="an array of no tasks"):
         arrays.submit_array([], tmp_path / "none", Site())
     assert not (tmp_path / "none").exists()
+
+
+@pytest.fixture
+def cluster_of_five(tmp_path, monkeypatch):
+    """A cluster whose arrays have five tasks at most."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    scripts = {
+        "scontrol": "echo 'MaxArraySize            = 5'",
+        "sbatch": f'echo "$2" >>{tmp_path}/sent; wc -l <{tmp_path}/sent',
+    }
+    for name, script in scripts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("count", "bounds"), [
+    (5, ["0-4%4"]), (6, ["0-4%2", "0-0%2"]), (12, ["0-4%1", "0-4%1", "0-1%1"])
+])  # fmt: skip
+def test_more_tasks_than_an_array_may_have(cluster_of_five, count, bounds):
+    commands = [["echo", str(number)] for number in range(count)]
+    jobs = arrays.submit_array(commands, cluster_of_five / "evals", Site(), max_parallel=4)
+    assert jobs == ",".join(str(number + 1) for number in range(len(bounds)))
+    numbers = []
+    for script, bound in zip((cluster_of_five / "sent").read_text().split(), bounds, strict=True):
+        text = Path(script).read_text()
+        assert f"#SBATCH --array={bound}\n" in text
+        # What each task of the array would run.
+        last = text.splitlines()[-1].replace("exec ", "echo ")
+        for index in range(int(bound.split("-")[1].split("%")[0]) + 1):
+            shell = ["bash", "-c", f"SLURM_ARRAY_TASK_ID={index}; {last}"]
+            done = subprocess.run(shell, capture_output=True, text=True)
+            numbers.append(int(done.stdout.split()[-1]))
+    assert numbers == list(range(count))
+
+
+def test_a_refused_array_is_told_with_the_limit(cluster_of_five):
+    refusal = "sbatch: error: Batch job submission failed: Invalid job array specification"
+    (cluster_of_five / "bin/sbatch").write_text(f"#!/bin/sh\necho '{refusal}' >&2\nexit 1\n")
+    with pytest.raises(UserError, match=r"(?s)Invalid job array specification\n.*MaxArraySize.*at most 5$"):
+        arrays.submit_array(COMMANDS, cluster_of_five / "evals", Site())
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\rb"])
+def test_a_name_that_would_be_a_line_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="the array's name = .* holds"):
+        arrays.render_array(COMMANDS, tmp_path, Site(), name=name)
+    with pytest.raises(ConfigError, match="its folder = .* holds"):
+        arrays.render_array(COMMANDS, tmp_path / name, Site())
 
 
 @pytest.fixture

@@ -2,21 +2,22 @@
 
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from launch.job import Job, render
-from launch.sbatch import ROOT
 from launch.site import Site, read_site
 from tests.toy import REPO
+from torchtitan_deltaproduct.errors import ConfigError
 
 GOLDEN = Path(__file__).with_name("job.sbatch")
 JOB = Job(
     config=Path("/runs/392M/launch/003/dp.toml"),
     overrides=["--optimizer.lr", "1e-4", "--compile.enable", "--data.paths", "['/data/a b', '/data/c']"],
     run=Path("/runs/392M"), folder=Path("/runs/392M/launch/003"), workdir=Path("/home/me/torchtitan-deltaproduct"),
+    code=Path("/runs/392M/launch/003/code"),
     nodes=2, ranks_per_node=8, gpus_per_node=8, name="dp",
 )  # fmt: skip
 
@@ -27,7 +28,7 @@ def test_golden():
 
 
 def rendered() -> str:
-    return render(JOB, read_site(REPO / "launch/site_example.toml")).replace(str(ROOT), "/repo")
+    return render(JOB, read_site(REPO / "launch/site_example.toml"))
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -60,11 +61,56 @@ def test_a_container_goes_before_python_everywhere():
 
 
 def test_options_of_the_command_line():
-    job = replace(JOB, time="30", dependency="afterany:12", max_requeues=2, max_restarts=0, nodes=1)
+    job = replace(JOB, time="30", dependency="afterany:12", max_requeues=2, max_restarts=0)
     text = render(job, Site(time="24:00:00", rdzv_host="127.0.0.1", signal_seconds=60))
-    for line in ("--time=30\n", "#SBATCH --dependency=afterany:12\n", "--max 2 ", "--max-restarts=0 ", "on 1 node x 8",
+    for line in ("--time=30\n", "#SBATCH --dependency=afterany:12\n", "--max 2 ", "--max-restarts=0 ", "on 2 nodes x 8",
                  "first=127.0.0.1\n", "#SBATCH --signal=USR1@60\n", "SHUTDOWN_TIMEOUT=54\n", "--wait=54 "):  # fmt: skip
         assert line in text, line
+
+
+def test_one_node_needs_no_meeting():
+    text = render(replace(JOB, nodes=1), Site())
+    assert "--standalone --nproc-per-node=8" in text and "endpoint" not in text and "rdzv" not in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+BREAKS = ["\n#SBATCH --x", "\rrm", "\x00", "\x1b[2J", "\x85", "\u2028", "\udc80"]
+
+
+@pytest.mark.parametrize("bad", BREAKS)
+@pytest.mark.parametrize(("field", "name"), [
+    ("config", "the TOML's name"), ("run", "job.dump_folder"), ("workdir", "the current folder"), ("time", "--time"),
+    ("folder", "the launch's folder"), ("code", "the code's folder"), ("name", "--job-name"),
+    ("dependency", "--dependency"),
+])  # fmt: skip
+def test_a_value_that_would_be_a_command_is_refused_by_name(field, name, bad):
+    value = getattr(JOB, field)
+    with pytest.raises(ConfigError, match=f"^{name} = .*holds "):
+        render(replace(JOB, **{field: type(value)(f"{value}{bad}")}), Site())
+
+
+@pytest.mark.parametrize("bad", BREAKS)
+def test_overrides_and_the_site_too(bad):
+    with pytest.raises(ConfigError, match="^an override = "):
+        render(replace(JOB, overrides=["--model.flavor", f"x{bad}"]), Site())
+    for field, value in {"gres": f"gpu:{{gpus}}{bad}", "mem": bad, "extra": [f"--x={bad}"], "env": {"A": bad}}.items():
+        with pytest.raises(ConfigError, match=f"^{field} of the site TOML = "):
+            render(JOB, replace(Site(), **{field: value}))
+
+
+def test_every_text_of_a_job_is_looked_at():
+    """A field that is added to Job is checked too, or fails here."""
+    texts = [field.name for field in fields(Job) if not isinstance(getattr(JOB, field.name), int)]
+    for field in texts:
+        value = getattr(JOB, field)
+        with pytest.raises(ConfigError, match="holds"):
+            render(replace(JOB, **{field: ["a\nb"] if isinstance(value, list) else type(value)("a\nb")}), Site())
+
+
+@pytest.mark.parametrize("value", ['a" --wrap="id', "a\\"])
+def test_a_value_that_would_end_its_quotes_is_refused(value):
+    with pytest.raises(ConfigError, match="no quotation mark or backslash"):
+        render(replace(JOB, name=value), Site())
 
 
 if __name__ == "__main__":

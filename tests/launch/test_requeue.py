@@ -84,3 +84,26 @@ def test_events_before_this_start_do_not_count(tmp_path):
     arguments = [str(tmp_path), "--max", "3", "--code", "1"]
     assert requeue.main([*arguments, "--since", "19.9"]) == requeue.REQUEUE
     assert requeue.main([*arguments, "--since", "20.1"]) == requeue.END
+
+
+@pytest.mark.parametrize("shift", [-86400, 0, 86400])
+def test_a_clock_that_was_set_back(tmp_path, monkeypatch, shift):
+    """Between the start of the job and its first event: the launch names the job, so its stop counts."""
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    earlier = [LAUNCH | {"slurm_job": "123", "slurm_restart": 1}, stop("walltime")]
+    now = [LAUNCH | {"slurm_job": "123", "slurm_restart": 2}, stop("finished")]
+    now = [event | {"time": 1e9 + shift} for event in now]
+    lines = [json.dumps(event) for event in earlier + now]
+    (tmp_path / "events.jsonl").write_text("\n".join([*lines, '{"event": "loss_spike", "step": 5}', ""]))
+    assert requeue.main([str(tmp_path), "--max", "3", "--code", "138", "--since", "1e9"]) == requeue.FINISHED
+
+
+def test_any_flipped_bit_leaves_a_verdict(tmp_path):
+    content = "".join(json.dumps(event) + "\n" for event in [LAUNCH, stop("walltime", "x"), LAUNCH]).encode()
+    for at in range(len(content)):
+        for bit in range(8):
+            flipped = content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
+            (tmp_path / "events.jsonl").write_bytes(flipped)
+            found = requeue.of_this_start(requeue.read_events(tmp_path), 0.0)
+            assert isinstance(requeue.decide(found, 0, 3, 143)[0], bool)

@@ -1,6 +1,5 @@
 """local.sh and multinode.sh: clean shell, errors before anything starts, and real runs on one and on two nodes."""
 
-import itertools
 import os
 import re
 import shutil
@@ -65,6 +64,7 @@ def test_wrong_use_is_one_message(tmp_path, script, words, environment, told):
     ({"NNODES": "0"}, "NNODES=0: expected a whole number of at least 1"),
     ({"NNODES": "2", "RDZV_ENDPOINT": "n1:1", "NODE_RANK": "2"}, "NODE_RANK=2: counts from 0, and NNODES=2"),
     ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1"),
+    ({"NNODES": "2", "RDZV_ENDPOINT": "n1:1"}, "RDZV_ID=: RDZV_ENDPOINT needs a random word"),
 ])  # fmt: skip
 def test_wrong_variables(variables, told):
     with pytest.raises(ConfigError, match=told):
@@ -128,7 +128,7 @@ def test_ctrl_c_reaches_all_hosts(tmp_path, hosts):
     command = f"""
 import sys; sys.path.insert(0, {str(REPO)!r})
 from launch import ssh
-ssh.remote_command = lambda *given: "exec bash -c " + ssh.shlex.quote("echo launch-pid $$; " + {note!r})
+ssh.remote_command = lambda words: "exec bash -c " + ssh.shlex.quote("echo launch-pid $$; " + {note!r})
 sys.exit(ssh.main(["x.toml"]))"""
     with open(f"{run}.log", "w") as log:
         process = subprocess.Popen([sys.executable, "-c", command], stdout=log, stderr=log, start_new_session=True,
@@ -152,21 +152,45 @@ def test_a_host_that_cannot_be_reached_ends_the_others(toy, tmp_path, hosts):
 
 
 def test_forwarded_variables():
-    environment = {"PATH": "/p", "SECRET": "s", "NCCL_DEBUG": "INFO", "MINE": "m", "ENV": "MINE", "HOSTS": "a b"}
-    command = ssh.remote_command(["x.toml"], ["me@a", "b"], 1, environment | {"RDZV_ID": "7"})
-    for part in ("PATH=/p", "NCCL_DEBUG=INFO", "MINE=m", "NNODES=2", "NODE_RANK=1", "RDZV_ENDPOINT=a:29400"):
-        assert f" {part} " in command
-    assert "SECRET" not in command and " ENV=" not in command
+    """Through standard input: what stands on a command line can be read by everybody on both machines."""
+    environment = {"PATH": "/p", "SECRET": "s", "NCCL_DEBUG": "INFO", "MINE": "it's", "ENV": "MINE", "HOSTS": "a b",
+                   "HF_TOKEN": "hf_x\ny", "WANDB_API_KEY": "w"}  # fmt: skip
+    exports = ssh.remote_exports(["me@a", "b"], 1, environment | {"RDZV_ID": "7"})
+    shell = ["bash", "-c", 'export HOSTS=1; eval "$(cat)"; exec /usr/bin/env -0']
+    done = subprocess.run(shell, input=exports, capture_output=True, text=True)
+    found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
+    expected = {"PATH": "/p", "NCCL_DEBUG": "INFO", "MINE": "it's", "HF_TOKEN": "hf_x\ny", "WANDB_API_KEY": "w",
+                "NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "a:29400", "RDZV_ID": "7"}  # fmt: skip
+    assert expected.items() <= found.items() and not {"SECRET", "ENV", "HOSTS"} & found.keys()
+    command = ssh.remote_command(["x.toml"])
+    assert "/p" not in command.replace(str(REPO), "") and "7" not in command.replace(str(REPO), "")
 
 
-def test_all_hosts_meet_under_one_name(monkeypatch):
-    """Though a second passes between the first and the last."""
-    commands, seconds = [], itertools.count(100)
+def test_no_secret_is_on_a_command_line(tmp_path, hosts):
+    """Of any process that was started: the stand-in for ssh and the host's shell note theirs."""
+    seen = tmp_path / "bin/seen"
+    program = tmp_path / "bin/ssh"
+    program.write_text(program.read_text().replace("while [", f'echo "$@" >>{seen}\nwhile [', 1))
+    (tmp_path / "multinode.sh").write_text('echo "token $HF_TOKEN key $WANDB_API_KEY id ${#RDZV_ID}"\n')
+    launcher = f"""
+import sys; sys.path.insert(0, {str(REPO)!r})
+from launch import ssh
+ssh.__file__ = {str(tmp_path / "ssh.py")!r}
+sys.exit(ssh.main(["x.toml"]))"""
+    environment = ENVIRONMENT | hosts | {"HOSTS": "n1", "HF_TOKEN": "hf_4711", "WANDB_API_KEY": "wandb_4711"}
+    done = subprocess.run([sys.executable, "-c", launcher], env=environment, capture_output=True, text=True, timeout=60)
+    assert "n1: token hf_4711 key wandb_4711 id 32" in done.stdout, done.stderr
+    assert "_4711" not in seen.read_text() and done.stdout.count("_4711") == 2
+
+
+def test_all_hosts_meet_under_one_random_name(monkeypatch):
+    sent = []
     monkeypatch.setenv("HOSTS", "a b c")
     monkeypatch.delenv("RDZV_ID", raising=False)
-    monkeypatch.setattr(ssh.time, "time", lambda: next(seconds))
-    monkeypatch.setattr(ssh, "Host", lambda name, command: commands.append(command))
+    monkeypatch.setattr(ssh, "Host", lambda name, command, exports: sent.append(exports))
     monkeypatch.setattr(ssh, "wait", lambda *given: 0)
     monkeypatch.setattr(ssh.signal, "signal", lambda *given: None)
-    assert ssh.main(["x.toml"]) == 0
-    assert len({re.search(r"RDZV_ID=\S+", command)[0] for command in commands}) == 1 and len(commands) == 3
+    for _ in range(2):
+        assert ssh.main(["x.toml"]) == 0
+    names = [re.search(r"RDZV_ID=(\w{32})\n", exports)[1] for exports in sent]
+    assert len(names) == 6 and len(set(names[:3])) == len(set(names[3:])) == 1 and names[0] != names[3]

@@ -1,10 +1,12 @@
 """The site TOML: strict, found where it should be, and the example is right."""
 
+import os
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from launch.record import user
 from launch.site import Site, load_site, read_site, seconds_of
 from tests.toy import REPO
 from torchtitan_deltaproduct.errors import ConfigError
@@ -34,6 +36,19 @@ def test_the_example_shows_every_key():
     ('mem = "1\\n#SBATCH --x"', "must be one line"),
     ("signal_seconds = 0", "must be 1 to 65535"),
     ('extra = ["reservation=x"]', 'expected an option of sbatch, such as "--reservation=name"'),
+    ('gres = "gpu:{gpus}\\r#SBATCH"', "must be one line"),
+    ('extra = ["--nodes=3"]', "is said elsewhere; use --nodes"),
+    ('extra = ["--node 3"]', "is said elsewhere; use --nodes"),
+    ('extra = ["-N3"]', "is said elsewhere; use --nodes"),
+    ('extra = ["--ntasks=3"]', "is said elsewhere"),
+    ('extra = ["--outp=x"]', "is said elsewhere"),
+    ('extra = ["--signal=TERM@3"]', "is said elsewhere"),
+    ('extra = ["--no-requeue"]', "is said elsewhere"),
+    ('extra = ["--exclusive --array=0-9"]', "is said elsewhere"),
+    ('extra = ["--exclusive -o x"]', "is said elsewhere"),
+    ('extra = ["--partition=x"]', 'use the key "partition"'),
+    ('extra = ["--mem=1"]', 'use the key "mem"'),
+    ('extra = ["--x=1\\n#SBATCH -N 3"]', "expected an option of sbatch"),
     ("time = ", "not a readable TOML file"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(tmp_path, text, told):
@@ -41,6 +56,23 @@ def test_what_is_wrong_is_named(tmp_path, text, told):
     with pytest.raises(ConfigError) as caught:
         read_site(tmp_path / "site.toml")
     assert told in str(caught.value)
+
+
+def test_other_options_of_sbatch_pass(tmp_path):
+    options = ["--exclusive", "--mail-type=FAIL", "--mem-per-gpu=4G", "--gres-flags=x", "--time-min=1", "--nodelist=n1",
+               "--comment=say --nodes=3", "-w n1", "--export=ALL"]  # fmt: skip
+    (tmp_path / "site.toml").write_text(f"extra = {options}")
+    assert read_site(tmp_path / "site.toml").extra == options
+
+
+def test_no_home(tmp_path, monkeypatch):
+    """Neither HOME nor an entry of the user in passwd: there is no site TOML then, and no error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("DELTAPRODUCT_SITE", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    assert load_site(None) == (Site(), None)
+    assert user() == str(os.getuid()) or any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME"))
 
 
 def test_all_problems_at_once(tmp_path):

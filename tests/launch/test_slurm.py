@@ -2,13 +2,16 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch import slurm
 from launch.record import new_folder
+from launch.sbatch import ROOT
 from tests.toy import REPO
+from torchtitan_deltaproduct.config.snapshots import versions
 from torchtitan_deltaproduct.errors import ConfigError, UserError, exit_on_user_error
 
 
@@ -62,6 +65,17 @@ def test_what_is_wrong_is_said_before_anything_is_written(toy, bench, more, told
     assert told in str(caught.value) and list(bench.iterdir()) == []
 
 
+@pytest.mark.parametrize("more", [
+    ["--job-name", "a\n#SBATCH --x"], ["--dependency", "afterany:1\r"], ["--job.dump_folder", "run\nrm -rf x"],
+    ["--model.flavor", "a\nb"],
+])  # fmt: skip
+def test_a_value_that_would_be_a_command_leaves_nothing(toy, stand_ins, more):
+    before = sorted(stand_ins.rglob("*"))
+    with pytest.raises(ConfigError, match="which a script cannot"):
+        slurm.main(words(toy, *more))
+    assert sorted(stand_ins.rglob("*")) == before
+
+
 def test_ranks_must_be_given(toy, bench, capsys):
     with pytest.raises(ConfigError, match="how many ranks"):
         slurm.main([str(toy), "--dry-run"])
@@ -97,6 +111,51 @@ def test_what_a_launch_leaves(toy, stand_ins, capsys):
         assert (folder / "git.txt").read_text().startswith(revision.strip())
 
 
+def test_the_job_runs_a_copy_of_the_code(toy, stand_ins, capsys):
+    """Editing the checkout changes nothing queued; the copy knows its revision, and comes before the current folder."""
+    slurm.main(words(toy))
+    code = stand_ins / "run/launch/001/code"
+    said = capsys.readouterr().err
+    assert f"code: {code} (a copy, made now), revision " in said
+    assert {path.name for path in code.iterdir()} == {"torchtitan_deltaproduct", "launch", "eval", "REVISION"}
+    for name in ("torchtitan_deltaproduct/train.py", "launch/requeue.py", "eval/generate.py"):
+        assert (code / name).read_bytes() == (REPO / name).read_bytes()
+    lines = (stand_ins / "run/launch/001/job.sbatch").read_text().splitlines()
+    exports = "\n".join(line for line in lines if line.startswith("export PYTHON"))
+    show = "import launch, torchtitan_deltaproduct.config.snapshots as s; print(launch, s, s.versions()[\"git\"])"
+    shell = ["bash", "-c", f"{exports}\n{sys.executable} -c '{show}'"]
+    done = subprocess.run(shell, cwd=REPO, capture_output=True, text=True)
+    for text in (code / "launch/__init__.py", code / "torchtitan_deltaproduct/config/snapshots.py", versions()["git"]):
+        assert str(text) in done.stdout, done.stderr
+    slurm.main(words(toy, "--no-snapshot", "--dry-run"))
+    said = capsys.readouterr()
+    assert f"export PYTHONPATH={ROOT}$" in said.out and "the checkout, as it is when the job starts" in said.err
+
+
+@pytest.mark.parametrize(("answer", "job"), [
+    ("-----\n   Welcome to cluster 3\n--> Verifying queue (normal)...OK\n519605", "519605"),
+    ("519605;two", "519605"), ("12 nodes are down\n519605\n", "519605"),
+])  # fmt: skip
+def test_a_banner_is_not_the_job(toy, stand_ins, capsys, answer, job):
+    (stand_ins / "bin/sbatch").write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n")
+    slurm.main(words(toy))
+    assert f"submitted job {job} on" in capsys.readouterr().out
+    (stand_ins / "queue").write_text(f"{job} PENDING\n")
+    with pytest.raises(UserError, match=f"job {job} is PENDING"):
+        slurm.main(words(toy))
+
+
+def test_an_answer_without_a_job_is_said(toy, stand_ins):
+    (stand_ins / "bin/sbatch").write_text("#!/bin/sh\necho Welcome\n")
+    with pytest.raises(UserError, match="its answer names no job: 'Welcome'"):
+        slurm.main(words(toy))
+    # What such a launch left is no job to wait for.
+    (stand_ins / "run/launch/001/job_id").write_text("Welcome to cluster 3\n")
+    (stand_ins / "bin/sbatch").write_text("#!/bin/sh\necho 5\n")
+    (stand_ins / "bin/squeue").write_text("#!/bin/sh\nexit 9\n")
+    slurm.main(words(toy))
+
+
 def test_one_job_a_run(toy, stand_ins):
     slurm.main(words(toy))
     (stand_ins / "queue").write_text("77 RUNNING\n")
@@ -124,3 +183,9 @@ def test_folders_count_up(tmp_path):
     (tmp_path / "launch/010").mkdir()
     (tmp_path / "launch/requeues.log").touch()
     assert new_folder(tmp_path) == Path(tmp_path, "launch/011")
+
+
+def test_a_file_where_the_launches_should_be(tmp_path):
+    (tmp_path / "launch").touch()
+    with pytest.raises(ConfigError, match="launch/001 cannot be made: Not a directory"):
+        new_folder(tmp_path)

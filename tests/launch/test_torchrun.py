@@ -97,3 +97,36 @@ def test_refusals_are_not_repeated_and_failures_are(start, tmp_path, code, start
 def test_a_wrong_timeout(start, tmp_path):
     assert start("save", "0", SHUTDOWN_TIMEOUT="soon").wait(timeout=60) == 2
     assert log_of(tmp_path / "run") == "error: SHUTDOWN_TIMEOUT=soon: expected seconds, a whole number\n"
+
+
+LISTENERS = """
+import os, pathlib, torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+table = {}
+for name in ("/proc/net/tcp", "/proc/net/tcp6"):
+    for line in pathlib.Path(name).read_text().splitlines()[1:]:
+        words = line.split()
+        if words[3] == "0A":
+            table[f"socket:[{words[9]}]"] = words[1]
+for pid in ("self", os.getppid()):
+    for handle in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found = table.get(os.readlink(handle))
+        except FileNotFoundError:
+            continue
+        if found:
+            print("listens on", found.split(":")[0], flush=True)
+dist.barrier()
+"""
+
+
+def test_one_node_listens_on_the_loopback_alone(tmp_path):
+    (tmp_path / "rank.py").write_text(LISTENERS)
+    words = ["-m", "launch.torchrun", "--standalone", "--nproc_per_node", "2", str(tmp_path / "rank.py")]
+    options = {"cwd": REPO, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 120}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # The two stores of torchrun, and gloo's of each rank; 0100007F is 127.0.0.1.
+    assert done.stdout.count("listens on 0100007F") >= 4
+    assert done.stdout.count("listens on") == done.stdout.count("listens on 0100007F"), done.stdout

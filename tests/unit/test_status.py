@@ -99,3 +99,27 @@ def test_sparkline():
 ])  # fmt: skip
 def test_ago(seconds, said):
     assert status.ago(seconds) == said
+
+
+def test_any_flipped_bit_leaves_a_report(tmp_path):
+    """Whatever a line has become, it is left out or shown: 1 bit of each byte of the four files."""
+    records = [step(1, memory_gib=1.5), {"step": 1, "validation_loss": 0.7}, step(2, lost_records=1)]
+    run = write(tmp_path / "run", records, [LAUNCH, SKIP, SAVE, stop("failed", "[x] fault"), AGAIN, SAVE], BEAT)
+    for name in ("metrics.jsonl", "events.jsonl", "config.json", "heartbeat.json"):
+        content = (run / name).read_bytes()
+        for at in range(len(content)):
+            (run / name).write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+            status.report(run, NOW)
+        (run / name).write_bytes(content)
+    assert "1 records lost" in show(run)
+
+
+def test_folders_that_are_no_runs_are_left_out(tmp_path, capsys):
+    """As in `status outputs/*`, where evaluations lie beside the runs."""
+    run = write(tmp_path / "run", [step(1)], [LAUNCH, stop("finished")])
+    (tmp_path / "evals").mkdir()
+    status.main([str(tmp_path / "evals"), str(run)])
+    said = capsys.readouterr()
+    assert "finished" in said.out and f"left out: {tmp_path}/evals has neither metrics.jsonl nor" in said.err
+    with pytest.raises(UserError, match="has neither"):
+        status.main([str(tmp_path / "evals")])

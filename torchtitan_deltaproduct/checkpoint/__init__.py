@@ -22,7 +22,8 @@ from typing import Any
 
 from .folders import CheckpointInfo, latest_complete, retention, scan
 
-__all__ = ["CheckpointInfo", "LoadedModel", "latest_complete", "load_model", "retention", "scan"]
+# Two of them come through `__getattr__`.
+__all__ = ["CheckpointInfo", "LoadedModel", "latest_complete", "load_model", "retention", "scan"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

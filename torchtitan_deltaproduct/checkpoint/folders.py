@@ -7,6 +7,7 @@ deletes a folder removes the marker first (`retire`), so that a half-deleted one
     retention([100, 200, 300, 400], keep_latest_k=2, keep_every=200)      # {200: "...", 300: "...", 400: "..."}
 """
 
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .marker import MARKER, SAVING, Marker, read_marker, wrong_sizes
+from ..files import is_there, read_text
+from .marker import INDEX, MARKER, SAVING, Marker, read_marker, wrong_sizes
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
@@ -40,11 +42,19 @@ class CheckpointInfo:
 
 
 def scan(folder: str | Path) -> list[CheckpointInfo]:
-    """All `step-N` folders directly under `folder`, by step; other names are not ours and are left out."""
+    """All `step-N` folders directly under `folder`, by step; other names are not ours and are left out.
+
+    Raises:
+        CheckpointError: `folder` is there and cannot be listed.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    matches = ((_STEP_FOLDER.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed: {error.strerror}; make it readable") from None
+    matches = ((_STEP_FOLDER.fullmatch(path.name), path) for path in paths if path.is_dir())
     return sorted((inspect(path, int(m[1])) for m, path in matches if m), key=lambda info: info.step)
 
 
@@ -77,6 +87,17 @@ def folder_size(path: Path) -> int:
             except OSError:
                 continue
     return total
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether a folder has a config.json of a Hugging Face model (a run's config.json is of another kind)."""
+    try:
+        content = json.loads(read_text(path / "config.json"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if isinstance(content, dict):
+        return "config" not in content
+    return any((path / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
 def latest_complete(folder: str | Path) -> CheckpointInfo | None:
@@ -112,7 +133,7 @@ def retention(complete: Iterable[int], keep_latest_k: int, keep_every: int = 0) 
 def deletable(found: Iterable[CheckpointInfo], keep_latest_k: int, keep_every: int = 0) -> list[CheckpointInfo]:
     """What retention deletes: complete folders not kept, and what cut-short saves older than the newest left.
 
-    Never the last complete one, and nothing that this package did not write.
+    Never the last complete one, and nothing that this package did not write: a link to a folder was made by someone.
     """
     found = list(found)
     complete = [info for info in found if info.complete]
@@ -121,13 +142,22 @@ def deletable(found: Iterable[CheckpointInfo], keep_latest_k: int, keep_every: i
     return [
         info
         for info in found
-        if (info.step not in kept if info.complete else info.step < newest and cut_short(info.path))
+        if not info.path.is_symlink()
+        and (info.step not in kept if info.complete else info.step < newest and cut_short(info.path))
     ]
 
 
 def cut_short(path: Path) -> bool:
     """Whether a save of ours began here and never ended; not one that ended and whose marker does not read now."""
-    return (path / SAVING).exists() and not (path / MARKER).exists()
+    return is_there(path / SAVING) and not is_there(path / MARKER)
+
+
+def was_complete(path: Path) -> bool:
+    """Whether a folder was a checkpoint once: it has a marker that may not read, or has lost the one it had.
+
+    A save leaves `.saving` until its marker is written, and whoever deletes puts it back first.
+    """
+    return is_there(path / MARKER) or (is_there(path / INDEX) and not is_there(path / SAVING))
 
 
 def retire(path: Path) -> None:
@@ -142,6 +172,10 @@ def delete(path: Path) -> None:
     Raises:
         OSError: something of it could not be deleted; it no longer counts as a checkpoint.
     """
+    if path.is_symlink():
+        # What it leads to is not ours: someone moved it there.
+        path.unlink()
+        return
     if not path.exists():
         return
     retire(path)

@@ -26,7 +26,8 @@ from ..config.architecture import DeltaProductArgs
 from ..data.tokenizer import copy_tokenizer, find_eos_id
 from ..errors import CheckpointError, exit_on_user_error
 from ..models import counts
-from .hf import HfModel, is_hf_folder, make_unfinished, open_hf
+from .folders import is_hf_folder
+from .hf import HfModel, check_tokenizer_files, make_unfinished, open_hf, put_in_place
 from .writer import About, MarkedWriter
 
 
@@ -50,6 +51,7 @@ def import_hf(source: str | Path, out: str | Path, eos: str = "") -> HfModel:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already; choose another folder")
     found = open_hf(source)
+    check_tokenizer_files(source)
     weights = found.weights()
     eos_id = find_eos_id(source, eos) if eos else found.eos_id
     unfinished = make_unfinished(out)
@@ -63,9 +65,7 @@ def import_hf(source: str | Path, out: str | Path, eos: str = "") -> HfModel:
             # It warns that no process group is there: one process writes all.
             warnings.simplefilter("ignore")
             dcp.save(weights, storage_writer=MarkedWriter(step, About(0, 1, "import"), snapshot), no_dist=True)
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
+        put_in_place(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return found

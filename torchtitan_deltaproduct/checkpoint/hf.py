@@ -14,9 +14,15 @@ come from safetensors alone.
 """
 
 import contextlib
+import errno
+import glob
 import json
+import math
 import os
-from dataclasses import dataclass
+import shutil
+import socket
+import stat
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -25,9 +31,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config.architecture import DeltaProductArgs
-from ..data.tokenizer import named_eos_id
+from ..config.ranges import RANGES
+from ..data.tokenizer import COMPANIONS, named_eos_id
 from ..errors import CheckpointError, DataError, UserError
+from ..files import exchange, is_plain_name, read_text
 from ..models import DeltaProductLM
+from ..models.counts import total_parameters
 from ..models.hf_names import from_hf, from_hf_config, to_hf, to_hf_config
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -69,7 +78,7 @@ class HfModel:
             CheckpointError: files are missing or damaged, keys and shapes are not those of the architecture, or values
                 are not finite floating-point numbers.
         """
-        tensors = _read_tensors(self.folder)
+        tensors = _read_tensors(self.folder, self.args)
         try:
             state = from_hf(tensors, self.args)
         except CheckpointError as error:
@@ -83,22 +92,13 @@ class HfModel:
         return state
 
 
-def is_hf_folder(path: Path) -> bool:
-    """Whether a folder has a config.json of a Hugging Face model (a run's config.json is of another kind)."""
-    try:
-        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return any((path / name).exists() for name in (SINGLE, INDEX))
-    return isinstance(content, dict) and "config" not in content
-
-
 def open_hf(folder: Path) -> HfModel:
     """Reads the JSON files of a folder; its weights are read by `HfModel.weights`.
 
     Raises:
         CheckpointError: config.json is missing, damaged, or describes another kind of model.
     """
-    config = _read_json(folder / CONFIG)
+    config = _read_json(folder, CONFIG)
     if config.get("model_type") != "gated_deltaproduct":
         raise CheckpointError(
             f"{folder / CONFIG} describes a model of type {config.get('model_type')!r}; expected 'gated_deltaproduct', "
@@ -106,13 +106,29 @@ def open_hf(folder: Path) -> HfModel:
         )
     try:
         args = from_hf_config(config)
+        check_architecture(args)
     except UserError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
-    training = _read_json(folder / TRAINING) if (folder / TRAINING).exists() else {}
+    training = _read_json(folder, TRAINING) if (folder / TRAINING).exists() else {}
     tables = training.get("config", {})
     if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
         raise CheckpointError(f"{folder / TRAINING}: config is not the tables of a run; copy it again")
     return HfModel(folder, args, config, training)
+
+
+def check_architecture(args: DeltaProductArgs) -> None:
+    """Raises CheckpointError for an architecture that no TOML could ask for either."""
+    for name in (field.name for field in fields(args)):
+        value, range_of = getattr(args, name), RANGES.get(f"model.{name}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(f"{name} = {value}: must be a finite number")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise CheckpointError(f"{name} has {len(hex(value)) - 2} hexadecimal digits: does not fit in 64 bits")
+        if value is not None and range_of is not None and not range_of.allows(value):
+            raise CheckpointError(f"{name} = {value}: {range_of.text}")
+    width = args.head_dim * args.expand_v
+    if not 1 <= width < 2**63 or abs(width - round(width)) > 1e-9:
+        raise CheckpointError(f"expand_v = {args.expand_v}: head_dim * expand_v must be a whole number of at least 1")
 
 
 def write_hf(
@@ -139,15 +155,27 @@ def write_hf(
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
     save_torch_state_dict(to_hf(state, args), folder, max_shard_size=max_shard_size)
+    # The library makes its files for their owner alone; they are to be read by whoever can read the others.
+    mode = stat.S_IMODE((folder / CONFIG).stat().st_mode)
+    for path in folder.glob("*.safetensors*"):
+        path.chmod(mode)
 
 
 def make_unfinished(out: Path) -> Path:
-    """Makes the folder beside `out` in which it is written, to be renamed once it is complete.
+    """Makes the folder beside `out` in which it is written, to be renamed once it is complete; removes abandoned ones.
 
     Raises:
         CheckpointError: there cannot be a folder there.
     """
-    unfinished = out.resolve().with_name(f".{out.resolve().name}.unfinished-{os.getpid()}")
+    out, host = out.resolve(), socket.gethostname()
+    unfinished = out.with_name(f".{out.name}.unfinished-{host}-{os.getpid()}")
+    for left in out.parent.glob(f".{glob.escape(out.name)}.unfinished-{host}-*"):
+        # Of a process of this machine that was killed, or of an earlier one with this one's number.
+        pid = left.name.rpartition("-")[2]
+        if pid == str(os.getpid()) or not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    if _replaced(out).exists() and not out.exists():
+        _replaced(out).rename(out)
     try:
         unfinished.mkdir(parents=True)
     except OSError as error:
@@ -156,8 +184,51 @@ def make_unfinished(out: Path) -> Path:
     return unfinished
 
 
+def put_in_place(unfinished: Path, out: Path) -> None:
+    """Renames a folder of `make_unfinished` to `out`; a model that is there goes in the same step, or stays.
+
+    Raises:
+        CheckpointError: it cannot be.
+    """
+    out = out.resolve()
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            _exchange(unfinished, out)
+        else:
+            os.replace(unfinished, out)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} cannot be replaced: {error.strerror}; delete it first, or choose another folder"
+        ) from None
+
+
+def _exchange(unfinished: Path, out: Path) -> None:
+    """In one step, or where the file system (NFS, say) has no such step in two, between which a kill may come."""
+    try:
+        exchange(unfinished, out)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        replaced = _replaced(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(out, replaced)
+        os.rename(unfinished, out)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(out: Path) -> Path:
+    """Where a model stands aside for the moment in which another takes its place."""
+    return out.with_name(f".{out.name}.replaced")
+
+
 def check_shapes(where: Path, found: dict[str, torch.Size], args: DeltaProductArgs) -> None:
     """Raises CheckpointError if a parameter of `args` is missing from `found` or has another shape there."""
+    # Before a model is built, even on the meta device: what a folder says of itself may be absurd.
+    if args.num_hidden_layers > len(found) or total_parameters(args) > 2 * sum(map(math.prod, found.values())):
+        raise CheckpointError(
+            f"{where} does not hold the model that its config.json describes: {args.num_hidden_layers:,} layers, "
+            f"{total_parameters(args):,} parameters; there are {len(found):,} tensors"
+        )
     with torch.device("meta"):
         expected = DeltaProductLM(args).state_dict()
     wrong = [f"{name} is missing" for name in expected if name not in found]
@@ -171,37 +242,83 @@ def check_shapes(where: Path, found: dict[str, torch.Size], args: DeltaProductAr
         raise CheckpointError(f"{where} does not hold the model that its config.json describes: {shown}")
 
 
-def _read_json(path: Path) -> dict:
+def own_file(folder: Path, name: str) -> Path:
+    """The file of that name in a folder, which a link may lead to where the hub's cache keeps its files.
+
+    Raises:
+        CheckpointError: the name or a link leads out of the folder, or to what is no file: a pipe would be waited for.
+    """
+    path = folder / name
+    if not is_plain_name(name):
+        raise CheckpointError(f"{folder} names {name!r}, which is no file of it; copy it again")
+    if path.is_symlink():
+        target, home = path.resolve(), folder.resolve()
+        # snapshots/REVISION/model.safetensors -> ../../blobs/SHA
+        in_cache = home.parent.name == "snapshots" and target.parent == home.parents[1] / "blobs"
+        if target.parent != home and not in_cache:
+            raise CheckpointError(f"{path} is a link to {target}, outside of its folder; copy the file itself")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no file; copy it again")
+    return path
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raises CheckpointError for a file of the tokenizer that a link brings from elsewhere, or that is no file."""
+    for name in ("tokenizer.json", *COMPANIONS):
+        own_file(folder, name)
+
+
+def _read_json(folder: Path, name: str) -> dict:
+    path = own_file(folder, name)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}, so the model is not known") from None
-    except ValueError as error:
+        raise CheckpointError(f"{folder} has no {name}, so the model is not known") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object; copy it again")
     return content
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the safetensors files of a folder, under the names they have there."""
+def _read_tensors(folder: Path, args: DeltaProductArgs) -> dict[str, Tensor]:
+    """All tensors of the safetensors files of a folder, under the names they have there.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or not of this folder, or there is too little in them for `args`.
+    """
     if (folder / INDEX).exists():
-        table = _read_json(folder / INDEX).get("weight_map")
+        table = _read_json(folder, INDEX).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
             raise CheckpointError(f"{folder / INDEX}: weight_map does not name a file for each tensor; copy it again")
         files = sorted(set(table.values()))
     else:
         files = [SINGLE]
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        path = folder / name
+    paths = [own_file(folder, name) for name in files]
+    for path in paths:
         if not path.is_file():
-            raise CheckpointError(f"{folder} has no {name}{_other_weights(folder)}")
+            raise CheckpointError(f"{folder} has no {path.name}{_other_weights(folder)}")
+    # The smallest floating-point number has one byte.
+    size = sum(path.stat().st_size for path in paths)
+    if total_parameters(args) > size:
+        raise CheckpointError(
+            f"{folder / CONFIG} describes {total_parameters(args):,} parameters, and the weights beside it have "
+            f"{size:,} bytes; copy both again"
+        )
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is cut short or damaged ({error}); copy it again") from None
+    if args.num_hidden_layers > len(tensors):
+        raise CheckpointError(
+            f"{folder / CONFIG} describes {args.num_hidden_layers:,} layers, and the weights beside it have "
+            f"{len(tensors):,} tensors; copy both again"
+        )
     return tensors
 
 

@@ -15,19 +15,22 @@ import os
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from ..arguments import path as expand
 from ..config.architecture import DeltaProductArgs
 from ..config.snapshots import read_snapshot
+from ..config.values import conform
 from ..data.tokenizer import find_eos_id, tokenizer_sha256
 from ..errors import CheckpointError
 from ..models import DeltaProductLM
-from .folders import CheckpointInfo, inspect, scan
-from .hf import check_shapes, is_hf_folder, open_hf
+from .folders import CheckpointInfo, inspect, is_hf_folder, scan
+from .hf import check_architecture, check_shapes, check_tokenizer_files, open_hf
 from .marker import MARKER, wrong_checksums
 from .safe_dcp import SafeLoadPlanner, SafeReader, read_index
 
@@ -92,7 +95,7 @@ def load_model(
     Raises:
         CheckpointError: nothing usable is there, or the weights do not fit the config beside them.
     """
-    path = Path(path)
+    path = Path(expand(str(path)))
     if path.is_dir() and is_hf_folder(path):
         return _load_hf(path, step, device, dtype)
     info = find_checkpoint(path, step)
@@ -117,6 +120,7 @@ def _load_hf(path: Path, step: int | None, device: torch.device | str, dtype: to
     model = _build(found.args, found.weights(), device, dtype)
     config = found.training.get("config", {})
     length = config.get("training", {}).get("seq_len") or found.config.get("max_position_embeddings")
+    check_tokenizer_files(path)
     tokenizer = path if (path / "tokenizer.json").exists() else None
     step = found.training.get("step")
     return LoadedModel(model, config, step, path, str(path), tokenizer, length, found.eos_id)
@@ -137,7 +141,7 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> CheckpointInfo
     Raises:
         CheckpointError: there is none; the message says what is there.
     """
-    path = Path(path)
+    path = Path(expand(str(path)))
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
         raise CheckpointError(
@@ -190,17 +194,34 @@ def run_folder(checkpoint: Path) -> Path:
 
 
 def find_tokenizer(run: Path, config: dict) -> Path | None:
-    """Where a run's tokenizer is: its own copy, the one its TOML names, or that of its prepared data."""
+    """Where a run's tokenizer is: its own copy, the one its TOML names, or that of its prepared data.
+
+    Raises:
+        CheckpointError: its own copy holds links to files elsewhere, which an export would take along.
+    """
+    check_tokenizer_files(run / "tokenizer")
     asked, sets = config.get("model", {}).get("hf_assets_path"), config.get("data", {}).get("paths", [])
     places = [run / "tokenizer", *([Path(asked)] if asked else []), *(Path(path, "tokenizer") for path in sets)]
     return next((place for place in places if (place / "tokenizer.json").exists()), None)
 
 
 def architecture(config: dict) -> DeltaProductArgs:
-    """The model that the `[model]` table of a snapshot describes; the operator's backend is chosen anew."""
+    """The model that the `[model]` table of a snapshot describes; the operator's backend is chosen anew.
+
+    Raises:
+        CheckpointError: it describes none.
+    """
     known = {f.name for f in fields(DeltaProductArgs)}
-    values = {name: value for name, value in config.get("model", {}).items() if name in known}
-    return DeltaProductArgs(**values | {"op_backend": "auto"})
+    table = config.get("model", {})
+    values = {name: value for name, value in table.items() if name in known} if isinstance(table, dict) else {}
+    hints = get_type_hints(DeltaProductArgs)
+    try:
+        args = DeltaProductArgs(**{name: conform(value, hints[name]) for name, value in values.items()})
+    except ValueError as error:
+        raise CheckpointError(f"the [model] table of the run's config.json is damaged: {error}") from None
+    args.op_backend = "auto"
+    check_architecture(args)
+    return args
 
 
 def read_weights(folder: Path, args: DeltaProductArgs) -> dict[str, torch.Tensor]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..arguments import path
 from ..config.snapshots import read_snapshot
 from ..errors import CheckpointError, exit_on_user_error
-from .folders import CheckpointInfo, deletable, retention, scan
-from .marker import MARKER
+from .folders import CheckpointInfo, deletable, is_hf_folder, retention, scan, was_complete
 
 
 def checkpoint_folder(run: Path) -> tuple[Path, dict]:
@@ -27,6 +27,11 @@ def checkpoint_folder(run: Path) -> tuple[Path, dict]:
     """
     if not run.is_dir():
         raise CheckpointError(f"{run} {'is not a folder' if run.exists() else 'does not exist'}; expected a run folder")
+    if is_hf_folder(run):
+        raise CheckpointError(
+            f"{run} is a model in the Hugging Face layout, which has no steps and no checksums; expected a run folder\n"
+            "loading it, as every evaluation does, says whether its files are whole"
+        )
     snapshot = read_snapshot(run / "config.json")
     settings = {} if snapshot is None else snapshot["config"].get("checkpoint", {})
     folder = run / settings.get("folder", "checkpoint")
@@ -59,16 +64,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m torchtitan_deltaproduct.checkpoint.ls", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("run", metavar="RUN", type=path, help="run folder")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    folder, settings = checkpoint_folder(options.run)
+    folder, settings = checkpoint_folder(Path(options.run))
     found = scan(folder)
     if not found:
         raise CheckpointError(f"{folder} holds no step-N; a run saves there every checkpoint.interval steps")
     console.print(listing(found, settings))
     complete = [info.step for info in found if info.complete]
-    over = "refuses to start over" if any((info.path / MARKER).exists() for info in found) else "starts over"
+    over = "refuses to start over" if any(was_complete(info.path) for info in found) else "starts over"
     newest = f"a restart goes on from step {complete[-1]:,}" if complete else f"none is usable: a restart {over}"
     console.print(f"{len(complete)} of {len(found)} complete, {sum(i.size for i in found) / 1e6:,.1f} MB; {newest}")
 

@@ -11,12 +11,15 @@ removes the marker first. `.saving` says that a save of ours is under way, or wa
 import hashlib
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import is_plain_name, is_there, read_text
 
-MARKER, SAVING = "complete.json", ".saving"
+MARKER, SAVING, INDEX = "complete.json", ".saving", ".metadata"
+"""The commit marker, the sign that a save is under way, and DCP's index."""
 FORMAT, VERSION = "torchtitan-deltaproduct checkpoint", 1
 
 
@@ -51,7 +54,7 @@ def write_marker(folder: Path, marker: Marker) -> None:
     files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(marker.files.items())}
     body = {"format": FORMAT, "version": VERSION, **vars(marker), "files": files}
     unfinished = folder / f"{MARKER}.tmp"
-    with open(unfinished, "w") as file:
+    with open(unfinished, "w", encoding="utf-8") as file:
         json.dump(body, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -68,26 +71,30 @@ def read_marker(folder: Path) -> Marker:
     """
     path = folder / MARKER
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(read_text(path))
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
         version = body["version"] if body["format"] == FORMAT else "of another format"
         marker = Marker(int(body["step"]), float(body["time"]), int(body["ranks"]), str(body["reason"]), files)
     except FileNotFoundError:
         raise CheckpointError(_missing(folder)) from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); use another checkpoint") from None
     if version != VERSION:
         raise CheckpointError(f"{path} has version {version}, expected {VERSION}: use the release that wrote it")
+    if strange := [name for name in files if not is_plain_name(name)]:
+        raise CheckpointError(f"{path} is damaged: {strange[0]!r} is no file of this folder; use another checkpoint")
+    if INDEX not in files:
+        raise CheckpointError(f"{path} is damaged: it does not list {INDEX}; use another checkpoint")
     return marker
 
 
 def ours(folder: Path) -> bool:
     """Whether a folder was written, or begun, by this package: only such a one may be deleted."""
-    if (folder / SAVING).exists():
+    if os.access(folder, os.X_OK) and is_there(folder / SAVING):
         return True
     try:
         # Another program's complete.json does not make it ours.
-        return FORMAT in (folder / MARKER).read_text(errors="replace")
+        return FORMAT in read_text(folder / MARKER, errors="replace")
     except OSError:
         return False
 
@@ -96,10 +103,13 @@ def wrong_sizes(folder: Path, marker: Marker) -> str:
     """The first file that is missing or has another size, in words; empty if there is none."""
     for name, (size, _) in sorted(marker.files.items()):
         try:
-            found = (folder / name).stat().st_size
+            status = (folder / name).stat()
         except OSError:
             return f"{name} is missing"
-        if found != size:
+        # A pipe or a device would be waited for when it is read.
+        if not stat.S_ISREG(status.st_mode):
+            return f"{name} is no file"
+        if (found := status.st_size) != size:
             return f"{name} has {found:,} bytes of {size:,}"
     return ""
 
@@ -125,7 +135,7 @@ def wrong_checksums(folder: Path, marker: Marker, share: int = 0, shares: int = 
 
 
 def _missing(folder: Path) -> str:
-    if (folder / SAVING).exists():
+    if is_there(folder / SAVING):
         return f"{folder} has no {MARKER}: its save is under way or was cut short"
     return f"{folder} has no {MARKER}: it is no checkpoint of this package, or its save never finished"
 

@@ -7,7 +7,7 @@ Everything in it comes from the run: its settings, its metrics.jsonl, its formul
 
 from pathlib import Path
 
-from ..events import read_jsonl
+from ..events import read_metrics
 from ..models import counts
 from .load import LoadedModel
 
@@ -103,7 +103,7 @@ def _training_rows(loaded: LoadedModel) -> dict[str, str]:
 
 def _results(run: Path, step: int | None) -> dict[str, str]:
     """The validation record of this very step in the run's metrics.jsonl, if it has one."""
-    for record in read_jsonl(run / "metrics.jsonl"):
+    for record in read_metrics(run):
         if step is not None and record.get("step") == step and "validation_loss" in record:
             return {
                 name.removeprefix("validation_").replace("_", " "): f"{value:,.4g}"

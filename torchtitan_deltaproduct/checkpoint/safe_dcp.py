@@ -1,43 +1,109 @@
 """Reading a distributed checkpoint (DCP) without trusting it.
 
 DCP keeps an index, `.metadata`, as a pickle, and loads non-tensor values with `weights_only=False`. A checkpoint from
-somebody else could run code on both ways. `SafeReader` unpickles the index through an allow-list of DCP's own record
-classes, and `SafeLoadPlanner` loads values with `weights_only=True`.
+somebody else could run code on both ways. `SafeReader` unpickles the index with a machine that knows no more than an
+index needs: it makes instances of DCP's own record classes and gives state to them alone, calls four harmless makers of
+values, and has no other opcode. `SafeLoadPlanner` loads values with `weights_only=True`.
 
     dcp.load(state, storage_reader=SafeReader(folder), planner=SafeLoadPlanner())
 """
 
 import io
 import pickle
-from pathlib import Path
+from dataclasses import fields
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import metadata as records
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 from ..errors import CheckpointError
+from ..files import is_plain_name, read_bytes
 
-# Classes an index consists of. dtype and layout singletons pickle as attributes of torch.
-_ALLOWED = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch": {"Size"} | {str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype)},
-    "torch.serialization": {"_get_layout"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
-    "collections": {"OrderedDict"},
-}  # fmt: skip
+_RECORDS = (
+    records.BytesStorageMetadata, records.ChunkStorageMetadata, Metadata, records.MetadataIndex, StorageMeta,
+    records.TensorProperties, records.TensorStorageMetadata, _StorageInfo,
+)  # fmt: skip
 
 
-class _IndexUnpickler(pickle.Unpickler):
+def _path(*parts: str) -> str:
+    return str(PurePosixPath(*map(str, parts)))
+
+
+def _layout(name: str) -> torch.layout:
+    return {"torch.strided": torch.strided}[name]
+
+
+def _size(numbers: tuple = ()) -> torch.Size:
+    return torch.Size(int(number) for number in numbers)
+
+
+# What stands for the names in an index. dtypes pickle as attributes of torch; a path comes back as text.
+_GLOBALS = (
+    {(cls.__module__, cls.__name__): cls for cls in _RECORDS}
+    | {("torch", str(value).removeprefix("torch.")): value
+       for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    | {(module, name): _path
+       for module in ("pathlib", "pathlib._local") for name in ("Path", "PosixPath", "PurePosixPath")}
+    | {("torch", "Size"): _size, ("torch.serialization", "_get_layout"): _layout,
+       (records.__name__, "_MEM_FORMAT_ENCODING"): records._MEM_FORMAT_ENCODING}
+)  # fmt: skip
+_MAKERS = (_path, _layout, _size, records._MEM_FORMAT_ENCODING)
+
+# Numbers, texts, containers and the memo: they make built-in values and call nothing.
+_PLAIN = (
+    "PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE "
+    "BINUNICODE8 SHORT_BINBYTES BINBYTES EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT "
+    "SETITEM SETITEMS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL"
+)
+
+
+class _Opcodes(dict):
+    def __missing__(self, code: int):
+        raise pickle.UnpicklingError(f"opcode {chr(code)!r} does not belong in a checkpoint index")
+
+
+class _IndexUnpickler(pickle._Unpickler):
+    """Python's own unpickler in Python, because the one in C gives state to whatever is on its stack, classes too."""
+
+    dispatch = _Opcodes(
+        {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _PLAIN.split()}
+    )
+
     def find_class(self, module: str, name: str):
-        if name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint index")
+        if (module, name) not in _GLOBALS:
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint index")
+        return _GLOBALS[module, name]
+
+    def load_newobj(self) -> None:
+        arguments, cls = self.stack.pop(), self.stack.pop()
+        if not any(cls is record for record in _RECORDS) or arguments != ():
+            raise pickle.UnpicklingError(f"an object of {cls!r} does not belong in a checkpoint index")
+        self.append(object.__new__(cls))
+
+    def load_reduce(self) -> None:
+        arguments, maker = self.stack.pop(), self.stack.pop()
+        if not any(maker is allowed for allowed in _MAKERS):
+            raise pickle.UnpicklingError(f"a call of {maker!r} does not belong in a checkpoint index")
+        self.append(maker(*arguments))
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) not in _RECORDS:
+            raise pickle.UnpicklingError(f"state of {target!r} does not belong in a checkpoint index")
+        if type(target) is records.TensorProperties:
+            target.__setstate__(state)
+        elif type(state) is dict and state.keys() <= {field.name for field in fields(target)}:
+            target.__dict__.update(state)
+        else:
+            raise pickle.UnpicklingError(f"{type(target).__name__} does not have the state that is in the index")
+
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def read_index(folder: Path) -> Metadata:
@@ -48,13 +114,16 @@ def read_index(folder: Path) -> Metadata:
     """
     path = Path(folder) / ".metadata"
     try:
-        index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+        index = _IndexUnpickler(io.BytesIO(read_bytes(path))).load()
+        if type(index) is not Metadata:
+            raise pickle.UnpicklingError(f"it holds a {type(index).__name__}, not a checkpoint index")
+        for part in index.storage_data.values():
+            if type(part) is not _StorageInfo or not is_plain_name(part.relative_path):
+                raise pickle.UnpicklingError(f"it names data outside of its folder: {part!r}")
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no .metadata: not a checkpoint, or its save never finished") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"{path} cannot be read ({error}); use another checkpoint") from None
-    if not isinstance(index, Metadata):
-        raise CheckpointError(f"{path} holds a {type(index).__name__}, not a checkpoint index; use another checkpoint")
     return index
 
 

@@ -11,7 +11,6 @@ the run's logits.
 
 import argparse
 import logging
-import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from ..arguments import path, text
 from ..data.tokenizer import copy_tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError, DataError, exit_on_user_error
 from ..models.hf_names import to_hf as under_fla_names
-from .hf import is_hf_folder, make_unfinished, write_hf
+from .folders import is_hf_folder
+from .hf import make_unfinished, put_in_place, write_hf
 from .load import LoadedModel, load_model
 from .model_card import model_card
 
@@ -96,13 +96,10 @@ def export(
         )
         if source is not None:
             copy_tokenizer(source, unfinished, separator)
-        (unfinished / "README.md").write_text(model_card(loaded, out.name, dtype), "utf-8", "backslashreplace")
+        card = model_card(loaded, out.name, dtype)
+        (unfinished / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         verified = verify(unfinished, loaded, state)
-        replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-        if out.exists():
-            out.rename(replaced)
-        unfinished.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return verified

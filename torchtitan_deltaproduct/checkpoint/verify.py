@@ -11,6 +11,7 @@ import argparse
 import time
 from pathlib import Path
 
+from ..arguments import path
 from ..errors import CheckpointError, exit_on_user_error
 from .folders import CheckpointInfo, inspect, scan
 from .ls import checkpoint_folder
@@ -39,11 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m torchtitan_deltaproduct.checkpoint.verify", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or one checkpoint/step-N")
+    parser.add_argument("run", metavar="RUN", type=path, help="run folder, or one checkpoint/step-N")
     parser.add_argument("--step", type=int, help="only this step (default: all)")
     options = parser.parse_args(arguments)
     good = bad = 0
-    for info in chosen(options.run, options.step):
+    for info in chosen(Path(options.run), options.step):
         start = time.monotonic()
         problems = wrong_checksums(info.path, info.marker) if info.complete else [info.reason]
         seconds = max(time.monotonic() - start, 1e-9)

@@ -16,9 +16,7 @@ from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, S
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from .marker import Marker, checksum, write_marker
-
-INDEX = ".metadata"
+from .marker import INDEX, Marker, checksum, write_marker
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class MarkedWriter(FileSystemWriter):
         files = {r.storage_data.relative_path: r.file for of_rank in results for r in of_rank}
         names = [INDEX]
         if self.snapshot is not None:
-            with open(folder / "config.json", "w") as file:
+            with open(folder / "config.json", "w", encoding="utf-8") as file:
                 json.dump(self.snapshot, file, indent=1)
                 file.flush()
                 # As DCP does with its files: the marker vouches for all of them, through a power cut too.

@@ -10,6 +10,8 @@ function that returns what is wrong or None. What depends on the machine is judg
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from .fields import get_value, schema
@@ -168,21 +170,21 @@ def _stream_unmixed(config: JobConfig, _: Environment) -> str | None:
     return None
 
 
-def _dataset_unread(config: JobConfig, _: Environment) -> str | None:
-    if config.data.kind != "streaming" and config.data.dataset:
-        return 'only read with kind = "streaming"'
-    return None
-
-
-def _only_read_by(key: str, *kinds: str) -> Judge:
+def _only_read(key: str, when: str, is_read: Callable[[JobConfig], bool]) -> Judge:
+    """Refuses an option in a setting in which nothing would read it."""
     default = schema()[key].default
 
     def judge(config: JobConfig, _: Environment) -> str | None:
-        if config.data.kind in kinds or get_value(config, key) == default:
+        if is_read(config) or get_value(config, key) == default:
             return None
-        return "only read with kind = " + " or ".join(f'"{kind}"' for kind in kinds)
+        return f"only read with {when}"
 
     return judge
+
+
+def _only_read_by(key: str, *kinds: str) -> Judge:
+    when = "kind = " + " or ".join(f'"{kind}"' for kind in kinds)
+    return _only_read(key, when, lambda config: config.data.kind in kinds)
 
 
 def _group_named(config: JobConfig, _: Environment) -> str | None:
@@ -317,6 +319,20 @@ def _seed_checkpoint(config: JobConfig, environment: Environment) -> str | None:
     return None
 
 
+def _run_folder_possible(config: JobConfig, environment: Environment) -> str | None:
+    path = Path(config.job.dump_folder).absolute()
+    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if environment.files and not nearest.is_dir():
+        return f"{nearest} is no folder, so there cannot be one"
+    return None
+
+
+def _wandb_installed(config: JobConfig, environment: Environment) -> str | None:
+    if config.metrics.enable_wandb and environment.files and find_spec("wandb") is None:
+        return "wandb is not installed: pip install wandb, or leave it out"
+    return None
+
+
 def _initial_load_exists(config: JobConfig, environment: Environment) -> str | None:
     path = config.checkpoint.initial_load_path
     if path and environment.files and not os.path.isdir(path):
@@ -333,16 +349,27 @@ _RULES: tuple[tuple[tuple[str, ...], Judge], ...] = (
     (("data.paths",), _data_named),
     (("data.kind", "data.dataset"), _stream_named),
     (("data.paths", "data.kind"), _stream_unmixed),
-    (("data.dataset", "data.kind"), _dataset_unread),
     (("data.group", "data.kind"), _group_named),
     *(((key, "data.kind"), _only_read_by(key, *kinds)) for keys, kinds in {
         "data.group data.curriculum_start data.curriculum_steps": ("group_word",),
         "data.language data.min_length data.max_length": ("formal_language",),
-        "data.weights": ("prepared",),
-        "data.eos": ("streaming",),
-        "data.shuffle data.reset_state_at_documents validation.seq_len validation.steps": ("prepared", "streaming"),
+        "data.weights data.shuffle": ("prepared",),
+        "data.dataset data.dataset_config data.split data.text_field data.eos data.shuffle_buffer":
+            ("streaming",),
+        "model.hf_assets_path data.reset_state_at_documents validation.seq_len validation.steps":
+            ("prepared", "streaming"),
         "validation.lengths validation.samples": _GENERATED,
     }.items() for key in keys.split()),
+    *(((key, by), _only_read(key, when, is_read)) for key, by, when, is_read in (
+        ("data.seed", "data.shuffle_buffer", "a shuffle_buffer, since a stream is in file order without one",
+         lambda config: config.data.kind != "streaming" or config.data.shuffle_buffer > 0),
+        ("data.prefetch_factor", "data.num_workers", "num_workers of at least 1",
+         lambda config: config.data.num_workers > 0),
+        ("model.conv_size", "model.use_short_conv", "use_short_conv = true",
+         lambda config: config.model.use_short_conv),
+        ("model.hidden_ratio", "model.intermediate_size", "no intermediate_size, which overrides it",
+         lambda config: config.model.intermediate_size is None),
+    )),
     (("data.curriculum_start", "data.curriculum_steps", "training.seq_len"), _curriculum_fits),
     (("data.max_length", "data.min_length", "training.seq_len"), _lengths_fit),
     (("validation.lengths", "data.max_length"), _tested_longer),
@@ -375,4 +402,6 @@ _RULES: tuple[tuple[tuple[str, ...], Judge], ...] = (
     (("guard.hang_seconds", "comm.train_timeout_seconds"), _hang_before_timeout),
     (("checkpoint.create_seed_checkpoint",), _seed_checkpoint),
     (("checkpoint.initial_load_path",), _initial_load_exists),
+    (("job.dump_folder",), _run_folder_possible),
+    (("metrics.enable_wandb",), _wandb_installed),
 )  # fmt: skip

@@ -20,11 +20,13 @@ from ..errors import ConfigError
 from .unsupported import refusal
 from .values import shorten, show
 
+_OTHER_MODEL, _OTHER_OPTIMIZER = "another model", "another optimizer state"
+
 BREAKING = {
     "model.vocab_size model.hidden_size model.num_hidden_layers model.num_heads model.head_dim "
     "model.expand_v model.num_householder model.allow_neg_eigval model.use_forget_gate model.use_output_gate "
     "model.use_short_conv model.conv_size model.norm_eps model.tie_word_embeddings derived.mlp_size":
-        "another model",
+        _OTHER_MODEL,
     "data.kind data.paths data.dataset data.dataset_config data.split data.text_field data.eos extra.data_identity "
     "data.group data.language data.min_length data.max_length":
         "other data",
@@ -33,7 +35,7 @@ BREAKING = {
     "data.reset_state_at_documents": "another treatment of documents",
     "training.seq_len": "other windows",
     "derived.global_batch_size": "another number of samples a step",
-    "optimizer.name": "another optimizer state",
+    "optimizer.name": _OTHER_OPTIMIZER,
 }  # fmt: skip
 NOTABLE = {
     "model.init_scheme model.initializer_range debug.seed": "no effect: the weights are drawn already",
@@ -120,8 +122,14 @@ def classify(key: str) -> tuple[str, str] | None:
     return None
 
 
-def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Comparison:
+def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any], consumed: bool = True) -> Comparison:
     """Compares two snapshots (see `snapshot`).
+
+    Args:
+        saved: of the checkpoint.
+        current: of this launch.
+        consumed: whether training goes on in the checkpoint's data; False where it begins anew, from the weights of a
+            seed checkpoint say: then only another model breaks.
 
     An option that one of the two does not know (another version of this package wrote it) is notable: it
     cannot have had an effect there. With equal `extra["data_identity"]`, other folders hold the same data.
@@ -142,6 +150,8 @@ def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Com
             kind, why = "notable", "the same data in another place"
         elif key == "model.hf_assets_path" and new.get("data.kind") == "streaming":
             kind, why = "breaking", "the tokenizer decides the tokens"
+        if kind == "breaking" and not consumed and why not in (_OTHER_MODEL, _OTHER_OPTIMIZER):
+            kind, why = "notable", "no sample was trained on yet"
         getattr(comparison, kind).append(Change(key, old.get(key), new.get(key), why))
     return comparison
 
@@ -158,11 +168,14 @@ def refuse_breaking(
         told = f" ({origin})" if origin else ""
         old, new = shorten(show(change.old)), shorten(show(change.new))
         lines.append(f"  {change.name} was {old}, is {new}{told}: {change.why}")
-    raise ConfigError(
-        f"{checkpoint} belongs to another run:\n" + "\n".join(lines) + "\n"
-        "put the old values back to continue it, or start a new run from its weights with\n"
-        f"  --job.dump_folder NEW_FOLDER --checkpoint.initial_load_path {checkpoint}"
-    )
+    if any(change.why == _OTHER_MODEL for change in comparison.breaking):
+        way = "put the old values back to continue it, or train the other model in another job.dump_folder"
+    else:
+        way = (
+            "put the old values back to continue it, or start a new run from its weights with\n"
+            f"  --job.dump_folder NEW_FOLDER --checkpoint.initial_load_path {checkpoint}"
+        )
+    raise ConfigError(f"{checkpoint} belongs to another run:\n" + "\n".join(lines) + f"\n{way}")
 
 
 def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:

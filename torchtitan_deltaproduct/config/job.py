@@ -21,9 +21,9 @@ class Model(DeltaProductArgs, titan.Model):
     name: str = "deltaproduct"
     """Always `deltaproduct`."""
     flavor: str = ""
-    """A free label for logs and the run folder, for example `213M-n2`."""
+    """A free label, shown in the log and by `config.plan`, for example `213M-n2`."""
     hf_assets_path: str = ""
-    """Folder with tokenizer.json; empty: the tokenizer recorded in the prepared data's manifest."""
+    """Folder with tokenizer.json. prepared: empty, or that of the data's manifest. streaming: what makes the tokens."""
 
 
 @dataclass

@@ -5,24 +5,29 @@ and raised as one `ConfigError`, before any process group starts. `--help` print
 training` those of a table.
 
     config = load_config(["--job.config_file", "train_configs/x.toml", "--training.steps", "10"])
+    config = load_config(["train_configs/x.toml", "--training.steps", "10"])                          # the same
     config.provenance["optimizer.lr"]     # "train_configs/x.toml:31", "command line" or "default (ours)"
 """
 
 import glob
 import os
 import re
+import sys
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..files import read_text
 from .check import Environment, check
-from .fields import schema, set_value, tables
+from .fields import get_value, schema, set_value, tables
 from .help import asks_for_help, print_help
 from .job import JobConfig
 from .locate import Path, locate
 from .names import describe_key, describe_table, suggest_key
 from .overrides import parse_overrides
 from .problems import Problem, Source, quoted, raise_if_any
+from .schedule import decay_steps_of
 from .values import conform, nearest
 
 
@@ -30,7 +35,7 @@ def load_config(argv: list[str], environment: Environment | None = None) -> JobC
     """Builds the job config of a command line.
 
     Args:
-        argv: Arguments without the program name: `--job.config_file X.toml` and overrides.
+        argv: Arguments without the program name: `--job.config_file X.toml`, or `X.toml` in front, and overrides.
         environment: Machine the config is to run on; by default this one. `Environment()` checks only what
             holds on every machine, for example to look at a cluster's config on a laptop.
 
@@ -44,7 +49,8 @@ def load_config(argv: list[str], environment: Environment | None = None) -> JobC
     if asks_for_help(argv):
         print_help(argv)
         raise SystemExit(0)
-    overrides, problems = parse_overrides(argv)
+    in_front = bool(argv) and not argv[0].startswith("-")
+    overrides, problems = parse_overrides(["--job.config_file", *argv] if in_front else argv)
     file = overrides.get("job.config_file")
     if not file:
         problems.insert(0, Problem("--job.config_file FILE is missing" + _files_found()))
@@ -65,9 +71,43 @@ def load_config(argv: list[str], environment: Environment | None = None) -> JobC
         key: str(sources.get(key, f"default ({'ours' if option.ours else 'torchtitan'})"))
         for key, option in schema().items()
     }
+    if note := shorten_warmup(config, found.values, overrides):
+        config.provenance["lr_scheduler.warmup_steps"] = note
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: lr_scheduler.warmup_steps: {note}", file=sys.stderr)
+    expand_home(config)
     problems += check(config, sources, environment or Environment.detect(), unusable=found.unusable)
     raise_if_any(problems)
     return config
+
+
+def shorten_warmup(config: JobConfig, in_file: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
+    """Shortens the warm-up of a file's run with the run, where a command line cuts that short; says so, or ""."""
+    schedule, steps = config.lr_scheduler, config.training.steps
+    asked = overrides.keys() & {"training.steps", "lr_scheduler.warmup_steps", "lr_scheduler.total_steps"}
+    before = in_file.get("training.steps", JobConfig().training.steps)
+    if asked != {"training.steps"} or schedule.total_steps is not None or not 1 <= steps < before:
+        return ""
+    warmup = schedule.warmup_steps
+    if warmup + decay_steps_of(steps, min(warmup, steps), schedule.decay_ratio) <= steps:
+        return ""
+    schedule.warmup_steps = max(1, warmup * steps // before)
+    return f"shortened from {warmup} to {schedule.warmup_steps}, as training.steps from {before} to {steps}"
+
+
+PATHS = ("job.dump_folder", "model.hf_assets_path", "data.paths", "data.dataset", "validation.paths",
+         "checkpoint.initial_load_path")  # fmt: skip
+"""Options that name files or folders: `~` in front is the home folder."""
+
+
+def expand_home(config: JobConfig) -> None:
+    """Replaces `~` in every path of a config, which no shell has done for a TOML."""
+    for key in PATHS:
+        value = get_value(config, key)
+        if isinstance(value, list):
+            set_value(config, key, [os.path.expanduser(path) for path in value])
+        elif value:
+            set_value(config, key, os.path.expanduser(value))
 
 
 @dataclass
@@ -163,8 +203,7 @@ def _syntax_problem(file: str, text: str, error: tomllib.TOMLDecodeError) -> Pro
 
 def _read(file: str, problems: list[Problem]) -> str | None:
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            return stream.read()
+        return read_text(os.path.expanduser(file))
     except FileNotFoundError:
         reason = f"no such file{_files_found(file)}"
     except IsADirectoryError:

@@ -1,22 +1,27 @@
-"""What a TOML will do: parameters, FLOPs, tokens, memory, disk, learning rates. Needs no GPU.
+"""What a TOML will do: parameters, FLOPs, data and its epochs, memory, disk, learning rates. Needs no GPU.
 
     python -m torchtitan_deltaproduct.config.plan x.toml --world-size 8 [--section.key value ...]
     python -m torchtitan_deltaproduct.config.plan x.toml --world-size 8 --mfu 0.4 --device H100
 
 `--tokens-per-second N` (all ranks together), or `--mfu F` with `--device NAME` or `metrics.peak_flops`, adds
-the duration of the run.
+the duration of the run. What is wrong with the data is said, and the rest is printed all the same: it may lie where
+only the nodes see it. `--device-memory GB` is what the memory of a rank is compared with.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from ..errors import ConfigError, exit_on_user_error
+from ..errors import ConfigError, DataError, UserError, exit_on_user_error
 from ..models import counts
 from .check import Environment
+from .devices import PEAK_FLOPS, peak_flops
 from .fields import get_value, schema
 from .job import JobConfig
 from .load import load_config
@@ -33,15 +38,11 @@ from .schedule import lr_factor
 from .snapshots import effective_global_batch_size
 from .values import nearest, shorten, show
 
-# Dense bfloat16 peaks of the vendors' data sheets, FLOP/s.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "RTX4090": 165e12,
-}
+if TYPE_CHECKING:
+    from ..data.manifest import Manifest
+
+SPARE = 1.2
+"""Share of the counted memory that a device needs: the operator's work space, fragmentation, communication buffers."""
 
 Rows = list[tuple[str, ...]]
 
@@ -56,17 +57,29 @@ def main(argv: list[str] | None = None) -> None:
     seconds = _duration(config, world_size, options)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(f"[bold]{options.toml}[/] on {world_size} rank{'s' * (world_size > 1)}", soft_wrap=True)
-    for title, rows in sections(config, world_size, seconds):
+    if config.job.description:
+        console.print(escape(config.job.description), soft_wrap=True)
+    for title, rows in sections(config, world_size, seconds, options.device_memory):
         console.print(f"\n[bold]{title}[/]")
         console.print(_table(rows))
 
 
-def sections(config: JobConfig, world_size: int, seconds: float | None = None) -> Iterator[tuple[str, Rows]]:
-    """The parts of the plan: a title, and rows of text whose first column is a name."""
+def sections(
+    config: JobConfig, world_size: int, seconds: float | None = None, device_memory: float = 80.0
+) -> Iterator[tuple[str, Rows]]:
+    """The parts of the plan: a title, and rows of text whose first column is a name.
+
+    Args:
+        config: the job.
+        world_size: its ranks.
+        seconds: how long it takes; None: not known.
+        device_memory: of a device in GB, as it is sold: 80 for an H100.
+    """
     yield f"Model: {describe_model(config)}", model_rows(config)
     yield "Compute", compute_rows(config, world_size, seconds)
+    yield "Data", data_rows(config, world_size)
     kind = {2: "bfloat16", 4: "float32"}[activation_width(config)]
-    yield f"Memory of a rank (estimate, {kind} activations)", memory_rows(config, world_size)
+    yield f"Memory of a rank (estimate, {kind} activations)", memory_rows(config, world_size, device_memory)
     yield "Checkpoints on disk", checkpoint_rows(config)
     yield f"Learning rate  {sparkline(lr_curve(config))}", schedule_rows(config)
     yield "Values that are not defaults", provenance_rows(config)
@@ -77,8 +90,9 @@ def describe_model(config: JobConfig) -> str:
     args = config.model
     name = "DeltaNet" if args.num_householder == 1 else "DeltaProduct"
     heads = f"{args.num_heads} heads of {args.head_dim} x {args.head_v_dim}"
+    label = f"{args.flavor}, " if args.flavor else ""
     return (
-        f"{'Gated ' * args.use_forget_gate}{name}, n_h = {args.num_householder}, "
+        f"{label}{'Gated ' * args.use_forget_gate}{name}, n_h = {args.num_householder}, "
         f"eigenvalues in [{'-1' if args.allow_neg_eigval else '0'}, 1]; "
         f"{args.num_hidden_layers} layers, width {args.hidden_size}, {heads}, MLP {args.mlp_size}"
     )
@@ -112,13 +126,77 @@ def compute_rows(config: JobConfig, world_size: int, seconds: float | None) -> R
     return rows
 
 
-def memory_rows(config: JobConfig, world_size: int) -> Rows:
+def data_rows(config: JobConfig, world_size: int) -> Rows:
+    """The training and validation sets as they are on this machine: what they hold, or what is wrong with them."""
+    if config.data.kind == "streaming":
+        shown = config.data.dataset + (f" ({config.data.dataset_config})" if config.data.dataset_config else "")
+        rows = [("streamed", shown, f"split {config.data.split}, not opened here")]
+        return rows + _tokenizer_rows(config) + _validation_rows(config)
+    if config.data.kind != "prepared":
+        return [("generated", config.data.group or config.data.language, "from data.seed; nothing is read")]
+    windows, rows = [], []
+    for path in config.data.paths:
+        manifest, row = _set_row("training", path, config)
+        rows.append(row)
+        windows.append(manifest.tokens // config.training.seq_len if manifest else 0)
+    samples = effective_global_batch_size(config, world_size) * config.training.steps
+    if all(windows):
+        shares = config.data.weights or windows
+        for path, own, share in zip(config.data.paths, windows, shares, strict=True):
+            epochs = samples * share / sum(shares) / own
+            told = f"of {path}: {own:,} windows of {config.training.seq_len:,} tokens"
+            rows.append(("epochs", f"{epochs:.3g}", told))
+    return rows + _validation_rows(config)
+
+
+def _validation_rows(config: JobConfig) -> Rows:
+    paths = config.validation.paths if config.validation.enable else []
+    return [_set_row("validation", path, config)[1] for path in paths]
+
+
+def _set_row(name: str, path: str, config: JobConfig) -> tuple["Manifest | None", tuple[str, ...]]:
+    """The manifest of a prepared folder, None if it cannot be trained on, and the row that tells of it."""
+    # Here, since this package is below `data`: nothing else of the config opens data.
+    from ..data.manifest import read_manifest
+    from ..data.tokenizer import tokenizer_sha256
+
+    try:
+        manifest = read_manifest(path)
+        if tokenizer_sha256(Path(path, "tokenizer")) != manifest.tokenizer_sha256:
+            raise DataError(f"its tokenizer is not the one it was prepared with; copy {path} again")
+        if manifest.vocab_size > config.model.vocab_size:
+            raise DataError(
+                f"has token ids up to {manifest.vocab_size - 1:,}, but model.vocab_size = {config.model.vocab_size:,}"
+            )
+        if manifest.tokens < config.training.seq_len:
+            raise DataError(f"has {manifest.tokens:,} tokens, less than one window of {config.training.seq_len:,}")
+    except DataError as error:
+        return None, (name, path, f"CANNOT BE USED: {str(error).splitlines()[0]}")
+    unused = config.model.vocab_size - manifest.vocab_size
+    fits = f"tokenizer of {manifest.vocab_size:,}, {unused:,} rows of the embedding unused"
+    return manifest, (name, path, f"{manifest.tokens:,} tokens in {manifest.documents:,} documents; {fits}")
+
+
+def _tokenizer_rows(config: JobConfig) -> Rows:
+    from ..data.tokenizer import Tokenizer
+
+    folder = config.model.hf_assets_path
+    try:
+        size = Tokenizer(folder).vocab_size
+    except (UserError, OSError) as error:
+        return [("tokenizer", folder, f"CANNOT BE USED: {str(error).splitlines()[0]}")]
+    wrong = "CANNOT BE USED: " if size > config.model.vocab_size else ""
+    return [("tokenizer", folder, f"{wrong}{size:,} tokens, model.vocab_size = {config.model.vocab_size:,}")]
+
+
+def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Rows:
     parts = counts.parameters_by_part(config.model)
     memory = rank_memory(config, world_size, parts)
     ac, shards = config.activation_checkpoint, shard_degree(config, world_size)
     reshard, reason = reshard_after_forward(config, shards, sum(parts.values()))
     mode = f"{ac.mode} {ac.selective_ac_option}" if ac.mode == "selective" else ac.mode
     offload = "; on the host" if config.training.enable_cpu_offload else ""
+    compiled = config.compile.enable and "model" in config.compile.components
     remarks = {
         "weights": f"float32, 1/{shards} of them{offload}",
         "gradients": "float32, all of them: reduced with the last micro-batch"
@@ -126,26 +204,40 @@ def memory_rows(config: JobConfig, world_size: int) -> Rows:
         else f"float32, 1/{shards} of them{offload}",
         "optimizer state": f"{config.optimizer.name}, two moments{offload}",
         "gathered weights": f"unsharded for use: {'embedding, head, two blocks' if reshard else 'all'} ({reason})",
-        "activations": f"checkpointing {mode}; eager, so torch.compile needs less",
+        "activations": f"checkpointing {mode}; "
+        + ("as if eager: torch.compile, which is on, keeps less" if compiled else "eager; torch.compile keeps less"),
         "loss": "logits of a chunk of tokens, gradients of the head and its input",
     }
     rows = [(name, amount(size, "B"), remarks[name]) for name, size in memory.items() if size]
-    return [*rows, ("sum", amount(sum(memory.values()), "B"), "plan for 20 % more")]
+    needed = SPARE * sum(memory.values())
+    # Memory of devices is sold in powers of two, and the driver keeps a part for itself.
+    room = 0.99 * device_memory * 2**30
+    verdict = "fits" if needed <= room else "does not fit"
+    return [
+        *rows,
+        ("sum", amount(sum(memory.values()), "B"), f"and 20 % for work space: {amount(needed, 'B')}"),
+        (f"{verdict} {device_memory:g} GB", f"{needed / room:.0%}", "of what a device has for it"),
+    ]
 
 
 def checkpoint_rows(config: JobConfig) -> Rows:
+    from ..checkpoint.folders import retention
+
     checkpoint, parameters = config.checkpoint, counts.total_parameters(config.model)
     size = checkpoint_bytes(parameters)
     if not checkpoint.enable:
         return [("checkpoints", "none", "checkpoint.enable = false: a run that stops is lost")]
-    written = -(-config.training.steps // checkpoint.interval)
-    kept = min(written, checkpoint.keep_latest_k) if checkpoint.keep_latest_k else written
+    steps = {*range(checkpoint.interval, config.training.steps + 1, checkpoint.interval), config.training.steps}
+    steps |= {1} if checkpoint.enable_first_step_checkpoint else set()
+    reasons = retention(steps, checkpoint.keep_latest_k, checkpoint.keep_every).values()
+    kept, milestones = len(reasons), sum(reason.startswith("milestone") for reason in reasons)
     last = ", the last of all weights only: it cannot be continued" if checkpoint.last_save_model_only else ""
+    of_them = f", {milestones} of them milestones, every {checkpoint.keep_every:,} steps" if milestones else ""
     return [
         ("one", amount(size, "B"), "weights and two moments in float32"),
-        ("written", f"{written}", f"every {checkpoint.interval} steps and at the end{last}"),
-        ("kept", f"{kept}", f"{amount(kept * size, 'B')}"),
-        ("largest at once", amount(min(kept + 1, written) * size, "B"), "with the one being written"),
+        ("written", f"{len(steps)}", f"every {checkpoint.interval} steps and at the end{last}"),
+        ("kept", f"{kept}", f"{amount(kept * size, 'B')}{of_them}"),
+        ("largest at once", amount(min(kept + 1, len(steps)) * size, "B"), "with the one being written"),
         ("at the end", amount((kept - 1) * size + final_checkpoint_bytes(config, parameters), "B"), ""),
     ]
 
@@ -231,7 +323,7 @@ def _duration(config: JobConfig, world_size: int, options: argparse.Namespace) -
         return tokens / options.tokens_per_second
     if not options.mfu:
         return None
-    peak = config.metrics.peak_flops or PEAK_FLOPS.get((options.device or "").upper().replace(" ", ""))
+    peak = config.metrics.peak_flops or peak_flops(options.device or "")
     if not peak:
         near = nearest((options.device or "").upper(), PEAK_FLOPS)
         told = f"nearest: {near}" if near else f"known: {', '.join(PEAK_FLOPS)}"
@@ -251,7 +343,7 @@ def _table(rows: Rows) -> Table:
     table.add_column(justify="left", overflow="fold")
     table.add_column(style="dim", overflow="fold")
     for name, *rest in rows:
-        table.add_row(f"  {name}", *rest)
+        table.add_row(f"  {name}", *map(escape, rest))
     return table
 
 
@@ -272,13 +364,14 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--world-size", type=int, help="ranks; default: the product of the degrees")
     parser.add_argument("--tokens-per-second", type=float, help="measured speed of all ranks together")
     parser.add_argument("--mfu", type=float, help="assumed share of the peak FLOP/s, for example 0.4")
+    parser.add_argument("--device-memory", type=float, default=80.0, metavar="GB", help="(default: %(default)g)")
     parser.add_argument("--device", help=f"one of {', '.join(PEAK_FLOPS)}")
     # The file comes first: argparse could not tell it from the value of an override.
     toml, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     options, overrides = parser.parse_known_args(rest)
     if toml is None:
         parser.error("the job's TOML file comes first")
-    for name in ("world_size", "tokens_per_second", "mfu"):
+    for name in ("world_size", "tokens_per_second", "mfu", "device_memory"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be positive")

@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from ..files import read_text
 
 if TYPE_CHECKING:
     from .job import JobConfig
+
+REVISION = "REVISION"
+"""File beside a copy of this package with the git revision it was copied from."""
 
 
 def snapshot(config: "JobConfig", extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -81,24 +85,29 @@ def read_snapshot(path: str | os.PathLike) -> dict[str, Any] | None:
         CheckpointError: The file is not a snapshot.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         if isinstance(content, dict) and isinstance(content.get("config"), dict):
             return content
         reason = 'it has no "config"'
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = str(error)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; expected the settings of a run") from None
     raise CheckpointError(f"{path} is not a config snapshot: {reason}; delete it to skip the comparison")
 
 
 def _git_revision() -> str | None:
     package = Path(__file__).resolve().parents[1]
+    copied = package.parent / REVISION
+    if copied.is_file():
+        return copied.read_text(encoding="utf-8").strip() or None
     if not (package.parent / ".git").exists():
         return None
     try:
         command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

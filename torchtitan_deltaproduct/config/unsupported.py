@@ -31,6 +31,7 @@ _DELETE = "delete the line"
 
 RULES = (
     Rule("job.custom_config_module", "the job config is this toolkit's own", "add fields in config/job.py"),
+    Rule("metrics.save_for_all_ranks", "rank 0 keeps the records of all", _DELETE),
     Rule("model.name", "the only model is deltaproduct", "DeltaNet and Gated DeltaNet are settings of it"),
     Rule("model.tokenizer_path", "deprecated in torchtitan", "use model.hf_assets_path"),
     Rule("model.converters", "float8 and other model converters are not supported yet", _DELETE),
@@ -94,8 +95,7 @@ HONOURED = frozenset(f"{table}.{name}" for table, names in {
     "job": "config_file dump_folder description print_config save_config_file",
     "profiling": "enable_profiling save_traces_folder profile_freq profiler_active profiler_warmup "
                  "enable_memory_snapshot save_memory_snapshot_folder",
-    "metrics": "log_freq enable_tensorboard disable_color_printing save_tb_folder "
-               "save_for_all_ranks enable_wandb",
+    "metrics": "log_freq enable_tensorboard disable_color_printing save_tb_folder enable_wandb",
     "model": "flavor hf_assets_path",
     "optimizer": "name lr beta1 beta2 eps weight_decay implementation",
     "lr_scheduler": "warmup_steps total_steps decay_ratio decay_type min_lr_factor",

@@ -10,8 +10,14 @@ as nothing; a tied head counts in full. A training step is three times the forwa
 activation checkpointing is not useful work and not counted.
 """
 
+import re
+
+from torch import nn
+
 from .. import ops
 from ..config.architecture import DeltaProductArgs
+from ..errors import ConfigError
+from .init import plain_name
 
 
 def parameters_by_part(args: DeltaProductArgs) -> dict[str, int]:
@@ -32,6 +38,46 @@ def parameters_by_part(args: DeltaProductArgs) -> dict[str, int]:
 def total_parameters(args: DeltaProductArgs) -> int:
     """Parameters of the model, equal to the sum of `numel` over `model.parameters()`."""
     return sum(parameters_by_part(args).values())
+
+
+PARTS = {
+    "embedding": r"tok_embeddings\.weight",
+    "mixer projections": r"layers\.\d+\.mixer\.[qkvbago]_proj\.weight",
+    "short convolutions": r"layers\.\d+\.mixer\.[qkv]_conv1d\.weight",
+    "decay": r"layers\.\d+\.mixer\.decay\.(A_log|dt_bias)",
+    "mlp": r"layers\.\d+\.mlp\.(gate|up|down)_proj\.weight",
+    "norms": r"(layers\.\d+\.(mixer_|mlp_|mixer\.o_))?norm\.weight",
+    "head": r"output\.weight",
+}
+"""Names of the parameters of each part."""
+
+
+def check_formulas(model: nn.Module, args: DeltaProductArgs) -> None:
+    """Compares the formulas with a model: a parameter that they leave out makes FLOPs, MFU and the plan wrong.
+
+    Raises:
+        ConfigError: they do not agree; names the parameter, or the part whose sizes differ.
+    """
+    found, uncounted = dict.fromkeys(PARTS, 0), []
+    for name, parameter in model.named_parameters():
+        name = plain_name(name)
+        part = next((part for part, names in PARTS.items() if re.fullmatch(names, name)), None)
+        if part is None:
+            uncounted.append(f"{name} {list(parameter.shape)}")
+        else:
+            found[part] += parameter.numel()
+    wrong = [f"{name} is in none of them" for name in uncounted]
+    wrong += [
+        f"{part}: {found[part]:,} in the model, {count:,} by the formula"
+        for part, count in parameters_by_part(args).items()
+        if found[part] != count
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        raise ConfigError(
+            f"the model is not the one that the formulas of models/counts.py count: {shown}\n"
+            "add what is new to parameters_by_part, forward_flops_per_token and PARTS there"
+        )
 
 
 def paper_parameters(args: DeltaProductArgs) -> int:

@@ -10,6 +10,7 @@
     metrics.py        console line, metrics.jsonl, TensorBoard, wandb
     checkpointer.py   the CheckpointManager subclass: complete or ignored, retried, verified
     stopping.py       signals and walltime: when all ranks stop, after the same step
+    lock.py           one launch at a time in a run folder
     watchdog.py       heartbeat, and the stacks of a run that hangs
     spikes.py         a loss far above the recent ones
     rendezvous.py     a store of its own for every restart of the ranks

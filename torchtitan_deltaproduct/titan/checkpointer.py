@@ -25,10 +25,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components import checkpoint as stock
 
 from .. import events
-from ..checkpoint.folders import CheckpointInfo, deletable, delete, inspect, scan
-from ..checkpoint.hf import is_hf_folder
+from ..checkpoint.folders import CheckpointInfo, deletable, delete, inspect, is_hf_folder, scan, was_complete
 from ..checkpoint.load import find_checkpoint
-from ..checkpoint.marker import MARKER, SAVING, ours, wrong_checksums
+from ..checkpoint.marker import SAVING, ours, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from ..checkpoint.staging import Stager
 from ..checkpoint.writer import About, MarkedWriter
@@ -266,7 +265,7 @@ class CheckpointManager(stock.CheckpointManager):
     def _choose(self, asked: int) -> CheckpointInfo | None:
         # Rank 0 looks for all: on a network file system another rank may not see the newest folder yet.
         found = scan(self.folder) if dist.get_rank() == 0 else []
-        seen = [found, [info for info in found if not info.complete and (info.path / MARKER).exists()]]
+        seen = [found, [info for info in found if not info.complete and was_complete(info.path)]]
         dist.broadcast_object_list(seen, src=0)
         complete, spoiled = [info for info in seen[0] if info.complete], seen[1]
         if asked != -1:

@@ -3,9 +3,9 @@
 import time
 
 from ..checkpoint import CheckpointInfo
+from ..config.devices import peak_flops
 from ..events import last_stop
 from ..models import counts
-from .device import peak_flops
 from .spec import global_batch_size
 
 

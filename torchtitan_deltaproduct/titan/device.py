@@ -16,39 +16,15 @@ from pathlib import Path
 
 import torch
 
+from ..config.devices import peak_flops
+
 logger = logging.getLogger(__name__)
-
-# Dense bf16 peak of one device, FLOP/s, from the vendors' datasheets; the longest matching name wins.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H20": 148e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "MI250X": 191.5e12,
-    "MI300X": 1300e12,
-    "MI355X": 2500e12,
-}
-
 
 def select_device() -> tuple[str, str]:
     """Returns the device type to run on and the reason, for the log."""
     if torch.cuda.is_available():
         return "cuda", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)} visible"
     return "cpu", "no CUDA device is visible"
-
-
-def peak_flops(device_name: str) -> float:
-    """Dense bf16 peak of the named device in FLOP/s; 0.0 where it is not known (a CPU, say)."""
-    matches = [name for name in PEAK_FLOPS if name.lower() in device_name.lower()]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else 0.0
 
 
 class CpuModule(types.ModuleType):
@@ -65,7 +41,7 @@ class CpuModule(types.ModuleType):
 
     def get_device_name(self, device=None) -> str:
         with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
         return "CPU"
 
@@ -76,7 +52,7 @@ class CpuModule(types.ModuleType):
     def memory_stats(self, device=None) -> dict[str, int]:
         peak = 0
         with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/self/status").read_text().splitlines()
+            lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
             peak = 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
         stats = {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
         return stats | {"num_alloc_retries": 0, "num_ooms": 0}
@@ -84,7 +60,7 @@ class CpuModule(types.ModuleType):
     def reset_peak_memory_stats(self, device=None) -> None:
         # 5 resets the peak resident size (proc(5)); a container may forbid it, and the peak then covers the whole run.
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
     def empty_cache(self) -> None:
         pass

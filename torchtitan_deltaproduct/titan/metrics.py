@@ -4,11 +4,13 @@
     {"step": 20, "validation_loss": 5.2, "validation_bits_per_byte": 1.9, "validation_perplexity": 181.3, ...}
     {"step": 20, "validation_loss": 0.1, "validation_token_accuracy": 0.97, "validation_token_accuracy_128": 0.8, ...}
 
-`metrics.jsonl` and the TensorBoard folder belong to the run, not to a launch: on a restart at step s, what a killed run
-logged beyond s is dropped, so that the files read as if the run had never stopped.
+`metrics.jsonl` and the TensorBoard folder belong to the run, not to a launch: on a restart at step s they read as if
+the run had never stopped. No record is deleted: what a killed run logged beyond s goes to `metrics.repeated.jsonl`, and
+the file of a run that another replaces in its folder to `metrics.until-TIME.jsonl`; it comes back with its run.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -24,7 +26,8 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 
 from ..config.job import JobConfig
-from ..events import read_jsonl
+from ..errors import ConfigError
+from ..events import parse_line, read_jsonl, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -33,23 +36,79 @@ TIMING_FIELDS = {"time", "tokens_per_second", "mfu", "memory_gib", "data_seconds
                  "lost_records"}  # fmt: skip
 
 
-def truncate_records(path: Path, last_step: int) -> int:
-    """Drops the records of `path` past `last_step`, and a line a kill cut short; returns how many went."""
+def restore_history(path: Path, step: int, saved_at: float) -> str:
+    """Makes `path` the record of the run that goes on after `step`; nothing is deleted.
+
+    Args:
+        path: metrics.jsonl.
+        step: optimizer steps taken; 0: a run that begins.
+        saved_at: when the checkpoint was saved that it goes on from, in seconds since 1970.
+
+    Returns:
+        What was moved where, in words; "" if nothing was.
+
+    Raises:
+        ConfigError: the files cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no file; expected the records of a run: move it away")
+    try:
+        if step == 0:
+            return set_aside(path)
+        moved = ""
+        if saved_at < began(path) < math.inf:
+            # The file of a try-out in the folder of a run that goes on now: began after the run's checkpoint was saved.
+            earlier = [other for other in path.parent.glob("metrics.until-*.jsonl") if began(other) <= saved_at]
+            moved = set_aside(path)
+            if earlier:
+                newest = max(earlier, key=began)
+                newest.rename(path)
+                moved += f"; {newest.name} is {path.name} again"
+        return "; ".join(filter(None, (moved, set_repeated_aside(path, step))))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be brought to step {step}: {error}; make room, and start again") from None
+
+
+def set_aside(path: Path) -> str:
+    """Renames a record file after the time of its last change; says so, or "" if it holds nothing."""
+    if not path.exists() or not path.stat().st_size:
+        return ""
+    stem = f"{path.stem}.until-{time.strftime('%Y%m%d-%H%M%S', time.localtime(path.stat().st_mtime))}"
+    names = (path.with_name(f"{stem}{'-' * (n > 1)}{n if n > 1 else ''}.jsonl") for n in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    return f"the {path.name} of the run that was here is kept as {aside}"
+
+
+def began(path: Path) -> float:
+    """Time of a file's earliest record, in seconds since 1970; never, for one without records."""
+    # Not of its first line alone, in which a bit may have flipped.
+    return min((r["time"] for r in read_jsonl(path) if isinstance(r.get("time"), int | float)), default=math.inf)
+
+
+def set_repeated_aside(path: Path, last_step: int) -> str:
+    """Moves the lines of `path` past `last_step`, and damaged ones, to metrics.repeated.jsonl; says so."""
     if not path.exists():
-        return 0
-    kept, dropped = [], 0
-    for line in path.read_text().splitlines():
-        try:
-            keep = json.loads(line)["step"] <= last_step
-        except (ValueError, KeyError, TypeError):
-            keep = False
-        kept.append(line) if keep else None
-        dropped += not keep
-    if dropped:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
-    return dropped
+        return ""
+    kept, moved, damaged = [], [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        step = (parse_line(line) or {}).get("step")
+        damaged += not isinstance(step, int)
+        (kept if isinstance(step, int) and step <= last_step else moved).append(line)
+    if not moved:
+        return ""
+    aside, unfinished = path.with_name(f"{path.stem}.repeated.jsonl"), path.with_suffix(".tmp")
+    header = json.dumps({"repeated_from_step": last_step + 1, "time": round(time.time(), 3)}).encode() + b"\n"
+    ends = b"" if moved[-1].endswith(b"\n") else b"\n"
+    # First the copy, then the cut: a kill between them leaves a record twice, never none.
+    for target, lines, mode in ((aside, [header, *moved, ends], "ab"), (unfinished, kept, "wb")):
+        with open(target, mode) as file:
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+    unfinished.replace(path)
+    what = f"{len(moved)} records past step {last_step}" + (f" ({damaged} lines damaged)" if damaged else "")
+    return f"{what}, which this run repeats, are kept in {aside}"
 
 
 class RecordFile:
@@ -57,7 +116,7 @@ class RecordFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.lost, self.torn = path, 0, False
-        self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def write(self, record: dict) -> None:
         """Appends one line by one write."""
@@ -88,7 +147,7 @@ class TensorBoard(stock.BaseLogger):
 
     def __init__(self, folder: Path, step: int) -> None:
         self.folder, self.retry_at = folder, 0
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def log(self, metrics: dict, step: int) -> None:
         if self.writer is None and step < self.retry_at:
@@ -111,8 +170,8 @@ def wandb_logger(job_config: JobConfig, folder: Path) -> stock.BaseLogger:
     """torchtitan's wandb logger, continuing the run whose id is kept in `folder/wandb_id`."""
     path = folder / "wandb_id"
     if not path.exists():
-        path.write_text(os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex())
-    os.environ["WANDB_RUN_ID"] = path.read_text().strip()
+        path.write_text(os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex(), encoding="utf-8")
+    os.environ["WANDB_RUN_ID"] = path.read_text(encoding="utf-8").strip()
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("WANDB_PROJECT", "torchtitan-deltaproduct")
     return stock.WandBLogger(str(folder), job_config)
@@ -139,15 +198,14 @@ class MetricsProcessor(stock.MetricsProcessor):
         self.records = None
         self.eta_rate = None
 
-    def open(self, step: int) -> None:
-        """Opens the run's files to continue after `step` and starts the clock."""
+    def open(self, step: int, saved_at: float = math.inf) -> None:
+        """Opens the run's files to continue after `step`, of a checkpoint `saved_at`, and starts the clock."""
         folder = Path(self.job_config.job.dump_folder)
         if self.is_writer:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / "metrics.jsonl"
-            dropped = truncate_records(path, step)
-            if dropped:
-                logger.info("metrics.jsonl: dropped %d records past step %d, which this run repeats", dropped, step)
+            if moved := restore_history(path, step, saved_at):
+                logger.warning("%s", moved)
             self.records = RecordFile(path)
             if self.job_config.metrics.enable_tensorboard:
                 self.logger.add_logger(TensorBoard(folder / self.job_config.metrics.save_tb_folder, step))
@@ -157,8 +215,8 @@ class MetricsProcessor(stock.MetricsProcessor):
 
     def has_validation(self, step: int) -> bool:
         """Whether this step was validated before, by the run's own record; False on other ranks than 0."""
-        path = Path(self.job_config.job.dump_folder) / "metrics.jsonl"
-        return self.is_writer and any(r["step"] == step and "validation_loss" in r for r in read_jsonl(path))
+        found = read_metrics(self.job_config.job.dump_folder) if self.is_writer else []
+        return any(record["step"] == step and "validation_loss" in record for record in found)
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last record (validation, a save) out of the next one's speed."""

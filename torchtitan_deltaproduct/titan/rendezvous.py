@@ -27,18 +27,24 @@ POLL = 0.02
 def own_store(timeout: timedelta = timedelta(minutes=5)) -> Iterator[None]:
     """Within it, `init_process_group` without a store gets one that holds nothing of an earlier start.
 
-    Does nothing where torchrun did not start this process, or lets every start have a store of its own.
+    Does nothing where torchrun lets every start have a store of its own. One process without torchrun keeps its store
+    to itself: by default it would listen on every interface.
 
     Args:
         timeout: for all ranks to appear.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if dist.is_initialized() or (ranks > 1 and not with_torchrun):
         yield
         return
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*address, ranks, is_master=False, timeout=timeout)
-    named = dist.PrefixStore(agree(dist.PrefixStore("agree", store), rank, ranks, timeout), store)
+    if with_torchrun:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, ranks, is_master=False, timeout=timeout)
+        named = dist.PrefixStore(agree(dist.PrefixStore("agree", store), rank, ranks, timeout), store)
+    else:
+        named = dist.HashStore()
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     original = dist.init_process_group
     dist.init_process_group = partial(original, store=named, rank=rank, world_size=ranks)
     try:

@@ -27,8 +27,9 @@ from ..config.snapshots import read_snapshot, snapshot, write_snapshot
 from ..data import GENERATED, separator_id
 from ..data.prepared import open_streams
 from ..data.tokenizer import copy_tokenizer, same_tokenizer
-from ..errors import ConfigError, UserError
+from ..errors import CheckpointError, ConfigError, UserError
 from . import device
+from .lock import RunLock
 from .stopping import Stopping
 
 if TYPE_CHECKING:
@@ -46,11 +47,14 @@ def run(config: JobConfig, stopping: Stopping | None = None) -> None:
     """
     start_logging()
     single_process_defaults()
-    with contextlib.nullcontext(stopping) if stopping else Stopping() as noted:
+    with contextlib.nullcontext(stopping) if stopping else Stopping() as noted, owned(config):
         trainer = None
         try:
             trainer = build(config, noted)
-            if config.checkpoint.create_seed_checkpoint:
+            if trainer is None:
+                if os.environ["RANK"] == "0":
+                    record_stop(config, config.training.steps, "finished", True)
+            elif config.checkpoint.create_seed_checkpoint:
                 trainer.checkpointer.save(0, last_step=True)
                 logger.info("seed checkpoint written to %s", trainer.checkpointer.folder)
             else:
@@ -70,12 +74,19 @@ def run(config: JobConfig, stopping: Stopping | None = None) -> None:
                 dist.destroy_process_group()
 
 
-def build(config: JobConfig, stopping: Stopping) -> "Trainer":
-    """Looks for what can be wrong, then starts the process group and builds the trainer."""
+def owned(config: JobConfig) -> contextlib.AbstractContextManager:
+    """The lock on the run folder, which rank 0 holds for all. A launch that is refused leaves the folder as it is."""
+    return RunLock(config.job.dump_folder) if os.environ["RANK"] == "0" else contextlib.nullcontext()
+
+
+def build(config: JobConfig, stopping: Stopping) -> "Trainer | None":
+    """Looks for what can be wrong, then starts the process group and builds the trainer; None if all is done."""
     device_type, reason = device.select_device()
     logger.info("device: %s (%s)", device_type, reason)
     resolve_precision(config, device_type)
     snapshot = check_run_folder(config)
+    if snapshot is None:
+        return None
     device.install(device_type, config.metrics.peak_flops)
 
     from .trainer import Trainer  # after `install`: torchtitan's modules bind the device as they are imported
@@ -106,6 +117,9 @@ def record_stop(config: JobConfig, step: int | None, ended: str, saved: bool, de
         saved: whether all that was learned is in a complete checkpoint.
         detail: the error's first line.
     """
+    # A launch that was refused before it had written anything leaves no trace.
+    if step is None and not Path(config.job.dump_folder, "config.json").exists():
+        return
     reason, detail = ("signal", ended) if ended.startswith("SIG") else (ended, detail)
     rank = int(os.environ["RANK"])
     events.append(config.job.dump_folder, "stop", step=step, reason=reason, detail=detail, saved=saved, rank=rank)
@@ -151,14 +165,16 @@ def resolve_precision(config: JobConfig, device_type: str) -> None:
         logger.info("mixed precision: %s (auto on %s)", config.training.mixed_precision_param, device_type)
 
 
-def check_run_folder(config: JobConfig) -> dict:
+def check_run_folder(config: JobConfig) -> dict | None:
     """Compares `config` with the checkpoint it would resume from, and lists what changed.
 
     Returns:
-        The snapshot of this launch, to be stored in the run folder and beside every checkpoint.
+        The snapshot of this launch, to be stored in the run folder and beside every checkpoint; None if the run is
+        finished, with a last checkpoint that holds weights only.
 
     Raises:
-        ConfigError: a change that would make the run another run. DataError: data that is not there or damaged.
+        ConfigError: a change that would make the run another run, or a folder that cannot be written. DataError: data
+            that is not there or damaged. CheckpointError: the newest checkpoint holds weights only.
     """
     identity, eos_id = check_data(config), separator_id(config.data, config.model.hf_assets_path)
     current = snapshot(config, {"data_identity": identity, "eos_id": eos_id})
@@ -168,19 +184,59 @@ def check_run_folder(config: JobConfig) -> dict:
         found = [i for i in scan(folder) if i.complete and asked in (-1, i.step) and has_settings(i)]
         saved = read_snapshot(found[-1].path / "config.json") if found else None
         if saved is not None:
-            comparison = compare_configs(saved, current)
+            if finished_with_weights_only(config, found, saved):
+                logger.info("finished already: step %d of %d", found[-1].step, config.training.steps)
+                return None
+            comparison = compare_configs(saved, current, consumed=consumes_samples(config, found[-1]))
             refuse_breaking(comparison, found[-1].path, config.provenance)
             for change in comparison.notable + comparison.harmless:
                 logger.info("changed since step %d was saved: %s", found[-1].step, change)
     if os.environ["RANK"] == "0":
-        write_snapshot(Path(config.job.dump_folder, "config.json"), current)
+        path = Path(config.job.dump_folder, "config.json")
+        try:
+            write_snapshot(path, current)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error}\nmake room, or move away what is there") from None
     return current
 
 
 def has_settings(info: CheckpointInfo) -> bool:
     """Whether the config.json of a checkpoint is the one that was saved with it."""
     written = info.marker.files.get("config.json")
-    return written is not None and written == checksum(info.path / "config.json")
+    try:
+        return written is not None and written == checksum(info.path / "config.json")
+    except OSError:
+        return False
+
+
+def finished_with_weights_only(config: JobConfig, found: list[CheckpointInfo], saved: dict) -> bool:
+    """Whether the run is at its end, where it saved its weights alone.
+
+    Args:
+        config: of this launch.
+        found: the complete checkpoints, the one to resume from last.
+        saved: the settings stored with that one.
+
+    Raises:
+        CheckpointError: it saved its weights alone, and now has more steps to go.
+    """
+    newest, settings = found[-1], saved["config"].get("checkpoint", {})
+    if not settings.get("last_save_model_only") or newest.marker.reason != "last step" or newest.step == 0:
+        return False
+    if newest.step >= config.training.steps:
+        return True
+    full = [info.step for info in found[:-1]]
+    way = f"--checkpoint.load_step {full[-1]} goes on from the newest full one" if full else "no full one is left"
+    raise CheckpointError(
+        f"step {newest.step} of {newest.path.parent} holds weights only (checkpoint.last_save_model_only), so training "
+        f"cannot go on from it\n{way}, or start a new run from its weights with\n"
+        f"  --job.dump_folder NEW_FOLDER --checkpoint.initial_load_path {newest.path}"
+    )
+
+
+def consumes_samples(config: JobConfig, info: CheckpointInfo) -> bool:
+    """Whether going on from a checkpoint means going on in its data: not from step 0, nor where that is left out."""
+    return info.step > 0 and "dataloader" not in config.checkpoint.exclude_from_loading
 
 
 def keep_tokenizer(config: JobConfig, source: str, eos_id: int | None) -> None:
@@ -192,8 +248,11 @@ def keep_tokenizer(config: JobConfig, source: str, eos_id: int | None) -> None:
         eos_id: the separator of the training data, which the copy names.
     """
     folder = Path(config.job.dump_folder, "tokenizer")
-    if os.environ["RANK"] == "0" and source and not same_tokenizer(source, folder, eos_id):
-        copy_tokenizer(source, folder, eos_id)
+    try:
+        if os.environ["RANK"] == "0" and source and not same_tokenizer(source, folder, eos_id):
+            copy_tokenizer(source, folder, eos_id)
+    except OSError as error:
+        logger.warning("the tokenizer was not copied to %s: %s; the next start tries again", folder, error)
 
 
 def check_data(config: JobConfig) -> list[str] | None:

@@ -33,7 +33,8 @@ class ModelArgs(BaseModelArgs):
         self.seed = job_config.debug.seed
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Parameters, and FLOPs per token of a training step (forward and backward)."""
+        """Parameters, and FLOPs per token of a training step (forward and backward), by formulas that fit `model`."""
+        counts.check_formulas(model, self.architecture)
         return counts.total_parameters(self.architecture), counts.training_flops_per_token(self.architecture)
 
 

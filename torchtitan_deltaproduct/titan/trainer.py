@@ -150,7 +150,7 @@ class Trainer(stock.Trainer):
             logger.info(line)
         if line := self.stopping.set_walltime(guard.walltime_minutes, guard.walltime_margin_seconds):
             logger.info(line)
-        self.metrics_processor.open(self.step)
+        self.metrics_processor.open(self.step, loaded.marker.time if loaded else math.inf)
         validated = [self.metrics_processor.has_validation(self.step)]
         dist.broadcast_object_list(validated, src=0)
         self.validated_step = self.step if validated[0] else -1

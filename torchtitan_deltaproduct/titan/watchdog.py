@@ -63,7 +63,7 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
                 # Appended to: what an earlier launch left there is why this one was started.
-                self.fallback = open(folder / f"rank-{self.rank}.locked.txt", "a")  # noqa: SIM115 (closed in close)
+                self.fallback = open(folder / f"rank-{self.rank}.locked.txt", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
             self._arm()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -130,14 +130,14 @@ def write_heartbeat(run: Path, step: int, what: str) -> None:
     body |= {"host": socket.gethostname(), "pid": os.getpid()}
     unfinished = run / "heartbeat.json.tmp"
     with contextlib.suppress(OSError):
-        unfinished.write_text(json.dumps(body) + "\n")
+        unfinished.write_text(json.dumps(body) + "\n", encoding="utf-8")
         os.replace(unfinished, run / "heartbeat.json")
 
 
 def write_stacks(path: Path, title: str) -> None:
     """Writes the stacks of all threads, and the flight record of the collectives where there is one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {title}\n", file=file, flush=True)
         faulthandler.dump_traceback(file, all_threads=True)
     for name, record in flight_records().items():

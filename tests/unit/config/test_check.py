@@ -159,3 +159,28 @@ def test_initial_load_path(problems, tmp_path):
     assert problems(DATA, *options) == ""
     (tmp_path / "old" / "step-3").mkdir(parents=True)
     assert problems(DATA, *options, environment=here) == ""
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    (["--data.shuffle=false", "--data.kind=streaming", "--data.dataset=x"], 'only read with kind = "prepared"'),
+    (["--data.shuffle_buffer=9"], 'only read with kind = "streaming"'),
+    (["--data.split=validation"], 'only read with kind = "streaming"'),
+    (["--data.text_field=body"], 'only read with kind = "streaming"'),
+    (["--data.dataset_config=x"], 'only read with kind = "streaming"'),
+    (["--data.seed=3", "--data.kind=streaming", "--data.dataset=x"], "only read with a shuffle_buffer"),
+    (["--data.prefetch_factor=3"], "only read with num_workers of at least 1"),
+    (["--model.hf_assets_path=x", "--data.kind=group_word", "--data.group=S3"], "only read with kind = "),
+    (["--model.conv_size=3", "--model.use_short_conv=false"], "only read with use_short_conv = true"),
+    (["--model.hidden_ratio=3", "--model.intermediate_size=64"], "only read with no intermediate_size"),
+    (["--metrics.save_for_all_ranks"], "rank 0 keeps the records of all; delete the line"),
+])  # fmt: skip
+def test_what_nothing_would_read_is_refused(problems, options, told):
+    assert told in problems(DATA if "kind" not in str(options) else "[data]\n", *options)
+
+
+@pytest.mark.parametrize("options", [
+    ["--data.shuffle=false"], ["--data.prefetch_factor=3", "--data.num_workers=1"], ["--model.hf_assets_path=x"],
+    ["--model.conv_size=3"], ["--model.hidden_ratio=3"],
+])  # fmt: skip
+def test_what_is_read_is_not(problems, options):
+    assert problems(DATA, *options) == ""

@@ -115,10 +115,25 @@ def test_refusal_names_values_places_and_the_way_out(load):
         "out/checkpoint/step-100 belongs to another run:\n"
         "  model.num_heads was 6, is 9 (command line): another model\n"
         "  global_batch_size was 8, is 16: another number of samples a step\n"
-        "put the old values back to continue it, or start a new run from its weights with\n"
-        "  --job.dump_folder NEW_FOLDER --checkpoint.initial_load_path out/checkpoint/step-100"
+        "put the old values back to continue it, or train the other model in another job.dump_folder"
     )
     refuse_breaking(compare_configs(old, old), "out")
+
+
+def test_other_data_may_start_from_the_weights(load):
+    old, new = snapshot(load(DATA)), snapshot(load(DATA, "--data.seed", "9"))
+    with pytest.raises(ConfigError, match=r"(?s)data.seed was 0, is 9.*\n  --job.dump_folder NEW_FOLDER "):
+        refuse_breaking(compare_configs(old, new), "out/checkpoint/step-100")
+
+
+def test_before_the_first_sample_only_the_model_counts(load):
+    """A seed checkpoint, made by one process, serves any number of ranks."""
+    old = snapshot(load(DATA), {"world_size": 1})
+    new = snapshot(load(DATA, "--data.seed", "9", "--model.num_heads", "9"), {"world_size": 2})
+    comparison = compare_configs(old, new, consumed=False)
+    assert [change.key for change in comparison.breaking] == ["model.num_heads"]
+    notable = {change.key for change in comparison.notable}
+    assert notable == {"data.seed", "derived.global_batch_size", "derived.world_size"}
 
 
 def test_snapshot_round_trip(load, tmp_path):

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchtitan_deltaproduct.config import Environment, load_config
+from torchtitan_deltaproduct.config.load import PATHS
+from torchtitan_deltaproduct.config.unsupported import supported_keys
 from torchtitan_deltaproduct.errors import ConfigError
 
 GOOD = """\
@@ -264,3 +266,81 @@ def test_exit_code_two_without_traceback_from_one_rank(tmp_path):
     assert done.stderr == (
         "error: x.toml:2: [training] step = 1: no such key; nearest: 'steps' (How many train steps to run)\n"
     )
+
+
+MINIMAL = '[data]\npaths = ["a"]\n'
+WARMUP = MINIMAL + "[training]\nsteps = 1000\n[lr_scheduler]\nwarmup_steps = 100\n"
+
+
+def test_a_toml_in_front(load, tmp_path):
+    load()
+    config = load_config(["x.toml", "--training.steps", "7"], Environment())
+    assert config.job.config_file == "x.toml" and config.training.steps == 7
+    with pytest.raises(ConfigError, match="nowhere.toml: no such file"):
+        load_config(["nowhere.toml"], Environment())
+
+
+@pytest.mark.parametrize(("options", "warmup"), [
+    ([], 100), (["--training.steps=500"], 100), (["--training.steps=100"], 100), (["--training.steps=20"], 2),
+    (["--training.steps=1"], 1), (["--training.steps=20", "--lr_scheduler.total_steps=1000"], 100),
+    (["--training.steps=20", "--lr_scheduler.warmup_steps=5"], 5),
+    (["--training.steps=110", "--lr_scheduler.decay_ratio=0.5"], 11),
+])  # fmt: skip
+def test_a_try_out_shortens_the_warm_up(load, capsys, options, warmup):
+    config = load(WARMUP, *options)
+    assert config.lr_scheduler.warmup_steps == warmup
+    said = capsys.readouterr().err
+    if warmup in (100, 5):
+        assert said == "" and "shortened" not in config.provenance["lr_scheduler.warmup_steps"]
+    else:
+        note = f"shortened from 100 to {warmup}, as training.steps from 1000 to {config.training.steps}"
+        assert said == f"warning: lr_scheduler.warmup_steps: {note}\n"
+        assert config.provenance["lr_scheduler.warmup_steps"] == note
+
+
+def test_a_file_that_contradicts_itself_is_still_refused(problems):
+    assert "the warm-up does not fit" in problems(WARMUP.replace("1000", "20"))
+    assert "the warm-up does not fit" in problems(WARMUP, "--training.steps=20", "--lr_scheduler.warmup_steps=30")
+
+
+def test_home_is_expanded_in_every_path(load, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "old").mkdir()
+    text = """
+[job]
+dump_folder = "~/run"
+[model]
+hf_assets_path = "~/tokenizer"
+[data]
+paths = ["~/a", "b~"]
+[validation]
+enable = true
+paths = ["~/v"]
+[checkpoint]
+initial_load_path = "~/old"
+"""
+    load(text)
+    config = load_config(["--job.config_file=~/x.toml"], Environment(files=True))
+    assert config.job.dump_folder == f"{tmp_path}/run" and config.model.hf_assets_path == f"{tmp_path}/tokenizer"
+    assert config.data.paths == [f"{tmp_path}/a", "b~"] and config.validation.paths == [f"{tmp_path}/v"]
+    assert config.checkpoint.initial_load_path == f"{tmp_path}/old"
+    stream = '[model]\nhf_assets_path = "t"\n[data]\nkind = "streaming"\ndataset = "~/text"\n'
+    assert load(stream).data.dataset == f"{tmp_path}/text"
+
+
+def test_every_path_of_the_schema_is_known():
+    """An option that names a path is expanded, or lies below the run folder."""
+    below = {"checkpoint.folder", "profiling.save_traces_folder", "profiling.save_memory_snapshot_folder",
+             "comm.save_traces_folder", "metrics.save_tb_folder"}  # fmt: skip
+    named = {key for key in supported_keys() if key.rpartition(".")[2].endswith(("path", "paths", "folder"))}
+    assert named - below <= set(PATHS)
+
+
+def test_what_this_machine_does_not_allow(problems, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    here = Environment(files=True)
+    assert f"{tmp_path}/file is no folder" in problems(MINIMAL, "--job.dump_folder=file/run", environment=here)
+    assert problems(MINIMAL, "--job.dump_folder=a/b/run", environment=here) == ""
+    monkeypatch.setattr("torchtitan_deltaproduct.config.check.find_spec", lambda name: None)
+    assert "wandb is not installed: pip install wandb" in problems(MINIMAL, "--metrics.enable_wandb", environment=here)
+    assert problems(MINIMAL, "--metrics.enable_wandb") == ""

@@ -1,21 +1,26 @@
 """The plan of a run, as rows of text, and its arithmetic."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from torchtitan_deltaproduct.config import plan
+from torchtitan_deltaproduct.checkpoint.folders import retention
+from torchtitan_deltaproduct.config import Environment, load_config, plan
+from torchtitan_deltaproduct.config.devices import PEAK_FLOPS, peak_flops
 from torchtitan_deltaproduct.config.memory import (
     activation_elements,
     checkpoint_bytes,
     rank_memory,
     reshard_after_forward,
 )
+from torchtitan_deltaproduct.data.manifest import read_manifest
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.models import DeltaProductLM, counts
+from torchtitan_deltaproduct.titan import device
 
 PAPER = """\
 [model]
@@ -142,6 +147,81 @@ def saved_elements_per_token(args, batch=2, length=256):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(torch.randint(0, args.vocab_size, (batch, length)))
     return sum(size for size, _ in kept.values()) / (4 * batch * length)
+
+
+def rows_of(config, part, world_size=8, **given):
+    return next(rows for title, rows in plan.sections(config, world_size, **given) if title.startswith(part))
+
+
+def test_milestones_are_kept_and_counted(load):
+    """As retention keeps them: 7 of 5,000 steps, and the 3 newest, one of which is the end."""
+    config = load(PAPER, "--checkpoint.keep_every", "5000")
+    disk = {row[0]: row[1:] for row in rows_of(config, "Checkpoints")}
+    size = 12 * counts.total_parameters(config.model)
+    steps = [*range(500, 36_001, 500), 36_240]
+    kept = retention(steps, 3, 5000)
+    assert len(kept) == 10 and set(kept) == {*range(5000, 35_001, 5000), 35_500, 36_000, 36_240}
+    assert disk["kept"] == ("10", f"{plan.amount(10 * size, 'B')}, 7 of them milestones, every 5,000 steps")
+    assert disk["largest at once"][0] == plan.amount(11 * size, "B")
+
+
+def test_fits_or_does_not(load):
+    memory = {row[0]: row[1:] for row in rows_of(load(PAPER), "Memory")}
+    needed = 1.2 * sum(rank_memory(load(PAPER), 8, counts.parameters_by_part(load(PAPER).model)).values())
+    assert memory["sum"][1] == f"and 20 % for work space: {plan.amount(needed, 'B')}" and needed < 80e9
+    assert memory["fits 80 GB"][0] == f"{needed / (0.99 * 80 * 2**30):.0%}"
+    memory = {row[0]: row[1:] for row in rows_of(load(PAPER), "Memory", device_memory=needed / 2**30)}
+    assert any(name.startswith("does not fit") for name in memory)
+    remarks = [
+        next(row[2] for row in rows_of(load(PAPER, *options), "Memory") if row[0] == "activations")
+        for options in ((), ("--compile.enable",))
+    ]
+    assert remarks[0].endswith("; eager; torch.compile keeps less")
+    assert remarks[1].endswith("as if eager: torch.compile, which is on, keeps less")
+
+
+def test_the_data_is_opened(toy, load):
+    config = load_config(["--job.config_file", str(toy)], Environment(2))
+    rows = rows_of(config, "Data", 2)
+    manifest = read_manifest(config.data.paths[0])
+    windows = manifest.tokens // 64
+    assert rows[0][:2] == ("training", config.data.paths[0])
+    told = f"{manifest.tokens:,} tokens in {manifest.documents:,} documents; tokenizer of 320, 0 rows"
+    assert rows[0][2].startswith(told)
+    assert rows[1][1] == f"{4 * 8 / windows:.3g}" and rows[2][:2] == ("validation", config.validation.paths[0])
+    config.model.vocab_size = 300
+    assert rows_of(config, "Data", 2)[0][2] == (
+        "CANNOT BE USED: has token ids up to 319, but model.vocab_size = 300"
+    )
+    config.data.paths = ["nowhere"]
+    assert rows_of(config, "Data", 2)[0] == ("training", "nowhere", "CANNOT BE USED: There is no folder nowhere.")
+
+
+def test_a_damaged_tokenizer_is_seen(toy, load, tmp_path):
+    config = load_config(["--job.config_file", str(toy)], Environment(2))
+    copy = shutil.copytree(config.data.paths[0], tmp_path / "copy")
+    with open(copy / "tokenizer/tokenizer.json", "a", encoding="utf-8") as file:
+        file.write(" ")
+    config.data.paths = [str(copy)]
+    assert "its tokenizer is not the one" in rows_of(config, "Data", 2)[0][2]
+
+
+def test_a_streams_tokenizer_is_opened(toy, load):
+    folder = toy.parent / "tokenizer"
+    stream = '[data]\nkind = "streaming"\ndataset = "x/y"\n[model]\nhf_assets_path = '
+    rows = rows_of(load(f'{stream}"{folder}"\nvocab_size = 320\n'), "Data", 1)
+    assert rows == [("streamed", "x/y", "split train, not opened here"),
+                    ("tokenizer", str(folder), "320 tokens, model.vocab_size = 320")]  # fmt: skip
+    assert "CANNOT BE USED: 320 tokens" in rows_of(load(f'{stream}"{folder}"\nvocab_size = 300\n'), "Data", 1)[1][2]
+    assert "CANNOT BE USED" in rows_of(load(f'{stream}"nowhere"\n'), "Data", 1)[1][2]
+
+
+def test_one_table_of_peaks(load):
+    """MFU of a run and the time of a plan divide by the same number."""
+    assert device.peak_flops is peak_flops
+    assert peak_flops("NVIDIA GeForce RTX 4090") == peak_flops("rtx4090") == 165e12
+    assert peak_flops("NVIDIA L40") == 0.0 and peak_flops("NVIDIA L40S") == 362e12
+    assert plan.PEAK_FLOPS is PEAK_FLOPS
 
 
 def test_small_helpers():

@@ -5,35 +5,32 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchtitan_deltaproduct import ops
+from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.models import DeltaProductLM, counts, loss
 
 from .conftest import small_args, small_model
-
-PARTS = {
-    "embedding": ("tok_embeddings",),
-    "mixer projections": ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj", "_proj.weight"),
-    "short convolutions": ("_conv1d",),
-    "decay": (".decay.",),
-    "mlp": (".mlp.",),
-    "norms": ("norm.",),
-    "head": ("output.",),
-}
-
-
-def part_of(name: str) -> str:
-    matches = [part for part, keys in PARTS.items() if any(key in name for key in keys)]
-    return "mlp" if ".mlp." in name else matches[0]
 
 
 def test_parameters_by_part_equal_numel(variant):
     args = small_args(**variant)
     with torch.device("meta"):
         model = DeltaProductLM(args)
-    found = dict.fromkeys(PARTS, 0)
-    for name, parameter in model.named_parameters():
-        found[part_of(name)] += parameter.numel()
-    assert counts.parameters_by_part(args) == found
+    counts.check_formulas(model, args)
     assert counts.total_parameters(args) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_parameter_that_the_formulas_leave_out_is_named():
+    model = small_model(torch.float32)
+    next(iter(model.layers.children())).mixer.extra = torch.nn.Linear(3, 2)
+    with pytest.raises(ConfigError, match=r"layers.0.mixer.extra.weight \[2, 3\] is in none of them"):
+        counts.check_formulas(model, model.args)
+
+
+def test_a_part_of_another_size_is_named():
+    model = small_model(torch.float32, tie_word_embeddings=False)
+    model.norm.weight = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ConfigError, match="norms: .* in the model, .* by the formula"):
+        counts.check_formulas(model, model.args)
 
 
 def test_flops_equal_the_flop_counter(variant):

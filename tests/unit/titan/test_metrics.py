@@ -1,24 +1,88 @@
 """metrics.jsonl across restarts, the console line, non-finite values."""
 
 import json
+import math
 import os
 from pathlib import Path
 
+import pytest
+
 from tests.toy import records, train
-from torchtitan_deltaproduct.titan.metrics import RecordFile, TensorBoard, clock, truncate_records
+from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.events import read_jsonl
+from torchtitan_deltaproduct.titan.metrics import RecordFile, TensorBoard, clock, restore_history, set_repeated_aside
 
 
-def write(path, steps, tail=""):
-    path.write_text("".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in steps) + tail)
+def write(path, steps, tail="", time=100.0):
+    path.write_text("".join(json.dumps({"step": s, "time": time + s}) + "\n" for s in steps) + tail)
 
 
-def test_truncation(tmp_path):
+def steps_in(path):
+    return [record["step"] for record in read_jsonl(path) if "step" in record]
+
+
+def test_repeated_steps_are_kept(tmp_path):
+    path, repeated = tmp_path / "metrics.jsonl", tmp_path / "metrics.repeated.jsonl"
+    assert restore_history(path, 3, 200.0) == ""
+    write(path, range(6), tail='{"step": 6, "lo')
+    said = f"3 records past step 3 (1 lines damaged), which this run repeats, are kept in {repeated}"
+    assert restore_history(path, 3, 200.0) == said
+    assert steps_in(path) == [0, 1, 2, 3] and steps_in(repeated) == [4, 5]
+    assert repeated.read_bytes().endswith(b'{"step": 6, "lo\n')
+    assert restore_history(path, 3, 200.0) == ""
+    write(path, range(6))
+    restore_history(path, 4, 200.0)
+    assert steps_in(repeated) == [4, 5, 5]
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_costs_a_line_at_most(tmp_path, bit):
     path = tmp_path / "metrics.jsonl"
-    assert truncate_records(path, 3) == 0
-    write(path, [0, 1, 2, 3, 4, 5], tail='{"step": 6, "lo')
-    assert truncate_records(path, 3) == 3
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
-    assert truncate_records(path, 3) == 0
+    write(path, range(4))
+    content = path.read_bytes()
+    for at in range(len(content)):
+        flipped = content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
+        path.write_bytes(flipped)
+        restore_history(path, 3, 200.0)
+        kept, aside = path.read_bytes(), tmp_path / "metrics.repeated.jsonl"
+        lost = aside.read_bytes() if aside.exists() else b""
+        assert sorted(flipped.splitlines()) == sorted(kept.splitlines() + lost.splitlines()[1:])
+        assert len(kept.splitlines()) >= 2
+        aside.unlink(missing_ok=True)
+        for other in tmp_path.glob("metrics.until-*"):
+            raise AssertionError(other)
+
+
+def test_a_run_that_starts_over_keeps_the_one_before(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(9))
+    before = path.read_bytes()
+    said = restore_history(path, 0, math.inf)
+    (aside,) = tmp_path.glob("metrics.until-*.jsonl")
+    assert said == f"the metrics.jsonl of the run that was here is kept as {aside}"
+    assert aside.read_bytes() == before and not path.exists()
+    # A try-out in the folder, then the run itself again, from its checkpoint of step 8.
+    write(path, range(3), time=500.0)
+    said = restore_history(path, 8, 109.0)
+    assert said.endswith(f"{aside.name} is metrics.jsonl again") and path.read_bytes() == before
+    (other,) = tmp_path.glob("metrics.until-*.jsonl")
+    assert steps_in(other) == [0, 1, 2]
+
+
+def test_no_name_is_taken_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for number in range(3):
+        write(path, [number])
+        os.utime(path, (1e9, 1e9))
+        restore_history(path, 0, math.inf)
+    assert sorted(steps_in(aside) for aside in tmp_path.glob("metrics.until-*.jsonl")) == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(ConfigError, match="is no file"):
+        restore_history(tmp_path / "metrics.jsonl", 0, math.inf)
 
 
 def test_clock():
@@ -58,7 +122,7 @@ def test_a_full_disk_costs_records_and_one_warning(tmp_path, caplog):
     file.torn = True
     file.write({"step": 3})
     file.close()
-    truncate_records(tmp_path / "metrics.jsonl", 9)
+    set_repeated_aside(tmp_path / "metrics.jsonl", 9)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 3]
 
 

@@ -1,5 +1,6 @@
 """What is refused before anything starts, and the command itself."""
 
+import os
 import subprocess
 import sys
 
@@ -45,6 +46,53 @@ def test_the_command(toy, tmp_path):
         assert line in done.stdout, (line, done.stdout)
     assert "\033[" not in done.stdout
     assert (run / "config.json").exists() and len(records(run)) == 3
+
+
+INTERRUPTED = """
+import builtins, os, runpy, signal, sys
+original, module = builtins.__import__, sys.argv.pop(1)
+def interrupted(name, *given, **more):
+    if name == "torch" and "torch" not in sys.modules:
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(name, *given, **more)
+builtins.__import__ = interrupted
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(("module", "code", "told"), [
+    ("torchtitan_deltaproduct.train", 0, "stopped on SIGINT before step 1: there was nothing new to save"),
+    ("launch.node", 130, "interrupted"),
+])  # fmt: skip
+def test_ctrl_c_while_torch_is_imported(toy, tmp_path, module, code, told):
+    command = [sys.executable, "-c", INTERRUPTED, module, str(toy), "--job.dump_folder", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=os.environ | {"NPROC": "1"})
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr[-3000:]
+    assert told in done.stdout + done.stderr
+
+
+NOBODY = """
+import pwd, runpy, sys
+def unknown(name):
+    raise KeyError(f"getpwuid(): uid not found: {name}")
+pwd.getpwuid = pwd.getpwnam = unknown
+module = sys.argv.pop(1)
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("words", [
+    ["torchtitan_deltaproduct.train"], ["torchtitan_deltaproduct.config.plan"],
+    ["launch.slurm", "--ranks-per-node", "1", "--dry-run"],
+], ids=lambda words: words[0])  # fmt: skip
+def test_no_home_and_no_entry_in_passwd(toy, tmp_path, words):
+    """As in a container that runs under a number nobody knows."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
+    module, *options = words
+    options += ["--job.dump_folder", str(tmp_path / "run"), "--training.steps", "1"]
+    command = [sys.executable, "-c", NOBODY, module, str(toy), *options]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=variables)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_wrong_toml_ends_with_two_and_no_traceback(toy, tmp_path):

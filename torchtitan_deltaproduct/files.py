@@ -1,0 +1,75 @@
+"""Reading small files that others may have put in our way: a pipe or a device is refused, never waited for.
+
+    text = read_text(run / "events.jsonl")
+"""
+
+import ctypes
+import errno
+import os
+import stat
+import unicodedata
+from pathlib import Path
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    # A pipe that nobody writes to would block the opening without O_NONBLOCK, which regular files ignore.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """The UTF-8 text of a regular file, without the mark some editors put in front.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+        UnicodeDecodeError: it is not UTF-8, unless `errors` says what to do then.
+    """
+    return read_bytes(path).decode("utf-8-sig", errors)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something of that name, as far as can be seen: what may not be looked at counts as there."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def exchange(new: Path, old: Path) -> None:
+    """Puts the folder `new` in the place of `old`, and `old` in that of `new`, in one step of the file system.
+
+    Raises:
+        OSError: this file system cannot.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(old))
+    if libc.renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name, as some file of a folder gives it, stays in that folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def control_characters(text: str) -> str:
+    """The characters of a text that end a line or are not to be seen, escaped; "" if there are none.
+
+    What is written into a script or a log must not hold any: after a line break a value would be a command.
+    """
+    found = "".join(c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp"))
+    return found.encode("unicode_escape").decode()
