@@ -83,8 +83,8 @@ def both(args: argparse.Namespace, channels: int, head_dim: int | None) -> tuple
 
     x, weight, positions, dy = (None if t is None else t.detach() for t in inputs(args, channels))
     return (
-        milliseconds(lambda: FORWARD(x, weight, positions, head_dim)),
-        milliseconds(lambda: BACKWARD(dy, x, weight, positions, head_dim)),
+        milliseconds(lambda: FORWARD([x], [weight], positions, [head_dim or 0])),
+        milliseconds(lambda: BACKWARD([dy], [x], [weight], positions, [head_dim or 0])),
     )
 
 

@@ -36,10 +36,6 @@ class ShortConvolution(nn.Module):
         padded = F.pad(x, (0, 0, self.weight.shape[2] - 1, 0))
         return F.silu(sum_of_taps(padded, self.weight, positions)).to(x.dtype)
 
-    def unit(self, x: Tensor, positions: Tensor | None, head_dim: int) -> tuple[Tensor, Tensor]:
-        """`forward` at unit length per `head_dim` channels, and |y|^2 before over after rounding; the kernels' only."""
-        return short_conv.short_conv(x, self.weight[:, 0], positions, head_dim=head_dim)
-
     def extend(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
         """Continues a sequence whose last W-1 inputs are `cache`.
 

@@ -99,9 +99,15 @@ class DeltaProductMixer(nn.Module):
         unit_keys = args.use_short_conv and short_conv.obstacle(x, args.conv_size, args.head_dim) is None
         if unit_keys:
             # One kernel each: convolution, SiLU, and for q and k the norm per head.
-            q, _ = self.q_conv1d.unit(self.q_proj(x), positions, args.head_dim)
-            k, ratio = self.k_conv1d.unit(self.k_proj(x), positions, args.head_dim)
-            q, k, v, g, beta = self._operands(q, k, self.v_conv1d(self.v_proj(x), positions), x, decay)
+            (q, _), (k, ratio), (v, _) = short_conv.short_convs(
+                [
+                    (self.q_proj(x), self.q_conv1d.weight[:, 0], args.head_dim),
+                    (self.k_proj(x), self.k_conv1d.weight[:, 0], args.head_dim),
+                    (self.v_proj(x), self.v_conv1d.weight[:, 0], None),
+                ],
+                positions,
+            )
+            q, k, v, g, beta = self._operands(q, k, v, x, decay)
             beta = beta * ratio.view(beta.shape)
         else:
             q, k, v, g, beta = self.operands(x, decay, positions)
@@ -170,14 +176,14 @@ class DeltaProductMixer(nn.Module):
         q = q.reshape(batch, -1, args.num_heads, args.head_dim)
         k = k.reshape(batch, -1, args.num_heads, args.head_dim)
         v = v.reshape(batch, -1, args.num_heads, args.head_v_dim)
-        beta = at_least_float32(self.b_proj(x)).sigmoid()
+        beta = at_least_float32(narrow_linear(x, self.b_proj.weight)).sigmoid()
         if args.allow_neg_eigval:
             beta = beta * 2
         beta = beta.reshape(batch, -1, args.num_heads)
         if not args.use_forget_gate:
             return q, k, v, None, beta
         rate, bias = (self.decay() if decay is None else decay).unbind(0)
-        g = rate * F.softplus(at_least_float32(self.a_proj(x)) + bias)
+        g = rate * F.softplus(at_least_float32(narrow_linear(x, self.a_proj.weight)) + bias)
         return q, k, v, g.reshape(batch, -1, args.num_heads), beta
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
@@ -186,6 +192,17 @@ class DeltaProductMixer(nn.Module):
         if self.args.use_output_gate:
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o)
+
+
+def narrow_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` to a few channels: on CUDA with rows of zeros up to a multiple of 16.
+
+    cuBLAS reads and writes rows of 18 numbers one by one: three products that cost as much as those of 500 channels.
+    """
+    rows = weight.shape[0]
+    if x.device.type != "cuda" or rows % 16 == 0:
+        return F.linear(x, weight)
+    return F.linear(x, F.pad(weight, (0, 0, 0, -rows % 16)))[..., :rows]
 
 
 def at_least_float32(x: Tensor) -> Tensor:

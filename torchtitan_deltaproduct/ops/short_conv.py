@@ -3,6 +3,7 @@
     y, _ = short_conv(x, weight)                                    # x, y: [B, T, C]; weight: [C, W]
     q, _ = short_conv(x, weight, positions, head_dim=128)           # unit length per 128 channels
     k, ratio = short_conv(x, weight, positions, head_dim=128)       # beta * ratio fits the rounded keys
+    (q, _), (k, ratio), (v, _) = short_convs([(xq, wq, 128), (xk, wk, 128), (xv, wv, None)], positions)
 
 The definition is `models.conv.sum_of_taps`, SiLU and `ops.normalize.l2norm` in float32, rounded once at the end; it is
 also what runs where `obstacle` names a reason. The op keeps x for its backward and computes the rest again.
@@ -59,56 +60,77 @@ def short_conv(
     Raises:
         ConfigError: the kernels cannot run this.
     """
-    reason = obstacle(x, weight.shape[1], head_dim)
-    if reason is not None:
-        raise ConfigError(f"the fused short convolution cannot run: {reason}")
-    y, ratio = FORWARD(x, weight, positions, head_dim)
-    return y, None if head_dim is None else ratio.detach()
+    return short_convs([(x, weight, head_dim)], positions)[0]
 
 
-@torch.library.custom_op("deltaproduct::short_conv", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int | None) -> tuple[Tensor, Tensor]:
-    """Arguments as in `short_conv`; the ratio has no elements without `head_dim`."""
+def short_convs(
+    parts: list[tuple[Tensor, Tensor, int | None]], positions: Tensor | None = None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """`short_conv` of several (x, weight, head_dim) over the same tokens, as one op: the host pays for it once."""
+    for x, weight, head_dim in parts:
+        reason = obstacle(x, weight.shape[1], head_dim)
+        if reason is not None:
+            raise ConfigError(f"the fused short convolution cannot run: {reason}")
+    xs, weights, head_dims = zip(*parts, strict=True)
+    out = FORWARD(list(xs), list(weights), positions, [head_dim or 0 for head_dim in head_dims])
+    pairs = zip(out[::2], out[1::2], head_dims, strict=True)
+    return [(y, None if head_dim is None else ratio.detach()) for y, ratio, head_dim in pairs]
+
+
+@torch.library.custom_op("deltaproduct::short_convs", mutates_args=())
+def _forward(
+    xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int]
+) -> list[Tensor]:
+    """y and ratio of each, one after the other; head_dim 0 stands for none, its ratio has no elements."""
     from torchtitan_deltaproduct.ops.triton import short_conv as kernels
 
-    y, ratio = outputs(x, head_dim)
-    x, weight, positions = _unit_stride(x), weight.contiguous(), None if positions is None else positions.contiguous()
-    grid, options = launch(x, weight, positions, head_dim, kernels.FORWARD)
-    with torch.cuda.device_of(x):
-        kernels.short_conv_forward[grid](x, weight, positions, y, ratio, *sizes(x), **options)
-    return y, ratio
+    positions, results = None if positions is None else positions.contiguous(), []
+    with torch.cuda.device_of(xs[0]):
+        for x, weight, head_dim in zip(xs, weights, head_dims, strict=True):
+            y, ratio = outputs(x, head_dim)
+            x, weight = _unit_stride(x), weight.contiguous()
+            grid, options = launch(x, weight, positions, head_dim, kernels.FORWARD)
+            kernels.short_conv_forward[grid](x, weight, positions, y, ratio, *sizes(x), **options)
+            results += [y, ratio]
+    return results
 
 
 @_forward.register_fake
-def _(x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int | None) -> tuple[Tensor, Tensor]:
-    return outputs(x, head_dim)
+def _(xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int]) -> list[Tensor]:
+    return [out for x, head_dim in zip(xs, head_dims, strict=True) for out in outputs(x, head_dim)]
 
 
 def outputs(x: Tensor, head_dim: int | None) -> tuple[Tensor, Tensor]:
     """y and the ratio, not yet written."""
-    heads = (0,) if head_dim is None else (*x.shape[:2], x.shape[2] // head_dim)
+    heads = (*x.shape[:2], x.shape[2] // head_dim) if head_dim else (0,)
     return x.new_empty(x.shape), x.new_empty(heads, dtype=torch.float32)
 
 
-@torch.library.custom_op("deltaproduct::short_conv_backward", mutates_args=())
+@torch.library.custom_op("deltaproduct::short_convs_backward", mutates_args=())
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int | None
-) -> tuple[Tensor, Tensor]:
-    """dx [B, T, C] in x's dtype and dweight [C, W] float32."""
+    dys: list[Tensor], xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int]
+) -> list[Tensor]:
+    """dx [B, T, C] in x's dtype and dweight [C, W] float32 of each, one after the other."""
     from torchtitan_deltaproduct.ops.triton import short_conv as kernels
 
-    x, weight, positions = _unit_stride(x), weight.contiguous(), None if positions is None else positions.contiguous()
-    grid, options = launch(x, weight, positions, head_dim, kernels.backward_config(weight.shape[1]))
-    dx = x.new_empty(x.shape)
-    shares = x.new_empty((grid[1] * grid[2], weight.shape[1], weight.shape[0]), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        kernels.short_conv_backward[grid](x, weight, positions, dy.contiguous(), dx, shares, *sizes(x), **options)
-    return dx, shares.sum(0).t().contiguous()
+    positions, results = None if positions is None else positions.contiguous(), []
+    with torch.cuda.device_of(xs[0]):
+        for dy, x, weight, head_dim in zip(dys, xs, weights, head_dims, strict=True):
+            x, weight = _unit_stride(x), weight.contiguous()
+            grid, options = launch(x, weight, positions, head_dim, kernels.backward_config(weight.shape[1]))
+            dx = x.new_empty(x.shape)
+            shares = x.new_empty((grid[1] * grid[2], weight.shape[1], weight.shape[0]), dtype=torch.float32)
+            kernels.short_conv_backward[grid](x, weight, positions, dy.contiguous(), dx, shares, *sizes(x), **options)
+            results += [dx, shares.sum(0).t().contiguous()]
+    return results
 
 
 @_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(weight.shape, dtype=torch.float32)
+def _(
+    dys: list[Tensor], xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int]
+) -> list[Tensor]:
+    pairs = zip(xs, weights, strict=True)
+    return [g for x, w in pairs for g in (x.new_empty(x.shape), x.new_empty(w.shape, dtype=torch.float32))]
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -142,24 +164,26 @@ def launch(
         "HEADS": heads,
         "TAPS": weight.shape[1],
         "PADDED_TAPS": triton.next_power_of_2(weight.shape[1]),
-        "NORMALISE": head_dim is not None,
+        "NORMALISE": bool(head_dim),
         "DOCUMENTS": positions is not None,
     }
     return grid, constants | config
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, positions, ctx.head_dim = inputs
-    ctx.save_for_backward(x, weight, positions)
+    xs, weights, positions, ctx.head_dims = inputs
+    ctx.save_for_backward(*xs, *weights, positions)
 
 
-def _autograd(ctx, dy: Tensor, _dratio: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    x, weight, positions = ctx.saved_tensors
-    dx, dweight = BACKWARD(dy, x, weight, positions, ctx.head_dim)
-    return dx, dweight.to(weight.dtype), None, None
+def _autograd(ctx, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor], None, None]:
+    *tensors, positions = ctx.saved_tensors
+    xs, weights = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+    dys = [torch.zeros_like(x) if dy is None else dy for dy, x in zip(grads[::2], xs, strict=True)]
+    out = BACKWARD(dys, xs, weights, positions, ctx.head_dims)
+    return out[::2], [dw.to(w.dtype) for dw, w in zip(out[1::2], weights, strict=True)], None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
-FORWARD = torch.ops.deltaproduct.short_conv.default
-BACKWARD = torch.ops.deltaproduct.short_conv_backward.default
+FORWARD = torch.ops.deltaproduct.short_convs.default
+BACKWARD = torch.ops.deltaproduct.short_convs_backward.default

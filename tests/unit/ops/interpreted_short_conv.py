@@ -6,7 +6,7 @@ import torch
 from benchmarks.short_conv import definition
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.ops.normalize import L2NORM_EPS
-from torchtitan_deltaproduct.ops.short_conv import FORWARD, short_conv
+from torchtitan_deltaproduct.ops.short_conv import FORWARD, short_conv, short_convs
 from torchtitan_deltaproduct.ops.triton import short_conv as kernels
 
 STARTS = (1, 3, 7, 8, 9, 17, 30, 33, 36, 44)
@@ -118,7 +118,7 @@ def test_ratio_restores_the_length_of_rounded_keys():
 @pytest.mark.parametrize("head_dim", [None, 32])
 def test_custom_op(head_dim):
     x, weight, positions, dy = make(2, 9, 64, 4, documents=True)
-    torch.library.opcheck(FORWARD, (x, weight, positions, head_dim))
+    torch.library.opcheck(FORWARD, ([x], [weight], positions, [head_dim or 0]))
 
     def loss(x, weight):
         y, ratio = short_conv(x * 2, weight, positions, head_dim=head_dim)
@@ -139,3 +139,17 @@ def test_obstacles_are_named():
     ):
         with pytest.raises(ConfigError, match=message):
             short_conv(*arguments, **options)
+
+
+def test_several_at_once_are_each_alone():
+    """Also where one of them is not part of the loss."""
+    parts = [make(2, 20, channels, 4) for channels in (32, 64, 48)]
+    positions = make(2, 20, 32, 4, documents=True)[2]
+    dims = (16, None, 16)
+    together = short_convs([(p[0], p[1], d) for p, d in zip(parts, dims, strict=True)], positions)
+    for i, ((x, weight, _, dy), head_dim) in enumerate(zip(parts, dims, strict=True)):
+        y, ratio = short_conv(x, weight, positions, head_dim=head_dim)
+        assert torch.equal(y, together[i][0]) and (ratio is None or torch.equal(ratio, together[i][1]))
+        alone = torch.autograd.grad(y, (x, weight), dy)
+        found = torch.autograd.grad(together[i][0], (x, weight), dy, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))

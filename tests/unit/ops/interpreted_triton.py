@@ -163,3 +163,26 @@ def test_opcheck(states, packed):
     positions = positions_of([0, 7, 40]) if packed else None
     op = torch.ops.deltaproduct.gated_delta_product.default
     torch.library.opcheck(op, (*args.values(), positions, 2, 0.3, states, False, True, "triton"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_mixer_over_our_kernels_is_the_mixer(monkeypatch, gated, packed):
+    """Fused convolutions, unit keys and our operator, against PyTorch's convolutions and the chunk backend."""
+    from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
+    from torchtitan_deltaproduct.ops import short_conv
+
+    args = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16, "vocab_size": 40}
+    tokens, starts = torch.randint(40, (2, 50)), torch.rand(2, 50) < 0.1 if packed else None
+    results = []
+    for backend in ("triton", "chunk"):
+        model = DeltaProductLM(
+            DeltaProductArgs(**args, num_householder=2, use_forget_gate=gated, op_backend=backend)
+        )
+        model.init_weights()
+        if backend == "chunk":
+            monkeypatch.setattr(short_conv, "obstacle", lambda *_: "not in this test")
+        logits = model(tokens, starts)
+        results.append([logits, *torch.autograd.grad(logits.sin().sum(), list(model.parameters()))])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() < 1e-4 * b.norm().clamp(min=1e-3)
