@@ -48,8 +48,9 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
             op_sac_save_list=OPS_TO_SAVE,
             base_folder=job_config.job.dump_folder,
         )
+    if job_config.compile.enable:
+        set_up_compiler()
     if compile_model:
-        shield_compile_workers()
         for name, block in model.layers.named_children():
             compiled = torch.compile(block, backend=job_config.compile.backend, fullgraph=True)
             model.layers.register_module(name, compiled)
@@ -60,6 +61,23 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         shard(model, mesh, job_config)
     logger.info("data parallelism: %s", reason)
     return model
+
+
+def set_up_compiler() -> None:
+    """Settings of torch.compile for the process.
+
+    Inductor's kernels are chosen without timing them: candidates whose times are close sum in another order, and a
+    restarted run would not repeat its losses to the bit. Blocks share one function, and each of its variants (training,
+    validation at another length, with documents or without) is a recompilation; the default limit of eight makes the
+    ninth an error under `fullgraph`.
+    """
+    # Loading them takes a second, which a run that compiles nothing need not spend.
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    shield_compile_workers()
+    inductor.deterministic = True
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
 
 
 def data_parallel_mesh(parallel_dims: ParallelDims, job_config: JobConfig) -> tuple[DeviceMesh | None, str]:
