@@ -1,20 +1,26 @@
 """Clipping and Adam on local parts are torch's: on one rank and more, over shards, replicas and plain tensors."""
 
 import copy
+import importlib
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from tests.dist.helper import run_distributed
 from torchtitan_deltaproduct.titan import local_parts
 from torchtitan_deltaproduct.titan.local_parts import clip_gradients, local
 
+# torch.optim deletes the names of its modules.
+adam_module = importlib.import_module("torch.optim.adam")
+
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded(meshes: list) -> tuple[nn.Module, nn.Module]:
@@ -54,9 +60,12 @@ def same_updates(mesh) -> None:
             for module in (local_parts, torch.optim):
                 model, _ = sharded([mesh] * 3)
                 optimizer = getattr(module, name)(model.parameters(), lr=0.1, weight_decay=0.1, **implementation)
-                for step in range(3):
-                    backward(model, step)
-                    optimizer.step()
+                with mock.patch.object(adam_module, "adam", wraps=adam_module.adam) as update:
+                    for step in range(3):
+                        backward(model, step)
+                        optimizer.step()
+                sharded_ones = [isinstance(t, DTensor) for tensors in update.call_args.args for t in tensors]
+                assert any(sharded_ones) == (module is torch.optim) and len(sharded_ones) == 5 * 6
                 tensors = [v for p in model.parameters() for v in (p, *optimizer.state[p].values())]
                 runs.append(tensors)
             for ours, theirs in zip(*runs, strict=True):

@@ -20,18 +20,21 @@ def held(trainer) -> dict[str, torch.Tensor]:
     return {name: local(tensor).detach().clone() for name, tensor in tensors.items()}
 
 
-def poisoned(rank: int, argv: list[str], poison_rank: int, steps: tuple[int, ...]) -> None:
+def poisoned(rank: int, argv: list[str], poison_rank: int, steps: tuple[int, ...], what: str = "loss") -> None:
+    """Trains with a NaN on one rank: its loss and all its gradients, or what it takes for the norm of all ranks."""
     from torchtitan_deltaproduct.titan import trainer
     from torchtitan_deltaproduct.titan.run import run
 
     class Poisoned(trainer.Trainer):
         def forward_backward_step(self, **given):
-            if rank == poison_rank and self.step in steps:
+            if rank == poison_rank and self.step in steps and what == "loss":
                 given["global_valid_tokens"] = given["global_valid_tokens"] * float("nan")
             return super().forward_backward_step(**given)
 
         def train_step(self, feed):
             before = held(self)
+            bad = rank == poison_rank and self.step in steps and what == "norm"
+            trainer.clip_gradients = (lambda *given: clip(*given) * float("nan")) if bad else clip
             stop = super().train_step(feed)
             after = held(self)
             same = [torch.equal(after[name], value) for name, value in before.items()]
@@ -41,11 +44,11 @@ def poisoned(rank: int, argv: list[str], poison_rank: int, steps: tuple[int, ...
             }
             return stop
 
-    original, trainer.Trainer = trainer.Trainer, Poisoned
+    original, clip, trainer.Trainer = trainer.Trainer, trainer.clip_gradients, Poisoned
     try:
         run(load_config(argv))
     finally:
-        trainer.Trainer = original
+        trainer.Trainer, trainer.clip_gradients = original, clip
 
 
 def test_one_bad_rank_skips_the_step_everywhere(toy, tmp_path):
@@ -59,6 +62,11 @@ def test_one_bad_rank_skips_the_step_everywhere(toy, tmp_path):
     # Losses agree until the skipped update, and the schedule goes on as if nothing had happened.
     assert all(learned(tmp_path / "run")[(s, "lr")] == clean[(s, "lr")] for s in range(1, 9))
     assert steps[3]["loss"] != clean[(4, "loss")]
+
+
+def test_one_rank_disagrees_about_the_norm(toy, tmp_path):
+    run_distributed(poisoned, 2, (arguments(toy, tmp_path / "run", ("--checkpoint.no-enable",)), 1, (3,), "norm"))
+    assert [r["skipped_steps"] for r in records(tmp_path / "run") if "lr" in r] == [0, 0, 1, 1, 1, 1, 1, 1]
 
 
 def test_the_first_step_is_bad(toy, tmp_path):
