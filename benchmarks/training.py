@@ -6,8 +6,7 @@
     python -m benchmarks.training --device cpu --householders 1     a toy of ours, to see that this script runs
 
 Shapes are those of train_configs/fineweb/deltaproduct_{size}_n{n}_4k.toml. Every row is a process of its own, one after
-the other: FSDP2 on one rank, bfloat16 with float32 gradients, random tokens, AdamW (fused), gradients clipped, no data
-loading. `ours` is our model with our `parallelize`, compiled; `fla` is GatedDeltaProductForCausalLM in eager mode with
+the other: FSDP2 on one rank, bfloat16 with float32 gradients, random tokens, our clipping and AdamW for both, no data loading. `ours` is our model with our `parallelize`, compiled; `fla` is GatedDeltaProductForCausalLM in eager mode with
 its fused cross-entropy, `fla-linear` with its fused linear cross-entropy, `fla-compiled` is `fla`, its layers compiled.
 Steps are timed by events on the device, and the median is taken after those that compile and tune. A row that fails,
 or that the time no longer allows, says why. Milliseconds of a step by kind of kernel are the profiler's.
@@ -137,6 +136,7 @@ def measure(variant: Variant) -> dict:
     from torchtitan_deltaproduct.config import load_config
     from torchtitan_deltaproduct.models import counts
     from torchtitan_deltaproduct.titan import device
+    from torchtitan_deltaproduct.titan.local_parts import AdamW, clip_gradients
     from torchtitan_deltaproduct.titan.spec import ModelArgs
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -153,12 +153,12 @@ def measure(variant: Variant) -> dict:
         model, loss_of_step = our_model(config, args.architecture, variant.device, tokens, tokens.roll(-1, 1))
     else:
         model, loss_of_step = fla_model(variant.model, args.architecture, variant.device, tokens)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
 
     def step() -> torch.Tensor:
         loss = loss_of_step()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        clip_gradients(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss

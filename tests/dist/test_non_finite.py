@@ -8,23 +8,47 @@ from tests.toy import arguments, learned, records, train, weights
 from torchtitan_deltaproduct.checkpoint import scan
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.errors import NonFiniteError
+from torchtitan_deltaproduct.titan.local_parts import local
 
 
-def poisoned(rank: int, argv: list[str], poison_rank: int, steps: tuple[int, ...]) -> None:
+def held(trainer) -> dict[str, torch.Tensor]:
+    """Copies of this rank's part of the weights, the moments and their step, by name."""
+    tensors = dict(trainer.model_parts[0].named_parameters())
+    names = {p: name for name, p in tensors.items()}
+    for p, state in trainer.optimizers.optimizers[0].state.items():
+        tensors |= {f"{names[p]}.{name}": value for name, value in state.items()}
+    return {name: local(tensor).detach().clone() for name, tensor in tensors.items()}
+
+
+def poisoned(rank: int, argv: list[str], poison_rank: int, steps: tuple[int, ...], what: str = "loss") -> None:
+    """Trains with a NaN on one rank: its loss and all its gradients, or what it takes for the norm of all ranks."""
     from torchtitan_deltaproduct.titan import trainer
     from torchtitan_deltaproduct.titan.run import run
 
     class Poisoned(trainer.Trainer):
         def forward_backward_step(self, **given):
-            if rank == poison_rank and self.step in steps:
+            if rank == poison_rank and self.step in steps and what == "loss":
                 given["global_valid_tokens"] = given["global_valid_tokens"] * float("nan")
             return super().forward_backward_step(**given)
 
-    original, trainer.Trainer = trainer.Trainer, Poisoned
+        def train_step(self, feed):
+            before = held(self)
+            bad = rank == poison_rank and self.step in steps and what == "norm"
+            trainer.clip_gradients = (lambda *given: clip(*given) * float("nan")) if bad else clip
+            stop = super().train_step(feed)
+            after = held(self)
+            same = [torch.equal(after[name], value) for name, value in before.items()]
+            assert all(same) if self.step in steps else not any(same)
+            assert {int(value) for name, value in after.items() if name.endswith("step")} == {
+                sum(step not in steps for step in range(1, self.step + 1))
+            }
+            return stop
+
+    original, clip, trainer.Trainer = trainer.Trainer, trainer.clip_gradients, Poisoned
     try:
         run(load_config(argv))
     finally:
-        trainer.Trainer = original
+        trainer.Trainer, trainer.clip_gradients = original, clip
 
 
 def test_one_bad_rank_skips_the_step_everywhere(toy, tmp_path):
@@ -40,6 +64,40 @@ def test_one_bad_rank_skips_the_step_everywhere(toy, tmp_path):
     assert steps[3]["loss"] != clean[(4, "loss")]
 
 
+def test_one_rank_disagrees_about_the_norm(toy, tmp_path):
+    run_distributed(poisoned, 2, (arguments(toy, tmp_path / "run", ("--checkpoint.no-enable",)), 1, (3,), "norm"))
+    assert [r["skipped_steps"] for r in records(tmp_path / "run") if "lr" in r] == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_the_first_step_is_bad(toy, tmp_path):
+    """Adam's state begins with a step that was skipped: the first update is its first all the same, and it is saved."""
+    argv = arguments(toy, tmp_path / "run", ("--checkpoint.interval", "1", "--checkpoint.keep_latest_k", "0"))
+    poisoned(0, argv, 0, (1,))
+    steps = {step: value for step in (1, 2, 8) for name, value in weights(tmp_path / "run", step).items()
+             if name.endswith("tok_embeddings.weight.step")}  # fmt: skip
+    assert steps == {1: 0, 2: 1, 8: 7}
+
+
+def test_the_bad_gradient_is_named(toy, tmp_path, monkeypatch, capsys):
+    """One NaN makes the norm NaN: the other gradients stay finite, and are not named."""
+    from torchtitan_deltaproduct.titan.trainer import Trainer
+
+    original = Trainer.forward_backward_step
+
+    def spoiled(self, **given):
+        loss = original(self, **given)
+        if self.step == 2:
+            self.model_parts[0].get_parameter("layers.1.mlp.up_proj.weight").grad[3, 4] = float("nan")
+        return loss
+
+    monkeypatch.setattr(Trainer, "forward_backward_step", spoiled)
+    train(toy, tmp_path / "run", "--validation.no-enable", "--checkpoint.no-enable")
+    steps = [r for r in records(tmp_path / "run") if "lr" in r]
+    assert [r["skipped_steps"] for r in steps] == [0, 1, 1, 1, 1, 1, 1, 1]
+    assert steps[1]["loss"] is not None and steps[1]["grad_norm"] is None
+    assert "first non-finite gradient on rank 0: layers.1.mlp.up_proj.weight\n" in capsys.readouterr().out
+
+
 def test_too_many_in_a_row(toy, tmp_path):
     argv = arguments(toy, tmp_path / "run", ("--training.max_skipped_steps", "2"))
     with pytest.raises(NonFiniteError, match="2 steps in a row had a non-finite loss .* the last good step is 4"):
@@ -53,8 +111,8 @@ def test_non_finite_weights_are_not_saved(toy, tmp_path, monkeypatch):
     original = TwoGroupOptimizers.step
     count = []
 
-    def step(self):
-        original(self)
+    def step(self, skip):
+        original(self, skip)
         count.append(1)
         if len(count) == 4:
             next(self.model_parts[0].parameters()).data[0, 0] = float("inf")

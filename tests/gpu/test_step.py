@@ -63,30 +63,34 @@ def test_peak_memory(backend):
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_host_waits_once_a_step(toy, tmp_path, monkeypatch, accumulated):
-    """From step 3 on (compiled, Adam's state made) whatever waits for the device raises, but for `wait_for`."""
+    """From step 3 on (compiled, Adam's state made) whatever waits for the device raises, but for the wait for one event
+    after the update was launched."""
+    from torchtitan_deltaproduct.titan.optimizer import TwoGroupOptimizers
     from torchtitan_deltaproduct.titan.trainer import Trainer
 
-    step, wait_for, waits = Trainer.train_step, Trainer.wait_for, []
+    step, update, synchronize, order = Trainer.train_step, TwoGroupOptimizers.step, torch.cuda.Event.synchronize, []
 
     def strict_step(self, feed):
         torch.cuda.set_sync_debug_mode("error" if self.step >= 3 else "default")
+        order.append(self.step)
         try:
             return step(self, feed)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def counted_wait(self, *given):
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("default")
-        waits.append(self.step)
-        numbers = wait_for(self, *given)
-        torch.cuda.set_sync_debug_mode(mode)
-        return numbers
+    def noted_update(self, skip):
+        update(self, skip)
+        order.append("update")
+
+    def noted_wait(self):
+        order.append("wait")
+        synchronize(self)
 
     monkeypatch.setattr(Trainer, "train_step", strict_step)
-    monkeypatch.setattr(Trainer, "wait_for", counted_wait)
+    monkeypatch.setattr(TwoGroupOptimizers, "step", noted_update)
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", noted_wait)
     model = ("--model.hidden_size", "128", "--model.head_dim", "64", "--compile.enable", "--checkpoint.no-enable")
     toys.train(toy, tmp_path / "run", *model, "--training.local_batch_size", str(4 // accumulated))
-    assert waits == list(range(1, 9))
+    assert order[order.index(3) :] == [what for step in range(3, 9) for what in (step, "update", "wait")]
     losses = [r["loss"] for r in toys.records(tmp_path / "run") if "loss" in r]
     assert losses[-1] < losses[0] - 0.2

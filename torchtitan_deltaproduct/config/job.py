@@ -101,8 +101,8 @@ class Optimizer(titan.Optimizer):
     """Decay of the running mean of squared gradients, in [0, 1)."""
     weight_decay: float = 0.01
     """AdamW weight decay of matrices; norms, biases, A_log, dt_bias, convolutions, embeddings take none."""
-    implementation: Literal["auto", "for-loop", "foreach", "fused"] = "auto"
-    """`auto`: fused on CUDA, foreach on CPU."""
+    implementation: Literal["fused", "foreach", "for-loop"] = "fused"
+    """`fused` updates without waiting for the device, on the CPU too; the others wait for it once a step more."""
 
 
 @dataclass

@@ -4,6 +4,7 @@
     spec.py           the TrainSpec: one model, its arguments, and the builders below
     parallelize.py    activation checkpointing, torch.compile, FSDP2 / HSDP / DDP
     optimizer.py      AdamW with decay and no-decay groups
+    local_parts.py    clipping and Adam on what this rank holds of each tensor
     trainer.py        the Trainer subclass: one step, the loop, what is saved
     feed.py           global batches on the device, read one step ahead
     validator.py      a fixed held-out set, weighted by tokens, in bits per byte

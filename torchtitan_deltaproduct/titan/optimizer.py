@@ -10,16 +10,16 @@ so that changing one of them on a restart has an effect; torchtitan's containers
 import logging
 from functools import partial
 
-from torch import nn
-from torch.optim import Adam, AdamW
+import torch
+from torch import Tensor, nn
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config import LRScheduler
 from torchtitan.distributed import ParallelDims
-from torchtitan.tools import utils
 
 from ..config.job import Optimizer
 from ..config.schedule import lr_factor
+from .local_parts import Adam, AdamW
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,21 @@ class TwoGroupOptimizers(OptimizersContainer):
                 optimizer_cls.__name__, optimizer_kwargs["weight_decay"], f"{counts[0]:,}", f"{counts[1]:,}",
             )  # fmt: skip
         self._post_init([p for model in model_parts for p in model.parameters()], optimizer_kwargs)
+
+    def step(self, skip: Tensor) -> None:
+        """Updates, or leaves weights, moments and their step as they are.
+
+        Args:
+            skip: [] bool, the same on all ranks. The fused implementation looks at it on the device, as it does for
+                torch's GradScaler; the others wait for it.
+        """
+        for optimizer in self.optimizers:
+            group = optimizer.param_groups[0]
+            if group["fused"]:
+                optimizer.found_inf = skip.to(group["params"][0].device, torch.float32)
+            elif skip:
+                continue
+            optimizer.step()
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores the moments; the settings of the groups stay those of the config."""
@@ -91,15 +106,12 @@ def build_optimizers(
     model_parts: list[nn.Module], config: Optimizer, parallel_dims: ParallelDims
 ) -> TwoGroupOptimizers:
     """The optimizer `config` names, over the parameters of `model_parts`."""
-    implementation = config.implementation
-    if implementation == "auto":
-        implementation = "fused" if utils.device_type == "cuda" else "foreach"
     kwargs = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
         "weight_decay": config.weight_decay,
-        "fused": implementation == "fused",
-        "foreach": implementation == "foreach",
+        "fused": config.implementation == "fused",
+        "foreach": config.implementation == "foreach",
     }
     return TwoGroupOptimizers(model_parts, {"Adam": Adam, "AdamW": AdamW}[config.name], kwargs)

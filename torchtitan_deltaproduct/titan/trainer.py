@@ -6,15 +6,15 @@ of them unsharded, in `training.mixed_precision_reduce` (4 bytes a parameter in 
 is not finite is skipped on every rank and counted; the schedule follows the step number all the same, so that a run
 that skipped differs from one that did not by that update alone.
 
-The host waits for the device once a step, for the loss and the norm. While the device works it reads the next global
-batch (`feed`), and with the loss ranks exchange how many tokens that one has and whether to stop (`stopping`): all end
-after the same step, with a complete checkpoint.
+The host waits for the device once a step, for the loss and the norm, and only after the update was launched, which
+finds on the device whether it is to be skipped. While the device works the host reads the next global batch (`feed`),
+and with the loss ranks exchange how many tokens that one has and whether to stop (`stopping`): all end after the same
+step, with a complete checkpoint.
 """
 
 import contextlib
 import gc
 import logging
-import math
 import time
 from collections import deque
 from datetime import timedelta
@@ -35,11 +35,12 @@ from ..config.job import JobConfig
 from ..errors import NonFiniteError
 from .checkpointer import CheckpointManager
 from .describe import describe, resumed
-from .feed import Feed, to_device
+from .feed import Feed, to_device, to_host
+from .local_parts import clip_gradients, local
 from .rendezvous import own_store
 from .spec import global_batch_size, register
 from .spikes import LossSpikes
-from .stopping import FLAGS, Stopping
+from .stopping import Stopping
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -231,17 +232,22 @@ class Trainer(stock.Trainer):
             reduce_gradients(self.model_parts, i == len(microbatches) - 1)
             loss += self.forward_backward_step(input_dict=inputs, labels=labels, global_valid_tokens=tokens)
         parameters = [p for model in self.model_parts for p in model.parameters()]
-        grad_norm = dist_utils.clip_grad_norm_(parameters, self.job_config.training.max_norm, foreach=True)
+        grad_norm = clip_gradients(parameters, self.job_config.training.max_norm).to(self.device)
         ahead = self.read_ahead(feed)
-        numbers = self.wait_for(loss, grad_norm, self.numbers([*self.stop_flags(), ahead]))
-        loss_value, norm_value, self.tokens_ahead = numbers[0], numbers[-1], numbers[-2]
+        others = self.numbers([*self.stop_flags(), ahead])
+        totals = self.sum_over_ranks(torch.cat([loss, grad_norm.double().view(1), others]))
+        # The norm is summed for this alone: ranks that skipped and ranks that did not would never agree again.
+        skip = ~totals[:2].isfinite().all()
+        totals[1] = grad_norm
+        numbers = to_host(torch.cat([totals, skip.view(1)]))
         self.checkpointer.maybe_wait_for_staging()
-        if math.isfinite(loss_value) and math.isfinite(norm_value):
-            self.optimizers.step()
+        self.optimizers.step(skip)
+        loss_value, norm_value, *flags, self.tokens_ahead, skipped = numbers()
+        if skipped:
+            self.skip_step(loss_value, norm_value)
+        else:
             self.skipped_in_a_row = 0
             self.look_for_spike(loss_value)
-        else:
-            self.skip_step(loss_value, norm_value)
         self.lr_schedulers.step()
         self.metrics_processor.log_step(
             self.step,
@@ -255,7 +261,7 @@ class Trainer(stock.Trainer):
                 "failed_saves": self.checkpointer.failed_saves if self.saves else 0,
             },
         )
-        return Stopping.reason(numbers[1 : 1 + FLAGS])
+        return Stopping.reason(flags)
 
     def look_for_spike(self, loss: float) -> None:
         """Reports a loss far above the recent ones, with the samples it came from."""
@@ -301,11 +307,6 @@ class Trainer(stock.Trainer):
         if self.parallel_dims.dp_cp_enabled:
             dist.all_reduce(values, group=self.parallel_dims.get_mesh("loss").get_group())
         return values
-
-    def wait_for(self, loss: torch.Tensor, grad_norm: torch.Tensor, others: torch.Tensor) -> list[float]:
-        """[loss, *others, grad_norm], all but the norm summed over ranks: the one wait for the device in a step."""
-        totals = self.sum_over_ranks(torch.cat([loss, others]))
-        return torch.cat([totals, grad_norm.double().view(1)]).tolist()
 
     def skip_step(self, loss: float, grad_norm: float) -> None:
         """Counts a step without an update, names the first bad gradient, and stops after too many in a row."""
@@ -367,8 +368,3 @@ def reduce_gradients(model_parts: list[nn.Module], now: bool) -> None:
     for model in model_parts:
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(now)
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor this rank holds."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,5 +1,6 @@
-"""Which parameters decay, and what a checkpoint brings back."""
+"""Which parameters decay, what a skipped step changes (nothing), and what a checkpoint brings back."""
 
+import pytest
 import torch
 from torchtitan.config import LRScheduler
 
@@ -10,6 +11,8 @@ from torchtitan_deltaproduct.titan import device
 from torchtitan_deltaproduct.titan.optimizer import build_lr_schedulers, build_optimizers
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 8}
+
+UPDATE, SKIP = torch.tensor(False), torch.tensor(True)
 
 
 def build(lr=1e-2, **options):
@@ -34,12 +37,37 @@ def test_only_matrices_decay():
     assert len(decayed) + len(free) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])
+def test_a_skipped_step_leaves_no_trace(implementation):
+    """Bit for bit, in the weights, the moments and their step; the update after it is as without it."""
+    runs = []
+    for steps in ([(1.0, UPDATE), (float("nan"), SKIP), (2.0, UPDATE)], [(1.0, UPDATE), (2.0, UPDATE)]):
+        torch.manual_seed(0)
+        model, optimizers, _ = build(weight_decay=0.1, implementation=implementation)
+        for gradient, skip in steps:
+            before = tensors_of(model, optimizers)
+            for p in model.parameters():
+                p.grad = torch.full_like(p, gradient)
+            optimizers.step(skip)
+            unchanged = [torch.equal(a, b) for a, b in zip(before, tensors_of(model, optimizers), strict=False)]
+            assert all(unchanged) if skip else not any(unchanged)
+        runs.append(tensors_of(model, optimizers))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert [state["step"] for state in optimizers.optimizers[0].state.values()] == [2] * len(list(model.parameters()))
+
+
+def tensors_of(model, optimizers) -> list[torch.Tensor]:
+    """Copies of the weights, and of the moments and their step."""
+    states = [value for state in optimizers.optimizers[0].state.values() for value in state.values()]
+    return [tensor.detach().clone() for tensor in (*model.parameters(), *states)]
+
+
 def test_a_restart_brings_back_moments_and_step_but_not_settings():
     model, optimizers, schedules = build(lr=1e-2, weight_decay=0.1, implementation="foreach")
     for _ in range(3):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
-        optimizers.step()
+        optimizers.step(UPDATE)
         schedules.step()
     saved = optimizers.state_dict(), schedules.state_dict()
     _, other, other_schedules = build(lr=1e-3, weight_decay=0.5, beta2=0.9, implementation="for-loop")

@@ -1,0 +1,87 @@
+"""Clipping and Adam on local parts are torch's: on one rank and more, over shards, replicas and plain tensors."""
+
+import copy
+import importlib
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from tests.dist.helper import run_distributed
+from torchtitan_deltaproduct.titan import local_parts
+from torchtitan_deltaproduct.titan.local_parts import clip_gradients, local
+
+# torch.optim deletes the names of its modules.
+adam_module = importlib.import_module("torch.optim.adam")
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded(meshes: list) -> tuple[nn.Module, nn.Module]:
+    """A model whose i-th layer is sharded over the i-th mesh (None: not at all), and the same model on one rank."""
+    torch.manual_seed(0)
+    # Some of these rows cannot be divided among ranks: the last ones hold nothing of them.
+    whole = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 8), nn.Linear(8, 1))
+    model = copy.deepcopy(whole)
+    for layer, mesh in zip(model, meshes, strict=True):
+        if mesh is not None:
+            fully_shard(layer, mesh=mesh)
+    return model, whole
+
+
+def backward(model: nn.Module, seed: int) -> None:
+    model.zero_grad()
+    model(torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+
+
+def same_clipping(meshes: list) -> None:
+    for max_norm in (0.5, 1e9):
+        model, whole = sharded(meshes)
+        backward(model, 1)
+        backward(whole, 1)
+        expected = nn.utils.clip_grad_norm_(whole.parameters(), max_norm)
+        norm = clip_gradients(model.parameters(), max_norm)
+        assert type(norm) is torch.Tensor and norm.dtype == torch.float32
+        torch.testing.assert_close(norm, expected)
+        for found, true in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(full(found.grad), true.grad)
+
+
+def same_updates(mesh) -> None:
+    for name in ("Adam", "AdamW"):
+        for implementation in ({"fused": True}, {"foreach": True}, {"foreach": False}):
+            runs = []
+            for module in (local_parts, torch.optim):
+                model, _ = sharded([mesh] * 3)
+                optimizer = getattr(module, name)(model.parameters(), lr=0.1, weight_decay=0.1, **implementation)
+                with mock.patch.object(adam_module, "adam", wraps=adam_module.adam) as update:
+                    for step in range(3):
+                        backward(model, step)
+                        optimizer.step()
+                sharded_ones = [isinstance(t, DTensor) for tensors in update.call_args.args for t in tensors]
+                assert any(sharded_ones) == (module is torch.optim) and len(sharded_ones) == 5 * 6
+                tensors = [v for p in model.parameters() for v in (p, *optimizer.state[p].values())]
+                runs.append(tensors)
+            for ours, theirs in zip(*runs, strict=True):
+                assert type(ours) is type(theirs) and torch.equal(local(ours), local(theirs)), (name, implementation)
+
+
+def check(rank: int, ranks: int) -> None:
+    flat = init_device_mesh("cpu", (ranks,))
+    shape = (min(2, ranks), max(1, ranks // 2))
+    replicas = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    for meshes in ([None] * 3, [flat] * 3, [replicas] * 3, [flat, replicas, None]):
+        same_clipping(meshes)
+    for mesh in (flat, replicas):
+        same_updates(mesh)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_same_as_torch(ranks):
+    run_distributed(check, ranks, (ranks,))
