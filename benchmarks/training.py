@@ -6,7 +6,8 @@
     python -m benchmarks.training --device cpu --householders 1     a toy of ours, to see that this script runs
 
 Shapes are those of train_configs/fineweb/deltaproduct_{size}_n{n}_4k.toml. Every row is a process of its own, one after
-the other: FSDP2 on one rank, bfloat16 with float32 gradients, random tokens, our clipping and AdamW for both, no data loading. `ours` is our model with our `parallelize`, compiled; `fla` is GatedDeltaProductForCausalLM in eager mode with
+the other: FSDP2 on one rank, bfloat16 with float32 gradients, random tokens, our clipping and AdamW for both, no data
+loading. `ours` is our model with our `parallelize`, compiled; `fla` is GatedDeltaProductForCausalLM in eager mode with
 its fused cross-entropy, `fla-linear` with its fused linear cross-entropy, `fla-compiled` is `fla`, its layers compiled.
 Steps are timed by events on the device, and the median is taken after those that compile and tune. A row that fails,
 or that the time no longer allows, says why. Milliseconds of a step by kind of kernel are the profiler's.

@@ -125,7 +125,8 @@ def operator() -> Finding:
         (o * weight.to(where, o.dtype)).sum().backward()
         results.append([x.detach().cpu().double() for x in (o, *(x.grad for x in inputs))])
     error = max(float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True))
-    backend = resolve_backend("auto", device, (str(dtype).removeprefix("torch."),) * 3, False, 64)
+    dims = (q.shape[-1], v.shape[-1], n)
+    backend = resolve_backend("auto", device, (str(dtype).removeprefix("torch."),) * 3, False, *dims)
     limit = 2e-2 if dtype == torch.bfloat16 else 1e-4
     text = f"backend {backend}, {str(dtype).removeprefix('torch.')}: output and gradients within {error:.1e} of float64"
     if error > limit:

@@ -15,6 +15,7 @@ step, with a complete checkpoint.
 import contextlib
 import gc
 import logging
+import math
 import time
 from collections import deque
 from datetime import timedelta

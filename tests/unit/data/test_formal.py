@@ -170,7 +170,7 @@ FORMAL = '[data]\nkind = "formal_language"\nlanguage = "parity"\n'
         (GROUP, ["--data.curriculum_start=65", "--data.curriculum_steps=9", "--training.seq_len=64"], "starts above"),
         (GROUP, ["--data.paths=a"], "which group_word does not read"),
         (GROUP, ["--data.dataset=a"], 'only read with kind = "streaming"'),
-        (GROUP, ["--data.shuffle=false"], 'only read with kind = "prepared" or "streaming"'),
+        (GROUP, ["--data.shuffle=false"], 'only read with kind = "prepared"'),
         (GROUP, ["--data.min_length=4"], 'only read with kind = "formal_language"'),
         (GROUP, ["--validation.paths=a"], "generated data is validated on generated samples"),
         (FORMAL, ["--data.group=S3"], 'only read with kind = "group_word"'),

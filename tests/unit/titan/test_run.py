@@ -48,7 +48,6 @@ def test_the_command(toy, tmp_path):
     assert (run / "config.json").exists() and len(records(run)) == 3
 
 
-<<<<<<< HEAD
 INTERRUPTED = """
 import builtins, os, runpy, signal, sys
 original, module = builtins.__import__, sys.argv.pop(1)
@@ -94,7 +93,8 @@ def test_no_home_and_no_entry_in_passwd(toy, tmp_path, words):
     command = [sys.executable, "-c", NOBODY, module, str(toy), *options]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr[-3000:]
-=======
+
+
 def test_the_update_is_launched_before_the_host_waits(toy, tmp_path, monkeypatch):
     """What it waits for was on its way by then: the device works on the update while the host looks at the loss."""
     from torchtitan_deltaproduct.titan import trainer
@@ -115,7 +115,6 @@ def test_the_update_is_launched_before_the_host_waits(toy, tmp_path, monkeypatch
     monkeypatch.setattr(TwoGroupOptimizers, "step", noted_update)
     train(toy, tmp_path / "run", "--training.steps", "2", "--validation.no-enable", "--checkpoint.no-enable")
     assert order == ["copy", "update", "wait"] * 2
->>>>>>> loss
 
 
 def test_a_wrong_toml_ends_with_two_and_no_traceback(toy, tmp_path):

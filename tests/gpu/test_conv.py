@@ -1,4 +1,4 @@
-"""The fused short convolution on a CUDA device against float64: pytest -m gpu tests/gpu/test_short_conv.py."""
+"""The fused short convolution on a CUDA device against float64: pytest -m gpu tests/gpu/test_conv.py."""
 
 import pytest
 import torch
