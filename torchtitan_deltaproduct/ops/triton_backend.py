@@ -6,6 +6,7 @@ Deterministic: no atomics, and the configuration is a function of the arguments,
 that every rank and every restart runs the same code.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ ROWS = 64
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_HOUSEHOLDER = 8
+MIN_TRITON = (3, 6)
+"""The first with products of float32 split in three of bfloat16."""
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -127,6 +130,9 @@ def _missing() -> str | None:
     """What this machine lacks; None if nothing."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton, on Linux)"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
+        return f"Triton is {version}, its kernels need {'.'.join(map(str, MIN_TRITON))} or later"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "its kernels need compute capability 8.0 (A100) or later"
     return None
