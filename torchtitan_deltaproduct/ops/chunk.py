@@ -116,9 +116,8 @@ def _backward_segment(
     dq, dk, dv, dg, dbeta = grads
     c = parts.prepare(tokens, rows)
     dreads = segment.to_chunks(do[:, tokens], parts.tokens, parts.dtype).mul_(parts.scale)
-    values = None if dg is None else parts.values(rows)
     dqueries, dkeys, dvalues, dgate, dbetas, dstate = segment.segment_backward(
-        c, dreads, errors[parts.chunks(tokens)], state, dstate, values
+        c, dreads, errors[parts.chunks(tokens)], state, dstate, dg is not None
     )
     if c.rstd is not None:
         k_rstd, q_rstd = c.rstd.split([dkeys.shape[1], parts.tokens], 1)

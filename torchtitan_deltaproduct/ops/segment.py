@@ -33,8 +33,6 @@ MIN_LOG_DECAY = -100.0
 class Decays:
     """Decay factors with the document masks multiplied in; None stands for all ones."""
 
-    suffix: Tensor
-    """[NC*BH or 1, C, C] of 0 and 1: whether token s (column) is of the document of token t >= s (row)."""
     inside: Tensor
     """D [NC*BH or 1, R+C, R]: reader (keys first, then queries) from row; 0 where it must not look."""
     enter: Tensor | None = None
@@ -116,9 +114,8 @@ def _decays(g: Tensor | None, document: Tensor | None, like: Tensor, heads: int,
     """
     n = like.shape[1] // tokens
     inside = _visible(tokens, n, like.device, like.dtype)
-    suffix = _visible(tokens, 1, like.device, like.dtype)[:, tokens:]
     if g is None and document is None:
-        return Decays(suffix, inside)
+        return Decays(inside)
     if g is None:
         since = like.new_zeros(like.shape[0], tokens)
     else:
@@ -132,12 +129,11 @@ def _decays(g: Tensor | None, document: Tensor | None, like: Tensor, heads: int,
         document = document[:, 1:].unflatten(1, (-1, tokens)).transpose(0, 1).repeat_interleave(each, 1).flatten(0, 1)
         leaving = document[:, -1:]
         same = document.unsqueeze(-1) == document.unsqueeze(-2)
-        between, suffix = between * same, suffix * same
+        between = between * same
         enter, leave = enter * (document == entering), leave * (document == leaving)
         across = across * (entering == leaving)
     columns = between.repeat_interleave(n, -1)
     return Decays(
-        suffix,
         torch.cat([columns.repeat_interleave(n, -2), columns], -2).mul_(inside),
         torch.cat([enter.repeat_interleave(n, -1), enter], -1).unsqueeze(-1),
         leave.repeat_interleave(n, -1).unsqueeze(-1),
@@ -218,7 +214,7 @@ def segment_forward(c: Chunks, values: Tensor, state: Tensor, errors: Tensor) ->
 
 
 def segment_backward(
-    c: Chunks, do: Tensor, errors: Tensor, state: Tensor, dstate: Tensor, values: Tensor | None
+    c: Chunks, do: Tensor, errors: Tensor, state: Tensor, dstate: Tensor, gate: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients over one segment.
 
@@ -228,7 +224,7 @@ def segment_backward(
         errors: E [NC*BH, R, V].
         state: [BH, K, V] before the segment.
         dstate: [BH, K, V] gradient of the state after it.
-        values: [NC*BH, R, V] for the gradient of g; None without it.
+        gate: whether to make the gradient of g.
 
     Returns:
         dQ [.., C, K], dK [.., R, K], dV [.., R, V], dg [.., C, 1] or None, dbeta [.., R, 1], each
@@ -246,19 +242,24 @@ def segment_backward(
     dbeta = torch.linalg.vecdot(dwritten, errors).unsqueeze(-1)
     dvalues = dwritten.mul_(c.beta)
     # A key's reading is subtracted from its value: the gradient is -dvalues.
-    key_scores = torch.bmm(dvalues, written.mT).mul_(c.decays.inside[:, :rows])
-    query_scores = torch.bmm(do, written.mT).mul_(c.decays.inside[:, rows:])
+    key_scores, query_scores = torch.bmm(dvalues, written.mT), torch.bmm(do, written.mT)
+    within = _within(c, key_scores, query_scores) if gate else None
+    key_scores.mul_(c.decays.inside[:, :rows])
+    query_scores.mul_(c.decays.inside[:, rows:])
     dq, dk, dreads = torch.bmm(do, before), torch.bmm(written, after), dvalues
     if c.decays.enter is not None:
         dq.mul_(c.decays.enter[:, rows:])
         dk.mul_(c.decays.leave)
         dreads = dvalues * c.decays.enter[:, :rows]
+    dg = None
+    if gate:
+        read = _by_token(torch.linalg.vecdot(c.queries, dq), torch.linalg.vecdot(dreads, torch.bmm(c.keys, before.mT)))
+        dg = _gate_gradient(c, within, read, torch.linalg.vecdot(c.keys, dk), states, dstates)
     dq.baddbmm_(query_scores, c.keys)
     dk.baddbmm_(dreads, before, alpha=-1)
     # N[keys] is keys by keys: its gradient reaches them from both sides.
     dk.baddbmm_(key_scores.add_(key_scores.mT.contiguous()), c.keys, alpha=-1)
     dk.baddbmm_(query_scores.mT, c.queries)
-    dg = None if values is None else _gate_gradient(c, dq, dvalues, values, states, dstates)
     return dq, dk, dvalues, dg, dbeta, dstates[:heads].clone()
 
 
@@ -292,19 +293,50 @@ def _scan_backward(
     return dwritten, dstates
 
 
-def _gate_gradient(c: Chunks, dq: Tensor, dvalues: Tensor, values: Tensor, states: Tensor, dstates: Tensor) -> Tensor:
+def _by_token(queries: Tensor, rows: Tensor) -> Tensor:
+    """[NC*BH, C] of a number for each query [.., C] less those of its token's rows [.., R]."""
+    return queries - rows.unflatten(-1, (queries.shape[-1], -1)).sum(-1)
+
+
+def _within(c: Chunks, key_scores: Tensor, query_scores: Tensor) -> Tensor:
+    """What the gradient of each g owes to pairs inside the chunk [NC*BH, C].
+
+    A pair has the factor exp(g_s) for every token s after the row and up to the reader: its share, the score times the
+    score's gradient, counts for each of them. Every share is added to where it counts; sums of all readers less sums of
+    all rows would leave the rounding of near pairs where a strong decay makes the rest small.
+
+    Args:
+        key_scores, query_scores: [.., R, R] and [.., C, R], gradients of the scores without decay; of keys negative.
+    """
+    rows, tokens = c.keys.shape[1], c.queries.shape[1]
+    shares = (query_scores * c.scores[:, rows:]).unflatten(2, (tokens, -1)).sum(-1)
+    by_key = (key_scores * c.scores[:, :rows]).unflatten(1, (tokens, -1)).sum(2).unflatten(2, (tokens, -1)).sum(-1)
+    # [reader, s]: shares of the rows before token s; of those the readers from s on.
+    before = torch.cumsum(shares.sub_(by_key), 2).roll(1, 2)
+    before[:, :, 0] = 0
+    return before.tril_().sum(1)
+
+
+def _gate_gradient(
+    c: Chunks, within: Tensor, read: Tensor, written: Tensor, states: Tensor, dstates: Tensor
+) -> Tensor:
     """Gradient of g [NC*BH, C, 1].
 
-    With G the running sum of g in the chunk, a reading carries exp(+G_i), a written row exp(-G_j) and the
-    state that leaves exp(G_C): d/dG is the product of each with its own gradient. A key reads V - E with
-    gradient -dV and writes X with gradient dV / beta: together -dV . V.
+    What enters the chunk has decayed by g_s when a token from s on reads it; what a row before s writes has decayed by
+    it when it leaves; the state that passes through has decayed by all.
+
+    Args:
+        within: of `_within`.
+        read: [.., C], a token's readings of the state that entered times their gradients.
+        written: [.., R], what a row adds to the state that leaves times its gradient.
     """
-    tokens = c.queries.shape[1]
-    row = torch.linalg.vecdot(values, dvalues)
-    token = torch.linalg.vecdot(c.queries, dq) - row.unflatten(-1, (tokens, -1)).sum(-1)
-    token[:, -1] += (states[c.heads :] * dstates[c.heads :]).sum((-1, -2))
-    # Later documents of the chunk add up to zero, but only up to their rounding: they are masked out.
-    return torch.matmul(token.unsqueeze(-2), c.decays.suffix).mT
+    written = written.unflatten(-1, (c.queries.shape[1], -1)).sum(-1)
+    after = read.flip(-1).cumsum(-1).flip(-1)
+    earlier = written.cumsum(-1) - written
+    passing = (states[: -c.heads] * dstates[c.heads :]).sum((-1, -2), keepdim=True)
+    if c.decays.across is not None:
+        passing = passing * torch.cat(c.decays.across)
+    return (within + after + earlier + passing.squeeze(-1)).unsqueeze(-1)
 
 
 def norm_backward(dy: Tensor, y: Tensor, rstd: Tensor | None) -> Tensor:
