@@ -154,7 +154,11 @@ def resolve_backend(
         chosen, reason = "chunk", f"device is {device_type}"
     else:
         chosen, reason = "chunk", ""
-        for name in ("triton", "fla") if triton_backend.measured_here() else ("fla", "triton"):
+        names = ("triton", "fla") if triton_backend.measured_here() else ("fla", "triton")
+        if dtypes[0] == "float32":
+            # Correct in IEEE products, but never timed beside chunk.
+            names, reason = ("fla",), "triton was not timed in float32"
+        for name in names:
             obstacle = obstacles[name]()
             if obstacle is None:
                 chosen, reason = name, f"{dtypes[0]} tensors on CUDA" + (f"; {reason}" if reason else "")
