@@ -258,7 +258,7 @@ def forward(
     constants = geometry.constants() | {"PREC": precision, "WIDTH": geometry.width(save)}
     triangles = factors.new_empty(programs, chunks, ROWS, ROWS)
     prepare_kernel, solve_kernel, forward_kernel = _kernels("prepare_kernel", "solve_kernel", "forward_kernel")
-    prepare_kernel[(chunks, programs)](
+    prepare_kernel[(chunks * programs,)](
         q, k, beta, g, positions, records, triangles, factors, length, chunks, heads,
         **{name: x for name, x in constants.items() if name != "V"},
         GATED=geometry.gated, PACKED=geometry.packed, **config["prepare"].options(),
@@ -275,13 +275,13 @@ def forward(
     entering = state_in
     if cut > 1:
         narrow = min(c.columns, geometry.K)
-        forward_kernel[((geometry.V + geometry.K) // narrow, programs, cut)](
+        forward_kernel[((geometry.V + geometry.K) // narrow * programs, cut)](
             q, k, v, records, factors, o, None, maps, scale, length, chunks, segment, heads,
             **constants, BV=narrow, SAVE=False, MODE=1, HAS_IN=False, HAS_OUT=True,
         )  # fmt: skip
         entering = factors.new_empty(programs, cut, geometry.V, geometry.K)
         _combine(geometry, maps, maps, state_in, entering, state_out, cut, reverse=False, precision=precision)
-    forward_kernel[(geometry.V // c.columns, programs, cut)](
+    forward_kernel[(geometry.V // c.columns * programs, cut)](
         q, k, v, records, factors, o, entering, state_out if cut == 1 else None, scale, length, chunks, segment, heads,
         **constants, BV=c.columns, SAVE=save, MODE=0, HAS_IN=entering is not None, HAS_OUT=final and cut == 1,
     )  # fmt: skip
@@ -329,7 +329,7 @@ def backward(
     shared = constants | {"DECAY": geometry.decay, "BV": c.columns, **c.options()}
     dstate_in = _state(dstate, geometry)
     dstate_out = factors.new_empty(programs, geometry.V, geometry.K) if initial else None
-    arriving, grid = dstate_in, (geometry.V // c.columns, programs, cut)
+    arriving, grid = dstate_in, (geometry.V // c.columns * programs, cut)
     if cut > 1:
         response = factors.new_empty(programs, cut, geometry.V, geometry.K)
         backward_kernel[grid](
@@ -345,7 +345,7 @@ def backward(
     c = config["local"]
     dbeta = torch.empty(beta.shape, dtype=torch.float32, device=beta.device)
     dg = None if g is None else torch.empty(g.shape, dtype=torch.float32, device=g.device)
-    local_kernel[(chunks, programs)](
+    local_kernel[(chunks * programs,)](
         q, k, records, factors, positions, dstates, do, dv, dq, dk, dbeta, dg, scale, length, chunks, heads,
         **constants, GATED=geometry.gated, PACKED=geometry.packed,
         **c.options(),
@@ -369,7 +369,7 @@ def _combine(
     """Fills `entering`, what each segment starts from, and `last`, what leaves the other end."""
     columns = min(16, geometry.V)
     (combine_kernel,) = _kernels("combine_kernel")
-    combine_kernel[(geometry.V // columns, maps.shape[0])](
+    combine_kernel[(geometry.V // columns * maps.shape[0],)](
         maps, responses, first, entering, last, cut,
         K=geometry.K, V=geometry.V, BV=columns, HAS_IN=first is not None, HAS_OUT=last is not None, REVERSE=reverse,
         PREC="ieee" if precision == "ieee" else "tf32x3", num_warps=8, num_stages=1,

@@ -28,8 +28,8 @@ def local_kernel(
     WIDTH: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dbeta and dg of one chunk; arguments as in `prepare.py` and `scan.py`."""
-    c = tl.program_id(0)
-    i_bh = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) % chunks
+    i_bh = (tl.program_id(0) // chunks).to(tl.int64)
     b, h = i_bh // H, i_bh % H
     r = tl.arange(0, R)
     t = tl.arange(0, CP)

@@ -47,8 +47,8 @@ def prepare_kernel(
             chunk's start to row i, leave_j from row j to its end, across (one number, R times) from start to end, each
             0 where a document begins in between; G in log2 units. Without gate and documents [B*H, chunks, 1, R], beta.
     """
-    c = tl.program_id(0)
-    i_bh = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) % chunks
+    i_bh = (tl.program_id(0) // chunks).to(tl.int64)
     b, h = i_bh // H, i_bh % H
     r = tl.arange(0, R)
     t = tl.arange(0, CP)

@@ -36,10 +36,11 @@ def forward_kernel(
         S_out: float32 output (HAS_OUT): MODE 0 the state after it, [B*H, segments, V, K]; MODE 1 [B*H, segments,
             V + K, K], rows of Z^T, then of Phi^T.
     """
-    i_v = tl.program_id(0)
-    i_bh = tl.program_id(1).to(tl.int64)
-    i_s = tl.program_id(2)
-    segments = tl.num_programs(2)
+    COLUMNS: tl.constexpr = V if MODE == 0 else V + K
+    i_v = tl.program_id(0) % (COLUMNS // BV)
+    i_bh = (tl.program_id(0) // (COLUMNS // BV)).to(tl.int64)
+    i_s = tl.program_id(1)
+    segments = tl.num_programs(1)
     b, h = i_bh // H, i_bh % H
     r = tl.arange(0, R)
     t = tl.arange(0, CP)
@@ -48,7 +49,6 @@ def forward_kernel(
     dt = k.dtype.element_ty
     SAVED: tl.constexpr = R * (R + CP) + (CP * K if DECAY else 0)
     FACTORS: tl.constexpr = 5 * R if DECAY else R
-    COLUMNS: tl.constexpr = V if MODE == 0 else V + K
     S = tl.zeros([BV, K], tl.float32)
     if HAS_IN:
         S += tl.load(S_in + ((i_bh * segments + i_s) * V + cv[:, None]) * K + ck[None, :])
@@ -126,10 +126,10 @@ def backward_kernel(
         dS_in: [B*H, segments, V, K] float32, the gradient of the state after each segment (HAS_IN).
         dS_out: [B*H, segments, V, K] float32 output, that of the state before it (HAS_OUT). MODE 1 writes only this.
     """
-    i_v = tl.program_id(0)
-    i_bh = tl.program_id(1).to(tl.int64)
-    i_s = tl.program_id(2)
-    segments = tl.num_programs(2)
+    i_v = tl.program_id(0) % (V // BV)
+    i_bh = (tl.program_id(0) // (V // BV)).to(tl.int64)
+    i_s = tl.program_id(1)
+    segments = tl.num_programs(1)
     b, h = i_bh // H, i_bh % H
     r = tl.arange(0, R)
     t = tl.arange(0, CP)
@@ -204,8 +204,8 @@ def combine_kernel(
         S_in: [B*H, segments, V, K] float32 output.
         S_last: [B*H, V, K] float32 output, what comes out at the other end (HAS_OUT).
     """
-    i_v = tl.program_id(0)
-    i_bh = tl.program_id(1).to(tl.int64)
+    i_v = tl.program_id(0) % (V // BV)
+    i_bh = (tl.program_id(0) // (V // BV)).to(tl.int64)
     ck = tl.arange(0, K)
     cv = i_v * BV + tl.arange(0, BV)
     tile = cv[:, None] * K + ck[None, :]
