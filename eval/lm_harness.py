@@ -129,15 +129,17 @@ def cache_key(of_model: dict, device: str) -> str:
     arguments = {name: str(value) for name, value in of_model.items() if name not in ("pretrained", "step")}
     path = Path(str(of_model["pretrained"]))
     if is_hf_folder(path):
-        files = [*path.glob("*.safetensors"), path / "config.json", path / "tokenizer.json"]
+        files = [*path.glob("*.safetensors"), path / "config.json", path / "training.json"]
         weights = {file.name: file_sha256(file) for file in files if file.is_file()}
+        folder = path
     else:
         info = find_checkpoint(path, of_model.get("step"))
         weights = info.marker.files
-        files = [run_folder(info.path) / "tokenizer/tokenizer.json"]
-    if "tokenizer" in arguments:
-        files = [Path(arguments.pop("tokenizer"), "tokenizer.json")]
-    tokenizer = [file_sha256(file) for file in files if file.name == "tokenizer.json" and file.is_file()]
+        folder = run_folder(info.path) / "tokenizer"
+    folder = Path(arguments.pop("tokenizer", folder))
+    # The separator is in the tokenizer's settings, not in tokenizer.json.
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    tokenizer = [file_sha256(folder / name) for name in names if (folder / name).is_file()]
     identity = [arguments, device.split(":")[0], weights, tokenizer]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -164,12 +164,14 @@ def _signal_seconds(value: int) -> str:
 OWNED = {
     **dict.fromkeys(("nodes", "N"), "--nodes"),
     **dict.fromkeys(("ntasks", "n", "ntasks-per-node", "tasks-per-node"), "--ranks-per-node and --gpus-per-node"),
-    **dict.fromkeys(("output", "o", "open-mode", "chdir", "D", "signal", "requeue", "no-requeue", "array", "a", "wrap",
-                     "parsable", "test-only", "wait", "W"), "no other way: the launcher counts on its own"),
+    **dict.fromkeys(("output", "o", "error", "e", "nodefile", "F", "open-mode", "chdir", "D", "signal",
+                     "requeue", "no-requeue", "array", "a", "wrap", "parsable", "test-only", "wait", "W"),
+                    "no other way: the launcher counts on its own"),
     **dict.fromkeys(("job-name", "J"), "--job-name"),
     **dict.fromkeys(("dependency", "d"), "--dependency"),
     **dict.fromkeys(("cpus-per-task", "c"), 'the key "cpus_per_rank"'),
-    **dict.fromkeys(("gres",), 'the keys "gpus_per_node" and "gres"'),
+    **dict.fromkeys(("gres", "gpus", "G", "gpus-per-node", "gpus-per-task", "ntasks-per-gpu"),
+                    'the keys "gpus_per_node" and "gres"'),
     **dict.fromkeys(("time", "t"), 'the key "time"'),
     **dict.fromkeys(("mem",), 'the key "mem"'),
     **dict.fromkeys(("partition", "p"), 'the key "partition"'),
@@ -178,6 +180,10 @@ OWNED = {
     **dict.fromkeys(("constraint", "C"), 'the key "constraint"'),
 }
 """Options of sbatch that a job has from elsewhere: sbatch would follow what `extra` says of them, and the job not."""
+
+
+WITHOUT_VALUE = "HIOQVhksv"
+"""Letters of sbatch that take no value."""
 
 
 def _options(value: list[str]) -> str:
@@ -194,7 +200,11 @@ def _options(value: list[str]) -> str:
 def owned(word: str) -> str:
     """How to say what an option of sbatch says that is not to be repeated in `extra`; "" for any other option."""
     if not word.startswith("--"):
-        return OWNED.get(word[1:2], "")
+        # -HN4 is -H and -N4: every letter counts up to the first that takes the rest as its value.
+        letters = word[1:]
+        while letters[:1] and letters[0] in WITHOUT_VALUE:
+            letters = letters[1:]
+        return OWNED.get(letters[:1], "")
     name = word[2:].partition("=")[0]
     if name in OWNED:
         return OWNED[name]

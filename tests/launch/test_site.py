@@ -58,6 +58,13 @@ def test_what_is_wrong_is_named(tmp_path, text, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize("option", ["-HN4", "-vo/tmp/o", "--gpus=8", "--ntasks-per-gpu=2", "--error=/tmp/e", "-F/x"])
+def test_what_the_launcher_says_is_found_in_any_spelling(tmp_path, option):
+    (tmp_path / "site.toml").write_text(f"extra = {[option]}")
+    with pytest.raises(ConfigError, match="is said elsewhere"):
+        read_site(tmp_path / "site.toml")
+
+
 def test_other_options_of_sbatch_pass(tmp_path):
     options = ["--exclusive", "--mail-type=FAIL", "--mem-per-gpu=4G", "--gres-flags=x", "--time-min=1", "--nodelist=n1",
                "--comment=say --nodes=3", "-w n1", "--export=ALL"]  # fmt: skip

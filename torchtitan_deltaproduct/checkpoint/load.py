@@ -120,9 +120,12 @@ def _load_hf(path: Path, step: int | None, device: torch.device | str, dtype: to
     model = _build(found.args, found.weights(), device, dtype)
     config = found.training.get("config", {})
     length = config.get("training", {}).get("seq_len") or found.config.get("max_position_embeddings")
+    step = found.training.get("step")
+    for where, number in (("training.json: step", step), ("max_position_embeddings or seq_len", length)):
+        if number is not None and (type(number) is not int or number < 0):
+            raise CheckpointError(f"{path}: {where} is {number!r}, expected a whole number; take the entry out")
     check_tokenizer_files(path)
     tokenizer = path if (path / "tokenizer.json").exists() else None
-    step = found.training.get("step")
     return LoadedModel(model, config, step, path, str(path), tokenizer, length, found.eos_id)
 
 
@@ -238,7 +241,8 @@ def read_weights(folder: Path, args: DeltaProductArgs) -> dict[str, torch.Tensor
     check_shapes(folder, {name: entry.size for name, entry in saved.items()}, args)
     with torch.device("meta"):
         names = DeltaProductLM(args).state_dict().keys()
-    state = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
+    # Zeros, so that no index, however made, lets memory of this process through as weights.
+    state = {name: torch.zeros(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
     try:
         with warnings.catch_warnings():
             # It warns that no process group is there: one process reads all shards.

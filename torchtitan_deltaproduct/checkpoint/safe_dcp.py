@@ -9,7 +9,9 @@ values, and has no other opcode. `SafeLoadPlanner` loads values with `weights_on
 """
 
 import io
+import math
 import pickle
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +19,7 @@ import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint import metadata as records
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from ..errors import CheckpointError
@@ -106,6 +108,20 @@ class _IndexUnpickler(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
 
+def covered(name: str, entry: TensorStorageMetadata, stored: Mapping) -> bool:
+    """Whether the chunks of a tensor lie in it, add up to its size, and are each in a file."""
+    numbers, places = 0, set()
+    for chunk in entry.chunks:
+        box = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+        if any(offset < 0 or offset + size > whole for offset, size, whole in box):
+            return False
+        if MetadataIndex(name, chunk.offsets) not in stored:
+            return False
+        numbers += math.prod(chunk.sizes)
+        places.add(tuple(chunk.offsets))
+    return numbers == math.prod(entry.size) and len(places) == len(entry.chunks)
+
+
 def read_index(folder: Path) -> Metadata:
     """Reads `folder/.metadata`.
 
@@ -120,6 +136,9 @@ def read_index(folder: Path) -> Metadata:
         for part in index.storage_data.values():
             if type(part) is not _StorageInfo or not is_plain_name(part.relative_path):
                 raise pickle.UnpicklingError(f"it names data outside of its folder: {part!r}")
+        for name, entry in index.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata) and not covered(name, entry, index.storage_data):
+                raise pickle.UnpicklingError(f"its parts of {name} do not make up the whole of it")
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no .metadata: not a checkpoint, or its save never finished") from None
     except Exception as error:  # a damaged pickle can raise nearly anything

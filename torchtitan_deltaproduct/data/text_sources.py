@@ -195,8 +195,10 @@ def _open_parquet(name: str):
 
     try:
         # Not by the library's own reading of a path, which must be UTF-8. The file is closed with what reads it.
-        return pyarrow.parquet.ParquetFile(open(name, "rb"))  # noqa: SIM115
-    except (OSError, pyarrow.ArrowInvalid) as error:
+        file = pyarrow.parquet.ParquetFile(open(name, "rb"))  # noqa: SIM115
+        file.schema_arrow.names  # noqa: B018  read here, where a damaged name is told
+        return file
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError, IndexError) as error:
         raise DataError(f"{name} cannot be read as Parquet ({error}).\nRemove it or copy it again.") from None
 
 
@@ -319,7 +321,7 @@ def _read_parquet(unit: Unit) -> Iterator[Document | BadRecord]:
             values = _column_values(batch.column(unit.field))
             yield from checked_rows(values, name, row, unit.field)
             row += len(values)
-    except (OSError, pyarrow.ArrowInvalid) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError, IndexError) as error:
         yield BadRecord(
             name, f"row {row + 1}", f"damaged Parquet, the rest of the row groups is lost ({error})"
         )

@@ -128,6 +128,8 @@ def tokenize_units(
                     records[futures[future]] = future.result()
                 check_bad(records, max_bad_records)
                 progress.update(board.done_bytes, f"{board.tokens / 1e6:.1f} M tokens")
+            # A worker may still be starting: without a wait it finds its queue gone, and says so at length.
+            pool.shutdown(wait=True)
         except BrokenProcessPool:
             raise DataError(
                 "A worker process died, most likely for lack of memory; finished shards are kept.\n"

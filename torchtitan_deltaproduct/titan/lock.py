@@ -146,13 +146,15 @@ def is_gone(owner: dict, own: dict) -> bool | None:
         owner: `identity` of the owner; {} if its file does not read.
         own: that of this process.
     """
+    if own["boot"] and (own["boot"], own["namespace"]) == (owner.get("boot"), owner.get("namespace")):
+        # Seen from here, the process itself answers: two launches may have been given one name by their user.
+        start = start_of(owner["pid"])
+        if start is not None:
+            return start != owner["start"]
     for job, restart in (("slurm_job", "slurm_restart"), ("torchrun", "torchrun_restart")):
         # SLURM requeues a job when all of it has ended, and torchrun starts ranks again when all have.
         if own[job] and own[job] == owner.get(job) and own[restart] > owner[restart]:
             return True
-    if own["boot"] and (own["boot"], own["namespace"]) == (owner.get("boot"), owner.get("namespace")):
-        start = start_of(owner["pid"])
-        return None if start is None else start != owner["start"]
     return None
 
 

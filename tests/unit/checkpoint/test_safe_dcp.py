@@ -134,3 +134,28 @@ def test_paths_of_other_pythons(tmp_path, version):
     from torchtitan_deltaproduct.checkpoint.safe_dcp import _IndexUnpickler, io
 
     assert _IndexUnpickler(io.BytesIO(content)).load() == "/a/b"
+
+
+@pytest.mark.parametrize("change", ["none", "smaller", "twice", "outside", "not stored"])
+def test_an_index_whose_parts_are_not_the_whole_tensor(tmp_path, change):
+    """Else what no part covers would be whatever the memory held."""
+
+    dcp.save({"w": torch.ones(8, 4)}, checkpoint_id=tmp_path, no_dist=True)
+    path = tmp_path / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    chunks = index.state_dict_metadata["w"].chunks
+    assert read_index(tmp_path).state_dict_metadata["w"].chunks == chunks
+    if change == "none":
+        chunks.clear()
+    elif change == "smaller":
+        chunks[0].sizes = torch.Size([7, 4])
+    elif change == "twice":
+        chunks[0].sizes = torch.Size([4, 4])
+        chunks.append(chunks[0])
+    elif change == "outside":
+        chunks[0].offsets = torch.Size([1, 0])
+    else:
+        index.storage_data.clear()
+    path.write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match="parts of w do not make up"):
+        read_index(tmp_path)

@@ -54,6 +54,7 @@ def test_a_killed_owner_gives_way_at_once(tmp_path):
         ({"boot": "x", "slurm_job": "5"}, {"slurm_job": "5"}, None),
         ({"boot": "x", "slurm_job": "5"}, {"slurm_job": "6", "slurm_restart": 1}, None),
         ({"boot": "x", "torchrun": "ab"}, {"torchrun": "ab", "torchrun_restart": 2}, True),
+        ({"torchrun": "ab"}, {"torchrun": "ab", "torchrun_restart": 2}, False),
         ({"boot": "x", "torchrun": ""}, {"torchrun": "", "torchrun_restart": 2}, None),
     ],
 )
