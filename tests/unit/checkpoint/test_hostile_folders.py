@@ -187,6 +187,17 @@ def test_a_link_to_another_disk_stays(tmp_path):
     assert (tmp_path / "out").is_symlink() and [path.name for path in (tmp_path / "disk/model").iterdir()] == ["new"]
 
 
+@pytest.mark.parametrize(
+    ("name", "values"), [("training.json", {"step": "a"}), ("config.json", {"max_position_embeddings": "x"})]
+)
+def test_numbers_of_another_type_are_named(folder, name, values):
+    (folder / "training.json").write_text("{}")
+    load_model(folder)
+    change(folder, name, **values)
+    with pytest.raises(CheckpointError, match="expected a whole number"):
+        load_model(folder)
+
+
 def test_ls_and_verify_of_an_export(folder):
     """They do not advise to delete its config.json."""
     for command in (ls, verify):

@@ -288,3 +288,14 @@ def test_a_vocabulary_that_drops_what_it_cannot_write(tmp_path):
     words.save(str(folder / "tokenizer.json"))
     with pytest.raises(DataError, match="the tokenizer cannot write the text: WordLevel error"):
         made(tmp_path / "c", folder, tmp_path / "b.txt", eos="</s>")
+
+
+@needs_cases
+@pytest.mark.parametrize(("byte", "flipped"), [(99, 0x80), (444, 2), (125, 0x80)])
+def test_flipped_bits_of_parquet_are_messages(tmp_path, tokenizer, byte, flipped):
+    """Not errors of the library that reads it: IndexError, ArrowNotImplementedError and UnicodeDecodeError."""
+    content = bytearray((CASES / "badutfdict.parquet").read_bytes())
+    content[byte] ^= flipped
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(DataError, match="Parquet"):
+        made(tmp_path / "out", tokenizer, tmp_path / "x.parquet")

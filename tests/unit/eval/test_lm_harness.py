@@ -288,6 +288,20 @@ def test_the_cache_belongs_to_weights_and_settings(here, toy_run, tmp_path):
     assert scores("again", str(copy)) == first and len(list(tmp_path.glob("cache*.db"))) == 3
 
 
+def test_the_cache_knows_the_separator(tmp_path):
+    """It is in the tokenizer's settings: the same weights and words with another are another model."""
+    for name, content in (("config.json", "{}"), ("model.safetensors", "w"), ("tokenizer.json", "t")):
+        (tmp_path / name).write_text(content)
+    keys = set()
+    for eos in ("<a>", "<b>"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+        for more in ({}, {"tokenizer": tmp_path}):
+            keys.add(lm_harness.cache_key({"pretrained": tmp_path, **more}, "cpu"))
+    assert len(keys) == 2
+    (tmp_path / "model.safetensors").write_text("other weights")
+    assert lm_harness.cache_key({"pretrained": tmp_path}, "cpu") not in keys
+
+
 def test_partial_results_are_kept(here, toy_run, tmp_path):
     """`--use_cache`: an interrupted evaluation goes on where it was."""
     from lm_eval.api.model import CachingLM
