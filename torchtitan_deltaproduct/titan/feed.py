@@ -94,7 +94,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def to_host(numbers: torch.Tensor) -> Callable[[], list[float]]:
-    """Copies `numbers`, [n], behind the work that is queued; the function returned waits for the copy alone."""
+    """Starts a copy of `numbers`, [n], behind the queued work, to pinned memory; the function returned waits for it."""
     copied = numbers.to("cpu", non_blocking=True)
     event = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
 
