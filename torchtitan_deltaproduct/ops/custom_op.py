@@ -191,5 +191,5 @@ FORWARD = torch.ops.deltaproduct.gated_delta_product.default
 BACKWARD = torch.ops.deltaproduct.gated_delta_product_backward.default
 
 SAVE_FOR_SELECTIVE_AC = {FORWARD}
-"""Ops whose outputs selective activation checkpointing should keep: o and what the backward needs, per layer and token
-about 12 (backend "triton", K = V = 128) to 4 n (backend "chunk") times the width of v in bytes."""
+"""Ops whose outputs selective activation checkpointing should keep: o and what the backward needs. With backend
+"triton" that is a record a chunk (`triton_backend.Geometry.width`), with "chunk" as many float32 as v has elements."""
