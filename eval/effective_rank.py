@@ -25,7 +25,7 @@ from rich.console import Console
 
 from torchtitan_deltaproduct.arguments import path
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
-from torchtitan_deltaproduct.data.formal import FormalSource
+from torchtitan_deltaproduct.data.generated.languages import FormalSource
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 
 from .common.jobs import (

@@ -1,8 +1,8 @@
 """Models times datasets: what the evals of long sequences ask for, how it is named, and getting it computed.
 
-    add_text_options(parser, length=32_768, sequences=32, documents="auto")
-    for data, data_name in datasets(options): ...
-    compute(jobs, ranks, console)                        # what is missing, shared among the ranks
+add_text_options(parser, length=32_768, sequences=32, documents="auto")
+for data, data_name in datasets(options): ...
+compute(jobs, ranks, console)                        # what is missing, shared among the ranks
 """
 
 import argparse
@@ -15,8 +15,8 @@ from rich.console import Console
 
 from torchtitan_deltaproduct.arguments import path, shown, text
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
-from torchtitan_deltaproduct.data.progress import clock
-from torchtitan_deltaproduct.data.tokenizer import tokenizer_sha256
+from torchtitan_deltaproduct.data.text.progress import clock
+from torchtitan_deltaproduct.data.text.tokenizer import tokenizer_sha256
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .json_file import read_results

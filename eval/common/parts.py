@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
-from torchtitan_deltaproduct.data.manifest import write_atomically
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import write_atomically
 from torchtitan_deltaproduct.models import DeltaProductLM
 
 from .texts import digest, slug

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from torchtitan_deltaproduct.data.order import Permutation
-from torchtitan_deltaproduct.data.text_sources import BadRecord, Document, plan_units, read_unit
-from torchtitan_deltaproduct.data.tokenizer import Tokenizer
+from torchtitan_deltaproduct.data.shards.order import Permutation
+from torchtitan_deltaproduct.data.text.sources import BadRecord, Document, plan_units, read_unit
+from torchtitan_deltaproduct.data.text.tokenizer import Tokenizer
 
 from .row_file import RowWriter
 

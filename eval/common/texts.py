@@ -4,7 +4,7 @@
     texts = open_texts(wanted, tokenizer=None, folder=Path("eval/texts"))
     texts.read(0, 4, start=0, stop=1025)            # [4, 1025] int64
 
-A dataset is a prepared folder, a file or folder of text (`data.text_sources`), or a name of `datasets`. A sequence has
+A dataset is a prepared folder, a file or folder of text (`data.text.sources`), or a name of `datasets`. A sequence has
 `length` + 1 tokens, so that `length` of them are predicted:
 
     long      the start of a document of at least `length` tokens (its separator counted): separator, d1, d2, ...
@@ -25,16 +25,16 @@ from pathlib import Path
 
 import numpy as np
 
-from torchtitan_deltaproduct.data.manifest import NAME as MANIFEST
-from torchtitan_deltaproduct.data.manifest import write_atomically
-from torchtitan_deltaproduct.data.prepared import check_tokenizer
-from torchtitan_deltaproduct.data.shards import TokenStream, token_dtype
-from torchtitan_deltaproduct.data.text_files import list_files
-from torchtitan_deltaproduct.data.text_sources import check_no_split, is_saved_dataset
-from torchtitan_deltaproduct.data.text_streams import stream_dataset
-from torchtitan_deltaproduct.data.tokenizer import MOST_UNKNOWN, find_eos_id, load_tokenizer, tokenizer_sha256
-from torchtitan_deltaproduct.data.verified import file_sha256
+from torchtitan_deltaproduct.data.shards.manifest import NAME as MANIFEST
+from torchtitan_deltaproduct.data.shards.prepared import check_tokenizer
+from torchtitan_deltaproduct.data.shards.shards import TokenStream, token_dtype
+from torchtitan_deltaproduct.data.shards.verified import file_sha256
+from torchtitan_deltaproduct.data.text.files import list_files
+from torchtitan_deltaproduct.data.text.records import stream_dataset
+from torchtitan_deltaproduct.data.text.sources import check_no_split, is_saved_dataset
+from torchtitan_deltaproduct.data.text.tokenizer import MOST_UNKNOWN, find_eos_id, load_tokenizer, tokenizer_sha256
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import write_atomically
 
 from .row_file import RowFile, RowWriter
 from .text_search import LongRows, PackedRows, Search, spread_units

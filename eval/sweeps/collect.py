@@ -1,10 +1,10 @@
 """What a sweep's jobs found, together: results.csv, .jsonl, .md, and the pictures that compare models.
 
-    rows = collect(sweep)                   # one record a job that is done
-    write_results(sweep, rows)
+rows = collect(sweep)                   # one record a job that is done
+write_results(sweep, rows)
 
-    {"eval": "length_extrapolation", "model": "DP2", "data": "code", "checkpoint": "step 66758, ...",
-     "metrics": {"loss to the training length": 2.94, "loss beyond": 2.95, ...}}
+{"eval": "length_extrapolation", "model": "DP2", "data": "code", "checkpoint": "step 66758, ...",
+ "metrics": {"loss to the training length": 2.94, "loss beyond": 2.95, ...}}
 """
 
 import csv
@@ -17,8 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
-from torchtitan_deltaproduct.data.manifest import write_atomically
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import write_atomically
 
 from ..common.json_file import finite, read_results
 from .plan import Job, Sweep

@@ -26,8 +26,8 @@ from torchtitan_deltaproduct.checkpoint.folders import is_hf_folder
 from torchtitan_deltaproduct.checkpoint.load import find_checkpoint
 from torchtitan_deltaproduct.config.locate import locate
 from torchtitan_deltaproduct.config.values import nearest
-from torchtitan_deltaproduct.data.manifest import write_atomically
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
+from torchtitan_deltaproduct.files import write_atomically
 
 ON_DATA = ("length_extrapolation", "effective_rank")
 """Evals that read datasets: one job for each model and dataset."""
@@ -165,7 +165,7 @@ def read_sweep(file: Path) -> Sweep:
 
 def _models(table: Any, wrong) -> dict[str, Model]:
     if not isinstance(table, dict) or not table:
-        wrong(("models",), "[models]: expected names of models with their folders, such as DP2 = \"outputs/DP2\"")
+        wrong(("models",), '[models]: expected names of models with their folders, such as DP2 = "outputs/DP2"')
         return {}
     found = {}
     for name, value in table.items():

@@ -1,15 +1,15 @@
 """The tokenizer of a loaded model, checked against it.
 
-    vocabulary = open_vocabulary(loaded)            # or open_vocabulary(loaded, "data/tokenizer")
-    ids = vocabulary.encode("def main():")
-    vocabulary.separator                            # stands between documents; an empty prompt begins with it
+vocabulary = open_vocabulary(loaded)            # or open_vocabulary(loaded, "data/tokenizer")
+ids = vocabulary.encode("def main():")
+vocabulary.separator                            # stands between documents; an empty prompt begins with it
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
-from torchtitan_deltaproduct.data.tokenizer import Tokenizer, load_tokenizer
+from torchtitan_deltaproduct.data.text.tokenizer import Tokenizer, load_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError
 
 

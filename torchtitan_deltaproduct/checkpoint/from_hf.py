@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 
 from ..arguments import path, text
 from ..config.architecture import DeltaProductArgs
-from ..data.tokenizer import copy_tokenizer, find_eos_id
+from ..data.text.tokenizer import copy_tokenizer, find_eos_id
 from ..errors import CheckpointError, exit_on_user_error
 from ..models import counts
 from .folders import is_hf_folder

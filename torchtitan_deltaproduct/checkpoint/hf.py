@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..config.architecture import DeltaProductArgs
 from ..config.ranges import RANGES
-from ..data.tokenizer import COMPANIONS, named_eos_id
+from ..data.text.tokenizer import COMPANIONS, named_eos_id
 from ..errors import CheckpointError, DataError, UserError
 from ..files import exchange, is_plain_name, read_text
 from ..models import DeltaProductLM

@@ -26,7 +26,7 @@ from ..arguments import path as expand
 from ..config.architecture import DeltaProductArgs
 from ..config.snapshots import read_snapshot
 from ..config.values import conform
-from ..data.tokenizer import find_eos_id, tokenizer_sha256
+from ..data.text.tokenizer import find_eos_id, tokenizer_sha256
 from ..errors import CheckpointError
 from ..models import DeltaProductLM
 from .folders import CheckpointInfo, inspect, is_hf_folder, scan

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ..arguments import path, text
-from ..data.tokenizer import copy_tokenizer, load_tokenizer
+from ..data.text.tokenizer import copy_tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError, DataError, exit_on_user_error
 from ..models.hf_names import to_hf as under_fla_names
 from .folders import is_hf_folder

@@ -61,14 +61,14 @@ class Data:
     """streaming: documents in a block that is shuffled; 0: file order. Resuming re-reads one block."""
     group: str = ""
     """group_word: `S5`, `A5`, `Z60`, `D4`, `A4_x_Z5`, `S5_only_swaps`, `S5_limit_to_3`, `S5_4_tokens`; see
-    data/groups.py."""
+    data/generated/groups.py."""
     curriculum_start: int = 0
     """group_word: tokens of a word at step 0, from where the length grows linearly to `training.seq_len`;
     later positions have no label. 0: full length from the start."""
     curriculum_steps: int = 0
     """group_word: step at which words reach their full length."""
     language: Literal["parity", "modular_arithmetic", "modular_arithmetic_brackets"] = "parity"
-    """formal_language: what to learn; see data/formal.py."""
+    """formal_language: what to learn; see data/generated/languages.py."""
     min_length: int = 3
     """formal_language: fewest tokens of a row without padding, `=` included."""
     max_length: int = 40

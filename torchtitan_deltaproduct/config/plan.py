@@ -39,7 +39,7 @@ from .snapshots import effective_global_batch_size
 from .values import nearest, shorten, show
 
 if TYPE_CHECKING:
-    from ..data.manifest import Manifest
+    from ..data.shards.manifest import Manifest
 
 SPARE = 1.2
 """Share of the counted memory that a device needs: the operator's work space, fragmentation, communication buffers."""
@@ -157,8 +157,8 @@ def _validation_rows(config: JobConfig) -> Rows:
 def _set_row(name: str, path: str, config: JobConfig) -> tuple["Manifest | None", tuple[str, ...]]:
     """The manifest of a prepared folder, None if it cannot be trained on, and the row that tells of it."""
     # Here, since this package is below `data`: nothing else of the config opens data.
-    from ..data.manifest import read_manifest
-    from ..data.tokenizer import tokenizer_sha256
+    from ..data.shards.manifest import read_manifest
+    from ..data.text.tokenizer import tokenizer_sha256
 
     try:
         manifest = read_manifest(path)
@@ -178,7 +178,7 @@ def _set_row(name: str, path: str, config: JobConfig) -> tuple["Manifest | None"
 
 
 def _tokenizer_rows(config: JobConfig) -> Rows:
-    from ..data.tokenizer import Tokenizer
+    from ..data.text.tokenizer import Tokenizer
 
     folder = config.model.hf_assets_path
     try:

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 # Modules are imported when they are needed: `prepare` starts without torch, training without `datasets`.
 KINDS = {
-    "prepared": ".prepared",
-    "streaming": ".streaming",
-    "group_word": ".group_word",
-    "formal_language": ".formal",
+    "prepared": ".shards.prepared",
+    "streaming": ".shards.streaming",
+    "group_word": ".generated.group_words",
+    "formal_language": ".generated.languages",
 }
 GENERATED = ("group_word", "formal_language")
 """Kinds made from a seed: they read no files, have no tokenizer, and are validated on generated samples."""
@@ -87,11 +87,11 @@ def separator_id(data, tokenizer_path: str = "") -> int | None:
             separator is named.
     """
     if data.kind == "prepared":
-        from .manifest import read_manifest
+        from .shards.manifest import read_manifest
 
         return read_manifest(data.paths[0]).eos_id
     if data.kind == "streaming":
-        from .tokenizer import find_eos_id
+        from .text.tokenizer import find_eos_id
 
         if not tokenizer_path:
             raise ConfigError("model.hf_assets_path is empty: streaming needs a folder with tokenizer.json")
@@ -113,6 +113,4 @@ def build_validation_loader(
     """A loader of the same windows in file order at every iteration; see `validation.ValidationLoader`."""
     from .validation import ValidationLoader
 
-    return ValidationLoader(
-        paths, seq_len, local_batch_size, steps, dp_rank, dp_world_size, reset_state_at_documents
-    )
+    return ValidationLoader(paths, seq_len, local_batch_size, steps, dp_rank, dp_world_size, reset_state_at_documents)

@@ -16,10 +16,10 @@ from rich.text import Text
 from torchtitan_deltaproduct.arguments import path
 from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
 
-from .manifest import read_manifest
-from .shards import TokenStream
-from .tokenizer import load_tokenizer
-from .verified import file_sha256
+from .shards.manifest import read_manifest
+from .shards.shards import TokenStream
+from .shards.verified import file_sha256
+from .text.tokenizer import load_tokenizer
 
 SHOWN_TOKENS = 200
 
@@ -48,9 +48,7 @@ def verify(folder: str | Path) -> int:
 def document(stream: TokenStream, number: int) -> np.ndarray:
     """Tokens of a document, counted from 0 over all shards, its separator included: [n] int64."""
     if not 0 <= number < stream.manifest.documents:
-        raise ConfigError(
-            f"--document is {number}: {stream.folder} has documents 0 to {stream.manifest.documents - 1}"
-        )
+        raise ConfigError(f"--document is {number}: {stream.folder} has documents 0 to {stream.manifest.documents - 1}")
     before = 0
     for base, shard in zip(stream.bounds, stream.manifest.shards, strict=False):
         if number < before + shard.documents:

@@ -15,8 +15,8 @@ import numpy as np
 
 from torchtitan_deltaproduct.errors import ConfigError
 
-from .formal import FormalSource
-from .group_word import GroupWordSource
+from .generated.group_words import GroupWordSource
+from .generated.languages import FormalSource
 from .loader import Batch
 from .packing import IGNORE
 

@@ -25,8 +25,8 @@ from ..config import JobConfig
 from ..config.compare import compare_configs, refuse_breaking
 from ..config.snapshots import read_snapshot, snapshot, write_snapshot
 from ..data import GENERATED, separator_id
-from ..data.prepared import open_streams
-from ..data.tokenizer import copy_tokenizer, same_tokenizer
+from ..data.shards.prepared import open_streams
+from ..data.text.tokenizer import copy_tokenizer, same_tokenizer
 from ..errors import CheckpointError, ConfigError, UserError
 from . import device
 from .lock import RunLock
@@ -283,7 +283,7 @@ def check_data(config: JobConfig) -> list[str] | None:
 
 def check_generated(config: JobConfig) -> list[str]:
     """The version of the generator, after making its sources: a wrong name of a group is found here."""
-    from ..data.group_word import GENERATOR
+    from ..data.generated.group_words import GENERATOR
     from ..data.word_validation import build_word_validations
 
     key = "data.group" if config.data.kind == "group_word" else "data.language"

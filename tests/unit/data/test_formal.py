@@ -9,7 +9,7 @@ import torch
 from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
-from torchtitan_deltaproduct.data.formal import LANGUAGES, FormalSource
+from torchtitan_deltaproduct.data.generated.languages import LANGUAGES, FormalSource
 from torchtitan_deltaproduct.data.word_validation import build_word_validation
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 

@@ -7,8 +7,8 @@ import torch
 from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.counter import below, draws, stream_key
-from torchtitan_deltaproduct.data.group_word import Curriculum, GroupWordSource
-from torchtitan_deltaproduct.data.groups import parse_group
+from torchtitan_deltaproduct.data.generated.group_words import Curriculum, GroupWordSource
+from torchtitan_deltaproduct.data.generated.groups import parse_group
 from torchtitan_deltaproduct.data.word_validation import build_word_validation
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from torchtitan_deltaproduct.data.groups import MAX_ORDER, parse_group
+from torchtitan_deltaproduct.data.generated.groups import MAX_ORDER, parse_group
 from torchtitan_deltaproduct.errors import ConfigError
 
 ORDERS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchtitan_deltaproduct.data import build_loader
-from torchtitan_deltaproduct.data.prepared import PreparedSource
+from torchtitan_deltaproduct.data.shards.prepared import PreparedSource
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import Config
@@ -78,9 +78,7 @@ def test_batches_are_the_windows_of_the_order(sets):
 def test_types_and_shapes(mixture):
     inputs, labels = next(iter(loader(mixture)))
     assert isinstance(inputs, dict) and list(inputs) == ["input", "document_starts"]
-    assert (
-        inputs["input"].dtype == labels.dtype == torch.int64 and inputs["document_starts"].dtype == torch.bool
-    )
+    assert inputs["input"].dtype == labels.dtype == torch.int64 and inputs["document_starts"].dtype == torch.bool
     assert inputs["input"].shape == inputs["document_starts"].shape == labels.shape == (2, T)
     assert inputs["input"].is_contiguous() and labels.is_contiguous()
 

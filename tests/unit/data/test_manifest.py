@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan_deltaproduct.data import build_loader, build_validation_loader, verified
-from torchtitan_deltaproduct.data.manifest import read_manifest, write_manifest
-from torchtitan_deltaproduct.data.shards import TokenStream, token_dtype
+from torchtitan_deltaproduct.data import build_loader, build_validation_loader
+from torchtitan_deltaproduct.data.shards import verified
+from torchtitan_deltaproduct.data.shards.manifest import read_manifest, write_manifest
+from torchtitan_deltaproduct.data.shards.shards import TokenStream, token_dtype
 from torchtitan_deltaproduct.data.show import document, verify
 from torchtitan_deltaproduct.data.show import main as show
-from torchtitan_deltaproduct.data.train_tokenizer import train_tokenizer
+from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import Config, make_corpus, make_set

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from torchtitan_deltaproduct.data.packing import IGNORE, all_windows, full_windows, read_window
-from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
 
 from .conftest import make_set
 
@@ -55,7 +55,7 @@ def test_the_separator_opens_the_next_document(tmp_path, tokenizer):
 
 
 def test_more_shards_than_open_maps(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("torchtitan_deltaproduct.data.shards.MAX_OPEN_MAPS", 2)
+    monkeypatch.setattr("torchtitan_deltaproduct.data.shards.shards.MAX_OPEN_MAPS", 2)
     documents = make_set(tmp_path, tokenizer, [[3]] * 9)
     stream, out = TokenStream(tmp_path), np.zeros(28, int)
     for _ in range(3):

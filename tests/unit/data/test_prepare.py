@@ -15,11 +15,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from torchtitan_deltaproduct.data.manifest import read_manifest
-from torchtitan_deltaproduct.data.prepare import Settings, locked, main, prepare
-from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data.shards.manifest import read_manifest
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.data.show import document, verify
-from torchtitan_deltaproduct.data.tokenizer import load_tokenizer, token_bytes
+from torchtitan_deltaproduct.data.text.prepare import Settings, locked, main, prepare
+from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer, token_bytes
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import make_corpus, make_jsonl
@@ -37,9 +37,7 @@ def texts_of(folder: Path) -> list[str]:
 
 
 def write_parquet(path: Path, texts: list, column: str = "text", rows: int = 10) -> Path:
-    pyarrow.parquet.write_table(
-        pyarrow.table({"id": range(len(texts)), column: texts}), path, row_group_size=rows
-    )
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), column: texts}), path, row_group_size=rows)
     return path
 
 
@@ -105,23 +103,17 @@ def uninterrupted(tmp_path_factory, tokenizer, corpus) -> dict[str, bytes]:
 
 
 def test_workers_do_not_change_a_byte(tmp_path, tokenizer, corpus, uninterrupted):
-    subprocess.run(
-        command(tmp_path / "out", tokenizer, corpus, "--workers", "3"), check=True, capture_output=True
-    )
+    subprocess.run(command(tmp_path / "out", tokenizer, corpus, "--workers", "3"), check=True, capture_output=True)
     assert files_of(tmp_path / "out") == uninterrupted
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_again_and_again_then_finished_gives_the_same_bytes(
-    tmp_path, tokenizer, corpus, uninterrupted, seed
-):
+def test_killed_again_and_again_then_finished_gives_the_same_bytes(tmp_path, tokenizer, corpus, uninterrupted, seed):
     """Killed at a random moment, once before and then after each further shard."""
     out, rng, seen, kills = tmp_path / "out", random.Random(seed), 0, 0
     while True:
         with open(tmp_path / "log", "a") as log:
-            process = subprocess.Popen(
-                command(out, tokenizer, corpus, "--workers", "2"), stdout=log, stderr=log
-            )
+            process = subprocess.Popen(command(out, tokenizer, corpus, "--workers", "2"), stdout=log, stderr=log)
             while process.poll() is None and kills and len(list(out.glob(".prepare/0*.json"))) <= seen:
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.5 if kills == 0 else 0.15))
@@ -235,9 +227,7 @@ def test_bad_records_are_named_counted_and_skipped(tmp_path, tokenizer, capsys):
 def test_too_many_bad_records_stop_and_a_higher_limit_continues(tmp_path, tokenizer):
     source, out = bad_input(tmp_path / "in"), tmp_path / "out"
     settings = Settings(str(out), tokenizer, [str(source)])
-    with pytest.raises(
-        DataError, match=r"More than 6 records cannot be read:\n  .*a.jsonl, line 2: invalid JSON"
-    ):
+    with pytest.raises(DataError, match=r"More than 6 records cannot be read:\n  .*a.jsonl, line 2: invalid JSON"):
         prepare(settings, workers=1, max_bad_records=6)
     assert not (out / "manifest.json").exists()
     assert prepare(settings, workers=1, max_bad_records=7)
@@ -262,9 +252,7 @@ def test_damaged_gzip_and_parquet_are_reported(tmp_path, tokenizer):
     (tmp_path / "a.jsonl.gz").write_bytes(cut[: len(cut) * 2 // 3])
     write_parquet(tmp_path / "b.parquet", ["one", None, "two"])
     out = tmp_path / "out"
-    prepare(
-        Settings(str(out), tokenizer, [str(tmp_path / "a.jsonl.gz"), str(tmp_path / "b.parquet")]), workers=1
-    )
+    prepare(Settings(str(out), tokenizer, [str(tmp_path / "a.jsonl.gz"), str(tmp_path / "b.parquet")]), workers=1)
     bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
     assert "damaged gzip, the rest is lost" in bad[0]["reason"]
     assert (bad[1]["position"], bad[1]["reason"]) == ("row 2", "field 'text' is NoneType, expected text")
@@ -345,17 +333,17 @@ def test_user_errors(tmp_path, tokenizer):
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path, tokenizer, monkeypatch):
-    from torchtitan_deltaproduct.data import tokenize_units
-    from torchtitan_deltaproduct.data.text_sources import plan_units
+    from torchtitan_deltaproduct.data.text import units
+    from torchtitan_deltaproduct.data.text.sources import plan_units
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    job = tokenize_units.Job(str(tmp_path), str(tmp_path), tokenizer, 0, "uint16", 0.0, "document")
-    monkeypatch.setattr(tokenize_units.ShardWriter, "add", full)
+    job = units.Job(str(tmp_path), str(tmp_path), tokenizer, 0, "uint16", 0.0, "document")
+    monkeypatch.setattr(units.ShardWriter, "add", full)
     worker = {"job": job, "limit": 0, "tokenizer": load_tokenizer(tokenizer)}
-    monkeypatch.setattr(tokenize_units, "_worker", worker)
+    monkeypatch.setattr(units, "_worker", worker)
     (unit,) = plan_units([make_corpus(tmp_path / "in", 2)], "text", 1 << 30)
     with pytest.raises(DataError, match=r"disk of .* is full; finished shards are kept"):
-        tokenize_units._run_unit(0, unit)
+        units._run_unit(0, unit)
     assert not list(tmp_path.rglob("*.tmp*"))

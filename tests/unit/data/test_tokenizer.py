@@ -11,15 +11,15 @@ import pytest
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from torchtitan_deltaproduct.data.tokenizer import (
+from torchtitan_deltaproduct.data.text.tokenizer import (
     copy_tokenizer,
     find_eos_id,
     load_tokenizer,
     same_tokenizer,
     token_bytes,
 )
-from torchtitan_deltaproduct.data.train_tokenizer import main as train_main
-from torchtitan_deltaproduct.data.train_tokenizer import train_tokenizer
+from torchtitan_deltaproduct.data.text.train_tokenizer import main as train_main
+from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import make_corpus, make_jsonl

@@ -6,16 +6,14 @@ import torch
 
 from torchtitan_deltaproduct.data import build_validation_loader
 from torchtitan_deltaproduct.data.packing import IGNORE
-from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.errors import ConfigError
 
 
 def labels_of(paths, world, local, **options):
     """Labels of all ranks in global order: [steps, world, local, T]."""
     ranks = [
-        build_validation_loader(
-            paths, seq_len=16, local_batch_size=local, dp_rank=rank, dp_world_size=world, **options
-        )
+        build_validation_loader(paths, seq_len=16, local_batch_size=local, dp_rank=rank, dp_world_size=world, **options)
         for rank in range(world)
     ]
     batches = [[labels for _, labels in one] for one in ranks]
@@ -37,9 +35,7 @@ def test_every_token_is_counted_once(sets, world, local):
 
 
 def test_every_pass_is_the_same(sets):
-    loader = build_validation_loader(
-        [sets["a"]], seq_len=16, local_batch_size=4, reset_state_at_documents=True
-    )
+    loader = build_validation_loader([sets["a"]], seq_len=16, local_batch_size=4, reset_state_at_documents=True)
     first, second = list(loader), list(loader)
     for (one, labels), (two, again) in zip(first, second, strict=True):
         assert all(torch.equal(one[key], two[key]) for key in ("input", "document_starts"))

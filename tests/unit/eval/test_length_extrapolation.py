@@ -28,8 +28,8 @@ from tests import toy as toys
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.checkpoint.hf import write_hf
 from torchtitan_deltaproduct.checkpoint.load import load_model
-from torchtitan_deltaproduct.data.shards import TokenStream
-from torchtitan_deltaproduct.data.tokenizer import copy_tokenizer
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
+from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 LENGTH, SEQUENCES = 300, 6
@@ -145,9 +145,7 @@ def test_several_models_and_datasets(run, data, tmp_path, capsys):
     book.write_text("def f(x):\n    return x\n" * 200)
     models = [run, run / "checkpoint/step-8", run / "checkpoint/step-4", tmp_path / "exported"]
     options = ["--length", "200", "--sequences", "3", "--out", tmp_path / "out"]
-    length_extrapolation.main(
-        list(map(str, [*models, "--data", data / "train", data / "validation", book, *options]))
-    )
+    length_extrapolation.main(list(map(str, [*models, "--data", data / "train", data / "validation", book, *options])))
     said = capsys.readouterr().out
     found = entries(tmp_path / "out")
     assert len(found) == 9 and len({entry["model"]["name"] for entry in found}) == 3

@@ -10,8 +10,8 @@ from eval.common import text_search
 from eval.common.texts import Wanted, open_texts, spread
 from tests.unit.data.conftest import make_corpus, make_set, tokenizer  # noqa: F401 (a fixture)
 from torchtitan_deltaproduct.data.packing import read_window
-from torchtitan_deltaproduct.data.shards import TokenStream
-from torchtitan_deltaproduct.data.tokenizer import find_eos_id, load_tokenizer
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
+from torchtitan_deltaproduct.data.text.tokenizer import find_eos_id, load_tokenizer
 from torchtitan_deltaproduct.errors import DataError
 
 

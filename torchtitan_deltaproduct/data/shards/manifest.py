@@ -11,11 +11,11 @@ The file carries a checksum of itself. `python -m torchtitan_deltaproduct.data.s
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import write_atomically
 
 NAME = "manifest.json"
 FORMAT = "torchtitan-deltaproduct tokens"
@@ -71,9 +71,7 @@ class Manifest:
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Writes manifest.json atomically."""
     body = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
-    write_atomically(
-        Path(folder, NAME), json.dumps({**body, "manifest_sha256": _checksum(body)}, indent=1) + "\n"
-    )
+    write_atomically(Path(folder, NAME), json.dumps({**body, "manifest_sha256": _checksum(body)}, indent=1) + "\n")
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -90,9 +88,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     except FileNotFoundError:
         raise DataError(_missing(folder)) from None
     except ValueError as error:
-        raise DataError(
-            f"{folder / NAME} is damaged ({error}).\nRestore it from a copy or prepare again."
-        ) from None
+        raise DataError(f"{folder / NAME} is damaged ({error}).\nRestore it from a copy or prepare again.") from None
     if body.get("format") != FORMAT:
         raise DataError(f"{folder / NAME} is not a manifest of prepared tokens (no format = {FORMAT!r}).")
     if body.get("version") != VERSION:
@@ -124,25 +120,6 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
                     f"{path} {state}; the manifest says {expected:,} bytes.\n"
                     "Copy the folder again, or make it again with prepare --overwrite."
                 )
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder unless it is there; DataError if there cannot be one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-        raise DataError(f"{folder} cannot be made: {why}; choose another folder") from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes through a temporary file, so that `path` is old, new or absent, never half."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _checksum(body: dict) -> str:

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import write_atomically
 
-from .manifest import Manifest, write_atomically
+from .manifest import Manifest
 
 NAME = ".verified.json"
 THREADS = 8

@@ -1,7 +1,7 @@
 """Which files there are, and what is in each by its name.
 
-    for file in list_files(["corpus/", "more.jsonl.gz"]): ...
-    kind_of("train.JSONL-00000-of-00002.gz")                  # ("json", True)
+for file in list_files(["corpus/", "more.jsonl.gz"]): ...
+kind_of("train.JSONL-00000-of-00002.gz")                  # ("json", True)
 """
 
 import gzip
@@ -62,6 +62,15 @@ def list_files(inputs: Iterable[str | Path]) -> list[Path]:
                 "Give text, JSON lines (also .gz) or Parquet; unpack archives first; of Arrow name the folder."
             )
     return files
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder unless it is there; DataError if there cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise DataError(f"{folder} cannot be made: {why}; choose another folder") from None
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
     [data]
     kind = "group_word"
-    group = "S5"                       # any name of data/groups.py
+    group = "S5"                       # any name of data/generated/groups.py
     seed = 1
     curriculum_start = 16              # optional: words of 16 tokens first, of training.seq_len after
     curriculum_steps = 2000            # 2,000 steps
@@ -22,10 +22,10 @@ import torch
 
 from torchtitan_deltaproduct.errors import ConfigError
 
-from .counter import below, draws, stream_key
+from ..counter import below, draws, stream_key
+from ..loader import Batch, Geometry, Loader
+from ..packing import IGNORE
 from .groups import WordProblem, parse_group
-from .loader import Batch, Geometry, Loader
-from .packing import IGNORE
 
 SPLITS = ("train", "validation", "test")
 GENERATOR = 1
@@ -67,7 +67,7 @@ class Curriculum:
 
 @dataclass
 class GroupWordSource:
-    """Words of `seq_len` tokens; see the module and `data.groups.parse_group` for what they look like.
+    """Words of `seq_len` tokens; see the module and `groups.parse_group` for what they look like.
 
     Attributes:
         name: of the word problem, such as `S5_limit_to_3`.

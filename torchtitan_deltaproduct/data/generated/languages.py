@@ -24,10 +24,10 @@ import torch
 
 from torchtitan_deltaproduct.errors import ConfigError
 
-from .counter import below, draws, stream_key
-from .group_word import GENERATOR, check_split
-from .loader import Batch, Geometry, Loader
-from .packing import IGNORE
+from ..counter import below, draws, stream_key
+from ..loader import Batch, Geometry, Loader
+from ..packing import IGNORE
+from .group_words import GENERATOR, check_split
 
 MODULUS = 5
 _PLUS, _MINUS, _TIMES, _OPEN, _CLOSE, _EQUALS, _BLANK = range(MODULUS, MODULUS + 7)
