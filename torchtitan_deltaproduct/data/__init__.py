@@ -9,7 +9,7 @@
     4 batch          {"input": [LB, T], "document_starts": [LB, T]}, labels [LB, T]
 
 `kind = "streaming"` reaches 4 from 1 without shards (streaming.py); `group_word` and `formal_language` reach it from
-a seed alone (group_word.py, formal.py; held out in word_validation.py). Stages 2 to 4 are a pure function of
+a seed alone (generated/; held out in held_out.py). Stages 2 to 4 are a pure function of
 (manifest, seed, global sample index): any step can be read directly, by any number of ranks. Every document
 ends with the separator, which also opens the next one: its first token is predicted from the separator.
 
@@ -27,7 +27,6 @@ from torchtitan_deltaproduct.errors import ConfigError
 
 if TYPE_CHECKING:
     from .loader import Loader
-    from .validation import ValidationLoader
 
 # Modules are imported when they are needed: `prepare` starts without torch, training without `datasets`.
 KINDS = {
@@ -98,19 +97,3 @@ def separator_id(data, tokenizer_path: str = "") -> int | None:
         # Tables that an earlier version wrote have no `eos`.
         return find_eos_id(tokenizer_path, getattr(data, "eos", ""), option="data.eos")
     return None
-
-
-def build_validation_loader(
-    paths: list[str],
-    *,
-    seq_len: int,
-    local_batch_size: int,
-    steps: int = -1,
-    dp_rank: int = 0,
-    dp_world_size: int = 1,
-    reset_state_at_documents: bool = False,
-) -> "ValidationLoader":
-    """A loader of the same windows in file order at every iteration; see `validation.ValidationLoader`."""
-    from .validation import ValidationLoader
-
-    return ValidationLoader(paths, seq_len, local_batch_size, steps, dp_rank, dp_world_size, reset_state_at_documents)

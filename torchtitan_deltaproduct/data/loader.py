@@ -12,14 +12,13 @@ other ranks or workers.
 import hashlib
 import json
 import signal
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
@@ -145,28 +144,23 @@ class Loader:
             self.sample += self.geometry.micro_batch
             yield item
 
-    def _dataloader(self) -> StatefulDataLoader:
+    def _dataloader(self) -> DataLoader:
         dataset = _MicroBatches(self.source, self.geometry)
         return self._wrap(dataset, sampler=_Positions(self.sample, self.geometry.micro_batch))
 
-    def _wrap(self, dataset, **options) -> StatefulDataLoader:
+    def _wrap(self, dataset, **options) -> DataLoader:
         if self.num_workers:
             options["prefetch_factor"] = self.prefetch_factor
-        # Its state counts batches of one rank and its workers; ours is the sample index, so it collects none.
         # A generator of its own: a loader made anew on restart must not draw from the global one.
-        with warnings.catch_warnings():
-            # torchdata 0.11 under torch 2.13: "'set_vital' is deprecated", nothing a user can act on.
-            warnings.simplefilter("ignore", UserWarning)
-            return StatefulDataLoader(
-                dataset,
-                batch_size=None,
-                collate_fn=_as_is,
-                num_workers=self.num_workers,
-                snapshot_every_n_steps=1 << 60,
-                worker_init_fn=ignore_stop_signals if self.num_workers else None,
-                generator=torch.Generator(),
-                **options,
-            )
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=self.num_workers,
+            worker_init_fn=ignore_stop_signals if self.num_workers else None,
+            generator=torch.Generator(),
+            **options,
+        )
 
     def fingerprint(self) -> str:
         """Changes whenever sample i would hold other tokens: other data, weights, seed, seq_len, ..."""

@@ -284,19 +284,19 @@ def check_data(config: JobConfig) -> list[str] | None:
 def check_generated(config: JobConfig) -> list[str]:
     """The version of the generator, after making its sources: a wrong name of a group is found here."""
     from ..data.generated.group_words import GENERATOR
-    from ..data.word_validation import build_word_validations
+    from ..data.held_out import held_out_lengths
 
     key = "data.group" if config.data.kind == "group_word" else "data.language"
     told = config.provenance.get(key, "default")
     try:
         lengths = {"seq_len": config.training.seq_len, "lengths": config.validation.lengths}
-        sets = build_word_validations(config.data, **lengths, local_batch_size=1, samples=1)
+        sets = held_out_lengths(config.data, **lengths, local_batch_size=1, samples=1)
     except ConfigError as error:
         raise ConfigError(f"{told}: {error}") from None
-    if sets[0].vocab_size > config.model.vocab_size:
+    if sets[0].source.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"{sets[0].source.name} ({told}) has {sets[0].vocab_size:,} tokens, but model.vocab_size = "
+            f"{sets[0].source.name} ({told}) has {sets[0].source.vocab_size:,} tokens, but model.vocab_size = "
             f"{config.model.vocab_size:,} ({config.provenance.get('model.vocab_size', 'default')})\n"
-            f"set model.vocab_size to {sets[0].vocab_size:,}"
+            f"set model.vocab_size to {sets[0].source.vocab_size:,}"
         )
     return [f"generator {GENERATOR}"]

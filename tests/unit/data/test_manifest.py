@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan_deltaproduct.data import build_loader, build_validation_loader
+from torchtitan_deltaproduct.data import build_loader
+from torchtitan_deltaproduct.data.held_out import held_out_text
 from torchtitan_deltaproduct.data.shards import verified
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest, write_manifest
 from torchtitan_deltaproduct.data.shards.shards import TokenStream, token_dtype
@@ -72,7 +73,7 @@ def test_a_flipped_token_is_found_on_first_use_and_after_every_change(folder, us
         use(folder)
     shard = next(folder.glob("shards/*.bin"))
     flip(shard)
-    for find in (use, verify, lambda path: build_validation_loader([path], seq_len=8, local_batch_size=1)):
+    for find in (use, verify, lambda path: held_out_text([path], seq_len=8, local_batch_size=1)):
         with pytest.raises(DataError, match=rf"1 of 6 files differ.*{shard.name}"):
             find(folder)
     flip(shard)
@@ -131,7 +132,7 @@ def test_wrong_tokenizer(folder, sets, tmp_path):
         use(folder)
     make_set(tmp_path / "c", other, [[50]])
     with pytest.raises(DataError, match="different tokenizers"):
-        build_validation_loader([sets["a"], str(tmp_path / "c")], seq_len=8, local_batch_size=1)
+        held_out_text([sets["a"], str(tmp_path / "c")], seq_len=8, local_batch_size=1)
 
 
 def test_missing_manifest_says_what_the_folder_is(tmp_path, sets):

@@ -67,6 +67,32 @@ def check_tokenizer(stream: TokenStream) -> None:
         )
 
 
+def read_windows(
+    streams: list[TokenStream], bounds: np.ndarray, windows: np.ndarray, seq_len: int, reset: bool
+) -> Batch:
+    """Windows of several streams, counted through.
+
+    Args:
+        streams: the streams.
+        bounds: [len(streams) + 1] int64: windows bounds[k] .. bounds[k + 1] - 1 are those of stream k.
+        windows: [n] int64.
+        seq_len: T, tokens of a window.
+        reset: whether to add `document_starts`.
+
+    Returns:
+        ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels [n, T] int64).
+    """
+    inputs, labels = (np.empty((len(windows), seq_len), dtype=np.int64) for _ in range(2))
+    starts = np.empty(inputs.shape, dtype=bool) if reset else [None] * len(windows)
+    sets = np.searchsorted(bounds, windows, side="right") - 1
+    for row, (k, window) in enumerate(zip(sets.tolist(), (windows - bounds[sets]).tolist(), strict=True)):
+        read_window(streams[k], window, inputs[row], labels[row], starts[row])
+    batch = {"input": torch.from_numpy(inputs)}
+    if reset:
+        batch["document_starts"] = torch.from_numpy(starts)
+    return batch, torch.from_numpy(labels)
+
+
 class PreparedSource:
     """Samples out of prepared folders.
 
@@ -123,17 +149,7 @@ class PreparedSource:
     def batch(self, samples: np.ndarray) -> Batch:
         """samples: [n] int64 -> ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels [n, T])."""
         source, window = self.sequence(samples)
-        pooled = self.bases[source] + window
-        sets = np.searchsorted(self.bounds, pooled, side="right") - 1
-        shape = (len(samples), self.seq_len)
-        inputs, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
-        starts = np.empty(shape, dtype=bool) if self.reset else [None] * len(samples)
-        for row, (k, w) in enumerate(zip(sets.tolist(), (pooled - self.bounds[sets]).tolist(), strict=True)):
-            read_window(self.streams[k], w, inputs[row], labels[row], starts[row])
-        batch = {"input": torch.from_numpy(inputs)}
-        if self.reset:
-            batch["document_starts"] = torch.from_numpy(starts)
-        return batch, torch.from_numpy(labels)
+        return read_windows(self.streams, self.bounds, self.bases[source] + window, self.seq_len, self.reset)
 
     def order(self) -> dict[str, object]:
         """Data by content, so that a folder may move; the period of the mixture is its quotas."""
