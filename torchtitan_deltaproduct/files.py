@@ -38,11 +38,13 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     return read_bytes(path).decode("utf-8-sig", errors)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes through a temporary file, so that `path` is old, new or absent, never half."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes through a temporary file, so that `path` is old, new or absent, never half; text as UTF-8."""
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -158,10 +158,12 @@ def _set_row(name: str, path: str, config: JobConfig) -> tuple["Manifest | None"
     """The manifest of a prepared folder, None if it cannot be trained on, and the row that tells of it."""
     # Here, since this package is below `data`: nothing else of the config opens data.
     from ..data.shards.manifest import read_manifest
+    from ..data.shards.verified import file_states
     from ..data.text.tokenizer import tokenizer_sha256
 
     try:
         manifest = read_manifest(path)
+        file_states(Path(path), manifest)
         if tokenizer_sha256(Path(path, "tokenizer")) != manifest.tokenizer_sha256:
             raise DataError(f"its tokenizer is not the one it was prepared with; copy {path} again")
         if manifest.vocab_size > config.model.vocab_size:

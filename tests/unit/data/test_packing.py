@@ -55,10 +55,10 @@ def test_the_separator_opens_the_next_document(tmp_path, tokenizer):
 
 
 def test_more_shards_than_open_maps(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("torchtitan_deltaproduct.data.shards.shards.MAX_OPEN_MAPS", 2)
+    monkeypatch.setattr("torchtitan_deltaproduct.data.shards.shards.most_descriptors", lambda: 2)
     documents = make_set(tmp_path, tokenizer, [[3]] * 9)
     stream, out = TokenStream(tmp_path), np.zeros(28, int)
     for _ in range(3):
         assert stream.read(-1, out) == 28
         assert out.tolist() == [0] + [token for document in documents for token in document]
-    assert len(stream._maps) == 2
+    assert len(stream._files) == 2

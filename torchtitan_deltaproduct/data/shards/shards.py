@@ -1,4 +1,4 @@
-"""Token shards on disk: written by `prepare`, read by memory map.
+"""Token shards on disk: written by `prepare`, read at any position.
 
 A shard is `<name>.bin`, token ids in the smallest integer type, and `<name>.idx`, int64, for each document
 the position after its separator. A folder of shards is one stream of tokens, and before its first token
@@ -10,9 +10,11 @@ stands one more separator, at position -1, so that every token has a predecessor
 
 import hashlib
 import os
-from bisect import bisect_right
+import resource
+import weakref
 from collections import OrderedDict
-from itertools import accumulate
+from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,11 @@ import numpy as np
 from torchtitan_deltaproduct.errors import DataError
 
 from .manifest import Manifest, Shard, read_manifest
-from .verified import check_shards
+from .verified import Verified, check_size, file_size
 
-# Every map holds a file descriptor; the usual limit of a process is 1,024.
-MAX_OPEN_MAPS = 256
+MOST_DESCRIPTORS = 1 << 14
+INDEX_BLOCK = 512
+"""Entries of an .idx read at a time."""
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -91,27 +94,34 @@ class ShardWriter:
 class TokenStream:
     """The tokens of a prepared folder as one sequence, read by position.
 
-    Opening it compares the files with their checksums once (`verified`). Cheap to pickle: workers open their own maps.
-    Positions run from -1, the leading separator, to `tokens`.
+    Opening it reads the manifest and looks at the folder of the shards; each shard is looked at when it is opened, and
+    compared with its checksum if it is not known to be what `prepare` wrote (`verified`). Cheap to pickle: workers open
+    their own files. Positions run from -1, the leading separator, to `tokens`.
     """
+
+    _open = weakref.WeakSet()
+    """The streams of this process, which share the descriptors it may have."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(folder)
-        check_shards(self.folder, self.manifest)
+        self.verified = Verified(self.folder, self.manifest)
         self.tokens = self.manifest.tokens
+        rows = self.manifest.shards.rows
         # Stream position of the first token of each shard, and the end of the last.
-        self.bounds = [0, *accumulate(shard.tokens for shard in self.manifest.shards)]
-        self._maps: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
+        self.bounds = np.concatenate([[0], np.cumsum(rows["tokens"])])
+        self._types = {".bin": np.dtype(self.manifest.dtype).newbyteorder("<"), ".idx": np.dtype("<i8")}
+        self._files: OrderedDict[tuple[int, str], FileIO] = OrderedDict()
+        self._open.add(self)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_maps": OrderedDict()}
+    def __reduce__(self) -> tuple:
+        return TokenStream, (self.folder,)
 
     def read(self, start: int, out: np.ndarray) -> int:
         """Copies tokens `start`, `start + 1`, ... into `out: [n] int64`; returns how many there were.
 
         Raises:
-            DataError: there is an id outside of the vocabulary among them.
+            DataError: there is an id outside of the vocabulary among them, or a file is not what the manifest says.
         """
         filled = 0
         if start == -1 and len(out):
@@ -119,52 +129,96 @@ class TokenStream:
             filled = 1
         stop = min(start + len(out), self.tokens)
         for shard, first, last in self._spans(start + filled, stop):
-            piece = self._map(shard, ".bin")[first:last]
+            piece = self._read(shard, ".bin", first, last)
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
             if piece.max() >= self.manifest.vocab_size:
                 raise DataError(
-                    f"{self.path(shard, '.bin')} holds token {piece.max():,}; the vocabulary ends at "
+                    f"{self.verified.path(shard, '.bin')} holds token {piece.max():,}; the vocabulary ends at "
                     f"{self.manifest.vocab_size - 1:,}\nit was not made with this tokenizer: prepare the data again"
                 )
         return filled
 
     def close(self) -> None:
-        """Closes the maps, whose pages count as memory of the process; reading opens them again."""
-        self._maps.clear()
+        """Closes the files; reading opens them again."""
+        self._files.clear()
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Stream positions in [start, stop) where a document begins: [d] int64."""
-        found = []
+        starts = [np.empty(0, dtype=np.int64)]
         for shard, first, last in self._spans(start, min(stop, self.tokens)):
-            ends = self._map(shard, ".idx")
-            # Begins: 0 and every end but the last; an end equal to the shard's length begins nothing here.
-            inside = ends[np.searchsorted(ends, first) : np.searchsorted(ends, last)]
-            base = self.bounds[shard]
+            # Documents begin at 0 and at every end but the last, which is the next shard's beginning.
             if first == 0:
-                found.append(np.array([base]))
-            found.append(inside + base)
-        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+                starts.append(self.bounds[shard : shard + 1])
+            starts.append(self._ends(shard, first, last) + self.bounds[shard])
+        return np.concatenate(starts)
 
-    def _spans(self, start: int, stop: int):
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The pieces (shard, first, last) that make up [start, stop)."""
-        shard = bisect_right(self.bounds, start) - 1
+        shard = int(np.searchsorted(self.bounds, start, side="right")) - 1
         while start < stop:
-            base, end = self.bounds[shard], self.bounds[shard + 1]
+            base, end = self.bounds[shard].item(), self.bounds[shard + 1].item()
             yield shard, start - base, min(stop, end) - base
             start, shard = end, shard + 1
 
-    def path(self, shard: int, suffix: str) -> Path:
-        """The file of a shard, `.bin` or `.idx`."""
-        return self.folder / (self.manifest.shards[shard].name + suffix)
+    def _ends(self, shard: int, first: int, last: int) -> np.ndarray:
+        """The positions after a document, in a shard, that are in [first, last): [d] int64, by search in the .idx.
 
-    def _map(self, shard: int, suffix: str) -> np.ndarray:
+        The first of them is between the entries `low` and `high`. In turns it is looked for where it would be if all
+        documents were equally long, which is nearly right as a rule, and in the middle, which is never slow.
+        """
+        row = self.manifest.shards.rows[shard]
+        entries, tokens = int(row["documents"]), int(row["tokens"])
+        low, high, before, after, halve = 0, entries, 0, tokens, False
+        while high - low > INDEX_BLOCK:
+            share = 0.5 if halve else (first - before) / (after - before)
+            place = low + int(share * (high - low - INDEX_BLOCK))
+            block = self._read(shard, ".idx", place, place + INDEX_BLOCK)
+            if block[-1] < first:
+                low, before = place + INDEX_BLOCK, block[-1].item()
+            elif block[0] >= first:
+                high, after = place + 1, block[0].item()
+            else:
+                low = place
+                break
+            halve = not halve
+        size, ends = INDEX_BLOCK, []
+        while low < entries and (not ends or block[-1] < last):
+            block = self._read(shard, ".idx", low, min(low + size, entries))
+            ends.append(block[(block >= first) & (block < last)])
+            low, size = low + size, 2 * size
+        return np.concatenate(ends)
+
+    def _read(self, shard: int, suffix: str, first: int, last: int) -> np.ndarray:
+        """Entries [first, last) of a file of a shard."""
+        entries = np.empty(last - first, dtype=self._types[suffix])
+        raw, file, done = entries.view(np.uint8), self._file(shard, suffix), 0
+        while done < len(raw):
+            count = os.preadv(file.fileno(), [raw[done:]], first * entries.itemsize + done)
+            if not count:
+                raise DataError(f"{self.verified.path(shard, suffix)} was cut short while it was read.\nCopy it again.")
+            done += count
+        return entries
+
+    def _file(self, shard: int, suffix: str) -> FileIO:
+        """An open file of a shard; of many, those used last stay open."""
         key = (shard, suffix)
-        if key in self._maps:
-            self._maps.move_to_end(key)
-            return self._maps[key]
-        dtype = np.dtype("i8" if suffix == ".idx" else self.manifest.dtype).newbyteorder("<")
-        self._maps[key] = np.memmap(self.path(shard, suffix), dtype=dtype, mode="r").view(np.ndarray)
-        if len(self._maps) > MAX_OPEN_MAPS:
-            self._maps.popitem(last=False)
-        return self._maps[key]
+        if key in self._files:
+            self._files.move_to_end(key)
+            return self._files[key]
+        path = self.verified.path(shard, suffix)
+        try:
+            file = FileIO(path)
+        except FileNotFoundError:
+            check_size(path, None, file_size(self.manifest, shard, suffix))
+        self.verified.check(shard, suffix, file)
+        self._files[key] = file
+        while len(self._files) > max(2, most_descriptors() // len(self._open)):
+            self._files.popitem(last=False)
+        return file
+
+
+def most_descriptors() -> int:
+    """Files that all streams of this process may keep open: half of what it may have."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_DESCRIPTORS if limit == resource.RLIM_INFINITY else min(limit // 2, MOST_DESCRIPTORS)

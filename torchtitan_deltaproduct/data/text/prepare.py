@@ -6,10 +6,10 @@
     prepare data/fineweb --tokenizer data/mistral --dataset HuggingFaceFW/fineweb:sample-10BT
     prepare data/book --tokenizer data/tokenizer --input book.txt --validation-fraction 0.05 --split-by token
 
-The input is cut into units (sources.py); each becomes one shard. A run that was killed continues: shards
-that are finished are checked and kept. The result depends neither on the number of workers nor on
-interruptions, and manifest.json is written last. Records that cannot be read are left out, counted, and named
-in OUT/bad_records.jsonl.
+The input is cut into units (sources.py); each becomes one shard. A run that was killed continues: shards that are
+finished and untouched since are kept (--verify: those with the right checksums). The result depends neither on the
+number of workers nor on interruptions, and manifest.json is written last. Records that cannot be read are left out,
+counted, and named in OUT/bad_records.jsonl.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,8 @@ from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.files import write_atomically
 
-from ..shards.manifest import NAME, Manifest, Shard, read_manifest, write_manifest
-from ..shards.verified import NAME as VERIFIED
-from ..shards.verified import file_sha256
+from ..shards.manifest import NAME, TABLE, Manifest, Shard, read_manifest, write_manifest
+from ..shards.verified import SUFFIXES, THREADS, file_sha256, file_states, note_as_written, state
 from .files import make_folder
 from .plan import WORK, Plan, Settings, log, make_plan
 from .sources import BadRecord
@@ -44,6 +44,7 @@ def prepare(
     max_bad_records: int = 100,
     overwrite: bool = False,
     max_unknown: float = MOST_UNKNOWN,
+    verify: bool = False,
 ) -> bool:
     """Makes the prepared folder, or folders `train` and `validation` inside it.
 
@@ -53,6 +54,7 @@ def prepare(
         max_bad_records: more than these stop the run with an error; finished shards are kept.
         overwrite: removes another prepared dataset that is in the way.
         max_unknown: a larger share of unknown tokens is an error; finished shards are kept.
+        verify: compares the shards of an interrupted run with their checksums, even if size, time and inode are right.
 
     Returns:
         False if the result was there already.
@@ -70,7 +72,7 @@ def prepare(
             shutil.rmtree(out / WORK, ignore_errors=True)
             return False
         make_room(out, plan, overwrite, keep=settings.tokenizer)
-        done = finished_units(out, plan)
+        done = finished_units(out, plan, verify)
         if done:
             log(f"continuing: {len(done)} of {len(plan.units)} shards are there already")
         workers = workers or len(os.sched_getaffinity(0))
@@ -103,11 +105,16 @@ def folders(out: Path, plan: Plan) -> dict[str, Path]:
 
 
 def finished(out: Path, plan: Plan) -> bool:
-    """Whether `out` holds the complete result of this plan."""
+    """Whether `out` holds the complete result of this plan; DataError if a shard of it is gone or cut short."""
     targets = folders(out, plan).values()
     if not all((folder / NAME).is_file() for folder in targets):
         return False
-    return all(read_manifest(folder).source.get("plan") == plan.source["plan"] for folder in targets)
+    manifests = {folder: read_manifest(folder) for folder in targets}
+    if any(manifest.source.get("plan") != plan.source["plan"] for manifest in manifests.values()):
+        return False
+    for folder, manifest in manifests.items():
+        file_states(folder, manifest)
+    return True
 
 
 def make_room(out: Path, plan: Plan, overwrite: bool, keep: str) -> None:
@@ -149,7 +156,9 @@ def clear(out: Path, keep: str) -> None:
     targets = [out, out / "train", out / "validation"]
     for folder in targets:
         (folder / NAME).unlink(missing_ok=True)
-        (folder / VERIFIED).unlink(missing_ok=True)
+        (folder / TABLE).unlink(missing_ok=True)
+        for note in folder.glob(".verified*"):
+            note.unlink()
     for folder in targets:
         shutil.rmtree(folder / "shards", ignore_errors=True)
         if (folder / "tokenizer").resolve() != Path(keep).resolve():
@@ -158,18 +167,16 @@ def clear(out: Path, keep: str) -> None:
     (out / BAD_RECORDS).unlink(missing_ok=True)
 
 
-def finished_units(out: Path, plan: Plan) -> dict[int, dict]:
+def finished_units(out: Path, plan: Plan, verify: bool) -> dict[int, dict]:
     """Records of the units that an earlier run finished and whose files are still what they were."""
-    done = {}
-    for number in range(len(plan.units)):
-        path = out / WORK / f"{number:05d}.json"
-        if path.is_file():
-            record = read_record(path)
-            if record and all(intact(out / part, shard) for part, shard in record["shards"].items() if shard):
-                done[number] = record
-            else:
-                log(f"warning: a shard of unit {number} is damaged and is made again")
-    return done
+    paths = {number: out / WORK / f"{number:05d}.json" for number in range(len(plan.units))}
+    records = {number: read_record(path) for number, path in paths.items() if path.is_file()}
+    with ThreadPoolExecutor(THREADS) as pool:
+        kept = list(pool.map(lambda record: record is not None and intact(out, record, verify), records.values()))
+    for number, keep in zip(records, kept, strict=True):
+        if not keep:
+            log(f"warning: a shard of unit {number} is damaged and is made again")
+    return {number: record for (number, record), keep in zip(records.items(), kept, strict=True) if keep}
 
 
 def read_record(path: Path) -> dict | None:
@@ -180,11 +187,18 @@ def read_record(path: Path) -> dict | None:
         return None
 
 
-def intact(folder: Path, shard: dict) -> bool:
-    """Whether the files of a shard have the recorded checksums."""
-    base = folder / shard["name"]
-    files = ((Path(f"{base}.bin"), shard["bin_sha256"]), (Path(f"{base}.idx"), shard["idx_sha256"]))
-    return all(path.is_file() and file_sha256(path) == digest for path, digest in files)
+def intact(out: Path, record: dict, verify: bool) -> bool:
+    """Whether the shards of a unit are those of its record: untouched since, or with the right checksums."""
+    for part, shard in record["shards"].items():
+        for place, suffix in enumerate(SUFFIXES if shard else ()):
+            path = out / part / (shard["name"] + suffix)
+            if not path.is_file():
+                return False
+            # An earlier version kept no states.
+            untouched = "states" in record and record["states"][part][place] == state(path.stat())
+            if (verify or not untouched) and file_sha256(path) != shard[f"{suffix[1:]}_sha256"]:
+                return False
+    return True
 
 
 def hold_out_one(plan: Plan, records: list[dict], workers: int, max_bad_records: int) -> list[dict]:
@@ -258,6 +272,7 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
         write_atomically(out / BAD_RECORDS, "\n".join(lines) + "\n")
     for folder, manifest in manifests.items():
         write_manifest(folder, manifest)
+        note_as_written(folder, manifest)
     shutil.rmtree(out / WORK)
 
 
@@ -331,13 +346,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max-unknown", type=float, default=MOST_UNKNOWN, metavar="F",
         help="share of unknown tokens above which to stop (default: %(default)s)")  # fmt: skip
     add("--shard-mb", type=int, default=0, metavar="MB", help="input for one shard; 0: 1 to 256, by input size")
+    add("--verify", action="store_true", help="continuing: compare finished shards with checksums, not times alone")
     add("--overwrite", action="store_true", help="replace another prepared dataset in OUT")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = vars(parse(arguments))
-    how = {name: options.pop(name) for name in ("workers", "max_bad_records", "overwrite", "max_unknown")}
+    how = {name: options.pop(name) for name in ("workers", "max_bad_records", "overwrite", "max_unknown", "verify")}
     settings = Settings(**options)
     try:
         made = prepare(settings, **how)

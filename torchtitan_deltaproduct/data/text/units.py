@@ -22,7 +22,9 @@ from pathlib import Path
 from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import write_atomically
 
+from ..shards.manifest import Shard
 from ..shards.shards import ShardWriter
+from ..shards.verified import SUFFIXES, state
 from .progress import Progress
 from .sources import BadRecord, Document, Unit, read_unit
 from .tokenizer import load_tokenizer
@@ -215,8 +217,9 @@ def tokenize_unit(
     """Tokenises one unit into a shard for each part, and writes its record.
 
     Returns:
-        `{"shards": {part: shard or None}, "empty": count, "bad": [[file, position, reason], ...], "unknown": tokens,
-        "separators": documents with the separator in their text, "least": smallest draw of a document}`.
+        `{"shards": {part: shard or None}, "states": {part: states_of}, "empty": count, "unknown": tokens,
+        "bad": [[file, position, reason], ...], "separators": documents with the separator in their text,
+        "least": smallest draw of a document}`.
     """
     writers = {part: ShardWriter(Path(job.out, part), f"shards/{number:05d}", job.dtype) for part in job.parts}
     bad: list[BadRecord] = []
@@ -249,6 +252,7 @@ def tokenize_unit(
         raise
     record = {
         "shards": {part: asdict(shard) if shard else None for part, shard in shards.items()},
+        "states": {part: states_of(Path(job.out, part), shard) for part, shard in shards.items() if shard},
         "empty": empty,
         "bad": [list(entry) for entry in bad],
         "unknown": unknown,
@@ -258,6 +262,11 @@ def tokenize_unit(
     write_atomically(Path(job.work, f"{number:05d}.json"), json.dumps(record))
     report(-1, 0)
     return record
+
+
+def states_of(folder: Path, shard: Shard) -> list[list[int]]:
+    """Size, time and inode of the files of a shard, by which a later run knows them."""
+    return [state(os.stat(folder / (shard.name + suffix))) for suffix in SUFFIXES]
 
 
 def _batches(records: Iterator[Document | BadRecord], bad: list[BadRecord]) -> Iterator[list[Document]]:
