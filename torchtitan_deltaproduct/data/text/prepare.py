@@ -192,10 +192,12 @@ def intact(out: Path, record: dict, verify: bool) -> bool:
     for part, shard in record["shards"].items():
         for place, suffix in enumerate(SUFFIXES if shard else ()):
             path = out / part / (shard["name"] + suffix)
-            if not path.is_file():
+            try:
+                now = state(os.stat(path))
+            except OSError:
                 return False
             # An earlier version kept no states.
-            untouched = "states" in record and record["states"][part][place] == state(path.stat())
+            untouched = "states" in record and record["states"][part][place] == now
             if (verify or not untouched) and file_sha256(path) != shard[f"{suffix[1:]}_sha256"]:
                 return False
     return True
