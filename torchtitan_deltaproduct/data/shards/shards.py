@@ -13,7 +13,7 @@ import os
 import resource
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class ShardWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self._temporary(".bin"), "wb")  # noqa: SIM115 (closed in close or abandon)
 
-    def add(self, ids: list[int], text_bytes: int) -> None:
+    def add(self, ids: Sequence[int], text_bytes: int) -> None:
         """Appends one document: its token ids, separator included, and the UTF-8 bytes of its text."""
         raw = np.array(ids, dtype=self.dtype).tobytes()
         self.file.write(raw)

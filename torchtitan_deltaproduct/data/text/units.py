@@ -231,14 +231,15 @@ def tokenize_unit(
                 raise too_many_bad([list(entry) for entry in bad], max_bad_records)
             pieces = [piece for document in documents for piece in job.pieces(document, number)]
             tokens = 0
-            for (part, text), ids in zip(pieces, tokenizer.encode_batch([text for _, text in pieces]), strict=True):
+            for (part, text), ids in zip(pieces, tokenizer.encode_documents([text for _, text in pieces]), strict=True):
                 size = len(text.encode())
                 read_bytes += size
                 tokens += len(ids)
                 unknown += tokenizer.count_unknown(text, ids)
                 separators += job.eos_id in ids
                 if ids:
-                    writers[part].add([*ids, job.eos_id], size)
+                    ids.append(job.eos_id)
+                    writers[part].add(ids, size)
                 else:
                     # A short document may have no tail.
                     empty += job.split_by != "token" or part == "train"
