@@ -15,9 +15,9 @@ from rich.console import Console
 
 from torchtitan_deltaproduct.arguments import path, shown, text
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
-from torchtitan_deltaproduct.data.text.progress import clock
 from torchtitan_deltaproduct.data.text.tokenizer import tokenizer_sha256
 from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.formats import clock
 
 from .json_file import read_results
 from .options import at_least
