@@ -104,8 +104,8 @@ def wrong_sizes(folder: Path, marker: Marker) -> str:
         # A pipe or a device would be waited for when it is read.
         if not stat.S_ISREG(status.st_mode):
             return f"{name} is no file"
-        if (found := status.st_size) != size:
-            return f"{name} has {found:,} bytes of {size:,}"
+        if (now := status.st_size) != size:
+            return f"{name} has {now:,} bytes of {size:,}"
     return ""
 
 

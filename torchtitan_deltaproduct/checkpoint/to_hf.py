@@ -157,9 +157,9 @@ def verify(folder: Path, loaded: LoadedModel, state: dict[str, torch.Tensor]) ->
     """
     dtype = next(iter(state.values())).dtype
     written = load_model(folder, dtype=dtype).model
-    found = written.state_dict()
+    tensors = written.state_dict()
     for name, tensor in state.items():
-        if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor):
+        if tensors[name].dtype != tensor.dtype or not torch.equal(tensors[name], tensor):
             raise CheckpointError(f"the export reads back with another {name}; nothing was kept: check the disk")
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(loaded.model.args.vocab_size, (2, TOKENS), generator=generator)

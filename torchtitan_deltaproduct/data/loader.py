@@ -203,9 +203,9 @@ class Loader:
         saved, here = json.loads(str(state["order"])), self.source.order()
         changed = sorted(key for key in saved.keys() | here.keys() if saved.get(key) != here.get(key))
         if changed:
-            found = "; ".join(f"{key}: was {saved.get(key)}, is {here.get(key)}" for key in changed)
+            changes = "; ".join(f"{key}: was {saved.get(key)}, is {here.get(key)}" for key in changed)
             raise DataError(
-                f"The checkpoint was trained on another sequence of samples ({found}).\n"
+                f"The checkpoint was trained on another sequence of samples ({changes}).\n"
                 "Restore these settings, or start a new run from its weights (checkpoint.initial_load_path)."
             )
         self.sample = int(state["sample"])

@@ -142,7 +142,7 @@ class GroupWordSource:
         return np.ascontiguousarray(inputs[:, : self.seq_len]), np.ascontiguousarray(labels[:, : self.seq_len])
 
     def order(self) -> dict[str, object]:
-        found = {
+        parts = {
             "kind": "group_word",
             "group": self.name,
             "seed": self.seed,
@@ -151,12 +151,12 @@ class GroupWordSource:
             "generator": GENERATOR,
         }
         if self.curriculum:
-            found |= {
+            parts |= {
                 "curriculum_start": self.curriculum.start,
                 "curriculum_steps": self.curriculum.steps,
                 "global_batch_size": self.curriculum.global_batch_size,
             }
-        return found
+        return parts
 
     def epochs(self, sample: int) -> dict[str, float]:
         """None is ever completed: the data is endless."""

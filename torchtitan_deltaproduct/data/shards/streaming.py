@@ -217,8 +217,8 @@ class StreamWindow:
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Stream positions in [start, stop) where a document begins: [d] int64."""
         self._reach(stop)
-        found = np.concatenate([chunk.starts + chunk.position.tokens for chunk in self.held])
-        return found[(found >= start) & (found < stop)]
+        starts = np.concatenate([chunk.starts + chunk.position.tokens for chunk in self.held])
+        return starts[(starts >= start) & (starts < stop)]
 
     def forget(self, before: int) -> Position:
         """Drops the chunks that end at or before token `before`; returns where to resume to read it."""

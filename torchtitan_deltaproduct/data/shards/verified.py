@@ -78,9 +78,9 @@ class Verified:
         return len(self.manifest.shards.folders) + 2 * shard + SUFFIXES.index(suffix)
 
     def _folder_states(self) -> list[list[int]]:
-        found = [self.folder / name for name in self.manifest.shards.folders]
+        folders = [self.folder / name for name in self.manifest.shards.folders]
         # The size of a folder is the file system's affair.
-        return [[0, *state(path.stat())[1:]] if path.is_dir() else [0, 0, 0] for path in found]
+        return [[0, *state(path.stat())[1:]] if path.is_dir() else [0, 0, 0] for path in folders]
 
     def _same_folders(self) -> bool:
         return self.note[: len(self.manifest.shards.folders)].tolist() == self._folder_states()

@@ -147,8 +147,8 @@ def differences(other: dict, ours: dict) -> str:
     """The settings in which two sources differ, in words."""
     names = (other.keys() | ours.keys()) - {"plan", "part"}
     keys = sorted(key for key in names if other.get(key) != ours.get(key))
-    found = [f"{key}: {other.get(key)} there, {ours.get(key)} here" for key in keys]
-    return "; ".join(found) or "an input file has changed since"
+    changes = [f"{key}: {other.get(key)} there, {ours.get(key)} here" for key in keys]
+    return "; ".join(changes) or "an input file has changed since"
 
 
 def clear(out: Path, keep: str) -> None:
@@ -234,8 +234,8 @@ def check_unknown(plan: Plan, records: list[dict], limit: float) -> None:
 
 def shards_of(records: list[dict], part: str | None = None) -> list[Shard]:
     """The shards of a part, or of all."""
-    found = [shard for record in records for name, shard in record["shards"].items() if part in (None, name)]
-    return [Shard(**shard) for shard in found if shard]
+    shards = [shard for record in records for name, shard in record["shards"].items() if part in (None, name)]
+    return [Shard(**shard) for shard in shards if shard]
 
 
 def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> None:

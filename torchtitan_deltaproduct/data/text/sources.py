@@ -138,14 +138,14 @@ def open_dataset(name: str, config: str, split: str, streaming: bool):
     path = Path(name)
     try:
         if is_saved_dataset(path):
-            found = datasets.load_from_disk(name)
-            if isinstance(found, datasets.DatasetDict):
-                if split not in found:
-                    raise DataError(f"{name} has no split {split!r}; it has: {', '.join(found)}.")
-                found = found[split]
+            dataset = datasets.load_from_disk(name)
+            if isinstance(dataset, datasets.DatasetDict):
+                if split not in dataset:
+                    raise DataError(f"{name} has no split {split!r}; it has: {', '.join(dataset)}.")
+                dataset = dataset[split]
             else:
                 check_no_split(name, split)
-            return found.to_iterable_dataset() if streaming else found
+            return dataset.to_iterable_dataset() if streaming else dataset
         if path.is_file():
             kind, _ = kind_of(path)
             if kind == "unreadable" or (kind == "text" and ".txt" not in path.name.lower()):

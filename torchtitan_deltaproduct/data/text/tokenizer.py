@@ -254,13 +254,13 @@ def find_eos_id(path: str | Path, eos: str = "", option: str = "--eos TOKEN") ->
         raise DataError(
             f"The tokenizer in {path} names no end-of-text token; its special tokens: {shown}.\nName one with {option}."
         )
-    found = inner.token_to_id(name)
-    if found is None:
+    index = inner.token_to_id(name)
+    if index is None:
         raise DataError(
             f"The tokenizer in {path} has no token {name!r}; its special tokens: {shown}.\n"
             f"Name one of them with {option}."
         )
-    return found
+    return index
 
 
 def named_eos_id(path: str | Path) -> int | None:

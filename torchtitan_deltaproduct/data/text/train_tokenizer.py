@@ -127,8 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer in the folder")
     options = parser.parse_args(arguments)
     made = train_tokenizer(options.input, options.vocab_size, options.out, options.text_field, options.overwrite)
-    found = Tokenizer.from_file(str(Path(options.out, "tokenizer.json"))).get_vocab_size()
-    print(f"{'trained' if made else 'already trained:'} {options.out}, {found:,} tokens")
-    if found < options.vocab_size:
-        print(f"note: the text supports no more than {found:,} of {options.vocab_size:,} tokens")
+    size = Tokenizer.from_file(str(Path(options.out, "tokenizer.json"))).get_vocab_size()
+    print(f"{'trained' if made else 'already trained:'} {options.out}, {size:,} tokens")
+    if size < options.vocab_size:
+        print(f"note: the text supports no more than {size:,} of {options.vocab_size:,} tokens")
     return 0
