@@ -1,17 +1,17 @@
 """From text to the batches of a training step.
 
-    1 text           corpus/*.txt, *.jsonl(.gz), *.parquet, a dataset of `datasets`        text_sources.py
-         | prepare   "def f():\\n" -> 283 71 9 14, then 0, the separator             tokenizer.py, prepare.py
-    2 token shards   shards/00003.bin  ... 283 71 9 14 0 283 88 ...  (uint16)           shards.py, manifest.py
-         | order     global sample 4711 -> epoch 2, window 913 of data/code                           order.py
-    3 window         tokens [913*T - 1, 914*T) of the set, one read                                 packing.py
-         | loader    rank r takes samples first + r*LB + [0, LB)                        loader.py, prepared.py
+    1 text           corpus/*.txt, *.jsonl(.gz), *.parquet, a dataset of `datasets`            text/sources.py
+         | prepare   "def f():\\n" -> 283 71 9 14, then 0, the separator       text/tokenizer.py, text/prepare.py
+    2 token shards   shards/00003.bin  ... 283 71 9 14 0 283 88 ...  (uint16)     shards/shards.py, shards/manifest.py
+         | order     global sample 4711 -> epoch 2, window 913 of data/code                     shards/order.py
+    3 window         tokens [913*T - 1, 914*T) of the set, one read                                  packing.py
+         | loader    rank r takes samples first + r*LB + [0, LB)                  loader.py, shards/prepared.py
     4 batch          {"input": [LB, T], "document_starts": [LB, T]}, labels [LB, T]
 
-`kind = "streaming"` reaches 4 from 1 without shards (streaming.py); `group_word` and `formal_language` reach it from
-a seed alone (generated/; held out in held_out.py). Stages 2 to 4 are a pure function of
-(manifest, seed, global sample index): any step can be read directly, by any number of ranks. Every document
-ends with the separator, which also opens the next one: its first token is predicted from the separator.
+`kind = "streaming"` reaches 4 from 1 without shards (shards/streaming.py); `group_word` and `formal_language` reach it
+from a seed alone (generated/). `held_out.py` reads any of them for validation, each sample once. Stages 2 to 4 are a
+pure function of (manifest, seed, global sample index): any step can be read directly, by any number of ranks. Every
+document ends with the separator, which also opens the next one: its first token is predicted from the separator.
 
     loader = build_loader(config.data, seq_len=2048, local_batch_size=8, global_batch_size=64)
     inputs, labels = next(iter(loader))

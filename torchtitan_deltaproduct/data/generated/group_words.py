@@ -15,7 +15,7 @@ Sample i is a pure function of (seed, stream, i): nothing is stored and nothing 
 shorter one. While a curriculum lasts, positions past its length hold the identity and have no label.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torchtitan_deltaproduct.errors import ConfigError
 from ..counter import below, draws, stream_key
 from ..loader import Batch, Geometry, Loader
 from ..packing import IGNORE
-from .groups import WordProblem, parse_group
+from .groups import parse_group
 
 SPLITS = ("train", "validation", "test")
 GENERATOR = 1
@@ -75,6 +75,7 @@ class GroupWordSource:
         seed: of the words.
         split: `train`, `validation` or `test`.
         curriculum: shortens the words of early steps.
+        problem, vocab_size, classes, chance: what the words are made of: tokens, labels, the accuracy of guessing.
     """
 
     name: str
@@ -82,28 +83,13 @@ class GroupWordSource:
     seed: int = 0
     split: str = "train"
     curriculum: Curriculum | None = None
-    problem: WordProblem = field(init=False, repr=False)
     tokenizer_path: str = ""
 
     def __post_init__(self):
         check_split(self.split)
         self.problem = parse_group(self.name)
+        self.vocab_size, self.classes, self.chance = self.problem.vocab_size, self.problem.classes, self.problem.chance
         self.key = stream_key("group_word", self.seed, self.split)
-
-    @property
-    def vocab_size(self) -> int:
-        """Input tokens, those with a label included."""
-        return self.problem.vocab_size
-
-    @property
-    def classes(self) -> int:
-        """Labels are below this."""
-        return self.problem.classes
-
-    @property
-    def chance(self) -> float:
-        """Accuracy of guessing."""
-        return self.problem.chance
 
     def words(self, samples: np.ndarray, elements: int) -> np.ndarray:
         """samples: [n] int64 -> [n, elements] int64 indices of group elements, uniform on the alphabet."""

@@ -45,20 +45,14 @@ class HeldOutWindows:
 
     def __init__(self, paths: list[str], seq_len: int, reset: bool, most: int = 0):
         self.streams = open_streams(paths, "validation.paths")
+        self.vocab_size = self.streams[0].manifest.vocab_size
+        self.tokenizer_path = str(self.streams[0].folder / "tokenizer")
         self.seq_len, self.reset = seq_len, reset
         self.bounds = np.cumsum([0, *(all_windows(stream.tokens, seq_len) for stream in self.streams)])
         total = int(self.bounds[-1])
         if not total:
             raise DataError(f"{paths[0]} holds no tokens.\nPrepare a validation set that is not empty.")
         self.samples = min(most, total) or total
-
-    @property
-    def vocab_size(self) -> int:
-        return self.streams[0].manifest.vocab_size
-
-    @property
-    def tokenizer_path(self) -> str:
-        return str(self.streams[0].folder / "tokenizer")
 
     def batch(self, samples: np.ndarray) -> Batch:
         """samples: [n] int64 below `samples` -> ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels)."""

@@ -25,7 +25,7 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> Loader:
     source = PreparedSource(
         data.paths, data.weights, geometry.seq_len, data.seed, data.shuffle, data.reset_state_at_documents
     )
-    if tokenizer_path and tokenizer_sha256(tokenizer_path) != source.tokenizer_sha256:
+    if tokenizer_path and tokenizer_sha256(tokenizer_path) != source.streams[0].manifest.tokenizer_sha256:
         raise DataError(
             f"The tokenizer in {tokenizer_path} is not the one {data.paths[0]} was prepared with.\n"
             f"Leave model.hf_assets_path empty, or set it to {source.tokenizer_path}"
@@ -107,6 +107,8 @@ class PreparedSource:
 
     def __init__(self, paths: list[str], weights: list[float], seq_len: int, seed: int, shuffle: bool, reset: bool):
         self.streams = open_streams(paths, "data.paths")
+        self.vocab_size = self.streams[0].manifest.vocab_size
+        self.tokenizer_path = str(self.streams[0].folder / "tokenizer")
         self.paths, self.weights = [str(path) for path in paths], list(weights)
         self.seq_len, self.reset = seq_len, reset
         sizes = [full_windows(stream.tokens, seq_len) for stream in self.streams]
@@ -133,18 +135,6 @@ class PreparedSource:
                 f"{stream.folder} has {stream.tokens:,} tokens, less than one window of "
                 f"seq_len = {self.seq_len:,}.\nPrepare more text or lower training.seq_len."
             )
-
-    @property
-    def vocab_size(self) -> int:
-        return self.streams[0].manifest.vocab_size
-
-    @property
-    def tokenizer_path(self) -> str:
-        return str(self.streams[0].folder / "tokenizer")
-
-    @property
-    def tokenizer_sha256(self) -> str:
-        return self.streams[0].manifest.tokenizer_sha256
 
     def batch(self, samples: np.ndarray) -> Batch:
         """samples: [n] int64 -> ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels [n, T])."""
