@@ -70,9 +70,9 @@ def set_up_compiler(lengths_vary: bool = False) -> None:
     kernels are chosen without timing them, and a graph is made for the lengths it sees, not, after the second length,
     for any length; nor does the compiler remember lengths of the runs before. Only where lengths vary from step to
     step (`lengths_vary`, a curriculum) is one graph made for all of them: it is tuned for the first, and a restarted
-    run repeats its losses to rounding. Blocks share one function, and each of its variants (training, validation at another
-    length, with documents or without) is a recompilation; the default limit of eight makes the ninth an error under
-    `fullgraph`.
+    run repeats its losses to rounding. Blocks share one function, and each of its variants (training, validation at
+    another length, with documents or without) is a recompilation; the default limit of eight makes the ninth an error
+    under `fullgraph`.
     """
     # Loading them takes a second, which a run that compiles nothing need not spend.
     from torch._dynamo import config as dynamo
