@@ -102,8 +102,6 @@ def own_command(folder: Path, windows: int) -> list[str]:
 
 def continue_seconds(folder: Path, shards: int) -> float:
     """Seconds in which prepare finds `shards` finished shards of 64 MB unchanged: sparse files, and their records."""
-    from types import SimpleNamespace
-
     from torchtitan_deltaproduct.data.shards.verified import state
     from torchtitan_deltaproduct.data.text.prepare import WORK, finished_units
 
@@ -120,7 +118,7 @@ def continue_seconds(folder: Path, shards: int) -> float:
         record = {"shards": {"": shard}, "states": {"": states}, "bad": []}
         (folder / WORK / f"{number:05d}.json").write_text(json.dumps(record))
     begin = time.perf_counter()
-    assert len(finished_units(folder, SimpleNamespace(units=range(shards)), verify=False)) == shards
+    assert len(finished_units(folder, range(shards), verify=False)) == shards
     return time.perf_counter() - begin
 
 

@@ -1,5 +1,6 @@
 """prepare: the same bytes for any number of workers and after any interruption; bad input named."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -154,6 +155,33 @@ def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uni
     )
     assert "is damaged and is made again" in done.stderr
     assert files_of(out) == uninterrupted
+
+
+def test_parts_on_several_machines(tmp_path, tokenizer, corpus, uninterrupted):
+    """Two at a time and one after them, then what is left: the same bytes as in one go."""
+    out = tmp_path / "out"
+    parts = [command(out, tokenizer, corpus, "--workers", "1", "--part", f"{number}/4") for number in (1, 2, 3)]
+    together = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for words in parts[:2]]
+    for process in together:
+        _, errors = process.communicate()
+        assert process.returncode == 0 and "of 4" not in errors and "/4 of" in errors, errors
+    whole = len(list(out.glob(".prepare/0*.json")))
+    assert 0 < whole < 9 and not list(out.rglob("manifest.json"))
+    subprocess.run(parts[2], check=True, capture_output=True)
+    assert len(list(out.glob(".prepare/0*.json"))) > whole
+    with locked(out, fcntl.LOCK_SH):
+        refused = subprocess.run(command(out, tokenizer, corpus), stderr=subprocess.PIPE, text=True)
+        assert refused.returncode == 2 and "Another prepare is writing" in refused.stderr
+    done = subprocess.run(command(out, tokenizer, corpus), check=True, stderr=subprocess.PIPE, text=True)
+    assert "shards are there already" in done.stderr and files_of(out) == uninterrupted
+    again = subprocess.run(parts[0], check=True, capture_output=True, text=True)
+    assert again.stdout.startswith("already prepared:")
+
+
+@pytest.mark.parametrize("part, more", [((0, 4), {}), ((5, 4), {}), ((1, 4), {"overwrite": True})])
+def test_a_part_that_is_none(tmp_path, tokenizer, corpus, part, more):
+    with pytest.raises(ConfigError, match=f"--part {part[0]}/4: expected I/N with 1 <= I <= N"):
+        prepare(Settings(str(tmp_path), tokenizer, [str(corpus)]), part=part, **more)
 
 
 def test_interrupt_stops_workers_and_keeps_shards(tmp_path, tokenizer, corpus):

@@ -5,6 +5,7 @@
     prepare data/web --tokenizer data/tokenizer --input part-*.jsonl.gz --text-field content
     prepare data/fineweb --tokenizer data/mistral --dataset HuggingFaceFW/fineweb:sample-10BT
     prepare data/book --tokenizer data/tokenizer --input book.txt --validation-fraction 0.05 --split-by token
+    prepare data/web ... --part 3/16         # one of 16 machines on one file system; then, once, without --part
 
 The input is cut into units (sources.py); each becomes one shard. A run that was killed continues: shards that are
 finished and untouched since are kept (--verify: those with the right checksums). The result depends neither on the
@@ -45,6 +46,7 @@ def prepare(
     overwrite: bool = False,
     max_unknown: float = MOST_UNKNOWN,
     verify: bool = False,
+    part: tuple[int, int] | None = None,
 ) -> bool:
     """Makes the prepared folder, or folders `train` and `validation` inside it.
 
@@ -55,6 +57,8 @@ def prepare(
         overwrite: removes another prepared dataset that is in the way.
         max_unknown: a larger share of unknown tokens is an error; finished shards are kept.
         verify: compares the shards of an interrupted run with their checksums, even if size, time and inode are right.
+        part: (i, n), the i-th of n shares of the shards, from 1, which is all that is made then: other processes,
+            on other machines too, make the others at the same time, and a last call without `part` the rest.
 
     Returns:
         False if the result was there already.
@@ -66,16 +70,21 @@ def prepare(
         raise ConfigError("--workers and --max-bad-records must not be negative")
     if not 0 <= max_unknown <= 1:
         raise ConfigError(f"--max-unknown is {max_unknown}: expected a share of the tokens, 0 <= F <= 1")
+    if part and (overwrite or not 1 <= part[0] <= part[1]):
+        raise ConfigError(f"--part {part[0]}/{part[1]}: expected I/N with 1 <= I <= N, and without --overwrite")
     plan, out = make_plan(settings), Path(settings.out)
-    with locked(out):
+    with locked(out, fcntl.LOCK_SH if part else fcntl.LOCK_EX):
         if not overwrite and finished(out, plan):
             shutil.rmtree(out / WORK, ignore_errors=True)
             return False
-        make_room(out, plan, overwrite, keep=settings.tokenizer)
-        done = finished_units(out, plan, verify)
+        make_room(out, plan, overwrite, keep=settings.tokenizer, alone=not part)
+        workers = workers or len(os.sched_getaffinity(0))
+        if part:
+            make_part(out, plan, part, workers, max_bad_records, verify)
+            return True
+        done = finished_units(out, range(len(plan.units)), verify)
         if done:
             log(f"continuing: {len(done)} of {len(plan.units)} shards are there already")
-        workers = workers or len(os.sched_getaffinity(0))
         records = tokenize_units(plan.job, plan.units, done, workers, max_bad_records)
         records = hold_out_one(plan, records, workers, max_bad_records)
         check_unknown(plan, records, max_unknown)
@@ -83,13 +92,31 @@ def prepare(
     return True
 
 
+def make_part(out: Path, plan: Plan, part: tuple[int, int], workers: int, max_bad_records: int, verify: bool) -> None:
+    """Makes every n-th shard from the i-th on, those apart that are there already."""
+    numbers = range(part[0] - 1, len(plan.units), part[1])
+    mark = out / WORK / f"part-{part[0]}-of-{part[1]}"
+    with locked(mark, fcntl.LOCK_EX):
+        done = finished_units(out, numbers, verify)
+        tokenize_units(plan.job, plan.units, done, workers, max_bad_records, numbers)
+    log(
+        f"part {part[0]}/{part[1]} of {out} is done: {len(numbers)} of {len(plan.units)} shards\n"
+        "when all parts are, the same command without --part finishes the folder"
+    )
+
+
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keeps a second prepare out of the folder; the lock ends with the process, however it ends."""
+def locked(out: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Keeps a second prepare out of the folder; the lock ends with the process, however it ends.
+
+    Args:
+        out: the folder; made if need be.
+        how: LOCK_EX keeps all others out, LOCK_SH those that come with LOCK_EX.
+    """
     make_folder(out)
     handle = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
     except BlockingIOError:
         raise DataError(f"Another prepare is writing to {out}.\nWait for it, or choose another folder.") from None
     except OSError as error:
@@ -117,8 +144,8 @@ def finished(out: Path, plan: Plan) -> bool:
     return True
 
 
-def make_room(out: Path, plan: Plan, overwrite: bool, keep: str) -> None:
-    """Makes `out` ready for this plan: empty, or begun by the same plan."""
+def make_room(out: Path, plan: Plan, overwrite: bool, keep: str, alone: bool) -> None:
+    """Makes `out` ready for this plan: empty, or begun by the same plan; unless `alone`, others are writing to it."""
     manifests = [folder for folder in (out, out / "train", out / "validation") if (folder / NAME).is_file()]
     begun = out / WORK / "plan.json"
     sources = [read_record(begun) or {}] if begun.is_file() else []
@@ -138,7 +165,7 @@ def make_room(out: Path, plan: Plan, overwrite: bool, keep: str) -> None:
         clear(out, keep)
     begun.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(begun, json.dumps(plan.source))
-    for folder in {out, out / WORK, *shards, *folders(out, plan).values()}:
+    for folder in {out, out / WORK, *shards, *folders(out, plan).values()} if alone else ():
         for leftover in folder.glob("*.tmp*"):
             leftover.unlink()
 
@@ -167,9 +194,9 @@ def clear(out: Path, keep: str) -> None:
     (out / BAD_RECORDS).unlink(missing_ok=True)
 
 
-def finished_units(out: Path, plan: Plan, verify: bool) -> dict[int, dict]:
-    """Records of the units that an earlier run finished and whose files are still what they were."""
-    paths = {number: out / WORK / f"{number:05d}.json" for number in range(len(plan.units))}
+def finished_units(out: Path, numbers: range, verify: bool) -> dict[int, dict]:
+    """Records of those of some units that an earlier run finished and whose files are still what they were."""
+    paths = {number: out / WORK / f"{number:05d}.json" for number in numbers}
     records = {number: read_record(path) for number, path in paths.items() if path.is_file()}
     with ThreadPoolExecutor(THREADS) as pool:
         kept = list(pool.map(lambda record: record is not None and intact(out, record, verify), records.values()))
@@ -348,20 +375,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max-unknown", type=float, default=MOST_UNKNOWN, metavar="F",
         help="share of unknown tokens above which to stop (default: %(default)s)")  # fmt: skip
     add("--shard-mb", type=int, default=0, metavar="MB", help="input for one shard; 0: 1 to 256, by input size")
+    add("--part", type=part_of, metavar="I/N", help="make this share of the shards only; then once without --part")
     add("--verify", action="store_true", help="continuing: compare finished shards with checksums, not times alone")
     add("--overwrite", action="store_true", help="replace another prepared dataset in OUT")
     return parser.parse_args(arguments)
 
 
+def part_of(word: str) -> tuple[int, int]:
+    """`3/16` -> (3, 16)."""
+    number, _, parts = word.partition("/")
+    if not (number.isdecimal() and parts.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{word}: expected I/N, such as 3/16")
+    return int(number), int(parts)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = vars(parse(arguments))
-    how = {name: options.pop(name) for name in ("workers", "max_bad_records", "overwrite", "max_unknown", "verify")}
+    names = ("workers", "max_bad_records", "overwrite", "max_unknown", "verify", "part")
+    how = {name: options.pop(name) for name in names}
     settings = Settings(**options)
     try:
         made = prepare(settings, **how)
     except KeyboardInterrupt:
         log("\ninterrupted; the same command continues from the finished shards")
         return 130
+    if made and how["part"]:
+        return 0
     parts = ("train", "validation") if settings.validation_fraction or settings.validation_input else ("",)
     print(f"{'prepared' if made else 'already prepared:'} {settings.out}")
     print(summary(Path(settings.out), parts))

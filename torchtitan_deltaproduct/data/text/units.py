@@ -99,14 +99,20 @@ class Stopped(Exception):
 
 
 def tokenize_units(
-    job: Job, units: list[Unit], done: dict[int, dict], workers: int, max_bad_records: int
+    job: Job,
+    units: list[Unit],
+    done: dict[int, dict],
+    workers: int,
+    max_bad_records: int,
+    numbers: range | None = None,
 ) -> list[dict]:
-    """Tokenises the units that are not in `done`; returns the records of all, in order.
+    """Tokenises the units that are not in `done`; returns the records of all, in order; of all in `numbers` if given.
 
     Raises:
         DataError: more than `max_bad_records` records are unreadable, the disk is full, or a worker died.
     """
-    todo = [number for number in range(len(units)) if number not in done]
+    numbers = range(len(units)) if numbers is None else numbers
+    todo = [number for number in numbers if number not in done]
     records = dict(done)
     context = multiprocessing.get_context("spawn")
     messages, stop = context.SimpleQueue(), context.Event()
@@ -114,7 +120,7 @@ def tokenize_units(
     board = _Board(units, before)
     check_bad(records, max_bad_records)
     with (
-        Progress("tokenize", sum(unit.size for unit in units), before) as progress,
+        Progress("tokenize", sum(units[number].size for number in numbers), before) as progress,
         ProcessPoolExecutor(
             min(workers, max(1, len(todo))), context, _start_worker, (job, max_bad_records, messages, stop)
         ) as pool,
@@ -140,7 +146,7 @@ def tokenize_units(
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-    return [records[number] for number in range(len(units))]
+    return [records[number] for number in numbers]
 
 
 def check_bad(records: dict[int, dict], limit: int) -> None:
