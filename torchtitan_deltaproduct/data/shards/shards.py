@@ -108,6 +108,7 @@ class TokenStream:
         self.verified = Verified(self.folder, self.manifest)
         self.tokens = self.manifest.tokens
         rows = self.manifest.shards.rows
+        self._documents = rows["documents"]
         # Stream position of the first token of each shard, and the end of the last.
         self.bounds = np.concatenate([[0], np.cumsum(rows["tokens"])])
         self._types = {".bin": np.dtype(self.manifest.dtype).newbyteorder("<"), ".idx": np.dtype("<i8")}
@@ -155,7 +156,7 @@ class TokenStream:
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The pieces (shard, first, last) that make up [start, stop)."""
-        shard = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        shard = int(self.bounds.searchsorted(start, side="right")) - 1
         while start < stop:
             base, end = self.bounds[shard].item(), self.bounds[shard + 1].item()
             yield shard, start - base, min(stop, end) - base
@@ -167,8 +168,7 @@ class TokenStream:
         The first of them is between the entries `low` and `high`. In turns it is looked for where it would be if all
         documents were equally long, which is nearly right as a rule, and in the middle, which is never slow.
         """
-        row = self.manifest.shards.rows[shard]
-        entries, tokens = int(row["documents"]), int(row["tokens"])
+        entries, tokens = self._documents[shard].item(), self.bounds[shard + 1].item() - self.bounds[shard].item()
         low, high, before, after, halve = 0, entries, 0, tokens, False
         while high - low > INDEX_BLOCK:
             share = 0.5 if halve else (first - before) / (after - before)
@@ -179,22 +179,25 @@ class TokenStream:
             elif block[0] >= first:
                 high, after = place + 1, block[0].item()
             else:
-                low = place
                 break
             halve = not halve
-        size, ends = INDEX_BLOCK, []
-        while low < entries and (not ends or block[-1] < last):
-            block = self._read(shard, ".idx", low, min(low + size, entries))
-            ends.append(block[(block >= first) & (block < last)])
-            low, size = low + size, 2 * size
-        return np.concatenate(ends)
+        else:
+            place, block = low, self._read(shard, ".idx", low, high)
+        blocks = [block]
+        while block[-1] < last and place + len(block) < entries:
+            place, size = place + len(block), max(INDEX_BLOCK, 2 * len(block))
+            block = self._read(shard, ".idx", place, min(place + size, entries))
+            blocks.append(block)
+        ends = block if len(blocks) == 1 else np.concatenate(blocks)
+        return ends[ends.searchsorted(first) : ends.searchsorted(last)]
 
     def _read(self, shard: int, suffix: str, first: int, last: int) -> np.ndarray:
         """Entries [first, last) of a file of a shard."""
         entries = np.empty(last - first, dtype=self._types[suffix])
-        raw, file, done = entries.view(np.uint8), self._file(shard, suffix), 0
-        while done < len(raw):
-            count = os.preadv(file.fileno(), [raw[done:]], first * entries.itemsize + done)
+        file, offset = self._file(shard, suffix), first * entries.itemsize
+        done = os.preadv(file.fileno(), [entries], offset)
+        while done < entries.nbytes:
+            count = os.preadv(file.fileno(), [entries.view(np.uint8)[done:]], offset + done)
             if not count:
                 raise DataError(f"{self.verified.path(shard, suffix)} was cut short while it was read.\nCopy it again.")
             done += count

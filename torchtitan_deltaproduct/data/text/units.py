@@ -13,10 +13,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
 from torchtitan_deltaproduct.errors import DataError
@@ -31,6 +32,8 @@ from .tokenizer import load_tokenizer
 
 # One call of the tokenizer, and one report of progress.
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1024
+QUEUED = 4
+"""Units that wait for each worker at most."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +128,20 @@ def tokenize_units(
             min(workers, max(1, len(todo))), context, _start_worker, (job, max_bad_records, messages, stop)
         ) as pool,
     ):
-        futures = {pool.submit(_run_unit, number, units[number]): number for number in todo}
-        pending = set(futures)
+        # Not all at once: what is waited for is gone through at every turn.
+        waiting, pending = iter(todo), {}
         try:
-            while pending:
-                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            while True:
+                for number in islice(waiting, QUEUED * workers - len(pending)):
+                    pending[pool.submit(_run_unit, number, units[number])] = number
+                if not pending:
+                    break
+                finished, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 while not messages.empty():
                     board.note(*messages.get())
-                for future in finished:
-                    records[futures[future]] = future.result()
-                check_bad(records, max_bad_records)
+                records |= {pending.pop(future): future.result() for future in finished}
+                if any(future.result()["bad"] for future in finished):
+                    check_bad(records, max_bad_records)
                 progress.update(board.done_bytes, f"{board.tokens / 1e6:.1f} M tokens")
             # A worker may still be starting: without a wait it finds its queue gone, and says so at length.
             pool.shutdown(wait=True)
