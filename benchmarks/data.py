@@ -38,7 +38,7 @@ from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.generated.groups import parse_group
 from torchtitan_deltaproduct.data.shards.manifest import Manifest, Shard, write_manifest
-from torchtitan_deltaproduct.data.shards.verified import note_as_written
+from torchtitan_deltaproduct.data.shards.verified import Verified
 from torchtitan_deltaproduct.data.text.prepare import Settings, prepare
 from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, tokenizer_sha256
 from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
@@ -156,7 +156,7 @@ def make_sparse_set(folder: Path, tokenizer: str, seq_len: int) -> Path:
     manifest = Manifest("uint16", 4096, 0, digest, total, documents * 100, total, 0, 0, {}, shards)
     write_manifest(folder, manifest)
     # As after a first use: comparing 10^8 windows of zeros with checksums is not what is measured.
-    note_as_written(folder, manifest)
+    Verified(folder, manifest).trust()
     return folder
 
 

@@ -38,7 +38,7 @@ MOST_SECONDS, MOST_CALLS = 0.5, 100
 def make_set(folder: Path, shards: int) -> Path:
     """Files of zeros as long as they must be, and the manifest and note of a set that was used before."""
     from torchtitan_deltaproduct.data.shards.manifest import Manifest, Shard, write_manifest
-    from torchtitan_deltaproduct.data.shards.verified import note_as_written
+    from torchtitan_deltaproduct.data.shards.verified import Verified
     from torchtitan_deltaproduct.data.text.tokenizer import tokenizer_sha256
 
     (folder / "tokenizer").mkdir(parents=True)
@@ -57,7 +57,7 @@ def make_set(folder: Path, shards: int) -> Path:
     sha = tokenizer_sha256(folder / "tokenizer")
     manifest = Manifest("uint16", 2, 0, sha, *counts, 0, 0, {}, table)
     write_manifest(folder, manifest)
-    note_as_written(folder, manifest)
+    Verified(folder, manifest).trust()
     return folder
 
 

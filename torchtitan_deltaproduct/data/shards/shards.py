@@ -106,6 +106,7 @@ class TokenStream:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(folder)
         self.verified = Verified(self.folder, self.manifest)
+        self.verified.start()
         self.tokens = self.manifest.tokens
         rows = self.manifest.shards.rows
         self._documents = rows["documents"]

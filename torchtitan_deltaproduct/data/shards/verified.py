@@ -1,7 +1,8 @@
 """Are the shards of a prepared folder still what `prepare` wrote? No token is read from a file that may not be.
 
-    verified = Verified(Path("data/code/train"), manifest)      # DataError names the files that differ
-    verified.check(shard, ".bin", file)                         # of a file just opened
+    verified = Verified(Path("data/code/train"), manifest)
+    verified.start()                         # DataError names the files that differ
+    verified.check(shard, ".bin", file)      # of a file just opened
 
 A size proves little: a restored, half-copied or foreign file of the same size holds other tokens. Checksums are
 compared once; `.verified-*.npy` in the folder (or, where that cannot be written, in the user's cache) then knows each
@@ -14,6 +15,7 @@ import fcntl
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO, FileIO
@@ -37,20 +39,28 @@ logger = logging.getLogger(__name__)
 
 
 class Verified:
-    """What is known of the files of a prepared folder.
-
-    Raises:
-        DataError: names the files that are missing, have another size, or differ from their checksums.
-    """
+    """What is known of the files of a prepared folder."""
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
         self.note = self._read_note()
-        if not self._same_folders():
-            with alone(folder):
-                self.note = self._read_note()
-                if not self._same_folders():
-                    self._compare_all()
+
+    def start(self) -> None:
+        """Looks at the folders of the shards; if one changed, or none was ever looked at, compares what is not known.
+
+        Raises:
+            DataError: names the files that are missing, have another size, or differ from their checksums.
+        """
+        if self._same_folders():
+            return
+        with alone(self.folder):
+            self.note = self._read_note()
+            if not self._same_folders():
+                self._note_files(compare)
+
+    def trust(self) -> None:
+        """Notes the files as they are now, for who has just written them and knows their checksums."""
+        self._note_files(lambda *_: None)
 
     def check(self, shard: int, suffix: str, file: FileIO) -> None:
         """Compares an open file with its checksum, unless that was done since it last changed.
@@ -85,14 +95,11 @@ class Verified:
     def _same_folders(self) -> bool:
         return self.note[: len(self.manifest.shards.folders)].tolist() == self._folder_states()
 
-    def _compare_all(self) -> None:
+    def _note_files(self, comparison: Callable[[Path, Manifest, list[tuple[int, str]]], None]) -> None:
         # Before the files: what changes in between is seen by the next start.
         folders, states = self._folder_states(), file_states(self.folder, self.manifest)
         changed = np.flatnonzero((self.note[len(folders) :] != states).any(axis=1)).tolist()
-        files = [(row // 2, SUFFIXES[row % 2]) for row in changed]
-        if (size := int(states[changed, 0].sum())) >= LOGGED_FROM:
-            logger.info("%s: comparing %.1f GB with their checksums, once", self.folder, size / 1e9)
-        compare(self.folder, self.manifest, files)
+        comparison(self.folder, self.manifest, [(row // 2, SUFFIXES[row % 2]) for row in changed])
         self.note = np.concatenate([np.array(folders, dtype=np.int64), states])
         self._write_note()
 
@@ -124,19 +131,12 @@ class Verified:
                            self.folder, error)  # fmt: skip
 
 
-def note_as_written(folder: Path, manifest: Manifest) -> None:
-    """Notes the files as they are now, for who has just written them and knows their checksums."""
-    verified = Verified.__new__(Verified)
-    verified.folder, verified.manifest = folder, manifest
-    folders = np.array(verified._folder_states(), dtype=np.int64)
-    verified.note = np.concatenate([folders, file_states(folder, manifest)])
-    verified._write_note()
-
-
 def compare(folder: Path, manifest: Manifest, files: list[tuple[int, str]]) -> None:
     """Compares files, by shard and suffix, with their checksums; DataError names those that differ."""
     names = manifest.shards
     paths = [folder / (names[shard].name + suffix) for shard, suffix in files]
+    if (size := sum(file_size(manifest, *file) for file in files)) >= LOGGED_FROM:
+        logger.info("%s: comparing %.1f GB with their checksums, once", folder, size / 1e9)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(file_sha256, paths))
     wrong = [

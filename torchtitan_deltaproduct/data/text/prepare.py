@@ -29,7 +29,7 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.files import write_atomically
 
 from ..shards.manifest import NAME, TABLE, Manifest, Shard, read_manifest, write_manifest
-from ..shards.verified import SUFFIXES, THREADS, file_sha256, file_states, note_as_written, state
+from ..shards.verified import SUFFIXES, THREADS, Verified, file_sha256, file_states, state
 from .files import make_folder
 from .plan import WORK, Plan, Settings, log, make_plan
 from .sources import BadRecord
@@ -301,7 +301,7 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
         write_atomically(out / BAD_RECORDS, "\n".join(lines) + "\n")
     for folder, manifest in manifests.items():
         write_manifest(folder, manifest)
-        note_as_written(folder, manifest)
+        Verified(folder, manifest).trust()
     shutil.rmtree(out / WORK)
 
 
