@@ -5,8 +5,6 @@ held_out = held_out_sequences(config.data, seq_len=512, local_batch_size=64, sam
 for inputs, labels in held_out: ...            # one pass; a rank that runs out gets rows whose labels are all -100
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +13,7 @@ from torchtitan_deltaproduct.errors import ConfigError
 
 from .generated.group_words import GroupWordSource
 from .generated.languages import FormalSource
-from .loader import Batch, Source
+from .loader import Batch
 from .packing import IGNORE
 from .shards.held_out_windows import HeldOutWindows
 
@@ -33,7 +31,14 @@ class HeldOut:
         ConfigError: there is nothing to read.
     """
 
-    def __init__(self, source: Source, samples: int, local_batch_size: int, dp_rank: int = 0, dp_world_size: int = 1):
+    def __init__(
+        self,
+        source: GroupWordSource | FormalSource | HeldOutWindows,
+        samples: int,
+        local_batch_size: int,
+        dp_rank: int = 0,
+        dp_world_size: int = 1,
+    ):
         if samples < 1 or local_batch_size < 1:
             raise ConfigError(
                 f"validation of {samples} samples in batches of {local_batch_size}: both must be at least 1"
@@ -52,11 +57,6 @@ class HeldOut:
             inputs, labels = self.source.batch(np.minimum(rows, self.samples - 1))
             labels[max(0, self.samples - first) :] = IGNORE
             yield inputs, labels
-
-    def fingerprint(self) -> str:
-        """Changes whenever the samples would."""
-        parts = json.dumps([self.source.order(), self.samples], sort_keys=True)
-        return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     def describe(self) -> str:
         """One line for the log."""

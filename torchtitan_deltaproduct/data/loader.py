@@ -9,7 +9,6 @@ micro-batches only cut it into slices. The state is the index of the next sample
 other ranks or workers.
 """
 
-import hashlib
 import json
 import signal
 from collections.abc import Iterator
@@ -161,10 +160,6 @@ class Loader:
             generator=torch.Generator(),
             **options,
         )
-
-    def fingerprint(self) -> str:
-        """Changes whenever sample i would hold other tokens: other data, weights, seed, seq_len, ..."""
-        return hashlib.sha256(json.dumps(self.source.order(), sort_keys=True).encode()).hexdigest()[:16]
 
     def epochs(self) -> dict[str, float]:
         """Passes over each part of the data so far, fractions included."""

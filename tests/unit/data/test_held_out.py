@@ -56,7 +56,6 @@ def test_fewer_steps_read_windows_from_every_folder(sets):
     assert windows.min() < source.bounds[1] <= windows.max() < source.bounds[2]
     everything = held_out_text([sets["a"]], seq_len=16, local_batch_size=4, steps=10**6)
     assert len(everything) == len(held_out_text([sets["a"]], seq_len=16, local_batch_size=4))
-    assert everything.fingerprint() != loader.fingerprint()
     # The windows are the same for any number of ranks.
     one, two = (labels_of([sets["a"]], world, 4 // world, steps=3 * world) for world in (1, 2))
     assert torch.equal(one.flatten(), two.flatten())

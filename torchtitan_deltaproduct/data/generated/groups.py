@@ -55,11 +55,6 @@ class Group:
         return len(self.table)
 
     @property
-    def inverse(self) -> np.ndarray:
-        """[order] int64: index of the inverse of each element."""
-        return np.argmin(self.table, axis=1)
-
-    @property
     def moved(self) -> np.ndarray:
         """[order] int64: number of points that each element moves."""
         return (self.permutations != np.arange(self.permutations.shape[1])).sum(axis=1)

@@ -32,7 +32,7 @@ def count_tokens(stream: TokenStream) -> np.ndarray:
 
 
 class HeldOutWindows:
-    """A `Source` of `samples` windows; the last of each folder may be partly padding.
+    """`samples` windows; the last of each folder may be partly padding.
 
     Args:
         paths: prepared folders, read one after the other.
@@ -75,17 +75,6 @@ class HeldOutWindows:
             table[self.streams[0].manifest.eos_id] = 0
         text_bytes = sum(stream.manifest.bytes for stream in self.streams)
         return torch.from_numpy(table * (text_bytes / (table @ counts)))
-
-    def order(self) -> dict[str, object]:
-        return {
-            "kind": "prepared",
-            "data": [stream.manifest.content_sha256[:16] for stream in self.streams],
-            "seq_len": self.seq_len,
-            "reset_state_at_documents": self.reset,
-        }
-
-    def epochs(self, sample: int) -> dict[str, float]:
-        return {"validation": sample / self.samples}
 
     def describe(self) -> str:
         tokens = sum(stream.tokens for stream in self.streams)
