@@ -30,12 +30,12 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config.architecture import DeltaProductArgs
 from ..config.ranges import RANGES
 from ..data.tokenizer import COMPANIONS, named_eos_id
 from ..errors import CheckpointError, DataError, UserError
 from ..files import exchange, is_plain_name, read_text
 from ..models import DeltaProductLM
+from ..models.args import DeltaProductArgs
 from ..models.counts import total_parameters
 from ..models.hf_names import from_hf, from_hf_config, to_hf, to_hf_config
 

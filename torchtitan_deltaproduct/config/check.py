@@ -18,7 +18,7 @@ from .fields import get_value, schema
 from .job import JobConfig
 from .problems import Problem, Source, quoted
 from .ranges import RANGES
-from .schedule import decay_steps_of
+from .schedule import Schedule
 from .unsupported import refusal
 from .values import show
 
@@ -102,28 +102,22 @@ def _value_width(config: JobConfig, _: Environment) -> str | None:
 
 
 def _warmup_fits(config: JobConfig, _: Environment) -> str | None:
-    schedule, total = config.lr_scheduler, _schedule_length(config)
-    if schedule.warmup_steps > total:
+    schedule = Schedule.of(config.lr_scheduler, config.training.steps)
+    if schedule.warmup_steps > schedule.total_steps:
         return (
-            f"the warm-up does not fit in the schedule of {total} steps; shorten warmup_steps, or set "
+            f"the warm-up does not fit in the schedule of {schedule.total_steps} steps; shorten warmup_steps, or set "
             "[lr_scheduler] total_steps to follow the curve of a longer run"
         )
-    decay = decay_steps_of(total, schedule.warmup_steps, schedule.decay_ratio)
-    if schedule.warmup_steps + decay > total:
-        return f"warm-up and a decay of {decay} steps do not fit in the schedule of {total} steps"
-    return None
+    if schedule.fits:
+        return None
+    return f"warm-up and a decay of {schedule.decay_steps} steps do not fit in the schedule of {schedule.total_steps} steps"
 
 
 def _schedule_covers_run(config: JobConfig, _: Environment) -> str | None:
-    if _schedule_length(config) >= config.training.steps:
+    end = Schedule.of(config.lr_scheduler, config.training.steps).total_steps
+    if end >= config.training.steps:
         return None
-    end = _schedule_length(config)
     return f"the learning rate would leave its schedule after step {end}; must cover the run"
-
-
-def _schedule_length(config: JobConfig) -> int:
-    total = config.lr_scheduler.total_steps
-    return config.training.steps if total is None else total
 
 
 def _degrees_fill_world(config: JobConfig, environment: Environment) -> str | None:

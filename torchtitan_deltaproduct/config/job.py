@@ -13,7 +13,7 @@ from typing import Literal
 
 from torchtitan.config import job_config as titan
 
-from .architecture import DeltaProductArgs
+from ..models.args import DeltaProductArgs
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Model(DeltaProductArgs, titan.Model):
     name: str = "deltaproduct"
     """Always `deltaproduct`."""
     flavor: str = ""
-    """A free label, shown in the log and by `config.plan`, for example `213M-n2`."""
+    """A free label, shown in the log and by `plan`, for example `213M-n2`."""
     hf_assets_path: str = ""
     """Folder with tokenizer.json. prepared: empty, or that of the data's manifest. streaming: what makes the tokens."""
 
@@ -87,6 +87,10 @@ class Training(titan.Training):
     `auto`: bfloat16 on CUDA, float32 on CPU."""
     max_skipped_steps: int = 10
     """Stop after this many steps in a row were skipped for a non-finite loss or gradient (at least 1)."""
+
+    def samples_per_step(self, ranks: int) -> int:
+        """Sequences an optimizer step takes of all data-parallel ranks together."""
+        return self.global_batch_size if self.global_batch_size > 0 else self.local_batch_size * ranks
 
 
 @dataclass

@@ -27,7 +27,7 @@ from .locate import Path, locate
 from .names import describe_key, describe_table, suggest_key
 from .overrides import parse_overrides
 from .problems import Problem, Source, quoted, raise_if_any
-from .schedule import decay_steps_of
+from .schedule import Schedule
 from .values import conform, nearest
 
 
@@ -88,9 +88,9 @@ def shorten_warmup(config: JobConfig, in_file: Mapping[str, Any], overrides: Map
     before = in_file.get("training.steps", JobConfig().training.steps)
     if asked != {"training.steps"} or schedule.total_steps is not None or not 1 <= steps < before:
         return ""
-    warmup = schedule.warmup_steps
-    if warmup + decay_steps_of(steps, min(warmup, steps), schedule.decay_ratio) <= steps:
+    if Schedule.of(schedule, steps).fits:
         return ""
+    warmup = schedule.warmup_steps
     schedule.warmup_steps = max(1, warmup * steps // before)
     return f"shortened from {warmup} to {schedule.warmup_steps}, as training.steps from {before} to {steps}"
 

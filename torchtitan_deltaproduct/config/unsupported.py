@@ -77,12 +77,12 @@ RULES = (
     Rule(
         "comm.mode",
         "simulated communication is not supported",
-        "check a layout with python -m torchtitan_deltaproduct.config.plan X.toml --world-size N",
+        "check a layout with python -m torchtitan_deltaproduct.plan X.toml --world-size N",
     ),
     Rule(
         "memory_estimation.*",
         "torchtitan's estimator does not know this model",
-        "use python -m torchtitan_deltaproduct.config.plan X.toml",
+        "use python -m torchtitan_deltaproduct.plan X.toml",
     ),
     Rule("fault_tolerance.*", "torchft is not supported", "restart the run: it resumes exactly"),
     Rule("experimental.*", "external modules are not loaded", "add the code to the package"),

@@ -8,7 +8,6 @@ so that changing one of them on a restart has an effect; torchtitan's containers
 """
 
 import logging
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torchtitan.config import LRScheduler
 from torchtitan.distributed import ParallelDims
 
 from ..config.job import Optimizer
-from ..config.schedule import lr_factor
+from ..config.schedule import Schedule
 from .local_parts import Adam, AdamW
 
 logger = logging.getLogger(__name__)
@@ -91,15 +90,7 @@ class Schedules(LRSchedulersContainer):
 
 def build_lr_schedulers(optimizers: TwoGroupOptimizers, config: LRScheduler, training_steps: int) -> Schedules:
     """Warm-up, then cosine, linear or square-root decay, or warm-up-stable-decay: see `config.schedule`."""
-    factor = partial(
-        lr_factor,
-        warmup_steps=config.warmup_steps,
-        total_steps=config.total_steps or training_steps,
-        decay_ratio=config.decay_ratio,
-        decay_type=config.decay_type,
-        min_lr_factor=config.min_lr_factor,
-    )
-    return Schedules(optimizers, factor)
+    return Schedules(optimizers, Schedule.of(config, training_steps))
 
 
 def build_optimizers(

@@ -24,8 +24,8 @@ from ..checkpoint.marker import checksum
 from ..config import JobConfig
 from ..config.compare import compare_configs, refuse_breaking
 from ..config.snapshots import read_snapshot, snapshot, write_snapshot
-from ..data import GENERATED, separator_id
-from ..data.prepared import open_streams
+from ..data import separator_id
+from ..data.check import check_data
 from ..data.tokenizer import copy_tokenizer, same_tokenizer
 from ..errors import CheckpointError, ConfigError, UserError
 from . import device
@@ -253,50 +253,3 @@ def keep_tokenizer(config: JobConfig, source: str, eos_id: int | None) -> None:
             copy_tokenizer(source, folder, eos_id)
     except OSError as error:
         logger.warning("the tokenizer was not copied to %s: %s; the next start tries again", folder, error)
-
-
-def check_data(config: JobConfig) -> list[str] | None:
-    """Checksums of the prepared training sets, after a check that every token id has a row in the embedding.
-
-    Generated data has the version of its generator instead: the rest of what decides it is in `[data]`.
-
-    Raises:
-        DataError: a set is missing or damaged, or of another tokenizer or separator than the first. ConfigError:
-            `model.vocab_size` is too small for it, or generated data cannot be made as `[data]` says.
-    """
-    if config.data.kind in GENERATED:
-        return check_generated(config)
-    training = config.data.paths if config.data.kind == "prepared" else []
-    validation = config.validation.paths if config.validation.enable else []
-    paths = [*training, *validation]
-    streams = open_streams(paths, "data.paths") if paths else []
-    manifests = dict(zip(paths, (stream.manifest for stream in streams), strict=True))
-    for path, manifest in manifests.items():
-        if manifest.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"{path} has token ids up to {manifest.vocab_size - 1:,}, but model.vocab_size = "
-                f"{config.model.vocab_size:,} ({config.provenance.get('model.vocab_size', 'default')})\n"
-                f"set model.vocab_size to {manifest.vocab_size:,} or more (a multiple of 64 is fastest)"
-            )
-    return [manifests[path].content_sha256 for path in training] or None
-
-
-def check_generated(config: JobConfig) -> list[str]:
-    """The version of the generator, after making its sources: a wrong name of a group is found here."""
-    from ..data.group_word import GENERATOR
-    from ..data.word_validation import build_word_validations
-
-    key = "data.group" if config.data.kind == "group_word" else "data.language"
-    told = config.provenance.get(key, "default")
-    try:
-        lengths = {"seq_len": config.training.seq_len, "lengths": config.validation.lengths}
-        sets = build_word_validations(config.data, **lengths, local_batch_size=1, samples=1)
-    except ConfigError as error:
-        raise ConfigError(f"{told}: {error}") from None
-    if sets[0].vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"{sets[0].source.name} ({told}) has {sets[0].vocab_size:,} tokens, but model.vocab_size = "
-            f"{config.model.vocab_size:,} ({config.provenance.get('model.vocab_size', 'default')})\n"
-            f"set model.vocab_size to {sets[0].vocab_size:,}"
-        )
-    return [f"generator {GENERATOR}"]

@@ -92,7 +92,7 @@ def test_suggestions(table, name, keys):
 
 def test_the_architecture_needs_no_torchtitan():
     program = (
-        "import sys; from torchtitan_deltaproduct.config.architecture import DeltaProductArgs; "
+        "import sys; from torchtitan_deltaproduct.models.args import DeltaProductArgs; "
         "sys.exit('torch' in sys.modules or 'torchtitan' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

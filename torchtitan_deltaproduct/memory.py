@@ -11,9 +11,9 @@ fragmentation and communication buffers are left out: plan for 20 % more.
 
 from collections.abc import Mapping
 
-from ..models.loss import peak_bytes
-from .architecture import DeltaProductArgs
-from .job import JobConfig
+from .config.job import JobConfig
+from .models.args import DeltaProductArgs
+from .models.loss import peak_bytes
 
 _FLOAT32 = 4
 _ADAM_MOMENTS = 2
@@ -60,7 +60,8 @@ def _compiles_loss(config: JobConfig) -> bool:
 
 def accumulates(config: JobConfig, world_size: int) -> bool:
     """Whether a step has more than one micro-batch."""
-    return config.training.global_batch_size > config.training.local_batch_size * world_size
+    training = config.training
+    return training.samples_per_step(world_size) > training.local_batch_size * world_size
 
 
 def reshard_after_forward(config: JobConfig, shards: int, parameters: int, card: int = _CARD) -> tuple[bool, str]:

@@ -8,17 +8,13 @@ import sys
 import pytest
 import torch
 
+from torchtitan_deltaproduct import plan
 from torchtitan_deltaproduct.checkpoint.folders import retention
-from torchtitan_deltaproduct.config import Environment, load_config, plan
-from torchtitan_deltaproduct.config.devices import PEAK_FLOPS, peak_flops
-from torchtitan_deltaproduct.config.memory import (
-    activation_elements,
-    checkpoint_bytes,
-    rank_memory,
-    reshard_after_forward,
-)
+from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.data.manifest import read_manifest
+from torchtitan_deltaproduct.devices import PEAK_FLOPS, peak_flops
 from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.memory import activation_elements, checkpoint_bytes, rank_memory, reshard_after_forward
 from torchtitan_deltaproduct.models import DeltaProductLM, counts
 from torchtitan_deltaproduct.titan import device
 
@@ -264,7 +260,7 @@ def test_command_line(load, capsys):
 )
 def test_as_a_module(load, tmp_path, argument, code, found):
     load(PAPER)
-    command = [sys.executable, "-m", "torchtitan_deltaproduct.config.plan", argument]
+    command = [sys.executable, "-m", "torchtitan_deltaproduct.plan", argument]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert found in done.stdout + done.stderr
