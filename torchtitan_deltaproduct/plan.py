@@ -19,8 +19,8 @@ from rich.table import Table
 
 from .checkpoint import retention
 from .config import Environment, JobConfig, load_config
-from .config.fields import get_value, schema
 from .config.schedule import Schedule
+from .config.schema import schema
 from .config.values import nearest, shorten, show
 from .data.manifest import Manifest, read_manifest
 from .data.tokenizer import Tokenizer, tokenizer_sha256
@@ -36,6 +36,8 @@ from .memory import (
     shard_degree,
 )
 from .models import counts
+from .optimizers import OPTIMIZERS
+from .options import value_of
 
 SPARE = 1.2
 """Share of the counted memory that a device needs: the operator's work space, fragmentation, communication buffers."""
@@ -192,7 +194,7 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
         "gradients": "float32, all of them: reduced with the last micro-batch"
         if accumulates(config, world_size)
         else f"float32, 1/{shards} of them{offload}",
-        "optimizer state": f"{config.optimizer.name}, two moments{offload}",
+        "optimizer state": f"{config.optimizer.name}, {moments(config)}{offload}",
         "gathered weights": f"unsharded for use: {'embedding, head, two blocks' if reshard else 'all'} ({reason})",
         "activations": f"checkpointing {mode}; "
         + ("as if eager: torch.compile, which is on, keeps less" if compiled else "eager; torch.compile keeps less"),
@@ -210,9 +212,14 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
     ]
 
 
+def moments(config: JobConfig) -> str:
+    number = OPTIMIZERS[config.optimizer.name].moments
+    return {1: "one moment", 2: "two moments"}.get(number, f"{number} moments")
+
+
 def checkpoint_rows(config: JobConfig) -> Rows:
     checkpoint, parameters = config.checkpoint, counts.total_parameters(config.model)
-    size = checkpoint_bytes(parameters)
+    size = checkpoint_bytes(config, parameters)
     if not checkpoint.enable:
         return [("checkpoints", "none", "checkpoint.enable = false: a run that stops is lost")]
     steps = {*range(checkpoint.interval, config.training.steps + 1, checkpoint.interval), config.training.steps}
@@ -222,7 +229,7 @@ def checkpoint_rows(config: JobConfig) -> Rows:
     last = ", the last of all weights only: it cannot be continued" if checkpoint.last_save_model_only else ""
     of_them = f", {milestones} of them milestones, every {checkpoint.keep_every:,} steps" if milestones else ""
     return [
-        ("one", amount(size, "B"), "weights and two moments in float32"),
+        ("one", amount(size, "B"), f"weights and {moments(config)} in float32"),
         ("written", f"{len(steps)}", f"every {checkpoint.interval} steps and at the end{last}"),
         ("kept", f"{kept}", f"{amount(kept * size, 'B')}{of_them}"),
         ("largest at once", amount(min(kept + 1, len(steps)) * size, "B"), "with the one being written"),
@@ -257,7 +264,7 @@ def provenance_rows(config: JobConfig) -> Rows:
     """Each value that is not its default: where it was given, and the default."""
     rows = []
     for key, option in schema().items():
-        value = get_value(config, key)
+        value = value_of(config, key)
         if value != option.default and key != "job.config_file":
             source = config.provenance.get(key, "").replace(f"{config.job.config_file}:", "line ")
             rows.append((key, shorten(show(value), 48), f"{source}; default {show(option.default)}"))

@@ -19,16 +19,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..files import read_text
+from ..options import value_of
 from .check import Environment, check
-from .fields import get_value, schema, set_value, tables
-from .help import asks_for_help, print_help
 from .job import JobConfig
 from .locate import Path, locate
-from .names import describe_key, describe_table, suggest_key
-from .overrides import parse_overrides
 from .problems import Problem, Source, quoted, raise_if_any
+from .reference import asks_for_help, print_help
 from .schedule import Schedule
-from .values import conform, nearest
+from .schema import describe_key, describe_option, describe_table, schema, set_value, suggest_key, tables
+from .values import conform, nearest, parse_text
 
 
 def load_config(argv: list[str], environment: Environment | None = None) -> JobConfig:
@@ -95,19 +94,70 @@ def shorten_warmup(config: JobConfig, in_file: Mapping[str, Any], overrides: Map
     return f"shortened from {warmup} to {schedule.warmup_steps}, as training.steps from {before} to {steps}"
 
 
-PATHS = ("job.dump_folder", "model.hf_assets_path", "data.paths", "data.dataset", "validation.paths",
-         "checkpoint.initial_load_path")  # fmt: skip
-"""Options that name files or folders: `~` in front is the home folder."""
-
-
 def expand_home(config: JobConfig) -> None:
     """Replaces `~` in every path of a config, which no shell has done for a TOML."""
-    for key in PATHS:
-        value = get_value(config, key)
+    for key in (key for key, option in schema().items() if option.record.is_path):
+        value = value_of(config, key)
         if isinstance(value, list):
             set_value(config, key, [os.path.expanduser(path) for path in value])
         elif value:
             set_value(config, key, os.path.expanduser(value))
+
+
+def parse_overrides(argv: list[str]) -> tuple[dict[str, Any], list[Problem]]:
+    """Reads the arguments of a command line.
+
+    Returns:
+        Values by dotted key, checked against the types of the fields, and what was wrong with the rest.
+    """
+    given: dict[str, Any] = {}
+    problems: list[Problem] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            problems.append(Problem(f"{word}: not an option; overrides are --section.key value"))
+            continue
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        has_value = bool(equals) or bool(words and not words[0].startswith("--"))
+        key, negated = _resolve(name)
+        if key is None:
+            text = text if equals else words.pop(0) if has_value else ""
+            problems.append(Problem(_unknown(word.partition("=")[0], name, text)))
+            continue
+        if negated or (schema()[key].hint is bool and not has_value):
+            if negated and equals:
+                problems.append(Problem(f"{word}: a flag with 'no' takes no value; write --{key} false"))
+            given[key] = not negated
+            continue
+        if not has_value:
+            problems.append(Problem(f"--{key}: needs a value{quoted(schema()[key].summary)}"))
+            continue
+        text = text if equals else words.pop(0)
+        try:
+            given[key] = conform(parse_text(text, schema()[key].hint), schema()[key].hint)
+        except ValueError as reason:
+            problems.append(Problem(f"--{key} {text}: {reason}{quoted(schema()[key].summary)}"))
+    return given, problems
+
+
+def _resolve(name: str) -> tuple[str | None, bool]:
+    """The key an option names, and whether it is the `no` form of a flag; (None, False) if unknown."""
+    if name in schema():
+        return name, False
+    table, _, leaf = name.rpartition(".")
+    positive = f"{table}.{leaf.removeprefix('no_')}"
+    if leaf.startswith("no_") and positive in schema() and schema()[positive].hint is bool:
+        return positive, True
+    return None, False
+
+
+def _unknown(option: str, name: str, text: str) -> str:
+    written = f"{option} {text}".rstrip()
+    if name in tables():
+        return f"{written}: a table; set one of its options, --{name}.{(tables()[name] or ('',))[0]} ..."
+    return f"{written}: no such option; {describe_option(name)}"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""AdamW in two groups, and the learning-rate schedule.
+"""The optimizer in two groups, and the learning-rate schedule.
 
 Matrices decay, everything else does not: weight decay on a norm's gain, a bias, `A_log` or `dt_bias` pulls a scale
 towards zero that has no reason to be there, and on an embedding it shrinks the rows of rare words (`decays`).
@@ -18,7 +18,7 @@ from torchtitan.distributed import ParallelDims
 
 from ..config.job import Optimizer
 from ..config.schedule import Schedule
-from .local_parts import Adam, AdamW
+from ..optimizers import OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class TwoGroupOptimizers(OptimizersContainer):
         """
         for optimizer in self.optimizers:
             group = optimizer.param_groups[0]
-            if group["fused"]:
+            if group.get("fused"):
                 optimizer.found_inf = skip.to(group["params"][0].device, torch.float32)
             elif skip:
                 continue
@@ -97,12 +97,5 @@ def build_optimizers(
     model_parts: list[nn.Module], config: Optimizer, parallel_dims: ParallelDims
 ) -> TwoGroupOptimizers:
     """The optimizer `config` names, over the parameters of `model_parts`."""
-    kwargs = {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-        "fused": config.implementation == "fused",
-        "foreach": config.implementation == "foreach",
-    }
-    return TwoGroupOptimizers(model_parts, {"Adam": Adam, "AdamW": AdamW}[config.name], kwargs)
+    kind = OPTIMIZERS[config.name]
+    return TwoGroupOptimizers(model_parts, kind.algorithm, kind.arguments(config))

@@ -34,10 +34,10 @@ from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enabl
 from .. import events
 from ..config.job import JobConfig
 from ..errors import NonFiniteError
+from ..optimizers import clip_gradients, local
 from .checkpointer import CheckpointManager
 from .describe import describe, resumed
 from .feed import Feed, to_device, to_host
-from .local_parts import clip_gradients, local
 from .rendezvous import own_store
 from .spec import register
 from .spikes import LossSpikes
