@@ -36,117 +36,86 @@ FIRST_START = notable("no effect: the run has checkpoints of its own")
 THIS_START = notable("decides what this start does")
 SAVED = read_with("checkpoint.enable", True, otherwise="does nothing without enable = true")
 
-HONOURED: dict[str, Option] = {
-    "job.config_file": record(FOLDERS),
+HONOURED: dict[str, Option] = {key: option for keys, option in {
+    "job.config_file job.description job.print_config job.save_config_file": record(FOLDERS),
     "job.dump_folder": record(
-        FOLDERS, NOT_EMPTY, is_path=True, aliases="output_dir out_dir output_folder run_dir dump_dir"
-    ),
-    "job.description": record(FOLDERS),
-    "job.print_config": record(FOLDERS),
-    "job.save_config_file": record(FOLDERS),
-    "profiling.enable_profiling": record(LOGGING),
-    "profiling.save_traces_folder": record(LOGGING),
-    "profiling.profile_freq": record(LOGGING, COUNT),
-    "profiling.profiler_active": record(LOGGING, COUNT),
+        FOLDERS, NOT_EMPTY, is_path=True, aliases="output_dir out_dir output_folder run_dir dump_dir"),
+    "profiling.enable_profiling profiling.save_traces_folder profiling.enable_memory_snapshot "
+    "profiling.save_memory_snapshot_folder metrics.disable_color_printing metrics.save_tb_folder": record(LOGGING),
+    "profiling.profile_freq profiling.profiler_active": record(LOGGING, COUNT),
     "profiling.profiler_warmup": record(LOGGING, COUNT_OR_ZERO),
-    "profiling.enable_memory_snapshot": record(LOGGING),
-    "profiling.save_memory_snapshot_folder": record(LOGGING),
-    "metrics.disable_color_printing": record(LOGGING),
-    "metrics.save_tb_folder": record(LOGGING),
     "metrics.enable_wandb": record(LOGGING, aliases="wandb use_wandb"),
     "optimizer.eps": record(NEXT_STEP, POSITIVE, aliases="epsilon adam_eps adam_epsilon"),
     "lr_scheduler.warmup_steps": record(
-        NEXT_STEP, COUNT_OR_ZERO, aliases="warmup warmup_iters num_warmup_steps lr_warmup_steps"
-    ),
+        NEXT_STEP, COUNT_OR_ZERO, aliases="warmup warmup_iters num_warmup_steps lr_warmup_steps"),
     "lr_scheduler.total_steps": record(NEXT_STEP, COUNT),
     "lr_scheduler.decay_ratio": record(NEXT_STEP, within(0, 1)),
     "lr_scheduler.decay_type": record(NEXT_STEP, aliases="lr_scheduler_type schedule scheduler lr_decay_style"),
     "lr_scheduler.min_lr_factor": record(NEXT_STEP, within(0, 1), aliases="min_lr lr_min min_lr_ratio min_ratio"),
     "training.local_batch_size": record(
-        SAME_BATCH, COUNT,
-        aliases="batch_size micro_batch_size microbatch_size per_device_batch_size mbs per_device_train_batch_size "
-        "device_batch_size train_batch_size",
-    ),
+        SAME_BATCH, COUNT, aliases="batch_size micro_batch_size microbatch_size per_device_batch_size mbs "
+        "per_device_train_batch_size device_batch_size train_batch_size"),
     "training.global_batch_size": record(
         SAME_BATCH, at_least_or(-1, 1, "local batch x data-parallel ranks"),
-        aliases="total_batch_size gbs batch_size_global",
-    ),
+        aliases="total_batch_size gbs batch_size_global"),
     "training.seq_len": record(
         breaking("other windows"), COUNT,
-        aliases="sequence_length context_length block_size max_seq_len max_length ctx_len seqlen",
-    ),
+        aliases="sequence_length context_length block_size max_seq_len max_length ctx_len seqlen"),
     "training.max_norm": record(
         NEXT_STEP, Range(lambda value: value > 0, "must be positive; 1e9 never clips"),
-        aliases="grad_clip clip max_grad_norm gradient_clipping grad_norm clip_grad clip_grad_norm",
-    ),
+        aliases="grad_clip clip max_grad_norm gradient_clipping grad_norm clip_grad clip_grad_norm"),
     "training.steps": record(
         notable("the new end; a schedule without total_steps stretches with it"), COUNT,
-        aliases="max_steps num_steps train_steps total_train_steps n_steps iterations max_iters",
-    ),
-    "training.enable_cpu_offload": record(SPEED_AND_MEMORY),
+        aliases="max_steps num_steps train_steps total_train_steps n_steps iterations max_iters"),
     "training.mixed_precision_reduce": record(notable("other rounding")),
     "training.gc_freq": record(SPEED, COUNT),
     "training.gc_debug": record(SPEED),
     "parallelism.data_parallel_replicate_degree": record(OTHER_ROUNDING, COUNT, aliases="dp_replicate ddp_degree"),
     "parallelism.data_parallel_shard_degree": record(
         OTHER_ROUNDING, at_least_or(-1, 1, "all remaining ranks"),
-        aliases="dp_shard fsdp fsdp_degree data_parallel_degree",
-    ),
+        aliases="dp_shard fsdp fsdp_degree data_parallel_degree"),
     "parallelism.fsdp_reshard_after_forward": record(OTHER_ROUNDING),
     "checkpoint.folder": record(SAVING, NOT_EMPTY, aliases="checkpoint_dir ckpt_dir save_dir"),
     "checkpoint.interval": record(
-        SAVING, COUNT, aliases="save_interval save_steps save_every checkpoint_interval ckpt_interval"
-    ),
+        SAVING, COUNT, aliases="save_interval save_steps save_every checkpoint_interval ckpt_interval"),
     "checkpoint.initial_load_path": record(
-        FIRST_START, reader=SAVED, is_path=True, aliases="resume resume_from init_from load_path pretrained"
-    ),
+        FIRST_START, reader=SAVED, is_path=True, aliases="resume resume_from init_from load_path pretrained"),
     "checkpoint.initial_load_model_only": record(FIRST_START),
     "checkpoint.export_dtype": record(
         notable("decides what the last checkpoint holds"),
         reader=read_with("checkpoint.last_save_model_only", True,
-                         otherwise="does nothing without last_save_model_only = true: full checkpoints keep float32"),
-    ),
+                         otherwise="does nothing without last_save_model_only = true: full checkpoints keep float32")),
     "checkpoint.async_mode": record(SAVING),
     "checkpoint.load_step": record(THIS_START, at_least_or(-1, 0, "the newest complete one"), reader=SAVED),
     "checkpoint.exclude_from_loading": record(
-        notable("what is excluded starts anew"), only("optimizer", "lr_scheduler", "dataloader", "train_state")
-    ),
+        notable("what is excluded starts anew"), only("optimizer", "lr_scheduler", "dataloader", "train_state")),
     "checkpoint.enable_first_step_checkpoint": record(SAVING, reader=SAVED),
-    "checkpoint.create_seed_checkpoint": record(THIS_START, reader=SAVED),
-    "checkpoint.load_only": record(THIS_START, reader=SAVED),
+    "checkpoint.create_seed_checkpoint checkpoint.load_only": record(THIS_START, reader=SAVED),
+    "training.enable_cpu_offload activation_checkpoint.early_stop activation_checkpoint.preserve_rng_state "
+    "activation_checkpoint.visualize_memory_budget_pareto activation_checkpoint.debug": record(SPEED_AND_MEMORY),
     "activation_checkpoint.mode": record(
-        SPEED_AND_MEMORY, aliases="gradient_checkpointing activation_checkpointing recompute use_checkpoint"
-    ),
+        SPEED_AND_MEMORY, aliases="gradient_checkpointing activation_checkpointing recompute use_checkpoint"),
     "activation_checkpoint.selective_ac_option": record(
         SPEED_AND_MEMORY,
         Range(lambda value: value == "op" or (value.isascii() and value.isdigit() and int(value) >= 1),
-              'must be "op" (per operation) or the text of a whole number n, such as "2" (every n-th block)'),
-    ),
-    "activation_checkpoint.early_stop": record(SPEED_AND_MEMORY),
+              'must be "op" (per operation) or the text of a whole number n, such as "2" (every n-th block)')),
     "activation_checkpoint.memory_budget": record(SPEED_AND_MEMORY, within(0, 1)),
-    "activation_checkpoint.visualize_memory_budget_pareto": record(SPEED_AND_MEMORY),
-    "activation_checkpoint.preserve_rng_state": record(SPEED_AND_MEMORY),
     "activation_checkpoint.determinism_check": record(
-        SPEED_AND_MEMORY, Range(lambda value: value in ("default", "none"), 'must be "default" or "none"')
-    ),
-    "activation_checkpoint.debug": record(SPEED_AND_MEMORY),
+        SPEED_AND_MEMORY, Range(lambda value: value in ("default", "none"), 'must be "default" or "none"')),
     "compile.enable": record(OTHER_ROUNDING, aliases="torch_compile use_compile compile"),
     "compile.components": record(OTHER_ROUNDING, only("model", "loss")),
     "comm.init_timeout_seconds": record(TIMEOUTS, COUNT),
     "comm.trace_buf_size": record(TIMEOUTS, COUNT_OR_ZERO),
-    "comm.save_traces_folder": record(TIMEOUTS),
-    "comm.save_traces_file_prefix": record(TIMEOUTS),
+    "comm.save_traces_folder comm.save_traces_file_prefix": record(TIMEOUTS),
     "validation.enable": record(harmless("how often to validate")),
     "validation.freq": record(
-        harmless("how often to validate"), COUNT, aliases="eval_interval eval_steps val_interval eval_every"
-    ),
+        harmless("how often to validate"), COUNT, aliases="eval_interval eval_steps val_interval eval_every"),
     "validation.local_batch_size": record(NOT_COMPARABLE, COUNT),
     "debug.deterministic": record(notable("speed")),
     "debug.deterministic_warn_only": record(
         notable("speed"),
-        reader=read_with("debug.deterministic", True, otherwise="does nothing without deterministic = true"),
-    ),
-}  # fmt: skip
+        reader=read_with("debug.deterministic", True, otherwise="does nothing without deterministic = true")),
+}.items() for key in keys.split()}  # fmt: skip
 
 FSDP = "use parallelism.data_parallel_shard_degree (FSDP2)"
 DELETE = "delete the line"
@@ -155,10 +124,6 @@ NO_PIPELINE = "pipeline parallelism is not supported yet"
 NO_CONTEXT_PARALLEL = "context parallelism is not supported yet"
 NO_EXPERTS = "the model has no experts"
 OWN_DATA = "torchtitan's data sets are not used"
-IMPORTED_BEFORE = refused(
-    "Hugging Face weights are imported before training, not by it",
-    "run python -m torchtitan_deltaproduct.checkpoint.from_hf HF OUT and name OUT in checkpoint.initial_load_path",
-)
 
 REFUSED: dict[str, Option] = {
     "job.custom_config_module": refused("the job config is this toolkit's own", "add fields in config/job.py"),
@@ -168,15 +133,12 @@ REFUSED: dict[str, Option] = {
     "model.converters": refused("float8 and other model converters are not supported yet", DELETE),
     "model.print_after_conversion": refused("there are no model converters", DELETE),
     "optimizer.early_step_in_backward": refused(
-        "a step inside backward cannot clip the gradient, accumulate, or skip a non-finite one", DELETE
-    ),
+        "a step inside backward cannot clip the gradient, accumulate, or skip a non-finite one", DELETE),
     "training.dataset*": refused(OWN_DATA, 'use data.paths, or data.kind = "streaming" and data.dataset'),
     "training.dataloader.*": refused(
-        "torchtitan's loader is not used", "use data.num_workers and data.prefetch_factor"
-    ),
+        "torchtitan's loader is not used", "use data.num_workers and data.prefetch_factor"),
     "training.dtype": refused(
-        "all-bfloat16 training keeps no float32 master weights", 'use training.mixed_precision_param = "bfloat16"'
-    ),
+        "all-bfloat16 training keeps no float32 master weights", 'use training.mixed_precision_param = "bfloat16"'),
     "parallelism.tensor_parallel_degree": refused(NO_TENSOR_PARALLEL, FSDP),
     "parallelism.disable_loss_parallel": refused(NO_TENSOR_PARALLEL, DELETE),
     "parallelism.enable_async_tensor_parallel": refused(NO_TENSOR_PARALLEL, DELETE),
@@ -187,27 +149,26 @@ REFUSED: dict[str, Option] = {
     "parallelism.context_parallel_*": refused(NO_CONTEXT_PARALLEL, DELETE),
     "parallelism.expert_*": refused(NO_EXPERTS, DELETE),
     "checkpoint.enable_ft_dataloader_checkpoints": refused("torchft is not supported", DELETE),
-    "checkpoint.initial_load_in_hf*": IMPORTED_BEFORE,
+    "checkpoint.initial_load_in_hf*": refused(
+        "Hugging Face weights are imported before training, not by it",
+        "run python -m torchtitan_deltaproduct.checkpoint.from_hf HF OUT and name OUT in checkpoint.initial_load_path"),
     "checkpoint.last_save_in_hf": refused(
-        "a run is exported after training, not by it", "run python -m torchtitan_deltaproduct.checkpoint.to_hf RUN OUT"
-    ),
+        "a run is exported after training, not by it",
+        "run python -m torchtitan_deltaproduct.checkpoint.to_hf RUN OUT"),
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": refused(
-        "the list of operations to recompute is fixed for this model", DELETE
-    ),
+        "the list of operations to recompute is fixed for this model", DELETE),
     "quantize.*": refused("float8 and mx quantization are not supported yet", DELETE),
     "comm.mode": refused(
         "simulated communication is not supported",
-        "check a layout with python -m torchtitan_deltaproduct.plan X.toml --world-size N",
-    ),
+        "check a layout with python -m torchtitan_deltaproduct.plan X.toml --world-size N"),
     "memory_estimation.*": refused(
-        "torchtitan's estimator does not know this model", "use python -m torchtitan_deltaproduct.plan X.toml"
-    ),
+        "torchtitan's estimator does not know this model", "use python -m torchtitan_deltaproduct.plan X.toml"),
     "fault_tolerance.*": refused("torchft is not supported", "restart the run: it resumes exactly"),
     "experimental.*": refused("external modules are not loaded", "add the code to the package"),
     "validation.dataset*": refused(OWN_DATA, "use validation.paths"),
     "validation.dataloader.*": refused("validation data is read in the training process", DELETE),
     "debug.moe_force_load_balance": refused(NO_EXPERTS, DELETE),
-}
+}  # fmt: skip
 """By key, or the beginning of several followed by `*`; the first that matches holds."""
 
 

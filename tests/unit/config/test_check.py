@@ -55,7 +55,7 @@ def test_every_number_has_a_range():
 
 
 def test_rules_name_existing_keys():
-    assert {key for keys, _ in RULES for key in keys} <= set(schema())
+    assert {key for keys, _ in RULES for key in keys.split()} <= set(schema())
 
 
 CONTRADICTIONS = [
