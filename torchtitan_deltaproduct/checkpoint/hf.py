@@ -125,8 +125,7 @@ def check_architecture(args: DeltaProductArgs) -> None:
             raise CheckpointError(f"{name} has {len(hex(value)) - 2} hexadecimal digits: does not fit in 64 bits")
         if value is not None and allowed is not None and not allowed.allows(value):
             raise CheckpointError(f"{name} = {value}: {allowed.text}")
-    width = args.head_dim * args.expand_v
-    if not 1 <= width < 2**63 or abs(width - round(width)) > 1e-9:
+    if not args.has_whole_values:
         raise CheckpointError(f"expand_v = {args.expand_v}: head_dim * expand_v must be a whole number of at least 1")
 
 

@@ -98,13 +98,6 @@ Judge = Callable[[JobConfig, Environment], Any]
 """What is wrong with a config in an environment, as the rest of a sentence that begins with the value; or nothing."""
 
 
-def _value_width(c: JobConfig, e: Environment) -> str | None:
-    width = c.model.head_dim * c.model.expand_v
-    if width >= 1 and abs(width - round(width)) < 1e-9 and int(width) == round(width):
-        return None
-    return f"head_dim * expand_v must be a whole number of at least 1, not {width:g}"
-
-
 def _lengths(c: JobConfig, e: Environment) -> str | None:
     low, high, room = c.data.min_length, c.data.max_length, c.training.seq_len
     if not LANGUAGE.holds(c):
@@ -182,7 +175,8 @@ def _needs_cuda(key: str, setting: Any, what: str) -> tuple[str, Judge]:
 
 
 RULES: list[tuple[str, Judge]] = [
-    ("model.expand_v model.head_dim", _value_width),
+    ("model.expand_v model.head_dim", lambda c, e: not c.model.has_whole_values
+     and f"head_dim * expand_v must be a whole number of at least 1, not {c.model.head_dim * c.model.expand_v:g}"),
     ("model.op_backend", lambda c, e: c.model.op_backend == "fla" and e.cuda is False
      and 'fla runs on CUDA only, and there is none; "auto" picks a backend that runs here'),
     ("model.op_backend training.mixed_precision_param",

@@ -85,6 +85,12 @@ class DeltaProductArgs:
         return int(self.head_dim * self.expand_v)
 
     @property
+    def has_whole_values(self) -> bool:
+        """Whether `head_dim * expand_v` is a whole number of at least 1."""
+        width = self.head_dim * self.expand_v
+        return 1 <= width < 2**63 and abs(width - round(width)) < 1e-9 and int(width) == round(width)
+
+    @property
     def mlp_size(self) -> int:
         """Width of the SwiGLU MLP."""
         if self.intermediate_size is not None:
