@@ -35,6 +35,7 @@ SAME_BATCH = notable("the same global batch in other pieces")
 FIRST_START = notable("no effect: the run has checkpoints of its own")
 THIS_START = notable("decides what this start does")
 SAVED = read_with("checkpoint.enable", True, otherwise="does nothing without enable = true")
+BUDGET = read_with("activation_checkpoint.mode", "memory_budget")
 
 HONOURED: dict[str, Option] = {key: option for keys, option in {
     "job.config_file job.description job.print_config job.save_config_file": record(FOLDERS),
@@ -92,14 +93,15 @@ HONOURED: dict[str, Option] = {key: option for keys, option in {
     "checkpoint.enable_first_step_checkpoint": record(SAVING, reader=SAVED),
     "checkpoint.create_seed_checkpoint checkpoint.load_only": record(THIS_START, reader=SAVED),
     "training.enable_cpu_offload activation_checkpoint.early_stop activation_checkpoint.preserve_rng_state "
-    "activation_checkpoint.visualize_memory_budget_pareto activation_checkpoint.debug": record(SPEED_AND_MEMORY),
+    "activation_checkpoint.debug": record(SPEED_AND_MEMORY),
     "activation_checkpoint.mode": record(
         SPEED_AND_MEMORY, aliases="gradient_checkpointing activation_checkpointing recompute use_checkpoint"),
     "activation_checkpoint.selective_ac_option": record(
         SPEED_AND_MEMORY,
         Range(lambda value: value == "op" or (value.isascii() and value.isdigit() and int(value) >= 1),
               'must be "op" (per operation) or the text of a whole number n, such as "2" (every n-th block)')),
-    "activation_checkpoint.memory_budget": record(SPEED_AND_MEMORY, within(0, 1)),
+    "activation_checkpoint.memory_budget": record(SPEED_AND_MEMORY, within(0, 1), reader=BUDGET),
+    "activation_checkpoint.visualize_memory_budget_pareto": record(SPEED_AND_MEMORY, reader=BUDGET),
     "activation_checkpoint.determinism_check": record(
         SPEED_AND_MEMORY, Range(lambda value: value in ("default", "none"), 'must be "default" or "none"')),
     "compile.enable": record(OTHER_ROUNDING, aliases="torch_compile use_compile compile"),

@@ -34,7 +34,8 @@ def another_value(option):
         return not option.default
     if kind in (int, float):
         allowed = option.record.allowed
-        return next(v for v in (option.default + 1, option.default + 2) if allowed is None or allowed.allows(v))
+        values = [option.default + 1, option.default + 2, option.default / 2]
+        return next(value for value in values if allowed is None or allowed.allows(value))
     if kind is list:
         return [0.5] if "float" in type_name(option.hint) else [1] if "int" in type_name(option.hint) else ["something"]
     if choices := re.findall(r'"([^"]+)"', type_name(option.hint)):
