@@ -54,14 +54,11 @@ def load_config(argv: list[str], environment: Environment | None = None) -> JobC
     if not file:
         problems.insert(0, Problem("--job.config_file FILE is missing" + _files_found()))
         raise_if_any(problems)
-    text = _read(file, problems)
-    found = _Given()
-    if text is not None:
-        found = _values_of_file(file, text)
-    problems = [*found.problems, *problems]
-    sources = {key: Source(file, line) for key, line in found.lines.items()}
+    in_file = _values_of_file(file, _read(file, problems))
+    problems = [*in_file.problems, *problems]
+    sources = {key: Source(file, line) for key, line in in_file.lines.items()}
     config = JobConfig()
-    for key, value in found.values.items():
+    for key, value in in_file.values.items():
         set_value(config, key, value)
     for key, value in overrides.items():
         set_value(config, key, value)
@@ -70,12 +67,12 @@ def load_config(argv: list[str], environment: Environment | None = None) -> JobC
         key: str(sources.get(key, f"default ({'ours' if option.ours else 'torchtitan'})"))
         for key, option in schema().items()
     }
-    if note := shorten_warmup(config, found.values, overrides):
+    if note := shorten_warmup(config, in_file.values, overrides):
         config.provenance["lr_scheduler.warmup_steps"] = note
         if os.environ.get("RANK", "0") == "0":
             print(f"warning: lr_scheduler.warmup_steps: {note}", file=sys.stderr)
     expand_home(config)
-    problems += check(config, sources, environment or Environment.detect(), unusable=found.unusable)
+    problems += check(config, sources, environment or Environment.detect(), unusable=in_file.unusable)
     raise_if_any(problems)
     return config
 
@@ -105,7 +102,10 @@ def expand_home(config: JobConfig) -> None:
 
 
 def parse_overrides(argv: list[str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Reads the arguments of a command line.
+    """Reads `--section.key value` or `=value`, `--section.flag`, `--section.no-flag`.
+
+    Dashes and underscores are the same; a list is comma separated or a TOML literal; `none` unsets an optional option;
+    of an option given twice the later one holds, so that a launcher can append.
 
     Returns:
         Values by dotted key, checked against the types of the fields, and what was wrong with the rest.
@@ -251,7 +251,7 @@ def _syntax_problem(file: str, text: str, error: tomllib.TOMLDecodeError) -> Pro
     return Problem(f"not valid TOML: {reason[:1].lower()}{reason[1:]}{shown}{remedy}", Source(file, number))
 
 
-def _read(file: str, problems: list[Problem]) -> str | None:
+def _read(file: str, problems: list[Problem]) -> str:
     try:
         return read_text(os.path.expanduser(file))
     except FileNotFoundError:
@@ -262,9 +262,8 @@ def _read(file: str, problems: list[Problem]) -> str | None:
         reason = f"not UTF-8 text (byte {error.start}); TOML files are UTF-8"
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
-    problems.insert(0, Problem(f"--job.config_file {file}: {reason}"))
-    raise_if_any(problems)
-    return None
+    raise_if_any([Problem(f"--job.config_file {file}: {reason}"), *problems])
+    raise AssertionError("unreachable")
 
 
 def _files_found(wanted: str = "") -> str:
