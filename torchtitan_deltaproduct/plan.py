@@ -142,8 +142,8 @@ def data_rows(config: JobConfig, world_size: int) -> Rows:
         shares = config.data.weights or windows
         for path, own, share in zip(config.data.paths, windows, shares, strict=True):
             epochs = samples * share / sum(shares) / own
-            told = f"of {path}: {own:,} windows of {config.training.seq_len:,} tokens"
-            rows.append(("epochs", f"{epochs:.3g}", told))
+            remark = f"of {path}: {own:,} windows of {config.training.seq_len:,} tokens"
+            rows.append(("epochs", f"{epochs:.3g}", remark))
     return rows + _validation_rows(config)
 
 
@@ -310,8 +310,8 @@ def _duration(config: JobConfig, world_size: int, options: argparse.Namespace) -
     peak = config.metrics.peak_flops or peak_flops(options.device or "")
     if not peak:
         near = nearest((options.device or "").upper(), PEAK_FLOPS)
-        told = f"nearest: {near}" if near else f"known: {', '.join(PEAK_FLOPS)}"
-        raise ConfigError(f"--mfu needs --device or metrics.peak_flops; --device {options.device}: {told}")
+        known = f"nearest: {near}" if near else f"known: {', '.join(PEAK_FLOPS)}"
+        raise ConfigError(f"--mfu needs --device or metrics.peak_flops; --device {options.device}: {known}")
     return tokens * counts.training_flops_per_token(config.model) / (options.mfu * peak * world_size)
 
 

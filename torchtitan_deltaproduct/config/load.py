@@ -222,8 +222,8 @@ def _misplaced(path: tuple[str, ...], value: Any, source: Source) -> str:
         return f"[{key}]: no such table; {describe_table(key)}"
     if not table:
         guesses = suggest_key("", name)
-        told = describe_key("", name) if guesses else "options stand in tables: see --help"
-        return f"{source.label(key, value)}: stands in no table; {told}"
+        remedy = describe_key("", name) if guesses else "options stand in tables: see --help"
+        return f"{source.label(key, value)}: stands in no table; {remedy}"
     return f"{source.label(key, value)}: no such key; {describe_key(table, name)}"
 
 

@@ -81,13 +81,13 @@ def schema() -> dict[str, Field]:
 @cache
 def tables() -> dict[str, tuple[str, ...]]:
     """Every table by dotted name (`training`, `training.dataloader`), with the names of its options."""
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for field in schema().values():
         parts = field.table.split(".")
         for depth in range(1, len(parts) + 1):
-            found.setdefault(".".join(parts[:depth]), [])
-        found[field.table].append(field.name)
-    return {table: tuple(names) for table, names in found.items()}
+            names.setdefault(".".join(parts[:depth]), [])
+        names[field.table].append(field.name)
+    return {table: tuple(own) for table, own in names.items()}
 
 
 @cache
@@ -208,7 +208,7 @@ def _walk(cls: type, prefix: str) -> Iterator[Field]:
 def _docs_of_module(module: str) -> dict[tuple[str, str], str]:
     if module == "builtins":
         return {}
-    found = {}
+    docs = {}
     for node in ast.parse(inspect.getsource(sys.modules[module])).body:
         if not isinstance(node, ast.ClassDef):
             continue
@@ -216,5 +216,5 @@ def _docs_of_module(module: str) -> dict[tuple[str, str], str]:
             is_field = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
             is_doc = isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
             if is_field and is_doc and isinstance(doc.value.value, str):
-                found[node.name, field.target.id] = " ".join(doc.value.value.split())
-    return found
+                docs[node.name, field.target.id] = " ".join(doc.value.value.split())
+    return docs

@@ -46,15 +46,15 @@ def snapshot(config: "JobConfig", extra: Mapping[str, Any] | None = None) -> dic
 
 def versions() -> dict[str, str]:
     """Versions of what computes, and the git revision of this package where it runs from a checkout."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in ("torch", "torchtitan", "torchtitan-deltaproduct", "flash-linear-attention", "triton"):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     if revision := _git_revision():
-        found["git"] = revision
-    return found
+        installed["git"] = revision
+    return installed
 
 
 def write_snapshot(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
