@@ -80,6 +80,13 @@ def test_moved_data_is_the_same_data(load):
     assert changes(load, **other)["breaking"] == ["extra.data_identity"]
 
 
+def test_the_tokenizer_of_a_stream_decides_the_tokens(load):
+    stream = ["--data.kind=streaming", "--data.paths=", "--data.dataset=x", "--model.hf_assets_path"]
+    old, new = (snapshot(load(DATA, *stream, folder)) for folder in ("a", "b"))
+    assert [change.key for change in compare_configs(old, new).breaking] == ["model.hf_assets_path"]
+    assert changes(load, "--model.hf_assets_path=b")["notable"] == ["model.hf_assets_path"]
+
+
 def test_options_only_one_version_has(load):
     old = snapshot(load(DATA))
     new = json.loads(json.dumps(old))
