@@ -84,7 +84,10 @@ BYSTANDERS = ("dataclasses", "copy", "torchtitan_deltaproduct.options", "torchti
 
 @pytest.fixture(scope="module")
 def reads(toy, tmp_path_factory):
-    """For each setting, its config and the keys that its run looked at, after the config was loaded and judged."""
+    """For each setting, its config and the keys that its run looked at, after the config was loaded and judged.
+
+    Takes 20 s, for eight runs of the real trainer: nothing less shows that an option is read.
+    """
     folder, result, seen = tmp_path_factory.mktemp("reads"), {}, set()
     (folder / "text.jsonl").write_text(json.dumps({"text": "def f(): return 1 " * 99}) + "\n")
 
