@@ -8,18 +8,14 @@ import sys
 import pytest
 import torch
 
+from torchtitan_deltaproduct import plan
 from torchtitan_deltaproduct.checkpoint.folders import retention
-from torchtitan_deltaproduct.config import Environment, load_config, plan
-from torchtitan_deltaproduct.config.devices import PEAK_FLOPS, peak_flops
-from torchtitan_deltaproduct.config.memory import (
-    activation_elements,
-    checkpoint_bytes,
-    rank_memory,
-    reshard_after_forward,
-)
+from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
+from torchtitan_deltaproduct.devices import PEAK_FLOPS, peak_flops
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.formats import amount
+from torchtitan_deltaproduct.memory import activation_elements, checkpoint_bytes, rank_memory, reshard_after_forward
 from torchtitan_deltaproduct.models import DeltaProductLM, counts
 from torchtitan_deltaproduct.titan import device
 
@@ -72,7 +68,7 @@ def test_memory_is_sharded(load):
     assert one["weights"] == 4 * sum(parts.values()) and one["optimizer state"] == 2 * one["weights"]
     assert eight["weights"] == -(-sum(parts.values()) // 8) * 4
     assert one["activations"] == eight["activations"]
-    assert checkpoint_bytes(sum(parts.values())) == one["weights"] + one["optimizer state"]
+    assert checkpoint_bytes(config, sum(parts.values())) == one["weights"] + one["optimizer state"]
     replicated = rank_memory(load(PAPER, "--parallelism.data_parallel_replicate_degree=2"), 8, parts)
     assert replicated["weights"] == -(-sum(parts.values()) // 4) * 4
 
@@ -246,7 +242,7 @@ def test_command_line(load, capsys):
 @pytest.mark.parametrize(("argument", "code", "found"), [("x.toml", 0, "Learning rate"), ("y.toml", 2, "no such file")])
 def test_as_a_module(load, tmp_path, argument, code, found):
     load(PAPER)
-    command = [sys.executable, "-m", "torchtitan_deltaproduct.config.plan", argument]
+    command = [sys.executable, "-m", "torchtitan_deltaproduct.plan", argument]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert found in done.stdout + done.stderr
