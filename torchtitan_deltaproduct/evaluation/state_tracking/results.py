@@ -1,0 +1,325 @@
+"""From counted words to results: one record a run, one a setting over its seeds, as table, JSON and CSV.
+
+    result = RunResult.of(loaded, problem, counts)
+    settings = by_setting([result, ...], Criterion())        # runs that differ in nothing but their seeds
+    Console().print(table(settings)); write_json(path, settings, Criterion()); write_csv(path, settings)
+
+Accuracy "at L tokens" is the mean over all positions of words of L tokens. For formal languages, whose rows have one
+answer each, it is the accuracy of rows no longer than in training, and of longer ones; `scaled` then is
+(accuracy - chance) / (1 - chance), as in Grazzi et al. 2025.
+"""
+
+import csv
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from torchtitan_deltaproduct.checkpoint.load import LoadedModel
+from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
+
+from ..json_file import write_json as write_json_file
+from .problems import Counts, Problem, wilson
+
+# What tells settings apart, beside the problem: the whole model and how it was trained, but for its seeds.
+_MODEL = [f.name for f in fields(DeltaProductArgs) if f.name != "op_backend"]
+_TRAINED = {
+    "model": _MODEL,
+    "data": ["min_length", "max_length", "curriculum_start", "curriculum_steps"],
+    "training": ["seq_len", "steps", "max_norm"],
+    "optimizer": ["name", "lr", "beta1", "beta2", "weight_decay"],
+    "lr_scheduler": ["warmup_steps", "decay_type", "decay_ratio", "min_lr_factor", "total_steps"],
+}
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """When a run counts as having solved its problem (on scaled accuracy for formal languages)."""
+
+    at_training: float = 0.99
+    """Least accuracy at the training length."""
+    beyond: float = 0.9
+    """Least accuracy at the tested length."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A proportion with its 95 % interval (Wilson)."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, successes: float, trials: int) -> "Share":
+        low, high = wilson(successes, trials)
+        return cls(successes / trials if trials else float("nan"), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one checkpoint can do.
+
+    Attributes:
+        label: names the checkpoint.
+        problem: what was tested.
+        counts: over its words.
+        settings: dotted config keys that make the setting, such as `model.num_householder`.
+        seeds: (of the data, of the weights).
+        step: of the checkpoint.
+        steps: that the run was to make.
+    """
+
+    label: str
+    problem: Problem
+    counts: Counts
+    settings: dict
+    seeds: tuple[int, int]
+    step: int
+    steps: int
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, problem: Problem, counts: Counts) -> "RunResult":
+        config = loaded.config
+        settings = {
+            f"{table}.{key}": config[table][key]
+            for table, keys in _TRAINED.items()
+            for key in keys
+            if key in config.get(table, {})
+        }
+        settings["checkpoint.step"] = loaded.step
+        seeds = (config["data"]["seed"], config["debug"]["seed"])
+        return cls(loaded.label, problem, counts, settings, seeds, loaded.step, config["training"]["steps"])
+
+    @property
+    def n_h(self) -> int:
+        return self.settings["model.num_householder"]
+
+    @property
+    def range(self) -> str:
+        """Of the eigenvalues."""
+        return "[-1, 1]" if self.settings["model.allow_neg_eigval"] else "[0, 1]"
+
+    def token_accuracy(self, first: int, last: int) -> Share:
+        """Mean over the labels at positions first .. last; words, not tokens, count as independent."""
+        correct, scored = self.counts.between(first, last)
+        if self.problem.formal or not scored:
+            return Share.of(correct, scored)
+        return Share.of(self.counts.words * correct / scored, self.counts.words)
+
+    @property
+    def at_training(self) -> Share:
+        """Token accuracy at the training length."""
+        return self.token_accuracy(1, self.problem.train_length)
+
+    @property
+    def at_length(self) -> Share:
+        """Token accuracy at the tested length (formal languages: of rows longer than in training)."""
+        first = self.problem.train_length + 1 if self.problem.formal else 1
+        return self.token_accuracy(first, self.problem.length)
+
+    def prefix(self, position: int) -> Share:
+        """Share of words that are right at every position up to this one."""
+        return Share.of(int(self.counts.prefix[position - 1]), self.counts.words)
+
+    def scaled(self, accuracy: float) -> float:
+        """(accuracy - chance) / (1 - chance)."""
+        return (accuracy - self.problem.chance) / (1 - self.problem.chance)
+
+    def solved(self, criterion: Criterion) -> bool:
+        found = [self.at_training.value, self.at_length.value]
+        if self.problem.formal:
+            found = [self.scaled(value) for value in found]
+        return found[0] >= criterion.at_training and found[1] >= criterion.beyond
+
+    def buckets(self) -> list[dict]:
+        """Accuracy by length, in stretches as long as the training length: [1, T], [T + 1, 2 T], ..."""
+        rows, width = [], self.problem.train_length
+        for first in range(1, self.problem.length + 1, width):
+            last = min(first + width - 1, self.problem.length)
+            share = self.token_accuracy(first, last)
+            rows.append({"first": first, "last": last, **vars(share), "scaled": self.scaled(share.value)})
+        return rows
+
+    def to_dict(self, criterion: Criterion) -> dict:
+        """The record of a run; counts are complete, so that curves can be drawn again from it."""
+        problem, counts = self.problem, self.counts
+        record = {
+            "run": self.label,
+            "step": self.step,
+            "steps_planned": self.steps,
+            "data_seed": self.seeds[0],
+            "model_seed": self.seeds[1],
+            "test_seed": problem.seed,
+            "train_length": problem.train_length,
+            "length": problem.length,
+            "chance": problem.chance,
+            "words": counts.words,
+            "accuracy_at_training_length": vars(self.at_training),
+            "accuracy_at_length": vars(self.at_length),
+            "scaled_accuracy_at_length": self.scaled(self.at_length.value),
+            "solved": self.solved(criterion),
+            "buckets": self.buckets(),
+            "scored": counts.scored.tolist(),
+            "correct": counts.correct.tolist(),
+        }
+        if not problem.formal:
+            record["prefix_accuracy_at_training_length"] = vars(self.prefix(problem.train_length))
+            record["prefix_accuracy_at_length"] = vars(self.prefix(problem.length))
+            record["prefix_correct"] = counts.prefix.tolist()
+        return record
+
+
+@dataclass
+class Setting:
+    """Runs that differ in nothing but their seeds; `differs` says what sets it apart within its n_h and range."""
+
+    runs: list[RunResult]
+    differs: str = ""
+
+    @property
+    def problem(self) -> Problem:
+        return self.runs[0].problem
+
+    @property
+    def label(self) -> str:
+        first = self.runs[0]
+        return f"n_h = {first.n_h}, {first.range}" + (f", {self.differs}" if self.differs else "")
+
+    def share_solved(self, criterion: Criterion) -> Share:
+        """Share of the seeds that solved it."""
+        return Share.of(sum(run.solved(criterion) for run in self.runs), len(self.runs))
+
+    def mean(self, name: str) -> float:
+        """Mean over the seeds of `at_training` or `at_length`."""
+        return float(np.mean([getattr(run, name).value for run in self.runs]))
+
+    def to_dict(self, criterion: Criterion) -> dict:
+        first = self.runs[0]
+        spread = {
+            f"accuracy_{name}": {
+                "mean": self.mean(attribute),
+                "min": min(getattr(run, attribute).value for run in self.runs),
+                "max": max(getattr(run, attribute).value for run in self.runs),
+            }
+            for name, attribute in (("at_training_length", "at_training"), ("at_length", "at_length"))
+        }
+        return {
+            "problem": self.problem.name,
+            "num_householder": first.n_h,
+            "eigenvalue_range": first.range,
+            "differs": self.differs,
+            "seeds": len(self.runs),
+            "solved": sum(run.solved(criterion) for run in self.runs),
+            "share_solved": vars(self.share_solved(criterion)),
+            **spread,
+            "settings": first.settings,
+            "runs": [run.to_dict(criterion) for run in self.runs],
+        }
+
+
+def by_setting(results: list[RunResult]) -> list[Setting]:
+    """Groups runs, in the order problem, n_h, range ([-1, 1] first), and says what differs beyond these."""
+    groups: dict[str, Setting] = {}
+    for result in results:
+        key = json.dumps([result.problem.name, result.problem.length, result.settings])
+        groups.setdefault(key, Setting([])).runs.append(result)
+
+    def alike(setting: Setting) -> tuple:
+        first = setting.runs[0]
+        return (first.problem.name, first.n_h, not first.settings["model.allow_neg_eigval"])
+
+    found = sorted(groups.values(), key=alike)
+    for setting in found:
+        same = [other.runs[0] for other in found if alike(other) == alike(setting)]
+        own = setting.runs[0]
+        parts = [
+            f"{key.split('.')[1]} {value}"
+            for key, value in own.settings.items()
+            if any(other.settings.get(key) != value for other in same)
+        ]
+        if any(other.problem.length != own.problem.length for other in same):
+            parts.append(f"to {own.problem.length} tokens")
+        setting.differs = ", ".join(parts)
+    return found
+
+
+def table(settings: list[Setting], criterion: Criterion) -> Table:
+    """One line a setting, and one a seed where there are several."""
+    out = Table(title="State tracking: token accuracy on held-out words", title_justify="left")
+    for name in ("problem", "setting", "seed"):
+        out.add_column(name)
+    for name in ("training length", "tested length", "whole words", "solved"):
+        out.add_column(name, justify="right")
+    for setting in settings:
+        several = len(setting.runs) > 1
+        if several:
+            solved = sum(run.solved(criterion) for run in setting.runs)
+            low, high = setting.problem.train_length, setting.problem.length
+            out.add_row(
+                setting.problem.name, setting.label, f"mean of {len(setting.runs)}",
+                f"{setting.mean('at_training'):.1%} @ {low:,}", f"{setting.mean('at_length'):.1%} @ {high:,}", "",
+                f"{solved} of {len(setting.runs)}", style="bold",
+            )  # fmt: skip
+        for run in setting.runs:
+            problem, label = ("", "") if several else (setting.problem.name, setting.label)
+            unfinished = f" (step {run.step:,} of {run.steps:,})" if run.step < run.steps else ""
+            out.add_row(problem, label, seed_name(run) + unfinished, *_numbers(run), _yes(run.solved(criterion)))
+        out.add_section()
+    return out
+
+
+def seed_name(run: RunResult) -> str:
+    """`3`, or `data 3, weights 42` where the two differ."""
+    data, model = run.seeds
+    return str(data) if data == model else f"data {data}, weights {model}"
+
+
+def _numbers(run: RunResult) -> list[str]:
+    cells = []
+    for share, length in ((run.at_training, run.problem.train_length), (run.at_length, run.problem.length)):
+        scaled = f", scaled {run.scaled(share.value):.2f}" if run.problem.formal else ""
+        cells.append(f"{share.value:.1%} @ {length:,}{scaled}\n[dim]{share.low:.1%} to {share.high:.1%}[/]")
+    prefix = "" if run.problem.formal else f"{run.prefix(run.problem.length).value:.1%}"
+    return [*cells, prefix]
+
+
+def _yes(solved: bool) -> str:
+    return "[green]yes[/]" if solved else "[red]no[/]"
+
+
+def write_json(path: Path, settings: list[Setting], criterion: Criterion) -> None:
+    """Everything: settings over their runs, runs with the counts of every position."""
+    content = {
+        "version": 1,
+        "criterion": vars(criterion),
+        "intervals": "Wilson, 95 %; words count as independent, the tokens of a word do not",
+        "settings": [setting.to_dict(criterion) for setting in settings],
+    }
+    write_json_file(path, content)
+
+
+def write_csv(path: Path, settings: list[Setting]) -> None:
+    """One row a run and position that has a label, the position counted from 1."""
+    names = ["problem", "num_householder", "eigenvalue_range", "differs", "data_seed", "model_seed", "run", "position",
+             "scored", "correct", "accuracy", "accuracy_low", "accuracy_high", "prefix_accuracy", "prefix_low",
+             "prefix_high"]  # fmt: skip
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(names)
+        for setting in settings:
+            for run in setting.runs:
+                writer.writerows(_csv_rows(setting, run))
+
+
+def _csv_rows(setting: Setting, run: RunResult):
+    counts = run.counts
+    accuracy, (low, high) = counts.accuracy(), wilson(counts.correct, counts.scored)
+    prefix, bounds = counts.prefix / counts.words, wilson(counts.prefix, counts.words)
+    head = [setting.problem.name, run.n_h, run.range, setting.differs, *run.seeds, run.label]
+    for i in np.flatnonzero(counts.scored):
+        row = [i + 1, counts.scored[i], counts.correct[i], *(f"{x[i]:.6f}" for x in (accuracy, low, high))]
+        whole = ["", "", ""] if run.problem.formal else [f"{x[i]:.6f}" for x in (prefix, *bounds)]
+        yield [*head, *row, *whole]
