@@ -50,7 +50,7 @@ def test_killed_and_restarted(toy, run, tmp_path, mode):
 
 def test_evals_agree_with_the_cpu(toy, run, tmp_path):
     from torchtitan_deltaproduct.evaluation import effective_rank, length_extrapolation
-    from torchtitan_deltaproduct.evaluation.json_file import read_results
+    from torchtitan_deltaproduct.evaluation.files import read_results
 
     for device, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
         common = [str(run), "--data", str(toy.parent / "data/train"), "--device", device, "--dtype", dtype]

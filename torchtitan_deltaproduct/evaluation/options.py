@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 
-from torchtitan_deltaproduct.arguments import path
+from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel, common_folder, load_model
 from torchtitan_deltaproduct.errors import ConfigError
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+MOST_ROWS = 8
+"""Sequences that are read together unless --batch says how many."""
 
 
 def add_model_options(
@@ -41,6 +43,30 @@ def add_model_options(
     if results:
         add("--out", type=path,
             help="folder for results (default: eval/ in the model's folder, or in the one common to all)")  # fmt: skip
+
+
+def add_text_options(parser: argparse.ArgumentParser, *, length: int, sequences: int, documents: str) -> None:
+    """Adds --data and all that says which sequences are read, and how; with the given defaults."""
+    add = parser.add_argument
+    add("--data", nargs="+", default=[], type=path,
+        help="prepared folder, file or folder of text, or dataset NAME[:CONFIG]")  # fmt: skip
+    add("--length", type=int, default=length, help="tokens of a sequence (default: %(default)s)")
+    add("--sequences", type=int, default=sequences, help="sequences at most (default: %(default)s)")
+    add("--documents", choices=("auto", "long", "packed"), default=documents,
+        help="documents at least as long as --length, or packed ones; auto: long if there are enough "
+        "(default: %(default)s)")  # fmt: skip
+    add("--seed", type=int, help="of the choice of sequences (default: 0; of generated words that of the run)")
+    add("--batch", type=int, default=0,
+        help=f"sequences read together (default: {MOST_ROWS}; on a CPU fewer of long ones)")  # fmt: skip
+    add("--segment", type=int, default=1024, help="tokens of a sequence read at a time (default: %(default)s)")
+    add("--tokenizer", type=path, metavar="FOLDER", help="with tokenizer.json (default: that of the model)")
+    add("--split", default="train", help="of a dataset (default: %(default)s)")
+    add("--text-field", default="text", type=text, metavar="NAME",
+        help="field or column of the text (default: %(default)s)")  # fmt: skip
+    add("--eos", default="", type=text, metavar="TOKEN",
+        help="separator of documents in text (default: that of training)")  # fmt: skip
+    add("--search-mb", type=int, default=1024, metavar="MB",
+        help="text looked through for long documents, at most (default: %(default)s)")  # fmt: skip
 
 
 def device_of(options: argparse.Namespace) -> str:

@@ -24,7 +24,7 @@ from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataErr
 from torchtitan_deltaproduct.evaluation import effective_rank
 from torchtitan_deltaproduct.evaluation.effective_rank.results import WINDOW_BINS, document_change
 from torchtitan_deltaproduct.evaluation.figures import plt
-from torchtitan_deltaproduct.evaluation.texts import slugs
+from torchtitan_deltaproduct.evaluation.files import slugs
 from torchtitan_deltaproduct.models.decode import init_cache, step
 
 HERE = "torchtitan_deltaproduct.evaluation"
@@ -189,9 +189,9 @@ def test_states_are_emptied_as_in_training(run, data):
         (loaded, [], False), (trained_so, [], True), (trained_so, ["--no-reset"], False), (loaded, ["--reset"], True),
     ]:  # fmt: skip
         options = effective_rank.parse([str(run), "--data", str(data), *option])
-        assert effective_rank.reading_of(model, options).reset is expected
+        assert effective_rank.evaluation.reading(model, options)["reset"] is expected
     # 16,384 tokens on a CPU: four sequences a part.
-    assert effective_rank.reading_of(loaded, options).batch == 4
+    assert effective_rank.evaluation.reading(loaded, options)["batch"] == 4
 
 
 def test_several_models_and_datasets(run, toy, data, tmp_path, capsys):
@@ -278,7 +278,7 @@ def test_finished_parts_are_not_measured_again(run, data, whole, tmp_path, capsy
     def never(*arguments):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(f"{HERE}.effective_rank.parts.measure", never)
+    monkeypatch.setattr(f"{HERE}.effective_rank.measure", never)
     evaluate(tmp_path / "copy", run, data)
     assert "609 tokens were read before" in capsys.readouterr().out
     assert content(tmp_path / "copy") == content(whole)

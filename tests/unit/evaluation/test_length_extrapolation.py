@@ -23,14 +23,13 @@ from torchtitan_deltaproduct.data.shards import TokenStream
 from torchtitan_deltaproduct.data.tokenizer import copy_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.evaluation import length_extrapolation
-from torchtitan_deltaproduct.evaluation.jobs import short_names, short_paths
-from torchtitan_deltaproduct.evaluation.length_extrapolation import notes
+from torchtitan_deltaproduct.evaluation.files import short_names, short_paths, write_array
 from torchtitan_deltaproduct.evaluation.length_extrapolation.figures import TITLE_NAME, _ending
 from torchtitan_deltaproduct.evaluation.length_extrapolation.loss import POSITION
-from torchtitan_deltaproduct.evaluation.length_extrapolation.parts import Losses
-from torchtitan_deltaproduct.evaluation.length_extrapolation.results import read_results, table
-from torchtitan_deltaproduct.evaluation.parts import fingerprint
-from torchtitan_deltaproduct.evaluation.texts import Wanted, open_texts
+from torchtitan_deltaproduct.evaluation.length_extrapolation.results import summarise, table
+from torchtitan_deltaproduct.evaluation.pieces import Measured, Pieces, Tokens, fingerprint
+from torchtitan_deltaproduct.evaluation.sample import Wanted
+from torchtitan_deltaproduct.evaluation.texts import open_texts
 
 HERE = "torchtitan_deltaproduct.evaluation"
 
@@ -173,12 +172,12 @@ class Stop(Exception):
 
 def test_interrupted_and_resumed(run, data, whole, tmp_path, monkeypatch, capsys):
     """Raised out of the middle of a part: the same bits, and only what is missing is read again."""
-    parts, seen = length_extrapolation.Losses, []
-    compute = parts.compute
+    evaluation, seen = length_extrapolation.LengthExtrapolation, []
+    measure = evaluation.measure
 
     def until(count):
-        def stop_in_the_middle(self, part, model, texts, progress=None):
-            seen.append(part)
+        def stop_in_the_middle(self, model, tokens, reading, progress):
+            seen.append((tokens.first, tokens.last))
             segments = iter(range(count))
 
             def tell(tokens):
@@ -186,23 +185,22 @@ def test_interrupted_and_resumed(run, data, whole, tmp_path, monkeypatch, capsys
                 if next(segments, None) is None:
                     raise Stop
 
-            compute(self, part, model, texts, tell)
+            return measure(self, model, tokens, reading, tell)
 
         return stop_in_the_middle
 
-    monkeypatch.setattr(parts, "compute", until(3))
+    monkeypatch.setattr(evaluation, "measure", until(3))
     with pytest.raises(Stop):
         evaluate(tmp_path, run, data / "train", "--documents", "packed")
     assert seen == [(0, 2)] and raw(tmp_path) == {}
     assert not (tmp_path / "length_extrapolation.json").exists()
-    monkeypatch.setattr(parts, "compute", compute)
-    job = compute_only(run, data, tmp_path)
-    job.compute((2, 4), load_model(run).model, open_texts(wanted(data), None, tmp_path / "length_extrapolation/texts"))
+    monkeypatch.setattr(evaluation, "measure", measure)
+    compute_only(run, data, tmp_path, (2, 4))
     capsys.readouterr()
     evaluate(tmp_path, run, data / "train", "--documents", "packed")
     assert "continuing: 600 of 1,800 tokens were read before" in capsys.readouterr().out
     assert raw(tmp_path) == raw(whole) and entries(tmp_path) == entries(whole)
-    monkeypatch.setattr(parts, "compute", until(0))
+    monkeypatch.setattr(evaluation, "measure", until(0))
     evaluate(tmp_path, run, data / "train", "--documents", "packed")
     assert "all 1,800 tokens were read before" in capsys.readouterr().out and entries(tmp_path) == entries(whole)
 
@@ -211,11 +209,14 @@ def wanted(data):
     return Wanted(str(data / "train"), LENGTH, SEQUENCES, "packed")
 
 
-def compute_only(run, data, out):
-    """The parts that the command would make."""
+def compute_only(run, data, out, piece):
+    """One of the pieces that the command would make."""
     folder, loaded = out / "length_extrapolation", load_model(run)
-    texts = open_texts(wanted(data), None, folder / "texts")
-    return Losses.open(folder, loaded, fingerprint(loaded.model), texts, {"batch": 2, "segment": 64})
+    texts, reading = open_texts(wanted(data), None, folder / "texts"), {"batch": 2, "segment": 64}
+    pieces = Pieces.open(folder, loaded, fingerprint(loaded.model), texts, reading, ".npy", 1)
+    tokens = Tokens(texts, *piece)
+    array = length_extrapolation.evaluation.measure(loaded.model, tokens, pieces.about, lambda tokens: None)
+    write_array(pieces.path(piece), array)
 
 
 def start(out, *arguments, ranks):
@@ -228,17 +229,19 @@ def start(out, *arguments, ranks):
 
 
 def test_two_ranks_killed_then_one(run, data, tmp_path):
-    """SIGKILL to two ranks in the middle of their parts; then one rank goes on, or two: the same bits."""
-    options = ("--documents", "packed", "--segment", "1", "--length", "150")
+    """SIGKILL to two ranks in the middle of their pieces; then one rank goes on, or two: the same bits."""
+    options = ("--documents", "packed", "--segment", "1", "--length", "150", "--batch", "1")
     evaluate(tmp_path / "one", run, data / "train", *options)
     process = start(tmp_path / "two", run, data / "train", *options, ranks=2)
     end = time.monotonic() + 200
-    while not list((tmp_path / "two").rglob("0*.npy.tmp*")):
+    while not list((tmp_path / "two").rglob("0*.npy")):
         assert time.monotonic() < end and process.poll() is None, toys.log_of(tmp_path / "two")
-        time.sleep(0.02)
+        time.sleep(0.01)
     toys.kill(process)
-    left = [path.name for path in (tmp_path / "two").rglob("0*.npy.tmp*")]
-    assert left and not (tmp_path / "two/length_extrapolation.json").exists()
+    done = list((tmp_path / "two").rglob("0*.npy"))
+    assert 0 < len(done) < 6 and not (tmp_path / "two/length_extrapolation.json").exists()
+    # What is killed while it writes leaves this.
+    done[0].with_name("00005-00005.npy.tmp1").write_bytes(b"half")
     shutil.copytree(tmp_path / "two", tmp_path / "three")
     evaluate(tmp_path / "two", run, data / "train", *options)
     process = start(tmp_path / "three", run, data / "train", *options, ranks=2)
@@ -260,7 +263,7 @@ def test_an_error_on_two_ranks_is_said_once(run, tmp_path):
 def test_other_buckets(whole, tmp_path, capsys, monkeypatch):
     """From the raw losses, which must be there; the model is not."""
     copy = shutil.copytree(whole, tmp_path / "copy")
-    monkeypatch.setattr(length_extrapolation, "load_models", None)
+    monkeypatch.setattr(f"{HERE}.long.load_models", None)
     length_extrapolation.main(["--from", str(copy), "--buckets", "3"])
     found = entries(copy)[0]["buckets"]
     assert [(b["first"], b["last"]) for b in found] == [(1, 100), (101, 200), (201, 300)]
@@ -275,7 +278,7 @@ def test_other_buckets(whole, tmp_path, capsys, monkeypatch):
     assert [b["last"] for b in entries(tmp_path / "new")[0]["buckets"]] == [7, 250, 300]
     next((copy / "length_extrapolation").glob("*/00002*.npy")).unlink()
     for arguments, error, said in (
-        (["--from", str(copy)], DataError, "00002-00003.npy cannot be read"),
+        (["--from", str(copy)], DataError, "00002-00003.npy is damaged"),
         (["--from", str(copy), "--buckets", "400"], ConfigError, "up to 300"),
         (["--from", str(tmp_path)], DataError, "left its results"),
     ):
@@ -307,9 +310,13 @@ def test_damaged_and_foreign_parts(run, data, whole, tmp_path):
     part = next((copy / "length_extrapolation").glob("*/00002*.npy"))
     good = part.read_bytes()
     other = next((copy / "length_extrapolation").glob("texts/*/tokens.npy")).read_bytes()
-    for content, said in ((good[:-5], "bytes; its header says"), (b"", "cannot be read"), (other, "expected losses")):
+    for content, said in (
+        (good[:-5], "Failed to read|reshape"),
+        (b"", "No data left"),
+        (other, r"it holds uint16 \[6, 301\]"),
+    ):
         part.write_bytes(content)
-        with pytest.raises(DataError, match=f"00002-00003.npy (?s:.*){said}(?s:.*)delete the file"):
+        with pytest.raises(DataError, match=f"00002-00003.npy is damaged (?s:.*)(?:{said})(?s:.*)delete it"):
             evaluate(copy, run, data / "train", "--documents", "packed")
     part.unlink()
     evaluate(copy, run, data / "train", "--documents", "packed")
@@ -325,7 +332,7 @@ def test_damaged_and_foreign_parts(run, data, whole, tmp_path):
 
 def test_every_setting_has_its_own_parts(run, data, tmp_path, monkeypatch):
     """Nothing is taken from an evaluation that differs in anything."""
-    monkeypatch.setattr(length_extrapolation, "report", lambda *arguments: None)
+    monkeypatch.setattr(length_extrapolation.LengthExtrapolation, "report", lambda *arguments: None)
     for options in ([], ["--segment", "32"], ["--batch", "3"], ["--step", "4"], ["--seed", "1"], ["--dtype", "float64"],
                     ["--length", "200"]):  # fmt: skip
         evaluate(tmp_path, run, data / "train", "--sequences", "3", *options)
@@ -378,7 +385,7 @@ def test_wrong_arguments(run, data, tmp_path):
 
 
 def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(f"{HERE}.jobs.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(f"{HERE}.long.SECONDS_BETWEEN_LINES", 0.0)
     evaluate(tmp_path, run, data / "train", "--sequences", "1", "--batch", "1", "--documents", "packed")
     said = capsys.readouterr().out
     for tokens in (64, 128, 192, 256, 300):
@@ -387,10 +394,14 @@ def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys):
     assert re.search(r"1 - 32 │ +\d\.\d{3}  +\d+\.\d\d", said) and "nan" not in said
     texts, loaded = open_texts(Wanted(str(data / "train"), 300, 4, "packed"), None, tmp_path / "texts"), load_model(run)
     reset = dataclasses.replace(loaded, config={"data": {"reset_state_at_documents": True}})
-    assert notes(loaded, "m", loaded.tokenizer, texts) == []
-    assert notes(reset, "m", loaded.tokenizer, texts) == [
-        "m was trained with its state reset at documents; here it is carried across them"
-    ]
+    options = length_extrapolation.parse([str(run), "--data", "x"])
+
+    def notes(model):
+        case = Measured({"name": "m"}, {"said": "", **texts.about}, None, model)
+        return length_extrapolation.evaluation.notes(case, options)[1:]
+
+    assert notes(loaded) == []
+    assert notes(reset) == ["m was trained with its state reset at documents; here it is carried across them"]
 
 
 def test_results_on_other_data_are_not_overwritten(run, data, tmp_path):
@@ -429,7 +440,8 @@ def test_names(run):
 
 
 def test_long_names(whole):
-    (result,) = read_results([whole / "length_extrapolation.json"], "2", lambda models: ["a/very/long/path/to/run-1"])
+    file, names = whole / "length_extrapolation.json", ["a/very/long/path/to/run-1"]
+    (result,) = summarise(length_extrapolation.evaluation.read([file], names), "2")
     other = dataclasses.replace(result, model=result.model | {"name": "a/very/long/path/to/run-2"})
     console = Console(width=60)
     with console.capture() as said:

@@ -8,22 +8,22 @@ import pytest
 import torch
 
 from tests.unit.models.conftest import SETTINGS, small_model
-from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.evaluation.files import write_array
 from torchtitan_deltaproduct.evaluation.length_extrapolation.loss import POSITION, score
-from torchtitan_deltaproduct.evaluation.length_extrapolation.parts import Losses, Sums
 from torchtitan_deltaproduct.evaluation.length_extrapolation.results import (
     Result,
+    Sums,
     beyond_training,
-    default_buckets,
     mean_interval,
     parse_buckets,
-    results_of,
     student_t,
+    summarise,
     table,
     write_csv,
     write_json,
 )
-from torchtitan_deltaproduct.evaluation.row_file import RowFile, RowWriter
+from torchtitan_deltaproduct.evaluation.pieces import Measured, Pieces
 
 HERE = "torchtitan_deltaproduct.evaluation"
 
@@ -92,14 +92,11 @@ def write_parts(folder, loss, correct, batch=2):
     folder.mkdir()
     about = {"version": 1, "sequences": sequences, "length": length, "batch": batch, "segment": 8, "weights": "w",
              "dtype": "float32", "device": "cpu", "texts": "t"}  # fmt: skip
-    parts = Losses(folder, about)
-    for part in parts.all:
-        with RowWriter(parts.path(part), POSITION, part[1] - part[0], length) as out:
-            for row in range(*part):
-                values = np.empty(length, POSITION)
-                values["loss"], values["correct"] = loss[row], correct[row]
-                out.write(row - part[0], 0, values)
-    return parts
+    pieces, positions = Pieces(folder, about, ".npy"), np.empty(loss.shape, POSITION)
+    positions["loss"], positions["correct"] = loss, correct
+    for first, last in pieces.all:
+        write_array(pieces.path((first, last)), positions[first:last])
+    return pieces
 
 
 @pytest.fixture
@@ -110,12 +107,11 @@ def planted(tmp_path):
     return loss, correct, write_parts(tmp_path / "parts", loss, correct)
 
 
-def test_buckets_by_hand(planted, monkeypatch):
+def test_buckets_by_hand(planted):
     """Means over sequences, standard errors and intervals with Python's own statistics."""
     loss, correct, parts = planted
-    monkeypatch.setattr(f"{HERE}.length_extrapolation.parts.BLOCK", 77)
     model, lasts = {"name": "m", "label": "m", "step": 1, "train_length": 100}, [1, 64, 65, 300, 1000]
-    result = Result.of(model, {"name": "d", "kind": "packed"}, parts, lasts)
+    result = Result.of(Measured(model, {"name": "d", "kind": "packed"}, parts), lasts)
     firsts = [1, 2, 65, 66, 301]
     for bucket, first, last in zip(result.buckets, firsts, lasts, strict=True):
         assert (bucket["first"], bucket["last"], bucket["tokens"]) == (first, last, 5 * (last - first + 1))
@@ -155,16 +151,17 @@ def test_models_are_compared_sequence_by_sequence(tmp_path):
     rng = np.random.default_rng(0)
     loss = (rng.random((4, 100)) + np.arange(4)[:, None]).astype(np.float32)
     right = np.zeros((4, 100), bool)
-    found = [({"name": name, "label": name, "step": 1, "train_length": None}, {"name": "d", "kind": "long"}, parts)
-             for name, parts in (("a", write_parts(tmp_path / "a", loss, right)),
-                                 ("b", write_parts(tmp_path / "b", loss - np.float32(0.5), right)))]  # fmt: skip
-    first, second = results_of(found, [10, 100])
+    measured = []
+    for name, values in (("a", loss), ("b", loss - np.float32(0.5))):
+        model = {"name": name, "label": name, "step": 1, "train_length": None}
+        measured.append(Measured(model, {"name": "d", "kind": "long"}, write_parts(tmp_path / name, values, right)))
+    first, second = summarise(measured, "10,100")
     assert not first.compared and all(math.isnan(bucket["minus_first"]) for bucket in first.buckets)
     for bucket in second.buckets:
         assert bucket["minus_first"] == pytest.approx(-0.5)
         assert bucket["minus_first_se"] < 1e-6 and bucket["loss_se"] > 0.5
-    found[1][2].about["texts"] = "of another tokenizer"
-    assert not results_of(found, [10, 100])[1].compared
+    measured[1].pieces.about["texts"] = "of another tokenizer"
+    assert not summarise(measured, "10,100")[1].compared
 
 
 def test_student_t():
@@ -175,15 +172,14 @@ def test_student_t():
 
 
 def test_one_sequence_has_no_error():
-    found = mean_interval(np.array([2.0]))
-    assert found[""] == 2 and all(math.isnan(found[key]) for key in ("_se", "_low", "_high"))
+    numbers = mean_interval(np.array([2.0]), "loss")
+    assert numbers["loss"] == 2 and all(math.isnan(numbers[f"loss_{end}"]) for end in ("se", "low", "high"))
 
 
 def test_buckets():
-    assert default_buckets(200) == [32, 48, 64, 96, 128, 192, 200]
-    assert default_buckets(128, (100, 128, 500)) == [32, 48, 64, 96, 100, 128] and default_buckets(5) == [5]
-    assert len(default_buckets(1 << 20)) == 31
-    assert parse_buckets("", 200, (70,)) == default_buckets(200, (70,))
+    assert parse_buckets("", 200) == [32, 48, 64, 96, 128, 192, 200]
+    assert parse_buckets("", 128, (100, 128, 500)) == [32, 48, 64, 96, 100, 128] and parse_buckets("", 5) == [5]
+    assert len(parse_buckets("", 1 << 20)) == 31
     assert parse_buckets("4", 1000) == [250, 500, 750, 1000] and parse_buckets("3", 10) == [3, 6, 10]
     assert parse_buckets("10,20", 30) == [10, 20, 30] and parse_buckets("10,30", 30) == [10, 30]
     assert parse_buckets("10,", 30) == [10, 30]
@@ -199,31 +195,10 @@ def test_what_is_not_finite_is_said(tmp_path, planted):
     loss[3, 900:] = np.inf
     parts = write_parts(tmp_path / "broken", loss, correct)
     model = {"name": "m", "label": "m", "step": 1, "train_length": 100}
-    result = Result.of(model, {"name": "d", "kind": "packed"}, parts, [500, 700, 800, 1000])
+    result = Result.of(Measured(model, {"name": "d", "kind": "packed"}, parts), [500, 700, 800, 1000])
     assert result.broken_from == 701
     assert [math.isfinite(bucket["loss"]) for bucket in result.buckets] == [True, True, False, False]
-    write_json(tmp_path / "x.json", [result])
+    write_json(tmp_path / "x.json", [result], {})
     write_csv(tmp_path / "x.csv", [result])
     assert "NaN" not in (tmp_path / "x.json").read_text() and "nan" not in (tmp_path / "x.csv").read_text()
     assert table([result]).row_count == 4
-
-
-def test_row_file(tmp_path):
-    path, values = tmp_path / "x.npy", np.arange(40).reshape(4, 10)
-    with RowWriter(path, np.dtype("<u2"), 6, 10) as out:
-        for row in (3, 1, 0, 2):
-            out.write(row, 4, values[row, 4:])
-            out.write(row, 0, values[row, :4])
-        assert not path.exists()
-        out.cut(4)
-    assert np.array_equal(np.load(path), values) and np.load(path, mmap_mode="r").dtype == np.uint16
-    assert RowFile(path).read(2, 3, 7).tolist() == values[2, 3:7].tolist()
-    with pytest.raises(RuntimeError), RowWriter(tmp_path / "y.npy", np.dtype("<u2"), 1, 1):
-        raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match="207 bytes; its header says 208"):
-        RowFile(path)
-    path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="cannot be read as a .npy array"):
-        RowFile(path)

@@ -14,7 +14,8 @@ import pytest
 from eval import sweep
 from tests.toy import REPO
 from torchtitan_deltaproduct.errors import ConfigError
-from torchtitan_deltaproduct.evaluation.json_file import read_results
+from torchtitan_deltaproduct.evaluation import length_extrapolation
+from torchtitan_deltaproduct.evaluation.files import read_results
 from torchtitan_deltaproduct.evaluation.sweep.plan import read_sweep
 
 TOML = """
@@ -216,3 +217,20 @@ def test_lm_eval_of_a_path_with_commas_or_a_bare_number(toy_run, tmp_path, monke
     assert sweep.main(["s.toml"]) == 0
     (row,) = map(json.loads, Path("out/results.jsonl").read_text().splitlines())
     assert row["checkpoint"].startswith("step 4, saved") and "py_choice acc" in row["metrics"]
+
+
+def test_the_results_say_themselves_whether_a_job_is_done(toml, toy_run):
+    """No second book: what the eval itself wrote into its folder, by hand or by a sweep, is looked at."""
+    (job,) = (job for job in read_sweep(toml).jobs if job.name == "length_extrapolation/early/held-out")
+    assert not job.is_done()
+    length_extrapolation.main(job.words)
+    assert job.is_done() and sorted(path.name for path in job.folder.iterdir()) == [
+        "length_extrapolation", "length_extrapolation.csv", "length_extrapolation.json", "length_extrapolation.png",
+    ]  # fmt: skip
+    results = json.loads((job.folder / "length_extrapolation.json").read_text())
+    assert results["made_by"] == {"arguments": job.words, "checkpoints": [job.model.checkpoint]}
+    length_extrapolation.main([*job.words, "--buckets", "3"])
+    assert not job.is_done()
+    results["made_by"]["checkpoints"] = ["step 4, saved 2026-01-01 00:00:00 UTC"]
+    (job.folder / "length_extrapolation.json").write_text(json.dumps(results))
+    assert not job.is_done()

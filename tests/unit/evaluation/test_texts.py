@@ -11,8 +11,9 @@ from torchtitan_deltaproduct.data.packing import read_window
 from torchtitan_deltaproduct.data.shards import TokenStream
 from torchtitan_deltaproduct.data.tokenizer import find_eos_id, load_tokenizer
 from torchtitan_deltaproduct.errors import DataError
-from torchtitan_deltaproduct.evaluation import text_search
-from torchtitan_deltaproduct.evaluation.texts import Wanted, open_texts, spread
+from torchtitan_deltaproduct.evaluation import sample
+from torchtitan_deltaproduct.evaluation.sample import Wanted
+from torchtitan_deltaproduct.evaluation.texts import open_texts, spread
 
 
 def rows_of(texts):
@@ -147,8 +148,7 @@ def test_text_files(corpus, tmp_path, tokenizer):  # noqa: F811
 
 
 def test_the_search_ends_when_there_is_enough(corpus, tmp_path, tokenizer, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(text_search, "UNIT_BYTES", 100)
-    monkeypatch.setattr(text_search, "BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(sample, "UNIT_BYTES", 100)
     seen = set()
     for seed in range(3):
         texts = open_texts(Wanted(str(corpus), 50, 2, seed=seed), tokenizer, tmp_path / "texts")
@@ -161,24 +161,6 @@ def test_the_search_ends_when_there_is_enough(corpus, tmp_path, tokenizer, monke
     assert few.about["kind"] == "packed" and few.about["documents"] < 15 and not few.about["all_seen"]
     with pytest.raises(DataError, match="the first 0 MiB"):
         open_texts(Wanted(str(corpus), 10**5, 1, "long", search_bytes=2000), tokenizer, tmp_path / "texts")
-
-
-def test_a_huge_document_goes_through_in_pieces(tmp_path, tokenizer, monkeypatch):  # noqa: F811
-    """Cut after a line, so that most tokens are those of the whole; read no further than needed."""
-    book = tmp_path / "book.txt"
-    book.write_text("".join(f"line {n} of a book\n" for n in range(2000)))
-    ids, eos = load_tokenizer(tokenizer).encode_batch([book.read_text()])[0], find_eos_id(tokenizer)
-    pieces = []
-    encode = text_search.Tokenizer.encode_batch
-    monkeypatch.setattr(text_search, "PIECE_CHARACTERS", 1000)
-    monkeypatch.setattr(text_search.Tokenizer, "encode_batch", lambda self, t: pieces.extend(t) or encode(self, t))
-    for documents, expected in (("long", [eos, *ids[:800]]), ("packed", [eos, *ids[:800]])):
-        pieces.clear()
-        texts = open_texts(Wanted(str(book), 800, 1, documents), tokenizer, tmp_path / "texts")
-        assert rows_of(texts) == [expected] and len(pieces) < 10
-        assert all(piece.endswith("\n") and len(piece) <= 1000 for piece in pieces)
-    whole = open_texts(Wanted(str(book), len(ids) + 1, 1, "long"), tokenizer, tmp_path / "texts")
-    assert rows_of(whole) == [[eos, *ids, eos]] and "".join(pieces[-40:]) in book.read_text()
 
 
 def test_datasets_and_json(corpus, tmp_path, tokenizer, caplog):  # noqa: F811

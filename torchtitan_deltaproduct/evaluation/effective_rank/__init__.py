@@ -15,88 +15,28 @@ tokens that were read and the measurements. The same command again continues whe
 """
 
 import argparse
-import sys
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
-from torchtitan_deltaproduct.arguments import path
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.data.formal import FormalSource
 from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.models import DeltaProductLM
 
-from ..jobs import (
-    Job,
-    add_text_options,
-    automatic_batch,
-    check_text_options,
-    compute,
-    datasets,
-    refuse_other_data,
-    short_names,
-    texts_of,
-)
-from ..options import add_model_options, at_least, load_models, make_folder, output_folder
-from ..parts import Sequences, fingerprint
-from ..ranks import Ranks
+from ..files import digest, read_results, slugs
+from ..long import LongEvaluation, Progress
+from ..options import at_least
+from ..pieces import Measured, Tokens
 from ..state_tracking.problems import problem_of
-from ..texts import digest, slugs
-from .parts import Measurements, Reading
-from .results import Result, read_results, table, write_csv, write_json, write_npz
-
-NAME = "effective_rank"
-PART_TOKENS = 1 << 16
-"""Tokens of an automatic part on a CPU, which is what a killed eval does again at most."""
-
-
-def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    with Ranks() as ranks:
-        width = None if sys.stdout.isatty() else 140
-        console = Console(width=width, highlight=False, markup=False, quiet=ranks.rank != 0)
-        if options.source:
-            if ranks.rank == 0:
-                side_by_side(options, console)
-            return
-        loaded = load_models(options)
-        folder = output_folder(options, loaded)
-        jobs = plan(loaded, options, folder / NAME, ranks, console)
-        ranks.first(lambda: refuse_other_data(folder / f"{NAME}.json", jobs))
-        compute(jobs, ranks, console)
-        ranks.wait()
-        if ranks.rank == 0:
-            for job in jobs:
-                job.parts.tidy()
-            report([Result(job.model, job.data, job.parts) for job in jobs], folder / NAME, console)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m eval.{NAME}", description=__doc__.split("\n")[0])
-    # Small singular values are what a narrower type would hide.
-    add_model_options(parser, dtype="float32", optional=True)
-    add_text_options(parser, length=16_384, sequences=8, documents="packed")
-    add = parser.add_argument
-    add("--every", type=int, default=16, metavar="K", help="a state at each K-th token; 1: all (default: %(default)s)")
-    add("--between-householders", action="store_true", help="also the states between the n_h steps of those tokens")
-    add("--reset", action=argparse.BooleanOptionalAction, default=None,
-        help="an empty state at each document start (default: as the model was trained)")  # fmt: skip
-    add("--from", dest="source", nargs="+", default=[], type=path, metavar="FOLDER",
-        help="results to show side by side; takes no models")  # fmt: skip
-    options = parser.parse_args(arguments)
-    if bool(options.source) == bool(options.models) or (options.source and options.data):
-        raise ConfigError(f"expected MODEL... [--data DATA...], or --from FOLDER...; python -m eval.{NAME} --help")
-    check_text_options(options)
-    at_least(options, 1, "every")
-    if options.every > options.length:
-        raise ConfigError(f"--every {options.every:,}: must be at most --length, {options.length:,}")
-    return options
+from .measure import measure
+from .results import Result, table, write_csv, write_json, write_npz
 
 
 class Words:
-    """Generated words of the problem a run was trained on, as sequences of `length` tokens; see `texts.Texts`."""
+    """Generated words of the problem a run was trained on, as sequences of `length` tokens; see `pieces.Sequences`."""
 
     def __init__(self, loaded: LoadedModel, options: argparse.Namespace):
         problem = problem_of(loaded.config, options.length, options.seed)
@@ -123,93 +63,104 @@ class Words:
         return f"{self.sequences:,} generated words of {self.length:,} tokens"
 
 
-def plan(loaded: list[LoadedModel], options: argparse.Namespace, folder: Path, ranks: Ranks, console) -> list[Job]:
-    """Chooses the sequences of each dataset, checks that they fit each model, and says what they are."""
-    jobs, names = [], short_names([(model.run, model.step) for model in loaded])
-    weights = ranks.first(lambda: [fingerprint(model.model) for model in loaded])
-    for data, data_name in datasets(options) or [("", "")]:
-        said = set()
-        for model, name, checksum in zip(loaded, names, weights, strict=True):
-            reading = reading_of(model, options)
+class EffectiveRank(LongEvaluation):
+    name = "effective_rank"
+    summary = __doc__.split("\n")[0]
+    # Small singular values are what a narrower type would hide.
+    dtype, length, sequences, documents = "float32", 16_384, 8, "packed"
+    piece_tokens, suffix, needs_data = 1 << 16, ".npz", False
+    usage = "MODEL... [--data DATA...], or --from FOLDER..."
 
-            def prepare(model=model, checksum=checksum, data=data, reading=reading) -> tuple[Sequences, Measurements]:
-                texts = texts_of(data, model, options, folder) if data else words_of(model, options)
-                return texts, Measurements.open(folder, model, checksum, texts, asdict(reading))
+    def add_options(self, add) -> None:
+        add("--every", type=int, default=16, metavar="K",
+            help="a state at each K-th token; 1: all (default: %(default)s)")  # fmt: skip
+        add("--between-householders", action="store_true",
+            help="also the states between the n_h steps of those tokens")  # fmt: skip
+        add("--reset", action=argparse.BooleanOptionalAction, default=None,
+            help="an empty state at each document start (default: as the model was trained)")  # fmt: skip
 
-            texts, parts = ranks.first(prepare)
-            jobs.append(Job.of(model, name, data_name or texts.about["wanted"]["data"], texts, parts))
-            how = "emptied" if reading.reset else "carried across them"
-            starts = "" if texts.about["eos_id"] is None else f"; at document starts the states are {how}"
-            line = f"{data or jobs[-1].data['name']}: {texts.describe()}{starts}"
-            if line not in said:
-                said.add(line)
-                console.print(line, soft_wrap=True)
-    return jobs
+    def check(self, options: argparse.Namespace) -> None:
+        at_least(options, 1, "every")
+        if options.every > options.length:
+            raise ConfigError(f"--every {options.every:,}: must be at most --length, {options.length:,}")
 
+    def reading(self, loaded: LoadedModel, options: argparse.Namespace) -> dict:
+        trained = bool(loaded.config.get("data", {}).get("reset_state_at_documents", False))
+        how = super().reading(loaded, options)
+        return {
+            "every": options.every, "between": options.between_householders,
+            "reset": trained if options.reset is None else options.reset,
+            **how, "batch": min(how["batch"], options.sequences),
+        }  # fmt: skip
 
-def reading_of(loaded: LoadedModel, options: argparse.Namespace) -> Reading:
-    """How the sequences are read by a model."""
-    trained = bool(loaded.config.get("data", {}).get("reset_state_at_documents", False))
-    reset = trained if options.reset is None else options.reset
-    batch = min(options.batch or automatic_batch(loaded, options.length, PART_TOKENS), options.sequences)
-    return Reading(options.every, options.between_householders, reset, batch, options.segment)
+    def own_sequences(self, loaded: LoadedModel, options: argparse.Namespace) -> Words:
+        """Words of the run's own problem; ConfigError if it was not trained on words."""
+        if loaded.config.get("data", {}).get("kind") not in ("group_word", "formal_language"):
+            raise ConfigError(
+                f"{loaded.label} was not trained on generated words: name what it shall read with --data\n"
+                "expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]"
+            )
+        return Words(loaded, options)
 
+    def notes(self, case: Measured, options: argparse.Namespace) -> list[str]:
+        how = "emptied" if case.pieces.about["reset"] else "carried across them"
+        starts = "" if case.data["eos_id"] is None else f"; at document starts the states are {how}"
+        return [f"{case.data['wanted']['data']}: {case.data['said']}{starts}"]
 
-def words_of(loaded: LoadedModel, options: argparse.Namespace) -> Words:
-    """Words of the run's own problem, for want of a dataset.
+    def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict, progress: Progress) -> dict:
+        """The arrays of `measure.Numbers`."""
+        return measure(model, tokens, reading, progress).arrays()
 
-    Raises:
-        ConfigError: the run was not trained on words.
-    """
-    if loaded.config.get("data", {}).get("kind") not in ("group_word", "formal_language"):
-        raise ConfigError(
-            f"{loaded.label} was not trained on generated words: name what it shall read with --data\n"
-            "expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]"
+    def report(self, measured: list[Measured], stem: Path, options: argparse.Namespace, console: Console) -> None:
+        """Prints a table for each dataset; writes `stem`.json, and the numbers and pictures of each result.
+
+        Where there are several datasets or models, names of files go on with those of the one shown.
+        """
+        from . import figures
+
+        results = [Result(case.model, case.data, case.pieces) for case in measured]
+        names = list(dict.fromkeys(result.data["name"] for result in results))
+        folder, npz, ordered = stem.parent, [], []
+        for data, data_slug in zip(names, slugs(names), strict=True):
+            chosen = [result for result in results if result.data["name"] == data]
+            ordered += chosen
+            shared = "_".join([stem.name, *([data_slug] if len(names) > 1 else [])])
+            console.print(table(chosen))
+            figures.comparison(chosen, folder / shared)
+            for result, model_slug in zip(chosen, slugs([result.model["name"] for result in chosen]), strict=True):
+                own = "_".join([shared, *([model_slug] if len(chosen) > 1 else [])])
+                npz.append(f"{own}.npz")
+                write_npz(folder / npz[-1], result)
+                figures.of_one(result, folder / own)
+                if not np.isfinite(result.rank).all():
+                    console.print(f"{result.model['name']}, {data}: states that are not finite", soft_wrap=True)
+        write_csv(stem.with_suffix(".csv"), ordered)
+        write_json(stem.with_suffix(".json"), ordered, npz, options.made_by)
+        console.print(
+            f"written: {stem}.json, .csv, .npz and .png; what they were made of is in {stem}/", soft_wrap=True
         )
-    return Words(loaded, options)
 
 
-def side_by_side(options: argparse.Namespace, console: Console) -> None:
-    """Shows earlier results together."""
-    if not options.out:
-        raise ConfigError(f"--from {' '.join(options.source)}: what is shown together needs --out FOLDER")
+def metrics(folder: Path) -> dict[str, float | None]:
+    """Mean over layers at the training length and at the end, and the mean growth between them."""
+    (entry,) = read_results(folder / "effective_rank.json")
+    layers, positions = entry["layers"], entry["positions"]
+    ranks = {
+        f"rank at {positions[name]:,}": sum(layer[f"at_{name}"]["mean"] for layer in layers) / len(layers)
+        for name in ("training_length", "end")
+        if name in positions
+    }
+    growth = [layer["growth"] for layer in layers if layer["growth"] is not None]
+    return ranks | {"growth": sum(growth) / len(growth) if growth else None}
 
-    def rename(models: list[dict]) -> list[str]:
-        return short_names([(Path(model["path"]), model["step"]) for model in models])
 
-    target = Path(options.out)
-    results = read_results([Path(folder) / f"{NAME}.json" for folder in options.source], rename)
-    make_folder(target)
-    report(results, target / NAME, console)
+def compare(measured: list[Measured], stem: Path) -> None:
+    """Pictures of several models on one dataset."""
+    from .figures import comparison
+
+    comparison([Result(case.model, case.data, case.pieces) for case in measured], stem)
 
 
-def report(results: list[Result], stem: Path, console: Console) -> None:
-    """Prints a table for each dataset; writes `stem`.json, and the numbers and pictures of each result.
-
-    Where there are several datasets or models, names of files go on with those of the one shown.
-    """
-    from . import figures
-
-    names = list(dict.fromkeys(result.data["name"] for result in results))
-    folder, npz = stem.parent, []
-    for data, data_slug in zip(names, slugs(names), strict=True):
-        chosen = [result for result in results if result.data["name"] == data]
-        shared = "_".join([stem.name, *([data_slug] if len(names) > 1 else [])])
-        console.print(table(chosen))
-        figures.curves_figure(chosen, folder / f"{shared}.png")
-        figures.map_figure(chosen, folder / f"{shared}_map.png")
-        for result, model_slug in zip(chosen, slugs([result.model["name"] for result in chosen]), strict=True):
-            own = "_".join([shared, *([model_slug] if len(chosen) > 1 else [])])
-            npz.append(f"{own}.npz")
-            write_npz(folder / npz[-1], result)
-            figures.sequence_figure(result, folder / f"{own}_sequence.png")
-            figures.beta_figure(result, folder / f"{own}_beta.png")
-            figures.spectrum_figure(result, folder / f"{own}_spectrum.png")
-            if result.change.documents:
-                figures.documents_figure(result, folder / f"{own}_documents.png")
-            if not np.isfinite(result.rank).all():
-                console.print(f"{result.model['name']}, {data}: states that are not finite", soft_wrap=True)
-    ordered = [result for data in names for result in results if result.data["name"] == data]
-    write_json(stem.with_suffix(".json"), ordered, npz)
-    write_csv(stem.with_suffix(".csv"), ordered)
-    console.print(f"written: {stem}.json, .csv, .npz and .png; what they were made of is in {stem}/", soft_wrap=True)
+evaluation = EffectiveRank()
+main, parse = evaluation.main, evaluation.parse
+SWEPT = evaluation.swept(metrics, compare)

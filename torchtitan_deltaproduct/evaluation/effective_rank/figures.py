@@ -27,6 +27,21 @@ MAP = {"aspect": "auto", "interpolation": "none"}
 DOCUMENT = {"color": "#E69F00", "linewidth": 0.8, "alpha": 0.75, "zorder": 0.5}
 
 
+def comparison(results: list[Result], stem: Path) -> None:
+    """The pictures of some models on one dataset: `stem`.png and `stem`_map.png."""
+    curves_figure(results, Path(f"{stem}.png"))
+    map_figure(results, Path(f"{stem}_map.png"))
+
+
+def of_one(result: Result, stem: Path) -> None:
+    """The pictures of one model on one dataset."""
+    sequence_figure(result, Path(f"{stem}_sequence.png"))
+    beta_figure(result, Path(f"{stem}_beta.png"))
+    spectrum_figure(result, Path(f"{stem}_spectrum.png"))
+    if result.change.documents:
+        documents_figure(result, Path(f"{stem}_documents.png"))
+
+
 def curves_figure(results: list[Result], path: Path) -> None:
     """Mean over sequences against position; the band is one standard deviation over sequences."""
     layers = max(result.rank.shape[0] for result in results)

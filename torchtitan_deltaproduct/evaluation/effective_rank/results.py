@@ -1,16 +1,14 @@
 """From measured ranks to results: means and spreads, what happens at document starts, as table, JSON and NPZ.
 
-    result = Result(model, data, measurements)
-    Console().print(table([result, ...])); write_npz(path, result); write_json(path, [result, ...], {...})
+    result = Result(model, data, pieces)
+    Console().print(table([result, ...])); write_npz(path, result); write_json(path, [result, ...], ["x.npz"], {})
 
 Spreads are over sequences: standard deviation, and the 10 %, 50 % and 90 % quantiles. The state after p tokens has
 position p; a document that begins after s tokens is first seen by the state at s + 1.
 """
 
-import csv
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from ..json_file import read_results as read_entries
-from ..json_file import write_json as write_json_file
-from .parts import Measurements, Numbers
+from .. import files
+from ..pieces import Pieces
+from .measure import Numbers
 from .transitions import ANGLE_BINS, BETA_BINS, DECAY_BINS, MODULUS_BINS, PLANE_BINS
 
 VERSION = 1
@@ -68,19 +66,19 @@ class Result:
     """One model on one dataset; L layers, H heads, N sequences, P positions.
 
     Attributes:
-        model: name, label, path, step, train_length, num_householder, head_dim, head_v_dim, allow_neg_eigval.
-        data: name, said (a line), and what the sequences say about themselves.
-        raw: the measurements.
+        model, data, pieces: see `Measured`.
+        numbers: all that was measured.
+        change: at document starts.
     """
 
     model: dict
     data: dict
-    raw: Measurements
+    pieces: Pieces
     numbers: Numbers = field(init=False)
     change: Change = field(init=False)
 
     def __post_init__(self):
-        self.numbers = self.raw.numbers()
+        self.numbers = Numbers.of(self.pieces)
         self.change = document_change(self.rank, self.positions, self.numbers.starts)
 
     @property
@@ -90,7 +88,7 @@ class Result:
 
     @property
     def every(self) -> int:
-        return self.raw.about["every"]
+        return self.pieces.about["every"]
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -125,9 +123,12 @@ class Result:
     def spread(self, values: np.ndarray) -> dict:
         """[N] -> mean, standard deviation (None of one sequence) and quantiles."""
         values = values.astype(np.float64)
-        found = {"mean": values.mean(), "std": values.std(ddof=1) if len(values) > 1 else math.nan}
-        levels = zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)
-        return found | {f"q{100 * q:.0f}": value for q, value in levels}
+        quantiles = zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)
+        return {
+            "mean": values.mean(),
+            "std": values.std(ddof=1) if len(values) > 1 else math.nan,
+            **{f"q{100 * level:.0f}": value for level, value in quantiles},
+        }
 
     def to_dict(self, npz: str, folder: Path) -> dict:
         """The summary for a file in `folder`: layers, heads, beta and eigenvalues, where trained to and at the end."""
@@ -147,8 +148,8 @@ class Result:
             own = {f"at_{name}": self.spread(self.layer_mean[index, :, p]) for name, p in at.items()}
             layers.append({"layer": index, **own, "growth": None if growth is None else growth[index], "heads": heads})
         return {
-            "model": self.model, "data": self.data, "settings": self.raw.about, "npz": npz,
-            "raw": os.path.relpath(self.raw.folder, folder),
+            "model": self.model, "data": self.data, "settings": self.pieces.about, "npz": npz,
+            "raw": os.path.relpath(self.pieces.folder, folder),
             "positions": {name: int(self.positions[p]) for name, p in at.items()},
             "document_starts": len(self.numbers.starts), "document_starts_compared": self.change.documents,
             "layers": layers,
@@ -225,48 +226,29 @@ def write_npz(path: Path, result: Result) -> None:
         np.savez_compressed(file, **content)
 
 
-def write_json(path: Path, results: list[Result], npz: list[str]) -> None:
+def write_json(path: Path, results: list[Result], npz: list[str], made_by: dict) -> None:
     """Summaries of all results, and where the numbers of each lie."""
-    content = {
+    files.write_json(path, {
         "version": VERSION,
         "definition": DEFINITION,
         "spread": "std and quantiles over sequences; growth: mean at the end over that at the training length, less 1",
+        "made_by": made_by,
         "results": [result.to_dict(name, path.parent) for result, name in zip(results, npz, strict=True)],
-    }
-    write_json_file(path, content)
+    })  # fmt: skip
 
 
 def write_csv(path: Path, results: list[Result]) -> None:
     """One row a model, dataset, layer and position: the rank's mean over heads and sequences, and its deviation."""
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["model", "step", "train_length", "data", "layer", "position", "rank", "rank_std"])
-        for result in results:
-            head = [result.model["label"], result.model["step"], result.model["train_length"], result.data["name"]]
-            mean, several = result.layer_mean.mean(1), result.layer_mean.shape[1] > 1
-            deviation = result.layer_mean.std(1, ddof=1) if several else np.full_like(mean, np.nan)
-            for layer, values in enumerate(zip(mean, deviation, strict=True)):
-                for position, *numbers in zip(result.positions.tolist(), *values, strict=True):
-                    cells = [f"{number:.6f}" if math.isfinite(number) else "" for number in numbers]
-                    writer.writerow([*head, layer, position, *cells])
-
-
-def read_results(paths: list[Path], rename: Callable[[list[dict]], list[str]]) -> list[Result]:
-    """Results of earlier runs, from their measurements.
-
-    Args:
-        paths: their effective_rank.json.
-        rename: short names of models that were named in different files.
-
-    Raises:
-        DataError: a file, or measurements it names, are not there or damaged.
-    """
-    entries = [(path.parent, entry) for path in paths for entry in read_entries(path)]
-    names = rename([entry["model"] for _, entry in entries])
-    return [
-        Result(entry["model"] | {"name": name}, entry["data"], Measurements.at(folder / entry["raw"]))
-        for (folder, entry), name in zip(entries, names, strict=True)
-    ]
+    rows = []
+    for result in results:
+        head = [result.model["label"], result.model["step"], result.model["train_length"], result.data["name"]]
+        mean, several = result.layer_mean.mean(1), result.layer_mean.shape[1] > 1
+        deviation = result.layer_mean.std(1, ddof=1) if several else np.full_like(mean, np.nan)
+        for layer, (ranks, spreads) in enumerate(zip(mean, deviation, strict=True)):
+            columns = zip(result.positions.tolist(), ranks, spreads, strict=True)
+            rows += [[*head, layer, *column] for column in columns]
+    names = ["model", "step", "train_length", "data", "layer", "position", "rank", "rank_std"]
+    files.write_csv(path, names, rows)
 
 
 def table(results: list[Result]) -> Table:

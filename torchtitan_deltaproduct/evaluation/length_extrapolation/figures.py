@@ -65,7 +65,7 @@ def _label(row, results: list[Result], log_positions: bool) -> None:
 
 
 def _sequences(result: Result) -> str:
-    count, kind = result.parts.about["sequences"], result.data["kind"]
+    count, kind = result.pieces.about["sequences"], result.data["kind"]
     return f"{count:,} {'long document' if kind == 'long' else 'sequence'}{'s' * (count != 1)}" + (
         " of packed documents" if kind == "packed" else ""
     )

@@ -1,10 +1,10 @@
 """The loss at every position of long sequences, in memory that does not grow with their length.
 
-    for start, loss, correct in score(model, texts.reader(0, 4), length=1_000_000): ...
+    for start, loss, correct in score(model, tokens.read, length=1_000_000): ...
 
 A sequence goes through the model in segments: the recurrent and convolution states are carried from one to the next
-(`models.decode`), the logits of a segment are computed some tokens at a time, and what was found at its positions is
-handed out before the next is read. So the memory is that of one segment.
+(`models.decode`), the logits of a segment are computed some tokens at a time, and its losses are handed out before the
+next is read.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ Reader = Callable[[int, int], np.ndarray]
 def score(
     model: DeltaProductLM, read: Reader, length: int, segment: int = 1024, logit_bytes: int = LOGIT_BYTES
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Reads `length` tokens of some sequences and yields what was found, segment by segment.
+    """Reads `length` tokens of some sequences and yields their losses, segment by segment.
 
     Args:
         model: whole on its device.
@@ -49,7 +49,7 @@ def score(
         cache = init_cache(model, len(tokens)) if cache is None else cache
         hidden, cache = advance(model, tokens[:, :-1], cache)
         loss, correct = token_losses(model, hidden, tokens[:, 1:], logit_bytes)
-        yield start, loss.cpu().numpy(), correct.cpu().numpy()
+        yield start, loss.float().cpu().numpy(), correct.cpu().numpy()
 
 
 @torch.no_grad()
@@ -60,17 +60,17 @@ def token_losses(
 
     Args:
         model: whose `head` makes the logits.
-        hidden: [B, T, hidden].
-        labels: [B, T] int64.
+        hidden: [..., hidden].
+        labels: [...] int64.
         logit_bytes: as in `score`.
 
     Returns:
-        [B, T] float32 losses in nats, and [B, T] bool: the label has the largest logit.
+        [...] losses in nats, float32 or wider, and [...] bool: the label has the largest logit.
     """
     rows = max(1, logit_bytes // (4 * model.args.vocab_size))
     losses, right = [], []
-    for x, y in zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True):
+    for x, y in zip(hidden.flatten(0, -2).split(rows), labels.flatten().split(rows), strict=True):
         logits = at_least_float32(model.head(x))
-        losses.append(F.cross_entropy(logits, y, reduction="none").float())
+        losses.append(F.cross_entropy(logits, y, reduction="none"))
         right.append(logits.argmax(-1) == y)
     return torch.cat(losses).view(labels.shape), torch.cat(right).view(labels.shape)

@@ -1,7 +1,7 @@
 """From raw losses to results: positions in buckets, means with standard errors, as table, JSON and CSV.
 
-    results = results_of([(model, data, parts), ...], lasts=default_buckets(32_768))
-    Console().print(table(results)); write_json(path, results); write_csv(path, results)
+    results = summarise(measured, buckets="")            # measured: what `long` has kept
+    Console().print(table(results)); write_json(path, results, {}); write_csv(path, results)
 
 The tokens of a sequence depend on each other, the sequences do not: a bucket has one mean for each sequence, and
 standard errors and 95 % intervals (Student's t) are those of the mean over sequences. Perplexity is exp(loss), its
@@ -9,10 +9,9 @@ interval that of the loss. What models have in common, the text, is most of the 
 compared with the first sequence by sequence, and the interval of their difference is much narrower.
 """
 
-import csv
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,27 +21,20 @@ from rich.table import Table
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-from ..json_file import read_results as read_entries
-from ..json_file import write_json as write_json_file
-from .parts import Losses, Sums
+from .. import files
+from ..pieces import Measured, Pieces
 
 VERSION = 1
 FIRST_BUCKET = 32
 """Positions of the first automatic bucket."""
 
 
-def default_buckets(length: int, marks: tuple[int, ...] = ()) -> list[int]:
-    """Last positions of two buckets an octave, 32, 48, 64, 96, ..., of the `marks` below `length`, and `length`."""
-    octaves = [FIRST_BUCKET << k for k in range(length.bit_length())]
-    found = {last for octave in octaves for last in (octave, octave * 3 // 2)} | set(marks)
-    return sorted({last for last in found if 0 < last < length} | {length})
-
-
-def parse_buckets(text: str, length: int, marks: tuple[int, ...] = ()) -> list[int]:
+def parse_buckets(text: str, length: int, marks: Iterable[int] = ()) -> list[int]:
     """Last positions of the buckets that `--buckets` asks for.
 
     Args:
-        text: empty (`default_buckets`), the number of equal ones, or last positions with commas, `512,1024,4096`.
+        text: empty (two buckets an octave, 32, 48, 64, 96, ..., and the `marks`), the number of equal ones, or last
+            positions with commas, `512,1024,4096`.
         length: last position of all; ends the last bucket.
         marks: training lengths.
 
@@ -59,10 +51,49 @@ def parse_buckets(text: str, length: int, marks: tuple[int, ...] = ()) -> list[i
             f"up to {length:,}"
         )
     if not numbers:
-        return default_buckets(length, marks)
+        octaves = [FIRST_BUCKET << k for k in range(length.bit_length())]
+        lasts = {last for octave in octaves for last in (octave, octave * 3 // 2)} | set(marks)
+        return sorted({last for last in lasts if 0 < last < length} | {length})
     if "," not in text:
         return [length * (k + 1) // numbers[0] for k in range(numbers[0])]
     return sorted({*numbers, length})
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the first positions of each of S sequences.
+
+    Attributes:
+        edges: [E] int64, numbers of positions, rising from 0.
+        loss: [S, E] float64, of the losses (nats) of the first `edges[e]` positions.
+        correct: [S, E] int64, right predictions among them.
+    """
+
+    edges: np.ndarray
+    loss: np.ndarray
+    correct: np.ndarray
+
+    @classmethod
+    def of(cls, pieces: Pieces, edges: Iterable[int]) -> "Sums":
+        """Reads the raw losses once, a piece at a time; 0 and the length are added to the edges."""
+        length = pieces.about["length"]
+        edges = np.unique([0, length, *edges])
+        loss, correct = (np.zeros((pieces.about["sequences"], len(edges)), kind) for kind in (np.float64, np.int64))
+        # Position t, from 0, is the last of t + 1: it counts for the first edge that is no smaller.
+        edge = np.searchsorted(edges, np.arange(1, length + 1))
+        for (first, last), positions in pieces:
+            for row in range(first, last):
+                values = positions[row - first]
+                loss[row] = np.bincount(edge, values["loss"], len(edges))
+                correct[row] = np.bincount(edge[values["correct"]], minlength=len(edges))
+        return cls(edges, loss.cumsum(1), correct.cumsum(1))
+
+    def between(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean loss and accuracy of each sequence at positions first .. last, counted from 1: [S] float64 each."""
+        a, b = np.searchsorted(self.edges, [first - 1, last])
+        assert self.edges[a] == first - 1 and self.edges[b] == last
+        count = last - first + 1
+        return (self.loss[:, b] - self.loss[:, a]) / count, (self.correct[:, b] - self.correct[:, a]) / count
 
 
 @lru_cache
@@ -73,30 +104,31 @@ def student_t(degrees: int, share: float = 0.95) -> float:
     return float(t.ppf((1 + share) / 2, degrees))
 
 
-def mean_interval(values: np.ndarray) -> dict[str, float]:
-    """Mean of independent values [S], its standard error and 95 % interval; NaN where they are not known."""
+def mean_interval(values: np.ndarray, name: str) -> dict[str, float]:
+    """Mean of independent values [S], `name`, its standard error and 95 % interval; NaN where they are not known."""
     n, mean = len(values), float(np.mean(values))
     error = float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     half = error * student_t(n - 1) if n > 1 else math.nan
-    return {"": mean, "_se": error, "_low": mean - half, "_high": mean + half}
+    return {name: mean, f"{name}_se": error, f"{name}_low": mean - half, f"{name}_high": mean + half}
 
 
 def statistics(sums: Sums, first: int, last: int) -> dict[str, float]:
     """All numbers of one bucket, positions first .. last counted from 1."""
     loss, accuracy = sums.between(first, last)
-    running, _ = sums.between(1, last)
-    out: dict[str, float] = {"first": first, "last": last, "tokens": len(loss) * (last - first + 1)}
-    out |= {f"loss{key}": value for key, value in mean_interval(loss).items()}
-    out |= {f"perplexity{key}": _exp(out[f"loss{key}"]) for key in ("", "_low", "_high")}
-    share = mean_interval(accuracy)
-    share |= {"_low": max(share["_low"], 0.0), "_high": min(share["_high"], 1.0)} if len(loss) > 1 else {}
-    out |= {f"accuracy{key}": value for key, value in share.items()}
-    out |= {f"running_loss{key}": value for key, value in mean_interval(running).items()}
-    return out | {f"running_perplexity{key}": _exp(out[f"running_loss{key}"]) for key in ("", "_low", "_high")}
+    share = mean_interval(accuracy, "accuracy")
+    if len(loss) > 1:
+        share |= {"accuracy_low": max(share["accuracy_low"], 0.0), "accuracy_high": min(share["accuracy_high"], 1.0)}
+    return {
+        "first": first, "last": last, "tokens": len(loss) * (last - first + 1),
+        **_with_perplexity(mean_interval(loss, "loss"), "loss", "perplexity"), **share,
+        **_with_perplexity(mean_interval(sums.between(1, last)[0], "running_loss"), "running_loss",
+                           "running_perplexity"),
+    }  # fmt: skip
 
 
-def _exp(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
+def _with_perplexity(numbers: dict[str, float], loss: str, perplexity: str) -> dict[str, float]:
+    exponentials = {f"{perplexity}{end}": math.exp(min(numbers[loss + end], 700.0)) for end in ("", "_low", "_high")}
+    return numbers | exponentials
 
 
 def beyond_training(sums: Sums, train_length: int | None, length: int) -> dict | None:
@@ -107,11 +139,10 @@ def beyond_training(sums: Sums, train_length: int | None, length: int) -> dict |
     """
     if not train_length or train_length < 2 or length < 2 * train_length:
         return None
-    stretches = [(train_length // 2 + 1, train_length), (length // 2 + 1, length)]
-    trained, beyond = (statistics(sums, *stretch) for stretch in stretches)
-    change = sums.between(*stretches[1])[0] - sums.between(*stretches[0])[0]
-    named = {f"difference{key}": value for key, value in mean_interval(change).items()}
-    return {"training": trained, "beyond": beyond, **named}
+    trained, beyond = (train_length // 2 + 1, train_length), (length // 2 + 1, length)
+    change = sums.between(*beyond)[0] - sums.between(*trained)[0]
+    both = {"training": statistics(sums, *trained), "beyond": statistics(sums, *beyond)}
+    return both | mean_interval(change, "difference")
 
 
 @dataclass(frozen=True)
@@ -119,9 +150,7 @@ class Result:
     """One model on one dataset.
 
     Attributes:
-        model: name (short), label, path, step, train_length, num_householder, parameters.
-        data: name (short), said (one line), and `Texts.about`.
-        parts: the raw losses.
+        model, data, pieces: see `Measured`.
         sums: of the losses up to the edges of the buckets.
         buckets: `statistics` of each, and `minus_first`: the loss minus that of the first model (NaN for itself).
         beyond: `beyond_training`.
@@ -129,35 +158,30 @@ class Result:
 
     model: dict
     data: dict
-    parts: Losses
+    pieces: Pieces
     sums: Sums
     buckets: list[dict]
     beyond: dict | None
 
     @classmethod
-    def of(cls, model: dict, data: dict, parts: Losses, lasts: list[int], first: "Result | None" = None) -> "Result":
-        """Reads the raw losses once.
-
-        Args:
-            model, data, parts: as the attributes.
-            lasts: last positions of the buckets.
-            first: of the first model on the same sequences, in the same buckets.
-        """
-        length, trained = parts.about["length"], model["train_length"] or 0
-        sums = parts.sums([*lasts, trained // 2, min(trained, length), length // 2])
-        firsts = [1, *(last + 1 for last in lasts[:-1])]
+    def of(cls, case: Measured, lasts: list[int], first: "Result | None" = None) -> "Result":
+        """The result in buckets that end at `lasts`, beside that of the first model on the same sequences."""
+        length, trained = case.pieces.about["length"], case.model["train_length"] or 0
+        sums = Sums.of(case.pieces, [*lasts, trained // 2, min(trained, length), length // 2])
         buckets = []
-        for start, last in zip(firsts, lasts, strict=True):
-            change = mean_interval(np.full(1, np.nan))
-            if first is not None:
-                change = mean_interval(sums.between(start, last)[0] - first.sums.between(start, last)[0])
-            named = {f"minus_first{key}": value for key, value in change.items()}
-            buckets.append(statistics(sums, start, last) | named)
-        return cls(model, data, parts, sums, buckets, beyond_training(sums, trained, length))
+        for start, last in zip([1, *(last + 1 for last in lasts[:-1])], lasts, strict=True):
+            other = first.sums.between(start, last)[0] if first else np.full(1, np.nan)
+            change = (sums.between(start, last)[0] if first else 0) - other
+            buckets.append(statistics(sums, start, last) | mean_interval(change, "minus_first"))
+        return cls(case.model, case.data, case.pieces, sums, buckets, beyond_training(sums, trained, length))
+
+    @property
+    def name(self) -> str:
+        return f"{self.model['name']}, {self.data['name']}"
 
     @property
     def length(self) -> int:
-        return self.parts.about["length"]
+        return self.pieces.about["length"]
 
     @property
     def compared(self) -> bool:
@@ -177,30 +201,29 @@ class Result:
         spans = [f"{s['first']:,} to {s['last']:,}" for s in (self.beyond["training"], self.beyond["beyond"])]
         unclear = " (no clear change)" if abs(self.beyond["difference"]) <= half else ""
         return (
-            f"{self.model['name']}, {self.data['name']}: loss {self.beyond['training']['loss']:.3f} at positions "
+            f"{self.name}: loss {self.beyond['training']['loss']:.3f} at positions "
             f"{spans[0]}, up to its training length; {self.beyond['beyond']['loss']:.3f} at {spans[1]}: "
             f"{_with_error(self.beyond, 'difference', '+.3f')}{unclear}"
         )
 
-    def to_dict(self, folder: Path) -> dict:
-        """For JSON; raw results are named relative to the `folder` of the file."""
-        kept = ("dtype", "device", "batch", "segment", "length", "sequences")
-        return {
-            "model": self.model | {"weights": self.parts.about["weights"]},
-            "data": self.data,
-            "settings": {key: self.parts.about[key] for key in kept},
-            "raw": os.path.relpath(self.parts.folder, folder),
-            "beyond_training": self.beyond,
-            "buckets": self.buckets,
-        }
 
+def summarise(measured: list[Measured], buckets: str) -> list[Result]:
+    """Results in the buckets that `--buckets` asks for, each beside the first model on the same sequences.
 
-def results_of(found: list[tuple[dict, dict, Losses]], lasts: list[int]) -> list[Result]:
-    """Results of (model, data, raw losses), each beside that of the first model on the same sequences."""
+    Raises:
+        DataError: the sequences are of different lengths. ConfigError: `buckets` is none.
+    """
+    lengths = {case.pieces.about["length"]: case.pieces.folder for case in measured}
+    if len(lengths) > 1:
+        found = ", ".join(f"{length:,} in {folder}" for length, folder in lengths.items())
+        raise DataError(f"the results have different lengths: {found}\nname those of one length")
+    marks = [case.model["train_length"] for case in measured if case.model["train_length"]]
+    lasts = parse_buckets(buckets, next(iter(lengths)), marks)
     results: list[Result] = []
-    for model, data, parts in found:
-        first = next((other for other in results if other.parts.about["texts"] == parts.about["texts"]), None)
-        results.append(Result.of(model, data, parts, lasts, first))
+    for case in measured:
+        texts = case.pieces.about["texts"]
+        first = next((other for other in results if other.pieces.about["texts"] == texts), None)
+        results.append(Result.of(case, lasts, first))
     return results
 
 
@@ -215,18 +238,20 @@ def table(results: list[Result]) -> Table:
         title = f"{result.model['name']}\nloss ± 95 %   perpl.   acc.{more}"
         out.add_column(title, justify="right", overflow="fold")
     for rows in zip(*(result.buckets for result in results), strict=True):
-        cells = [_cell(row) for row in rows]
         last = rows[0]["last"]
-        out.add_row(f"{rows[0]['first']:,} - {last:,}", *cells, end_section=last in marks and last < results[0].length)
+        out.add_row(f"{rows[0]['first']:,} - {last:,}", *map(_cell, rows),
+                    end_section=last in marks and last < results[0].length)  # fmt: skip
     return out
 
 
 def _cell(bucket: dict) -> str:
     if not math.isfinite(bucket["loss"]):
         return "not finite"
-    change = bucket["minus_first"]
-    more = f"   {_with_error(bucket, 'minus_first', '+.3f')}" if math.isfinite(change) else ""
-    return f"{_with_error(bucket, 'loss', '.3f')}  {_short(bucket['perplexity'])}  {bucket['accuracy']:5.1%}{more}"
+    change = f"   {_with_error(bucket, 'minus_first', '+.3f')}" if math.isfinite(bucket["minus_first"]) else ""
+    perplexity = bucket["perplexity"]
+    form = ",.2f" if perplexity < 1000 else ",.0f" if perplexity < 1e6 else ".1e"
+    loss = _with_error(bucket, "loss", ".3f")
+    return f"{loss}  {f'{perplexity:{form}}'.rjust(7)}  {bucket['accuracy']:5.1%}{change}"
 
 
 def _with_error(bucket: dict, name: str, form: str) -> str:
@@ -234,68 +259,34 @@ def _with_error(bucket: dict, name: str, form: str) -> str:
     return f"{bucket[name]:{form}}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
 
 
-def _short(perplexity: float) -> str:
-    form = ",.2f" if perplexity < 1000 else ",.0f" if perplexity < 1e6 else ".1e"
-    return f"{perplexity:{form}}".rjust(7)
-
-
-def write_json(path: Path, results: list[Result]) -> None:
-    """Everything, and where the raw results lie."""
-    content = {
+def write_json(path: Path, results: list[Result], made_by: dict) -> None:
+    """Everything, and where the raw losses lie, relative to the folder of the file."""
+    settings = ("dtype", "device", "batch", "segment", "length", "sequences")
+    files.write_json(path, {
         "version": VERSION,
         "units": "loss in nats a token; positions counted from 1: position t predicts a token from the t before it",
         "intervals": "95 %, Student's t over sequences; the tokens of a sequence do not count as independent",
-        "results": [result.to_dict(path.parent) for result in results],
-    }
-    write_json_file(path, content)
+        "made_by": made_by,
+        "results": [
+            {
+                "model": result.model | {"weights": result.pieces.about["weights"]},
+                "data": result.data,
+                "settings": {key: result.pieces.about[key] for key in settings},
+                "raw": os.path.relpath(result.pieces.folder, path.parent),
+                "beyond_training": result.beyond,
+                "buckets": result.buckets,
+            }
+            for result in results
+        ],
+    })  # fmt: skip
 
 
 def write_csv(path: Path, results: list[Result]) -> None:
     """One row a model, dataset and bucket; fields are empty where JSON has null."""
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["model", "step", "train_length", "data", "documents", "length", "sequences",
-                         *results[0].buckets[0]])  # fmt: skip
-        for result in results:
-            head = [result.model["label"], result.model["step"], result.model["train_length"], result.data["name"],
-                    result.data["kind"], result.length, result.parts.about["sequences"]]  # fmt: skip
-            for bucket in result.buckets:
-                writer.writerow([*head, *(_text(value) for value in bucket.values())])
-
-
-def _text(value: float) -> str | int:
-    if isinstance(value, int):
-        return value
-    return f"{value:.6f}" if math.isfinite(value) else ""
-
-
-def read_results(paths: list[Path], buckets: str, rename: Callable[[list[dict]], list[str]]) -> list[Result]:
-    """Results of earlier runs in other buckets, from their raw losses.
-
-    Args:
-        paths: their length_extrapolation.json.
-        buckets: as `parse_buckets`.
-        rename: short names of models that were named in different files.
-
-    Raises:
-        DataError: a file, or raw results it names, are not there, or they are of different lengths. ConfigError:
-            `buckets` is none.
-    """
-    found = [
-        (entry["model"], entry["data"], Losses.at(path.parent / entry["raw"]))
-        for path in paths
-        for entry in read_entries(path)
-    ]
-    lengths = {parts.about["length"]: parts.folder for _, _, parts in found}
-    if len(lengths) > 1:
-        said = ", ".join(f"{length:,} in {folder}" for length, folder in lengths.items())
-        raise DataError(f"the results have different lengths: {said}\nname those of one length")
-    names = rename([model for model, _, _ in found])
-    found = [(model | {"name": name}, data, parts) for (model, data, parts), name in zip(found, names, strict=True)]
-    lasts = parse_buckets(buckets, found[0][2].about["length"], training_lengths([model for model, _, _ in found]))
-    return results_of(found, lasts)
-
-
-def training_lengths(models: list[dict]) -> tuple[int, ...]:
-    """Those of `Result.model` that are known."""
-    return tuple(sorted({model["train_length"] for model in models if model["train_length"]}))
+    names = ["model", "step", "train_length", "data", "documents", "length", "sequences", *results[0].buckets[0]]
+    rows = []
+    for result in results:
+        head = [result.model["label"], result.model["step"], result.model["train_length"], result.data["name"],
+                result.data["kind"], result.length, result.pieces.about["sequences"]]  # fmt: skip
+        rows += [[*head, *bucket.values()] for bucket in result.buckets]
+    files.write_csv(path, names, rows)

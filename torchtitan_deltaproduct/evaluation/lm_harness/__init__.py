@@ -28,7 +28,9 @@ import torch.distributed as dist
 from torchtitan_deltaproduct.checkpoint.folders import is_hf_folder
 from torchtitan_deltaproduct.checkpoint.load import find_checkpoint, run_folder
 from torchtitan_deltaproduct.data.verified import file_sha256
-from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
+from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
+
+from ..swept import Swept
 
 INSTALL = 'pip install -e ".[lm-eval]" -c constraints.txt'
 COMMANDS = ("run", "ls", "validate")
@@ -152,3 +154,44 @@ def folder_of(model: str, step: int | None) -> Path:
         return run_folder(find_checkpoint(model, step).path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nmodels come first, or in --model_args pretrained=MODEL") from None
+
+
+def metrics(folder: Path) -> dict[str, float | None]:
+    """Every metric of every task, as lm-eval names them."""
+    values = {}
+    for task, metrics in _newest_results(folder)["results"].items():
+        for name, value in metrics.items():
+            metric, _, variant = name.partition(",")
+            if isinstance(value, int | float) and not metric.endswith("_stderr") and variant:
+                values[f"{task} {metric}" + ("" if variant == "none" else f" ({variant})")] = float(value)
+    return values
+
+
+def _newest_results(folder: Path) -> dict:
+    """What lm-eval wrote last; DataError if there is nothing."""
+    files = sorted(folder.rglob("results_*.json"))
+    if not files:
+        raise DataError(f"{folder} has no results_*.json of lm-eval\nmake it again: run the eval once more")
+    return json.loads(files[-1].read_text(encoding="utf-8"))
+
+
+class SweptHarness(Swept):
+    """lm-eval's own command line: its options have underscores, and its results know the command from the model."""
+
+    def words(self, model: str, step: int | None, data: str, out: Path, options: dict) -> list[str]:
+        # The path as a word of its own: in --model_args a comma would end it, and a number be none.
+        asked = [] if step is None else ["--model_args", f"step={step}"]
+        return [model, *asked, "--output_path", str(out), *self.flags(options, dash="_")]
+
+    def refusal(self, options: dict, data: str) -> str:
+        # lm-eval need not be installed where a sweep is planned.
+        return "" if "tasks" in options else 'expected tasks = "lambada_openai,..."'
+
+    def made_by(self, folder: Path) -> dict:
+        try:
+            return _newest_results(folder)["config"]["made_by"]
+        except (OSError, ValueError, KeyError, DataError):
+            return {}
+
+
+SWEPT = SweptHarness("lm_harness", metrics)

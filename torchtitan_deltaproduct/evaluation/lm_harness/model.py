@@ -11,6 +11,7 @@ training, and `loglikelihood_rolling` begins with it.
 import inspect
 import logging
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from ..generate.decoding import Settings, continue_prompts
 from ..generate.sampling import Sampling
 from ..generate.vocabulary import open_vocabulary
 from ..options import DTYPES
+from ..swept import made_by
 from .scoring import SEGMENT, Request, Score, score
 
 NAME = "deltaproduct"
@@ -208,6 +210,7 @@ class DeltaProductHarness(TemplateLM):
             "model_step": self.loaded.step,
             "train_length": self.loaded.train_length,
             "tokenizer": self.tokenizer_name,
+            "made_by": made_by(sys.argv[1:], [self.loaded]),
         }
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.models.decode import advance, init_cache, select
 from torchtitan_deltaproduct.models.mixer import MixerCache
+
+from ..length_extrapolation.loss import token_losses
 
 Request = tuple[list[int], list[int]]
 """Ids of a context, at least one, and of the continuation that is scored."""
@@ -143,23 +143,11 @@ def _read(
         counts = torch.tensor(scored[:active], device=device).unsqueeze(1)
         chosen = (column >= ends - counts) & (column < ends)
         hidden, cache = advance(model, tokens[:, :-1], cache)
-        values, right = _log_probabilities(model, hidden[chosen], tokens[:, 1:][chosen])
+        losses, right = token_losses(model, hidden[chosen], tokens[:, 1:][chosen], 4 * MAX_LOGITS)
         row = chosen.nonzero()[:, 0]
-        sums = torch.zeros(active, dtype=torch.float64, device=device).index_add_(0, row, values.double())
+        sums = torch.zeros(active, dtype=torch.float64, device=device).index_add_(0, row, -losses.double())
         wrong = torch.zeros(active, dtype=torch.int64, device=device).index_add_(0, row, (~right).long())
         for i, (value, misses) in enumerate(zip(sums.tolist(), wrong.tolist(), strict=True)):
             logprob[i] += value
             greedy[i] &= misses == 0
     return list(zip(logprob, greedy, strict=True))
-
-
-def _log_probabilities(model: DeltaProductLM, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of each target [N], in float32 or better, and whether it is the most probable; hidden [N, h]."""
-    values, right = [], []
-    size = max(1, MAX_LOGITS // model.args.vocab_size)
-    for x, target in zip(hidden.split(size), targets.split(size), strict=True):
-        logits = model.head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        values.append(-F.cross_entropy(logits, target, reduction="none"))
-        right.append(logits.argmax(1) == target)
-    return torch.cat(values), torch.cat(right)

@@ -18,13 +18,16 @@ from rich.console import Console
 
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 
+from ..files import read_results
 from ..options import add_model_options, at_least, load_models, output_folder
+from ..swept import Swept, made_by
 from .problems import Problem, model_reader, problem_of
 from .results import Criterion, RunResult, Setting, by_setting, seed_name, table, write_csv, write_json
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     loaded = load_models(options)
     folder = output_folder(options, loaded)
@@ -40,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         results.append(evaluate(model, problem, options.words, console, rows=options.batch, segment=options.segment))
     criterion = Criterion(options.solved_at_training, options.solved_beyond)
     settings = by_setting(results)
-    report(settings, criterion, folder / "state_tracking", console)
+    report(settings, criterion, folder / "state_tracking", console, made_by(words, loaded))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -82,7 +85,9 @@ def evaluate(loaded: LoadedModel, problem: Problem, words: int, console: Console
     return RunResult.of(loaded, problem, counts)
 
 
-def report(settings: list[Setting], criterion: Criterion, stem: Path, console: Console) -> None:
+def report(
+    settings: list[Setting], criterion: Criterion, stem: Path, console: Console, origin: dict | None = None
+) -> None:
     """Prints the table and writes `stem`.json, .csv and .png."""
     from .figures import accuracy_figure
 
@@ -95,9 +100,9 @@ def report(settings: list[Setting], criterion: Criterion, stem: Path, console: C
     for setting in settings:
         if setting.runs[0].problem.formal:
             _print_buckets(setting, console)
-    write_json(stem.with_suffix(".json"), settings, criterion)
-    write_csv(stem.with_suffix(".csv"), settings)
     accuracy_figure(settings, stem.with_suffix(".png"))
+    write_csv(stem.with_suffix(".csv"), settings)
+    write_json(stem.with_suffix(".json"), settings, criterion, origin or {})
     console.print(f"written: {stem}.json, .csv, .png", soft_wrap=True)
 
 
@@ -106,3 +111,16 @@ def _print_buckets(setting: Setting, console: Console) -> None:
         cells = [f"{b['first']}-{b['last']}: {b['value']:.1%} ({b['scaled']:.2f})" for b in run.buckets()]
         console.print(f"{setting.problem.name}, {setting.label}, seed {seed_name(run)}, accuracy (scaled) by length")
         console.print("  " + "  ".join(cells))
+
+
+def metrics(folder: Path) -> dict[str, float | None]:
+    """Accuracy at the training length and at the tested one, and whether it counts as solved."""
+    (setting,) = read_results(folder / "state_tracking.json", "settings")
+    return {
+        "accuracy at the training length": setting["accuracy_at_training_length"]["mean"],
+        "accuracy at the tested length": setting["accuracy_at_length"]["mean"],
+        "solved": float(setting["solved"]),
+    }
+
+
+SWEPT = Swept("state_tracking", metrics, parse)

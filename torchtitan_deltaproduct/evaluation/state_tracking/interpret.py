@@ -22,8 +22,7 @@ from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.ops.normalize import l2norm
 
-from ..jobs import short_names
-from ..texts import slugs
+from ..files import short_names, slugs
 from .problems import problem_of
 
 BINS = 40

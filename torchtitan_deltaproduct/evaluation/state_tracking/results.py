@@ -9,7 +9,6 @@ answer each, it is the accuracy of rows no longer than in training, and of longe
 (accuracy - chance) / (1 - chance), as in Grazzi et al. 2025.
 """
 
-import csv
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.table import Table
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
 
-from ..json_file import write_json as write_json_file
+from .. import files
 from .problems import Counts, Problem, wilson
 
 # What tells settings apart, beside the problem: the whole model and how it was trained, but for its seeds.
@@ -290,15 +289,15 @@ def _yes(solved: bool) -> str:
     return "[green]yes[/]" if solved else "[red]no[/]"
 
 
-def write_json(path: Path, settings: list[Setting], criterion: Criterion) -> None:
+def write_json(path: Path, settings: list[Setting], criterion: Criterion, made_by: dict) -> None:
     """Everything: settings over their runs, runs with the counts of every position."""
-    content = {
+    files.write_json(path, {
         "version": 1,
         "criterion": vars(criterion),
         "intervals": "Wilson, 95 %; words count as independent, the tokens of a word do not",
+        "made_by": made_by,
         "settings": [setting.to_dict(criterion) for setting in settings],
-    }
-    write_json_file(path, content)
+    })  # fmt: skip
 
 
 def write_csv(path: Path, settings: list[Setting]) -> None:
@@ -306,20 +305,14 @@ def write_csv(path: Path, settings: list[Setting]) -> None:
     names = ["problem", "num_householder", "eigenvalue_range", "differs", "data_seed", "model_seed", "run", "position",
              "scored", "correct", "accuracy", "accuracy_low", "accuracy_high", "prefix_accuracy", "prefix_low",
              "prefix_high"]  # fmt: skip
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(names)
-        for setting in settings:
-            for run in setting.runs:
-                writer.writerows(_csv_rows(setting, run))
-
-
-def _csv_rows(setting: Setting, run: RunResult):
-    counts = run.counts
-    accuracy, (low, high) = counts.accuracy(), wilson(counts.correct, counts.scored)
-    prefix, bounds = counts.prefix / counts.words, wilson(counts.prefix, counts.words)
-    head = [setting.problem.name, run.n_h, run.range, setting.differs, *run.seeds, run.label]
-    for i in np.flatnonzero(counts.scored):
-        row = [i + 1, counts.scored[i], counts.correct[i], *(f"{x[i]:.6f}" for x in (accuracy, low, high))]
-        whole = ["", "", ""] if run.problem.formal else [f"{x[i]:.6f}" for x in (prefix, *bounds)]
-        yield [*head, *row, *whole]
+    rows = []
+    for setting, run in [(one, run) for one in settings for run in one.runs]:
+        counts = run.counts
+        shares = [counts.accuracy(), *wilson(counts.correct, counts.scored)]
+        if not run.problem.formal:
+            shares += [counts.prefix / counts.words, *wilson(counts.prefix, counts.words)]
+        head = [setting.problem.name, run.n_h, run.range, setting.differs, *run.seeds, run.label]
+        for i in np.flatnonzero(counts.scored):
+            numbers = [*(share[i] for share in shares), "", "", ""][:6]
+            rows.append([*head, i + 1, counts.scored[i], counts.correct[i], *numbers])
+    files.write_csv(path, names, rows)

@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None, submit: Submit | None = None) -> in
             console.print(shlex.join(["python", *job.command[1:]]), soft_wrap=True, style="dim")
         return 0
     make_folder(sweep.out)
+    if options.slurm and submit is None:
+        raise ConfigError("--slurm: expected `python -m eval.sweep`, run from the repository root")
     if options.slurm:
         return hand_over(sweep, jobs, options, submit, console)
     if not options.collect:
@@ -81,14 +83,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def chosen(sweep: Sweep, only: list[str]) -> list[Job]:
     """The jobs named, or all; raises ConfigError for a name that is none."""
     for name in only:
-        if not any(job.name == name or job.name.startswith(f"{name}/") for job in sweep.jobs):
+        if not any(f"{job.name}/".startswith(f"{name}/") for job in sweep.jobs):
             raise ConfigError(f"--only {name}: no such job; there are: {', '.join(job.name for job in sweep.jobs)}")
-    names = tuple(only)
-    return [
-        job
-        for job in sweep.jobs
-        if not names or any(job.name == name or job.name.startswith(f"{name}/") for name in names)
-    ]
+    return [job for job in sweep.jobs if not only or any(f"{job.name}/".startswith(f"{name}/") for name in only)]
 
 
 def listing(jobs: list[Job]) -> Table:
@@ -116,7 +113,6 @@ def run(jobs: list[Job], console: Console) -> None:
         code = execute(job)
         seconds = time.monotonic() - start
         if code == 0:
-            job.finish()
             console.print(f"{number}/{len(todo)} {job.name}: done in {seconds:.0f} s", soft_wrap=True)
         else:
             tail = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]

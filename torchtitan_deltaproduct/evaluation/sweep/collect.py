@@ -7,21 +7,14 @@ write_results(sweep, rows)
  "metrics": {"loss to the training length": 2.94, "loss beyond": 2.95, ...}}
 """
 
-import csv
-import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from torchtitan_deltaproduct.data.manifest import write_atomically
-from torchtitan_deltaproduct.errors import DataError
-
-from ..json_file import finite, read_results
-from .plan import Job, Sweep
+from ..files import finite, write_atomically, write_csv
+from .plan import Job, Sweep, evals
 
 
 @dataclass(frozen=True)
@@ -38,98 +31,28 @@ class Row:
 
 
 def collect(sweep: Sweep) -> list[Row]:
-    """The rows of all jobs that are done.
-
-    Raises:
-        DataError: results that should be there are not, or are damaged.
-    """
-    return [Row(job, READERS[job.eval](job.folder)) for job in sweep.jobs if job.is_done()]
-
-
-def length_extrapolation(folder: Path) -> dict[str, float | None]:
-    """Losses (nats a token) up to the training length and beyond it, and the perplexity of all positions."""
-    (entry,) = read_results(folder / "length_extrapolation.json")
-    last, beyond = entry["buckets"][-1], entry["beyond_training"] or {}
-    found = {
-        "loss to the training length": (beyond.get("training") or {}).get("loss"),
-        "loss beyond": (beyond.get("beyond") or {}).get("loss"),
-        "change": beyond.get("difference"),
-    }
-    found[f"perplexity to {last['last']:,}"] = last["running_perplexity"]
-    return found | {"accuracy at the end": last["accuracy"]}
-
-
-def effective_rank(folder: Path) -> dict[str, float | None]:
-    """Mean over layers at the training length and at the end, and the mean growth between them."""
-    (entry,) = read_results(folder / "effective_rank.json")
-    layers, positions = entry["layers"], entry["positions"]
-    found = {
-        f"rank at {positions[name]:,}": sum(layer[f"at_{name}"]["mean"] for layer in layers) / len(layers)
-        for name in ("training_length", "end")
-        if name in positions
-    }
-    growth = [layer["growth"] for layer in layers if layer["growth"] is not None]
-    return found | {"growth": sum(growth) / len(growth) if growth else None}
-
-
-def state_tracking(folder: Path) -> dict[str, float | None]:
-    """Accuracy at the training length and at the tested one, and whether it counts as solved."""
-    path = folder / "state_tracking.json"
-    try:
-        (setting,) = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} cannot be read ({error!r})\nmake it again: run the eval once more") from None
-    return {
-        "accuracy at the training length": setting["accuracy_at_training_length"]["mean"],
-        "accuracy at the tested length": setting["accuracy_at_length"]["mean"],
-        "solved": float(setting["solved"]),
-    }
-
-
-def lm_harness(folder: Path) -> dict[str, float | None]:
-    """Every metric of every task, as lm-eval names them."""
-    files = sorted(folder.rglob("results_*.json"))
-    if not files:
-        raise DataError(f"{folder} has no results_*.json of lm-eval\nmake it again: run the eval once more")
-    found = {}
-    for task, metrics in json.loads(files[-1].read_text(encoding="utf-8"))["results"].items():
-        for name, value in metrics.items():
-            metric, _, variant = name.partition(",")
-            if isinstance(value, int | float) and not metric.endswith("_stderr") and variant:
-                found[f"{task} {metric}" + ("" if variant == "none" else f" ({variant})")] = float(value)
-    return found
-
-
-READERS: dict[str, Callable[[Path], dict[str, float | None]]] = {
-    "length_extrapolation": length_extrapolation,
-    "effective_rank": effective_rank,
-    "state_tracking": state_tracking,
-    "lm_harness": lm_harness,
-}
-"""How the results of each eval become a row."""
+    """The rows of all jobs that are done; DataError if results that should be there are damaged."""
+    return [Row(job, evals()[job.eval].metrics(job.folder)) for job in sweep.jobs if job.is_done()]
 
 
 def write_results(sweep: Sweep, rows: list[Row]) -> None:
     """Writes results.jsonl, results.csv (a line a metric of a job) and results.md to the sweep's folder."""
     sweep.out.mkdir(parents=True, exist_ok=True)
     write_atomically(sweep.out / "results.jsonl", "".join(json.dumps(row.to_dict()) + "\n" for row in rows))
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["eval", "data", "model", "checkpoint", "metric", "value"])
-    for row in rows:
-        job = row.job
-        for metric, value in finite(row.metrics).items():
-            writer.writerow([job.eval, job.data, job.model.name, job.model.checkpoint, metric, value])
-    write_atomically(sweep.out / "results.csv", table.getvalue())
+    lines = [
+        [job.eval, job.data, job.model.name, job.model.checkpoint, metric, "" if value is None else repr(value)]
+        for row, job in zip(rows, (row.job for row in rows), strict=True)
+        for metric, value in finite(row.metrics).items()
+    ]
+    names = ["eval", "data", "model", "checkpoint", "metric", "value"]
+    write_csv(sweep.out / "results.csv", names, lines, end="\n")
     write_atomically(sweep.out / "results.md", markdown(sweep, rows))
 
 
 def markdown(sweep: Sweep, rows: list[Row]) -> str:
     """A table for each eval and dataset: a line a model, a column a metric."""
     lines = [f"# {sweep.file.stem}", ""]
-    groups = list(dict.fromkeys((row.job.eval, row.job.data) for row in rows))
-    for name, data in groups:
-        chosen = [row for row in rows if (row.job.eval, row.job.data) == (name, data)]
+    for (name, data), chosen in _by_dataset(rows).items():
         metrics = list(dict.fromkeys(metric for row in chosen for metric in row.metrics))
         lines += [f"## {name.replace('_', ' ')}" + (f", {data}" if data else ""), ""]
         lines += ["| model | " + " | ".join(metrics) + " |", "| --- |" + " ---: |" * len(metrics)]
@@ -149,23 +72,19 @@ def _text(value: float | None) -> str:
 
 def pictures(sweep: Sweep, rows: list[Row], console: Console) -> None:
     """Compares the models of each eval on each dataset: pictures in OUT/EVAL/compared/DATASET."""
-    for name, data in dict.fromkeys((row.job.eval, row.job.data) for row in rows if row.job.data):
-        chosen = [row.job for row in rows if (row.job.eval, row.job.data) == (name, data)]
-        folder = sweep.out / name / "compared" / data
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [job.folder / f"{name}.json" for job in chosen]
-        names = [job.model.name for job in chosen]
-        if name == "length_extrapolation":
-            from ..length_extrapolation.figures import loss_figure
-            from ..length_extrapolation.results import read_results as of_positions
+    for (name, data), chosen in _by_dataset(rows).items():
+        compare = evals()[name].compare
+        if compare is not None:
+            folder = sweep.out / name / "compared" / data
+            folder.mkdir(parents=True, exist_ok=True)
+            files = [row.job.folder / f"{name}.json" for row in chosen]
+            compare(files, [row.job.model.name for row in chosen], folder / name)
+            console.print(f"written: {folder}/{name}*.png", soft_wrap=True)
 
-            results = of_positions(paths, "", lambda models, names=names: names)
-            loss_figure(results, folder / f"{name}.png", log_positions=True)
-        else:
-            from ..effective_rank.figures import curves_figure, map_figure
-            from ..effective_rank.results import read_results as of_states
 
-            found = of_states(paths, lambda models, names=names: names)
-            curves_figure(found, folder / f"{name}.png")
-            map_figure(found, folder / f"{name}_map.png")
-        console.print(f"written: {folder}/{name}*.png", soft_wrap=True)
+def _by_dataset(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each eval on each dataset."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.job.eval, row.job.data), []).append(row)
+    return groups
