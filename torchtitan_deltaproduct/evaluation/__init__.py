@@ -7,6 +7,14 @@
     generate/                 prompts in, text out, while it is made
     sweep/                    models x datasets x evals from one TOML: runs what is missing, collects it
 
+A new evaluation touches two files: a folder here with `main` and, to be swept, a `SWEPT` (`swept.py`); and its entry
+file in `eval/`. One that reads long sequences is a `LongEvaluation` (`long.py`): its texts, ranks, resuming, `--from`,
+JSON and CSV are there already.
+
+    options, ranks, files, figures      command line, processes, results on disk, pictures
+    texts, sample                       which sequences are read, from prepared folders or text
+    long, pieces                        the frame of evaluations over long sequences, and what it has measured
+
 MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder.
 Importing this package imports nothing.
 """

@@ -40,11 +40,7 @@ def finite(value: Any) -> Any:
 
 
 def read_results(path: Path, key: str = "results") -> list[dict[str, Any]]:
-    """The list of results in a file that an evaluation wrote.
-
-    Raises:
-        DataError: there is no such file, or it is damaged.
-    """
+    """The list of results in a file that an evaluation wrote; DataError if there is no such file, or it is damaged."""
     if not path.exists():
         raise DataError(f"There is no {path}: expected a folder in which {path.stem} left its results")
     try:

@@ -1,13 +1,16 @@
 """The frame of evaluations over long sequences: models x datasets, measured in pieces that survive a kill, reported.
 
-class Loss(LongEvaluation):                       # beside the defaults of its options:
-    def measure(self, model, tokens, reading, progress): ...     # the arrays of some sequences
-    def report(self, measured, stem, options, console): ...      # tables, JSON, CSV and pictures of all
-Loss().main(["outputs/run", "--data", "data/a"])
+    class Loss(LongEvaluation):                                      # beside the defaults of its options:
+        def measure(self, model, tokens, reading, progress): ...     # some sequences -> arrays
+        def summarise(self, measured, options): ...                  # arrays -> results, which know their rows
+        def show(self, results, stem, options, console): ...         # tables and pictures
+    Loss().main(["outputs/run", "--data", "data/a"])
 
-OUT/NAME.json, ...          results
-   /NAME/texts/             the tokens that were read (`texts`)
-   /NAME/MODEL-DATA-KEY/    what was measured of them (`pieces`): the same command again goes on with what is missing
+    OUT/NAME.json, .csv, ...    results
+       /NAME/texts/             the tokens that were read (`texts`)
+       /NAME/MODEL-DATA-KEY/    what was measured of them (`pieces`)
+
+The same command again, after a kill or on another number of ranks, goes on with the pieces that are missing.
 """
 
 import argparse
@@ -27,7 +30,7 @@ from torchtitan_deltaproduct.data.tokenizer import tokenizer_sha256
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.models import DeltaProductLM
 
-from .files import read_results, short_names, short_paths, write_array
+from .files import read_results, short_names, short_paths, write_array, write_csv, write_json
 from .options import MOST_ROWS, add_model_options, add_text_options, at_least, load_models, make_folder, output_folder
 from .pieces import Arrays, Measured, Pieces, Sequences, Tokens, describe, fingerprint
 from .ranks import Ranks
@@ -49,6 +52,8 @@ class LongEvaluation:
         dtype, length, sequences, documents: defaults of these options.
         piece_tokens: tokens of an automatic piece on a CPU, which is what a killed run does again at most.
         suffix, version: of the files of arrays and of their content.
+        header: what its JSON says before the results.
+        written: which other files there are, for its last line.
         needs_data: without --data it cannot run; else `own_sequences` are read.
         usage: what was expected of the command line, for its error.
     """
@@ -62,6 +67,8 @@ class LongEvaluation:
     piece_tokens: ClassVar[int] = 1 << 18
     suffix: ClassVar[str] = ".npy"
     version: ClassVar[int] = 1
+    header: ClassVar[dict[str, str]]
+    written: ClassVar[str]
     needs_data: ClassVar[bool] = True
     usage: ClassVar[str] = "MODEL... --data DATA..., or --from FOLDER alone"
     from_help: ClassVar[str] = "results to show side by side; takes no models"
@@ -80,8 +87,24 @@ class LongEvaluation:
         """
         raise NotImplementedError
 
-    def report(self, measured: list[Measured], stem: Path, options: argparse.Namespace, console: Console) -> None:
-        """Prints tables and writes `stem`.json, .csv and pictures."""
+    def summarise(self, measured: list[Measured], options: argparse.Namespace | None) -> list[Any]:
+        """Results, each with `entry(folder)` for JSON and `rows()` for CSV; options None: the defaults."""
+        raise NotImplementedError
+
+    def show(self, results: list[Any], stem: Path, options: argparse.Namespace, console: Console) -> None:
+        """Prints tables and writes pictures and whatever else is not JSON or CSV; names begin with `stem`."""
+        raise NotImplementedError
+
+    def columns(self, results: list[Any]) -> list[str]:
+        """Names for the fields of `rows()`."""
+        raise NotImplementedError
+
+    def compare(self, results: list[Any], stem: Path) -> None:
+        """Writes pictures of several models on one dataset."""
+        raise NotImplementedError
+
+    def metrics(self, entry: dict[str, Any]) -> dict[str, float | None]:
+        """What of a result's JSON goes into the table of a sweep."""
         raise NotImplementedError
 
     def add_options(self, add: Callable[..., Any]) -> None:
@@ -193,30 +216,38 @@ class LongEvaluation:
         elif there:
             console.print(f"all {there:,} tokens were read before")
         mine = missing[ranks.rank :: ranks.world]
-        meter = Meter(
-            sum(cases[i].tokens(piece) for i, piece in mine),
-            ranks.world,
-            lambda line: console.print(line, soft_wrap=True),
-        )
+        meter = Meter(sum(cases[i].tokens(piece) for i, piece in mine), ranks.world, console)
         for i, piece in mine:
             case = cases[i]
-            meter.name = case.name
-            tokens = Tokens(case.sequences, *piece)
-            write_array(
-                case.pieces.path(piece), self.measure(case.loaded.model, tokens, case.pieces.about, meter.advance)
-            )
+            meter.name, tokens = case.name, Tokens(case.sequences, *piece)
+            arrays = self.measure(case.loaded.model, tokens, case.pieces.about, meter.advance)
+            write_array(case.pieces.path(piece), arrays)
         if mine:
             meter.finish()
 
-    def swept(
-        self, metrics: Callable[[Path], dict[str, float | None]], compare: Callable[[list[Measured], Path], None]
-    ) -> Swept:
-        """How a sweep runs it and reads its results; `compare` draws several models on one dataset."""
+    def report(self, measured: list[Measured], stem: Path, options: argparse.Namespace, console: Console) -> None:
+        """Shows all results and writes them, `stem`.json last: where it is, everything is."""
+        results = self.summarise(measured, options)
+        self.show(results, stem, options, console)
+        write_csv(stem.with_suffix(".csv"), self.columns(results), (row for result in results for row in result.rows()))
+        entries = [result.entry(stem.parent) for result in results]
+        content = {"version": self.version, **self.header, "made_by": options.made_by, "results": entries}
+        write_json(stem.with_suffix(".json"), content)
+        others = self.written.format(stem=stem, raw=measured[0].pieces.folder.parent)
+        console.print(f"written: {stem}.json, {others}", soft_wrap=True)
 
-        def compare_files(files: list[Path], names: list[str], stem: Path) -> None:
-            compare(self.read(files, names), stem)
+    @property
+    def swept(self) -> Swept:
+        """How a sweep runs it and reads its results."""
 
-        return Swept(self.name, metrics, self.parse, reads_data=True, compare=compare_files)
+        def metrics(folder: Path) -> dict[str, float | None]:
+            (entry,) = read_results(folder / f"{self.name}.json")
+            return self.metrics(entry)
+
+        def compare(files: list[Path], names: list[str], stem: Path) -> None:
+            self.compare(self.summarise(self.read(files, names), None), stem)
+
+        return Swept(self.name, metrics, self.parse, reads_data=True, compare=compare)
 
     def show_again(self, options: argparse.Namespace, console: Console) -> None:
         """Reports the measurements of earlier runs again, of several side by side."""
@@ -242,14 +273,11 @@ class LongEvaluation:
         entries = [(file.parent, entry) for file in files for entry in read_results(file)]
         models = [entry["model"] for _, entry in entries]
         names = names or short_names([(Path(model["path"]), model["step"]) for model in models])
-        return [
-            Measured(
-                entry["model"] | {"name": name},
-                entry["data"],
-                Pieces.at(folder / entry["raw"], self.suffix, self.version),
-            )  # fmt: skip
-            for (folder, entry), name in zip(entries, names, strict=True)
-        ]
+        measured = []
+        for (folder, entry), name in zip(entries, names, strict=True):
+            pieces = Pieces.at(folder / entry["raw"], self.suffix, self.version)
+            measured.append(Measured(entry["model"] | {"name": name}, entry["data"], pieces))
+        return measured
 
 
 @dataclass
@@ -258,7 +286,7 @@ class Meter:
 
     total: int
     ranks: int
-    say: Callable[[str], None]
+    console: Console
     name: str = ""
     done: int = 0
     start: float = field(default_factory=time.monotonic)
@@ -274,13 +302,13 @@ class Meter:
             self.last_line = now
             speed = self.done / (now - self.start)
             left = clock((self.total - self.done) / speed)
-            self.say(
-                f"{self.name}: {self.done:,} of {self.total:,} tokens, {speed:,.0f} tokens/s{self.each}, {left} left"
-            )
+            line = f"{self.done:,} of {self.total:,} tokens, {speed:,.0f} tokens/s{self.each}, {left} left"
+            self.console.print(f"{self.name}: {line}", soft_wrap=True)
 
     def finish(self) -> None:
         seconds = time.monotonic() - self.start
-        self.say(f"{self.total:,} tokens in {clock(seconds)}, {self.total / seconds:,.0f} tokens/s{self.each}")
+        speed = f"{self.total / seconds:,.0f} tokens/s{self.each}"
+        self.console.print(f"{self.total:,} tokens in {clock(seconds)}, {speed}")
 
 
 def datasets(options: argparse.Namespace) -> list[tuple[str, str]]:

@@ -70,22 +70,14 @@ def add_text_options(parser: argparse.ArgumentParser, *, length: int, sequences:
 
 
 def device_of(options: argparse.Namespace) -> str:
-    """The device asked for, or the best there is.
-
-    Raises:
-        ConfigError: CUDA was asked for and there is none.
-    """
+    """The device asked for, or the best there is; ConfigError if CUDA was asked for and there is none."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device is visible; leave it out to run on the CPU")
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_models(options: argparse.Namespace) -> list[LoadedModel]:
-    """Loads every model asked for, each once.
-
-    Raises:
-        CheckpointError: one of them cannot be loaded.
-    """
+    """Loads every model asked for, each once; CheckpointError if one of them cannot be loaded."""
     device = device_of(options)
     dtype = DTYPES[options.dtype] or (torch.bfloat16 if device == "cuda" else torch.float32)
     loaded = [load_model(model, options.step, device, dtype) for model in options.models]

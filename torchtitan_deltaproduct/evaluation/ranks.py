@@ -50,16 +50,17 @@ class Ranks:
         """What `do` returns on rank 0, where alone it is called; a UserError it raises is raised on all ranks."""
         if self.world == 1:
             return do()
-        said: list = [None, None]
+        outcome: list = [None, None]
         if self.rank == 0:
             try:
-                said[0] = do()
+                outcome[0] = do()
             except UserError as error:
-                said[1] = error
-        dist.broadcast_object_list(said, src=0)
-        if said[1] is not None:
-            raise said[1]
-        return said[0]
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        result, error = outcome
+        if error is not None:
+            raise error
+        return result
 
     def wait(self) -> None:
         """Returns when all ranks have come here."""

@@ -76,12 +76,12 @@ class Swept:
 
     def refusal(self, options: dict[str, Any], data: str) -> str:
         """What its own command line says against options, or ""."""
-        said = io.StringIO()
+        complaint = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said):
+            with contextlib.redirect_stderr(complaint):
                 self.parse(["model", *(["--data", data or "x"] if self.reads_data else []), *self.flags(options)])
         except SystemExit:
-            lines = said.getvalue().strip().splitlines()
+            lines = complaint.getvalue().strip().splitlines()
             return lines[-1].partition("error: ")[2] if lines else "an option is wrong"
         except ConfigError as error:
             return str(error).splitlines()[0]

@@ -36,6 +36,8 @@ from .files import digest, slug, write_array, write_atomically
 from .sample import Seen, Wanted, is_dataset, prepare_sample
 
 VERSION = 1
+PIECE = 1 << 16
+"""Tokens copied at a time."""
 
 logger = logging.getLogger(__name__)
 
@@ -197,11 +199,12 @@ def _choose(wanted: Wanted, stream: TokenStream | None, target: Path, seen: Seen
             inside = picks[(picks >= bounds[shard]) & (picks < bounds[shard + 1])] - bounds[shard]
             firsts += _long_starts(stream, shard, length)[inside].tolist()
     tokens = np.empty((len(firsts), length + 1), token_dtype(stream.manifest.vocab_size))
-    row = np.empty(length + 1, dtype=np.int64)
-    for number, first in enumerate(firsts):
-        stream.read(first - 1, row)
-        stream.close()
-        tokens[number] = row
+    for row, first in zip(tokens, firsts, strict=True):
+        for start in range(0, length + 1, PIECE):
+            piece = np.empty(min(PIECE, length + 1 - start), dtype=np.int64)
+            stream.read(first - 1 + start, piece)
+            row[start : start + PIECE] = piece
+            stream.close()
     write_array(target, tokens)
     # A document is entered by reading a separator; a window may begin inside of one. The last token is not read.
     eos_id = stream.manifest.eos_id

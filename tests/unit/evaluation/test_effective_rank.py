@@ -55,7 +55,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """For tests of numbers alone: drawing takes longer than everything else."""
-    monkeypatch.setattr(f"{HERE}.effective_rank.figures.save", lambda figure, path: plt.close(figure))
+    monkeypatch.setattr(f"{HERE}.figures.save", lambda figure, path: plt.close(figure))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 
 from tests.unit.models.conftest import SETTINGS, small_model
 from torchtitan_deltaproduct.errors import ConfigError
-from torchtitan_deltaproduct.evaluation.files import write_array
+from torchtitan_deltaproduct.evaluation.files import write_array, write_csv, write_json
 from torchtitan_deltaproduct.evaluation.length_extrapolation.loss import POSITION, score
 from torchtitan_deltaproduct.evaluation.length_extrapolation.results import (
     Result,
@@ -20,8 +20,6 @@ from torchtitan_deltaproduct.evaluation.length_extrapolation.results import (
     student_t,
     summarise,
     table,
-    write_csv,
-    write_json,
 )
 from torchtitan_deltaproduct.evaluation.pieces import Measured, Pieces
 
@@ -198,7 +196,7 @@ def test_what_is_not_finite_is_said(tmp_path, planted):
     result = Result.of(Measured(model, {"name": "d", "kind": "packed"}, parts), [500, 700, 800, 1000])
     assert result.broken_from == 701
     assert [math.isfinite(bucket["loss"]) for bucket in result.buckets] == [True, True, False, False]
-    write_json(tmp_path / "x.json", [result], {})
-    write_csv(tmp_path / "x.csv", [result])
+    write_json(tmp_path / "x.json", result.entry(tmp_path))
+    write_csv(tmp_path / "x.csv", ["..."], result.rows())
     assert "NaN" not in (tmp_path / "x.json").read_text() and "nan" not in (tmp_path / "x.csv").read_text()
     assert table([result]).row_count == 4

@@ -163,6 +163,25 @@ def test_the_search_ends_when_there_is_enough(corpus, tmp_path, tokenizer, monke
         open_texts(Wanted(str(corpus), 10**5, 1, "long", search_bytes=2000), tokenizer, tmp_path / "texts")
 
 
+def test_no_more_text_is_prepared_than_is_of_use(tmp_path, tokenizer, monkeypatch):  # noqa: F811
+    """What fills the packed sequences, and then what may be long; a short document costs no tokenisation."""
+    long = "".join(f"line {n} of a book\n" for n in range(400))
+    documents = [*(f"{n} is short " * 8 for n in range(300)), long, *(f"{n} is never seen" for n in range(50))]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    lines, prepare = [], sample.prepare
+
+    def counting(settings, **options):
+        lines.append(len((tmp_path / settings.input[0]).read_text().splitlines()))
+        return prepare(settings, **options)
+
+    monkeypatch.setattr(sample, "prepare", counting)
+    texts = open_texts(Wanted(str(tmp_path / "x.jsonl"), 300, 1), tokenizer, tmp_path / "texts")
+    assert texts.about["kind"] == "long" and texts.about["documents"] == 301 and not texts.about["all_seen"]
+    ids, eos = load_tokenizer(tokenizer).encode_batch([long])[0], find_eos_id(tokenizer)
+    assert rows_of(texts) == [[eos, *ids[:300]]] and 20 < lines[0] < 40
+    assert [path.name for path in texts.folder.iterdir() if path.is_dir()] == []
+
+
 def test_datasets_and_json(corpus, tmp_path, tokenizer, caplog):  # noqa: F811
     import datasets
 

@@ -26,13 +26,13 @@ from torchtitan_deltaproduct.data.formal import FormalSource
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.models import DeltaProductLM
 
-from ..files import digest, read_results, slugs
+from ..files import digest, slugs
 from ..long import LongEvaluation, Progress
 from ..options import at_least
 from ..pieces import Measured, Tokens
 from ..state_tracking.problems import problem_of
 from .measure import measure
-from .results import Result, table, write_csv, write_json, write_npz
+from .results import Result, table
 
 
 class Words:
@@ -69,6 +69,12 @@ class EffectiveRank(LongEvaluation):
     # Small singular values are what a narrower type would hide.
     dtype, length, sequences, documents = "float32", 16_384, 8, "packed"
     piece_tokens, suffix, needs_data = 1 << 16, ".npz", False
+    header = {
+        "definition": "effective rank exp(-sum p ln p), p = singular values over their sum (Roy & Vetterli 2007); of a "
+        "state of zeros 0; position p: the state after p tokens",
+        "spread": "std and quantiles over sequences; growth: mean at the end over that at the training length, less 1",
+    }
+    written = ".csv, .npz and .png; what they were made of is in {stem}/"
     usage = "MODEL... [--data DATA...], or --from FOLDER..."
 
     def add_options(self, add) -> None:
@@ -111,56 +117,51 @@ class EffectiveRank(LongEvaluation):
         """The arrays of `measure.Numbers`."""
         return measure(model, tokens, reading, progress).arrays()
 
-    def report(self, measured: list[Measured], stem: Path, options: argparse.Namespace, console: Console) -> None:
-        """Prints a table for each dataset; writes `stem`.json, and the numbers and pictures of each result.
+    def summarise(self, measured: list[Measured], options: argparse.Namespace | None) -> list[Result]:
+        names = list(dict.fromkeys(case.data["name"] for case in measured))
+        ordered = sorted(measured, key=lambda case: names.index(case.data["name"]))
+        return [Result(case.model, case.data, case.pieces) for case in ordered]
+
+    def columns(self, results: list[Result]) -> list[str]:
+        return ["model", "step", "train_length", "data", "layer", "position", "rank", "rank_std"]
+
+    def show(self, results: list[Result], stem: Path, options: argparse.Namespace, console: Console) -> None:
+        """A table and pictures of each dataset, numbers and pictures of each result.
 
         Where there are several datasets or models, names of files go on with those of the one shown.
         """
         from . import figures
 
-        results = [Result(case.model, case.data, case.pieces) for case in measured]
-        names = list(dict.fromkeys(result.data["name"] for result in results))
-        folder, npz, ordered = stem.parent, [], []
-        for data, data_slug in zip(names, slugs(names), strict=True):
+        datasets = list(dict.fromkeys(result.data["name"] for result in results))
+        for data, data_slug in zip(datasets, slugs(datasets), strict=True):
             chosen = [result for result in results if result.data["name"] == data]
-            ordered += chosen
-            shared = "_".join([stem.name, *([data_slug] if len(names) > 1 else [])])
+            shared = "_".join([stem.name, *([data_slug] if len(datasets) > 1 else [])])
             console.print(table(chosen))
-            figures.comparison(chosen, folder / shared)
+            figures.comparison(chosen, stem.parent / shared)
             for result, model_slug in zip(chosen, slugs([result.model["name"] for result in chosen]), strict=True):
                 own = "_".join([shared, *([model_slug] if len(chosen) > 1 else [])])
-                npz.append(f"{own}.npz")
-                write_npz(folder / npz[-1], result)
-                figures.of_one(result, folder / own)
+                result.npz = f"{own}.npz"
+                result.write_npz(stem.parent / result.npz)
+                figures.of_one(result, stem.parent / own)
                 if not np.isfinite(result.rank).all():
                     console.print(f"{result.model['name']}, {data}: states that are not finite", soft_wrap=True)
-        write_csv(stem.with_suffix(".csv"), ordered)
-        write_json(stem.with_suffix(".json"), ordered, npz, options.made_by)
-        console.print(
-            f"written: {stem}.json, .csv, .npz and .png; what they were made of is in {stem}/", soft_wrap=True
-        )
 
+    def compare(self, results: list[Result], stem: Path) -> None:
+        from .figures import comparison
 
-def metrics(folder: Path) -> dict[str, float | None]:
-    """Mean over layers at the training length and at the end, and the mean growth between them."""
-    (entry,) = read_results(folder / "effective_rank.json")
-    layers, positions = entry["layers"], entry["positions"]
-    ranks = {
-        f"rank at {positions[name]:,}": sum(layer[f"at_{name}"]["mean"] for layer in layers) / len(layers)
-        for name in ("training_length", "end")
-        if name in positions
-    }
-    growth = [layer["growth"] for layer in layers if layer["growth"] is not None]
-    return ranks | {"growth": sum(growth) / len(growth) if growth else None}
+        comparison(results, stem)
 
-
-def compare(measured: list[Measured], stem: Path) -> None:
-    """Pictures of several models on one dataset."""
-    from .figures import comparison
-
-    comparison([Result(case.model, case.data, case.pieces) for case in measured], stem)
+    def metrics(self, entry: dict) -> dict[str, float | None]:
+        """Mean over layers at the training length and at the end, and the mean growth between them."""
+        layers, positions = entry["layers"], entry["positions"]
+        ranks = {
+            f"rank at {positions[name]:,}": sum(layer[f"at_{name}"]["mean"] for layer in layers) / len(layers)
+            for name in ("training_length", "end")
+            if name in positions
+        }
+        growth = [layer["growth"] for layer in layers if layer["growth"] is not None]
+        return ranks | {"growth": sum(growth) / len(growth) if growth else None}
 
 
 evaluation = EffectiveRank()
-main, parse = evaluation.main, evaluation.parse
-SWEPT = evaluation.swept(metrics, compare)
+main, parse, SWEPT = evaluation.main, evaluation.parse, evaluation.swept

@@ -10,13 +10,15 @@
 Where there are more positions than points can be seen, neighbours are averaged.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..figures import COLOURS, plt, save, style
+from ..figures import COLOURS, picture, plt
 from .results import Result
 from .transitions import PLANE_BINS
 
@@ -44,53 +46,43 @@ def of_one(result: Result, stem: Path) -> None:
 
 def curves_figure(results: list[Result], path: Path) -> None:
     """Mean over sequences against position; the band is one standard deviation over sequences."""
-    layers = max(result.rank.shape[0] for result in results)
-    with style():
-        figure, axes = _panels(layers, results[0])
-        handles = {}
-        for index, axis in enumerate(axes):
+    alone = len(results) == 1
+    spread = ", mean and standard deviation" if results[0].rank.shape[2] > 1 else ""
+    whose = f"{results[0].model['name']} on " if alone else ""
+    title = f"{whose}{results[0].data['name']}: {_sequences(results[0])}{spread}"
+    with _layers(max(result.rank.shape[0] for result in results), title, path) as (axes, handles):
+        for layer, axis in enumerate(axes):
             for number, result in enumerate(results):
-                if index >= result.rank.shape[0]:
+                if layer >= result.rank.shape[0]:
                     continue
-                colour = COLOURS[number % len(COLOURS)] if len(results) > 1 else "#000000"
-                if len(results) == 1:
-                    handles |= _head_lines(axis, result, result.mean[index])
-                name = result.model["name"] if len(results) > 1 else "mean of the heads"
-                handles[name] = _mean_line(axis, result, index, colour)
-                if len(results) == 1 and result.rank.shape[2] == 1:
+                if alone:
+                    handles |= _head_lines(axis, result, result.mean[layer])
+                name = "mean of the heads" if alone else result.model["name"]
+                handles[name] = _mean_line(axis, result, layer, "#000000" if alone else COLOURS[number % len(COLOURS)])
+                if alone and result.rank.shape[2] == 1:
                     _document_lines(axis, result, handles)
-            _frame(axis, results, index, handles)
-        spread = ", mean and standard deviation" if results[0].rank.shape[2] > 1 else ""
-        whose = f"{results[0].model['name']} on " if len(results) == 1 else ""
-        _finish(figure, axes, handles, f"{whose}{results[0].data['name']}: {_sequences(results[0])}{spread}")
-        save(figure, path)
+            _frame(axis, results, layer, handles)
 
 
 def sequence_figure(result: Result, path: Path) -> None:
     """The first sequence alone: every head, and where its documents begin."""
-    with style():
-        figure, axes = _panels(result.rank.shape[0], result)
-        handles = {}
-        for index, axis in enumerate(axes):
-            values = result.rank[index, :, 0]
+    with _layers(result.rank.shape[0], f"{_of(result)}: one sequence", path) as (axes, handles):
+        for layer, axis in enumerate(axes):
+            values = result.rank[layer, :, 0]
             handles |= _head_lines(axis, result, values)
             x, y = _binned(result.positions, values.mean(0, dtype=np.float64))
             (handles["mean of the heads"],) = axis.plot(x, y, color="#000000", linewidth=1.8)
             _document_lines(axis, result, handles)
-            _frame(axis, [result], index, handles)
-        _finish(figure, axes, handles, f"{result.model['name']} on {result.data['name']}: one sequence")
-        save(figure, path)
+            _frame(axis, [result], layer, handles)
 
 
 def map_figure(results: list[Result], path: Path) -> None:
     """Mean over heads and sequences: layers by position, one scale of colours for all models."""
     top = max(np.nanmax(result.layer_mean.mean(1)) for result in results)
     heights = [max(1.5, 0.16 * result.rank.shape[0]) for result in results]
-    with style():
-        figure, axes = plt.subplots(
-            len(results), 1, figsize=(10, 1.0 + sum(heights) + 0.75 * len(results)), layout="constrained",
-            squeeze=False, sharex=True, height_ratios=heights,
-        )  # fmt: skip
+    title = f"{results[0].data['name']}: mean over heads and {_sequences(results[0])}"
+    size = (10, 1.0 + sum(heights) + 0.75 * len(results))
+    with picture(path, title, len(results), 1, size, sharex=True, height_ratios=heights) as (figure, axes):
         for axis, result in zip(axes[:, 0], results, strict=True):
             values = np.stack([_binned(result.positions, row)[1] for row in result.layer_mean.mean(1)])
             half, layers = result.every / 2, len(values)
@@ -100,19 +92,15 @@ def map_figure(results: list[Result], path: Path) -> None:
             axis.set_yticks(range(0, layers, -(-layers // 8)))
             axis.grid(False)
             trained = _training_lengths([result])
-            said = f", trained to {trained[0]:,} tokens (dashed)" if trained else ""
-            axis.set_title(result.model["name"] + said, loc="left")
+            trained_to = f", trained to {trained[0]:,} tokens (dashed)" if trained else ""
+            axis.set_title(result.model["name"] + trained_to, loc="left")
             for length in trained:
                 axis.axvline(length, color="white", linewidth=1.4, linestyle=(0, (3, 2)))
             axis.set_xlim(0, extent[1])
             _positions(axis, 10)
         axes[-1, 0].set_xlabel("position in the sequence (tokens)")
-        label = f"effective rank (of at most {_full(results[0])})"
-        figure.colorbar(image, ax=axes, label=label, pad=0.01, fraction=0.04)
-        figure.suptitle(
-            f"{results[0].data['name']}: mean over heads and {_sequences(results[0])}", x=0.01, ha="left", fontsize=11
-        )
-        save(figure, path)
+        full = min(results[0].model["head_dim"], results[0].model["head_v_dim"])
+        figure.colorbar(image, ax=axes, label=f"effective rank (of at most {full})", pad=0.01, fraction=0.04)
 
 
 def documents_figure(result: Result, path: Path) -> None:
@@ -120,17 +108,15 @@ def documents_figure(result: Result, path: Path) -> None:
     change, (layers, heads) = result.change, result.mean.shape[:2]
     values = change.mean.reshape(layers * heads, -1)
     top = np.nanmax(np.abs(values)) or 1
-    with style():
-        height = min(9.5, max(4.0, 1.5 + 0.07 * len(values)))
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), layout="constrained", width_ratios=[1.25, 1])
+    starts = f"{change.documents:,} document start{'s' * (change.documents > 1)}"
+    title = f"{_of(result)}: effective rank less that of the last state before a document, mean of {starts}"
+    size = (11, min(9.5, max(4.0, 1.5 + 0.07 * len(values))))
+    with picture(path, title, 1, 2, size, width_ratios=[1.25, 1]) as (figure, axes):
+        left, right = axes[0]
         extent = (change.edges[0], change.edges[-1], len(values) - 0.5, -0.5)
         image = left.imshow(values, vmin=-top, vmax=top, cmap="RdBu_r", extent=extent, **MAP)
-        left.set_yticks(np.arange(layers) * heads + (heads - 1) / 2, range(layers))
-        left.tick_params(axis="y", length=0)
-        for layer in range(1, layers):
-            left.axhline(layer * heads - 0.5, color="#666666", linewidth=0.6)
+        _head_rows(left, layers, heads)
         left.set(title="each head", ylabel=f"layer ({heads} heads each)")
-        left.grid(False)
         figure.colorbar(image, ax=left, label="change of the effective rank", pad=0.02, location="left", fraction=0.05)
         middles = (change.edges[:-1] + change.edges[1:]) / 2
         for layer, row in enumerate(change.mean.mean(1)):
@@ -143,41 +129,27 @@ def documents_figure(result: Result, path: Path) -> None:
         if layers <= 12:
             right.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
         else:
-            _layer_scale(figure, right, layers)
-        starts = f"{change.documents:,} document start{'s' * (change.documents > 1)}"
-        what = f"effective rank less that of the last state before a document, mean of {starts}"
-        figure.suptitle(f"{result.model['name']} on {result.data['name']}: {what}", x=0.01, ha="left", fontsize=11)
-        save(figure, path)
+            scale = plt.cm.ScalarMappable(plt.Normalize(0, layers - 1), plt.get_cmap("viridis"))
+            figure.colorbar(scale, ax=right, label="layer", pad=0.02, fraction=0.05)
 
 
 def beta_figure(result: Result, path: Path) -> None:
     """Share of the tokens by beta: a panel a Householder, a row a head."""
     counts = result.numbers.tally.beta
     layers, heads, n, bins = counts.shape
+    rows = layers * heads
     shares = 100 * counts / np.maximum(1, counts.sum(-1, keepdims=True))
-    top = 2 if result.model["allow_neg_eigval"] else 1
-    height = max(3.2, 1.4 + max(0.075, min(0.2, 3 / (layers * heads))) * layers * heads)
-    with style():
-        figure, axes = plt.subplots(
-            1, n, figsize=(max(5.5, 1.2 + 3.6 * n), height), layout="constrained", squeeze=False, sharey=True
-        )
+    extent = (0, 2 if result.model["allow_neg_eigval"] else 1, rows - 0.5, -0.5)
+    size = (max(5.5, 1.2 + 3.6 * n), max(3.2, 1.4 + max(0.075, min(0.2, 3 / rows)) * rows))
+    with picture(path, f"{_of(result)}: tokens by beta", 1, n, size, sharey=True) as (figure, axes):
         norm = LogNorm(max(0.05, shares[shares > 0].min()), shares.max()) if (shares > 0).any() else None
         for j, axis in enumerate(axes[0]):
-            rows = shares[:, :, j].reshape(layers * heads, bins)
-            image = axis.imshow(
-                np.ma.masked_equal(rows, 0), norm=norm, extent=(0, top, layers * heads - 0.5, -0.5), **MAP
-            )
+            own = np.ma.masked_equal(shares[:, :, j].reshape(rows, bins), 0)
+            image = axis.imshow(own, norm=norm, extent=extent, **MAP)
             axis.set(title=f"Householder {j}", xlabel=r"$\beta$")
-            axis.set_yticks(np.arange(layers) * heads + (heads - 1) / 2, range(layers))
-            axis.tick_params(axis="y", length=0)
-            axis.grid(False)
-            for layer in range(1, layers):
-                axis.axhline(layer * heads - 0.5, color="#666666", linewidth=0.6)
+            _head_rows(axis, layers, heads)
         axes[0, 0].set_ylabel(f"layer ({heads} heads each)")
         figure.colorbar(image, ax=axes, label="share of tokens (%)", pad=0.02, fraction=0.06, aspect=25)
-        title = f"{result.model['name']} on {result.data['name']}: tokens by beta"
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        save(figure, path)
 
 
 def spectrum_figure(result: Result, path: Path) -> None:
@@ -186,20 +158,17 @@ def spectrum_figure(result: Result, path: Path) -> None:
     layers, n = len(counts), result.model["num_householder"]
     columns = min(layers, 4 if layers <= 12 else 6)
     rows = -(-layers // columns)
-    with style():
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(max(6.5, 1.4 + 2.3 * columns), 0.9 + 2.5 * rows), layout="constrained",
-            squeeze=False, sharex=True, sharey=True,
-        )  # fmt: skip
+    several = f"the {n} eigenvalues" if n > 1 else "the eigenvalue"
+    title, size = (
+        f"{_of(result)}: {several} of each token's transition",
+        (max(6.5, 1.4 + 2.3 * columns), 0.9 + 2.5 * rows),
+    )
+    with picture(path, title, rows, columns, size, sharex=True, sharey=True) as (figure, axes):
         _outer_labels(axes, layers, "real part" if n > 1 else "eigenvalue", "imaginary part" if n > 1 else "share (%)")
         if n > 1:
             _planes(figure, axes, counts.sum(1))
         else:
             _lines(figure, axes, counts.sum(3))
-        several = f"the {n} eigenvalues" if n > 1 else "the eigenvalue"
-        title = f"{result.model['name']} on {result.data['name']}: {several} of each token's transition"
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        save(figure, path)
 
 
 def _planes(figure, axes, counts: np.ndarray) -> None:
@@ -242,16 +211,33 @@ def _outer_labels(axes, panels: int, x: str, y: str) -> None:
         bottom.tick_params(labelbottom=True)
 
 
-def _panels(layers: int, result: Result):
-    """A figure with a panel a layer, and the panels."""
+@contextmanager
+def _layers(layers: int, title: str, path: Path) -> Iterator[tuple[np.ndarray, dict]]:
+    """A picture with a panel a layer; gives the panels, and a place for the handles of its legend."""
     columns = min(layers, 2 if layers <= 4 else 4 if layers <= 16 else 6)
     rows, width = -(-layers // columns), 5.0 if columns <= 2 else 3.0 if columns <= 4 else 2.4
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(max(6.5, 0.6 + width * columns), 1.1 + (2.7 if columns <= 2 else 2.1) * rows),
-        layout="constrained", squeeze=False, sharex=True, sharey=True,
-    )  # fmt: skip
-    _outer_labels(axes, layers, "position (tokens)", "effective rank")
-    return figure, axes.flat[:layers]
+    size = (max(6.5, 0.6 + width * columns), 1.1 + (2.7 if columns <= 2 else 2.1) * rows)
+    with picture(path, title, rows, columns, size, sharex=True, sharey=True) as (figure, axes):
+        _outer_labels(axes, layers, "position (tokens)", "effective rank")
+        handles: dict = {}
+        yield axes.flat[:layers], handles
+        axes.flat[0].set_ylim(bottom=0)
+        # Models or heads, then marks.
+        marks = [name for name in handles if name == "document start" or name.startswith("trained to ")]
+        for name in ("mean of the heads", *marks):
+            if name in handles:
+                handles[name] = handles.pop(name)
+        shown = min(len(handles), int(figure.get_figwidth() / 1.7))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=shown, fontsize=9)
+
+
+def _head_rows(axis, layers: int, heads: int) -> None:
+    """Rows that are heads, with a line between layers, which alone are numbered."""
+    axis.set_yticks(np.arange(layers) * heads + (heads - 1) / 2, range(layers))
+    axis.tick_params(axis="y", length=0)
+    axis.grid(False)
+    for layer in range(1, layers):
+        axis.axhline(layer * heads - 0.5, color="#666666", linewidth=0.6)
 
 
 def _head_lines(axis, result: Result, values: np.ndarray) -> dict:
@@ -300,18 +286,6 @@ def _training_lengths(results: list[Result]) -> list[int]:
     return [n for n in sorted({result.model["train_length"] or 0 for result in results}) if 0 < n <= longest]
 
 
-def _finish(figure, axes, handles: dict, title: str) -> None:
-    """Range, title, and a legend: models or heads, then marks."""
-    axes[0].set_ylim(bottom=0)
-    marks = [name for name in handles if name == "document start" or name.startswith("trained to ")]
-    for name in ("mean of the heads", *marks):
-        if name in handles:
-            handles[name] = handles.pop(name)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    columns = min(len(handles), int(figure.get_figwidth() / 1.7))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9)
-
-
 def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most MAX_POINTS points: means of neighbours."""
     edges = np.linspace(0, len(x), min(MAX_POINTS, len(x)) + 1).astype(int)
@@ -323,15 +297,10 @@ def _shade(index: int, count: int):
     return plt.get_cmap("viridis")(0.92 * index / max(1, count - 1))
 
 
-def _layer_scale(figure, axis, layers: int) -> None:
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, layers - 1), plt.get_cmap("viridis"))
-    figure.colorbar(scale, ax=axis, label="layer", pad=0.02, fraction=0.05)
-
-
 def _sequences(result: Result) -> str:
     count = result.rank.shape[2]
     return f"{count:,} sequences" if count > 1 else "one sequence"
 
 
-def _full(result: Result) -> int:
-    return min(result.model["head_dim"], result.model["head_v_dim"])
+def _of(result: Result) -> str:
+    return f"{result.model['name']} on {result.data['name']}"

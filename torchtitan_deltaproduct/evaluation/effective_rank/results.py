@@ -1,7 +1,7 @@
 """From measured ranks to results: means and spreads, what happens at document starts, as table, JSON and NPZ.
 
     result = Result(model, data, pieces)
-    Console().print(table([result, ...])); write_npz(path, result); write_json(path, [result, ...], ["x.npz"], {})
+    Console().print(table([result, ...])); result.write_npz(path); result.entry(folder); result.rows()
 
 Spreads are over sequences: standard deviation, and the 10 %, 50 % and 90 % quantiles. The state after p tokens has
 position p; a document that begins after s tokens is first seen by the state at s + 1.
@@ -16,12 +16,10 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from .. import files
 from ..pieces import Pieces
 from .measure import Numbers
 from .transitions import ANGLE_BINS, BETA_BINS, DECAY_BINS, MODULUS_BINS, PLANE_BINS
 
-VERSION = 1
 QUANTILES = (0.1, 0.5, 0.9)
 WINDOW_BINS = 32
 """Bins before and after a document start."""
@@ -29,10 +27,6 @@ CHANGE_TOKENS = 128
 """After a document start, for the change that tables tell."""
 LEAST_BIN = 16
 """Tokens of such a bin, if states are not farther apart."""
-DEFINITION = (
-    "effective rank exp(-sum p ln p), p = singular values over their sum (Roy & Vetterli 2007); of a state of zeros 0; "
-    "position p: the state after p tokens"
-)
 
 
 @dataclass(frozen=True)
@@ -69,6 +63,7 @@ class Result:
         model, data, pieces: see `Measured`.
         numbers: all that was measured.
         change: at document starts.
+        npz: name of its file of numbers.
     """
 
     model: dict
@@ -76,6 +71,7 @@ class Result:
     pieces: Pieces
     numbers: Numbers = field(init=False)
     change: Change = field(init=False)
+    npz: str = ""
 
     def __post_init__(self):
         self.numbers = Numbers.of(self.pieces)
@@ -130,7 +126,7 @@ class Result:
             **{f"q{100 * level:.0f}": value for level, value in quantiles},
         }
 
-    def to_dict(self, npz: str, folder: Path) -> dict:
+    def entry(self, folder: Path) -> dict:
         """The summary for a file in `folder`: layers, heads, beta and eigenvalues, where trained to and at the end."""
         at = {"end": len(self.positions) - 1} | ({} if self.trained is None else {"training_length": self.trained})
         growth, layers = self.growth(), []
@@ -148,7 +144,7 @@ class Result:
             own = {f"at_{name}": self.spread(self.layer_mean[index, :, p]) for name, p in at.items()}
             layers.append({"layer": index, **own, "growth": None if growth is None else growth[index], "heads": heads})
         return {
-            "model": self.model, "data": self.data, "settings": self.pieces.about, "npz": npz,
+            "model": self.model, "data": self.data, "settings": self.pieces.about, "npz": self.npz,
             "raw": os.path.relpath(self.pieces.folder, folder),
             "positions": {name: int(self.positions[p]) for name, p in at.items()},
             "document_starts": len(self.numbers.starts), "document_starts_compared": self.change.documents,
@@ -172,6 +168,36 @@ class Result:
             "eigenvalues_complex": int(tally.rotating[layer, head]) / many,
             "eigenvalues_negative": int(tally.negative[layer, head]) / many,
         }
+
+    def rows(self) -> list[list]:
+        """For CSV: one a layer and position, the mean over heads and sequences, and its deviation."""
+        head = [self.model["label"], self.model["step"], self.model["train_length"], self.data["name"]]
+        mean, several = self.layer_mean.mean(1), self.layer_mean.shape[1] > 1
+        deviation = self.layer_mean.std(1, ddof=1) if several else np.full_like(mean, np.nan)
+        return [
+            [*head, layer, *column]
+            for layer, (ranks, spreads) in enumerate(zip(mean, deviation, strict=True))
+            for column in zip(self.positions.tolist(), ranks, spreads, strict=True)
+        ]
+
+    def write_npz(self, path: Path) -> None:
+        """All numbers: those of `Numbers`, `Tally` and `Change`, means, spreads, and edges of the bins."""
+        rank, tally, change = self.rank, self.numbers.tally, self.change
+        top = 2.0 if self.model["allow_neg_eigval"] else 1.0
+        content = {
+            "rank": rank, "positions": self.positions, "document_starts": self.numbers.starts, "mean": self.mean,
+            "std": rank.std(2, ddof=1, dtype=np.float64) if rank.shape[2] > 1 else np.full(self.mean.shape, np.nan),
+            "quantiles": np.quantile(rank, QUANTILES, axis=2), "quantile_levels": np.array(QUANTILES),
+            "change": change.mean, "change_edges": change.edges, "change_states": change.states,
+            "beta_edges": np.linspace(0, top, BETA_BINS + 1), "decay_edges": np.linspace(0, 1, DECAY_BINS + 1),
+            "plane_edges": np.linspace(-1, 1, PLANE_BINS + 1), "modulus_edges": np.linspace(0, 1, MODULUS_BINS + 1),
+            "angle_edges": np.linspace(0, math.pi, ANGLE_BINS + 1),
+            **vars(tally),
+        }  # fmt: skip
+        if self.numbers.rank.shape[-1] > 1:
+            content["rank_between"] = self.numbers.rank
+        with open(path, "wb") as file:
+            np.savez_compressed(file, **content)
 
 
 def document_change(rank: np.ndarray, positions: np.ndarray, starts: np.ndarray) -> Change:
@@ -204,51 +230,6 @@ def document_change(rank: np.ndarray, positions: np.ndarray, starts: np.ndarray)
             states += np.bincount(bins, minlength=2 * WINDOW_BINS)
     with np.errstate(invalid="ignore"):
         return Change(edges, total / np.where(states > 0, states, np.nan), states, documents)
-
-
-def write_npz(path: Path, result: Result) -> None:
-    """All numbers of a result: those of `Numbers`, `Tally` and `Change`, means, spreads, and edges of the bins."""
-    rank, tally, change = result.rank, result.numbers.tally, result.change
-    top = 2.0 if result.model["allow_neg_eigval"] else 1.0
-    content = {
-        "rank": rank, "positions": result.positions, "document_starts": result.numbers.starts, "mean": result.mean,
-        "std": rank.std(2, ddof=1, dtype=np.float64) if rank.shape[2] > 1 else np.full(result.mean.shape, np.nan),
-        "quantiles": np.quantile(rank, QUANTILES, axis=2), "quantile_levels": np.array(QUANTILES),
-        "change": change.mean, "change_edges": change.edges, "change_states": change.states,
-        "beta_edges": np.linspace(0, top, BETA_BINS + 1), "decay_edges": np.linspace(0, 1, DECAY_BINS + 1),
-        "plane_edges": np.linspace(-1, 1, PLANE_BINS + 1), "modulus_edges": np.linspace(0, 1, MODULUS_BINS + 1),
-        "angle_edges": np.linspace(0, math.pi, ANGLE_BINS + 1),
-        **vars(tally),
-    }  # fmt: skip
-    if result.numbers.rank.shape[-1] > 1:
-        content["rank_between"] = result.numbers.rank
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **content)
-
-
-def write_json(path: Path, results: list[Result], npz: list[str], made_by: dict) -> None:
-    """Summaries of all results, and where the numbers of each lie."""
-    files.write_json(path, {
-        "version": VERSION,
-        "definition": DEFINITION,
-        "spread": "std and quantiles over sequences; growth: mean at the end over that at the training length, less 1",
-        "made_by": made_by,
-        "results": [result.to_dict(name, path.parent) for result, name in zip(results, npz, strict=True)],
-    })  # fmt: skip
-
-
-def write_csv(path: Path, results: list[Result]) -> None:
-    """One row a model, dataset, layer and position: the rank's mean over heads and sequences, and its deviation."""
-    rows = []
-    for result in results:
-        head = [result.model["label"], result.model["step"], result.model["train_length"], result.data["name"]]
-        mean, several = result.layer_mean.mean(1), result.layer_mean.shape[1] > 1
-        deviation = result.layer_mean.std(1, ddof=1) if several else np.full_like(mean, np.nan)
-        for layer, (ranks, spreads) in enumerate(zip(mean, deviation, strict=True)):
-            columns = zip(result.positions.tolist(), ranks, spreads, strict=True)
-            rows += [[*head, layer, *column] for column in columns]
-    names = ["model", "step", "train_length", "data", "layer", "position", "rank", "rank_std"]
-    files.write_csv(path, names, rows)
 
 
 def table(results: list[Result]) -> Table:

@@ -15,7 +15,6 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from ..options import add_model_options, at_least, load_models
-from .decoding import SEGMENT, Continuation, Settings, continue_prompts
+from .decoding import SEGMENT, Settings, continue_prompts
 from .sampling import Sampling
 from .vocabulary import Vocabulary, open_vocabulary
 
@@ -51,14 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for loaded in load_models(options):
             vocabulary = open_vocabulary(loaded, options.tokenizer, options.eos)
-            speaker = Speaker(loaded, vocabulary, settings, options.echo, options.new_document)
             say(f"{loaded.label}, tokenizer {vocabulary.folder}")
             if len(options.models) > 1:
                 print(f"=== {loaded.label}", flush=True)
-            if len(prompts) == 1:
-                speaker.one(prompts[0])
-            else:
-                speaker.several(prompts, options.batch)
+            speak(loaded, vocabulary, prompts, settings, options)
     except KeyboardInterrupt:
         say("\ninterrupted")
         return 130
@@ -108,11 +103,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The settings that the options say.
-
-    Raises:
-        ConfigError: one is out of range, or would have no effect.
-    """
+    """The settings that the options say; ConfigError if one is out of range, or would have no effect."""
     if "" in options.stop:
         raise ConfigError("--stop '': expected a string that is not empty")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
@@ -146,42 +137,34 @@ def read_texts(options: argparse.Namespace) -> list[Prompt]:
     return [Prompt(f"{name}, seed {seed}", text, seed) for name, text in named for seed in seeds]
 
 
-@dataclass(frozen=True)
-class Speaker:
-    """Continues prompts with one model and shows what it says."""
+def speak(
+    loaded: LoadedModel, vocabulary: Vocabulary, prompts: list[Prompt], settings: Settings, options: argparse.Namespace
+) -> None:
+    """Continues prompts with one model: of one the text is shown while it comes, of several one after another."""
 
-    loaded: LoadedModel
-    vocabulary: Vocabulary
-    settings: Settings
-    echo: bool
-    new_document: bool
+    def show(_: int, piece: str) -> None:
+        print(piece, end="", flush=True)
 
-    def one(self, prompt: Prompt) -> None:
-        """Shows the text while it comes."""
-        if self.echo:
-            print(prompt.text, end="", flush=True)
-        self._continue([prompt], lambda _, text: print(text, end="", flush=True))
-        print(flush=True)
-
-    def several(self, prompts: list[Prompt], batch: int) -> None:
-        """Shows one text after another, `batch` at a time."""
-        for first in range(0, len(prompts), batch):
-            some = prompts[first : first + batch]
-            for place, (prompt, found) in enumerate(zip(some, self._continue(some), strict=True), start=first + 1):
-                text = prompt.text + found.text if self.echo else found.text
-                print(f"--- {place} of {len(prompts)}: {prompt.name}\n{text}", flush=True)
-
-    def _continue(self, prompts: list[Prompt], show: Callable[[int, str], None] | None = None) -> list[Continuation]:
-        before = [self.vocabulary.separator] if self.new_document else []
-        ids = [before + self.vocabulary.encode(prompt.text) for prompt in prompts]
-        seeds = [prompt.seed for prompt in prompts]
+    alone = len(prompts) == 1
+    if alone and options.echo:
+        show(0, prompts[0].text)
+    for first in range(0, len(prompts), options.batch):
+        some = prompts[first : first + options.batch]
+        before = [vocabulary.separator] if options.new_document else []
+        ids = [before + vocabulary.encode(prompt.text) for prompt in some]
+        seeds = [prompt.seed for prompt in some]
         start = time.monotonic()
-        found = continue_prompts(self.loaded.model, self.vocabulary, ids, self.settings, seeds, show)
-        seconds, added = time.monotonic() - start, sum(len(text.tokens) for text in found)
-        ends = ", ".join(sorted({ENDS[text.reason] for text in found}))
-        begin = "\n" if show else ""
+        texts = continue_prompts(loaded.model, vocabulary, ids, settings, seeds, show if alone else None)
+        seconds, added = time.monotonic() - start, sum(len(text.tokens) for text in texts)
+        ends = ", ".join(sorted({ENDS[text.reason] for text in texts}))
+        begin = "\n" if alone else ""
         say(f"{begin}{sum(map(len, ids)):,} tokens read, {added:,} added in {seconds:.1f} s; ended by {ends}")
-        return found
+        if alone:
+            print(flush=True)
+            return
+        for place, (prompt, continuation) in enumerate(zip(some, texts, strict=True), start=first + 1):
+            text = prompt.text + continuation.text if options.echo else continuation.text
+            print(f"--- {place} of {len(prompts)}: {prompt.name}\n{text}", flush=True)
 
 
 def shorten(text: str, width: int = 60) -> str:

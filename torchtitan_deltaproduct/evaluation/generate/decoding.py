@@ -8,7 +8,7 @@ Prompts of any lengths go together, without padding: a recurrent state would rem
 in segments up to the end of the shortest, the others go on from there. A sequence that ends leaves the batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +29,7 @@ SEGMENT = 2048
 
 @dataclass(frozen=True)
 class Settings:
-    """When a text ends, and how its tokens are chosen.
+    """When a text ends, and how its tokens are chosen; ConfigError if a value is out of range.
 
     Attributes:
         tokens: the most to add to a prompt.
@@ -37,9 +37,6 @@ class Settings:
         sampling: how tokens are chosen.
         stop_at_separator: whether the end of the document ends the text.
         segment: tokens of a prompt read at a time; changes nothing beyond rounding.
-
-    Raises:
-        ConfigError: a value out of range.
     """
 
     tokens: int = 128
@@ -54,19 +51,50 @@ class Settings:
                 raise ConfigError(f"{name} {getattr(self, name)}: must be at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Continuation:
     """What follows a prompt.
 
     Attributes:
+        stream: makes text of its tokens.
         tokens: the ids added; a separator that ended the text is the last of them.
-        text: what they say, up to a stop string; special tokens that did not end the text are shown.
+        pieces: of `text`.
         reason: it ended by `separator`, `stop` (a string) or `length`.
     """
 
-    tokens: list[int]
-    text: str
-    reason: str
+    stream: TextStream = field(repr=False, compare=False)
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    reason: str = ""
+
+    @property
+    def text(self) -> str:
+        """What the tokens say, up to a stop string; special tokens that did not end the text are shown."""
+        return "".join(self.pieces)
+
+    def push(self, token: int, separator: int | None, most: int) -> str:
+        """Takes the next token and returns the text that is certain now.
+
+        Args:
+            token: its id.
+            separator: the id that ends the text, if any.
+            most: tokens.
+        """
+        self.tokens.append(token)
+        piece = ""
+        if token == separator:
+            self.reason = "separator"
+        else:
+            piece = self.stream.push(token)
+            if not self.stream.stopped and len(self.tokens) == most:
+                self.reason = "length"
+        if self.reason:
+            piece += self.stream.finish()
+        # What was held back may have turned out to be a stop string only now.
+        if self.stream.stopped:
+            self.reason = "stop"
+        self.pieces.append(piece)
+        return piece
 
 
 def continue_prompts(
@@ -91,53 +119,24 @@ def continue_prompts(
         CheckpointError: the model's logits are not finite.
     """
     prompts = [prompt or [vocabulary.separator] for prompt in prompts]
-    rows = [_Row(vocabulary, prompt, settings) for prompt in prompts]
+    texts = [Continuation(TextStream(vocabulary.tokenizer, prompt, settings.stops)) for prompt in prompts]
+    separator = vocabulary.separator if settings.stop_at_separator else None
     sampler = Sampler(settings.sampling, [0] * len(prompts) if seeds is None else seeds)
     logits, cache = read_prompts(model, prompts, settings.segment)
     active = list(range(len(prompts)))
     while True:
         tokens = sampler.choose(logits[:, : vocabulary.size], active)
         for place, token in zip(active, tokens, strict=True):
-            text = rows[place].push(token)
-            if show and text:
-                show(place, text)
-        kept = [i for i, place in enumerate(active) if not rows[place].reason]
+            piece = texts[place].push(token, separator, settings.tokens)
+            if show and piece:
+                show(place, piece)
+        kept = [i for i, place in enumerate(active) if not texts[place].reason]
         if not kept:
-            return [row.result() for row in rows]
+            return texts
         if len(kept) < len(active):
             cache = select(cache, torch.tensor(kept, device=logits.device))
             active, tokens = [active[i] for i in kept], [tokens[i] for i in kept]
         logits, cache = step(model, torch.tensor(tokens, device=logits.device), cache)
-
-
-class _Row:
-    """One text as it grows."""
-
-    def __init__(self, vocabulary: Vocabulary, prompt: list[int], settings: Settings):
-        self.settings = settings
-        self.end = vocabulary.separator if settings.stop_at_separator else None
-        self.stream = TextStream(vocabulary.tokenizer, prompt, settings.stops)
-        self.tokens, self.pieces, self.reason = [], [], ""
-
-    def push(self, token: int) -> str:
-        self.tokens.append(token)
-        text = ""
-        if token == self.end:
-            self.reason = "separator"
-        else:
-            text = self.stream.push(token)
-            if not self.stream.stopped and len(self.tokens) == self.settings.tokens:
-                self.reason = "length"
-        if self.reason:
-            text += self.stream.finish()
-        # What was held back may have turned out to be a stop string only now.
-        if self.stream.stopped:
-            self.reason = "stop"
-        self.pieces.append(text)
-        return text
-
-    def result(self) -> Continuation:
-        return Continuation(self.tokens, "".join(self.pieces), self.reason)
 
 
 @torch.no_grad()
@@ -161,8 +160,8 @@ def read_prompts(
     for length in sorted({len(prompt) for prompt in prompts}):
         reading = [prompts[i] for i in order if len(prompts[i]) >= length]
         hidden = None
-        for first, stop in _pieces(start, length, segment):
-            tokens = torch.tensor([prompt[first:stop] for prompt in reading], device=device)
+        for first in range(start, length, segment):
+            tokens = torch.tensor([prompt[first : min(first + segment, length)] for prompt in reading], device=device)
             hidden, cache = advance(model, tokens, cache)
         longer = sum(len(prompt) > length for prompt in reading)
         last.insert(0, hidden[longer:, -1])
@@ -170,8 +169,3 @@ def read_prompts(
         cache, start = select(cache, slice(longer)), length
     back = torch.tensor(order, device=device).argsort()
     return model.head(torch.cat(last)[back]), select(join(ended), back)
-
-
-def _pieces(start: int, stop: int, segment: int) -> Iterator[tuple[int, int]]:
-    for first in range(start, stop, segment):
-        yield first, min(first + segment, stop)

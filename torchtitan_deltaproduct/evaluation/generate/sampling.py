@@ -48,15 +48,7 @@ class Sampling:
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What tokens are drawn from.
-
-    Args:
-        logits: [B, vocab].
-        sampling: with a temperature above 0.
-
-    Returns:
-        [B, vocab] float64 probabilities, 0 for what the filters leave out.
-    """
+    """[B, vocab] logits -> [B, vocab] float64 probabilities, 0 for what the filters leave out; temperature above 0."""
     # Less the largest, which changes no probability: a temperature of 1e-310 makes no infinities then.
     logits = logits.double()
     scaled = (logits - logits.max(dim=1, keepdim=True).values) / sampling.temperature
@@ -75,15 +67,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def invert(p: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the cumulative distribution exceeds a number.
-
-    Args:
-        p: [B, vocab] float64.
-        uniform: [B] float64 in [0, 1).
-
-    Returns:
-        [B] int64, tokens of positive probability.
-    """
+    """The token at which the cumulative distribution p [B, vocab] exceeds a number [B] in [0, 1): [B] int64."""
     cumulative = p.cumsum(1)
     total = cumulative[:, -1:]
     # The product may round up to the total, beyond the last token.
@@ -92,12 +76,7 @@ def invert(p: Tensor, uniform: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Chooses tokens for a batch of sequences.
-
-    Args:
-        sampling: how.
-        seeds: one for each sequence.
-    """
+    """Chooses tokens for a batch of sequences, which have a seed each."""
 
     def __init__(self, sampling: Sampling, seeds: list[int]):
         self.sampling = sampling

@@ -21,16 +21,20 @@ from rich.console import Console
 
 from torchtitan_deltaproduct.models import DeltaProductLM
 
-from ..files import read_results
 from ..long import LongEvaluation, Progress, tokenizer_of
 from ..pieces import Measured, Tokens
 from .loss import POSITION, score
-from .results import parse_buckets, summarise, table, write_csv, write_json
+from .results import Result, parse_buckets, summarise, table
 
 
 class LengthExtrapolation(LongEvaluation):
     name = "length_extrapolation"
     summary = __doc__.split("\n")[0]
+    header = {
+        "units": "loss in nats a token; positions counted from 1: position t predicts a token from the t before it",
+        "intervals": "95 %, Student's t over sequences; the tokens of a sequence do not count as independent",
+    }
+    written = ".csv, .png; the loss at each position is in {raw}"
     from_help = "results to put into other --buckets, or side by side; takes no models"
 
     def add_options(self, add) -> None:
@@ -67,10 +71,13 @@ class LengthExtrapolation(LongEvaluation):
             progress(loss.size)
         return positions
 
-    def report(self, measured: list[Measured], stem: Path, options: argparse.Namespace, console: Console) -> None:
-        from .figures import loss_figure
+    def summarise(self, measured: list[Measured], options: argparse.Namespace | None) -> list[Result]:
+        return summarise(measured, options.buckets if options else "")
 
-        results = summarise(measured, options.buckets)
+    def columns(self, results: list[Result]) -> list[str]:
+        return ["model", "step", "train_length", "data", "documents", "length", "sequences", *results[0].buckets[0]]
+
+    def show(self, results: list[Result], stem: Path, options: argparse.Namespace, console: Console) -> None:
         for data in dict.fromkeys(result.data["name"] for result in results):
             console.print(f"\n{data}", style="bold", soft_wrap=True)
             console.print(table([result for result in results if result.data["name"] == data]))
@@ -81,33 +88,24 @@ class LengthExtrapolation(LongEvaluation):
                 where = f"the first in the bucket from position {result.broken_from:,}"
                 console.print(f"{result.name}: losses that are not finite, {where}", soft_wrap=True)
         linear = options.x_axis == "linear" or (options.x_axis == "auto" and options.buckets.isdigit())
-        loss_figure(results, stem.with_suffix(".png"), log_positions=not linear)
-        write_csv(stem.with_suffix(".csv"), results)
-        write_json(stem.with_suffix(".json"), results, options.made_by)
-        raw = results[0].pieces.folder.parent
-        console.print(f"written: {stem}.json, .csv, .png; the loss at each position is in {raw}", soft_wrap=True)
+        self.compare(results, stem, log_positions=not linear)
 
+    def compare(self, results: list[Result], stem: Path, log_positions: bool = True) -> None:
+        from .figures import loss_figure
 
-def metrics(folder: Path) -> dict[str, float | None]:
-    """Losses (nats a token) up to the training length and beyond it, and the perplexity of all positions."""
-    (entry,) = read_results(folder / "length_extrapolation.json")
-    last, beyond = entry["buckets"][-1], entry["beyond_training"] or {}
-    return {
-        "loss to the training length": (beyond.get("training") or {}).get("loss"),
-        "loss beyond": (beyond.get("beyond") or {}).get("loss"),
-        "change": beyond.get("difference"),
-        f"perplexity to {last['last']:,}": last["running_perplexity"],
-        "accuracy at the end": last["accuracy"],
-    }
+        loss_figure(results, stem.with_suffix(".png"), log_positions)
 
-
-def compare(measured: list[Measured], stem: Path) -> None:
-    """The picture of several models on one dataset."""
-    from .figures import loss_figure
-
-    loss_figure(summarise(measured, ""), stem.with_suffix(".png"), log_positions=True)
+    def metrics(self, entry: dict) -> dict[str, float | None]:
+        """Losses (nats a token) up to the training length and beyond it, and the perplexity of all positions."""
+        last, beyond = entry["buckets"][-1], entry["beyond_training"] or {}
+        return {
+            "loss to the training length": (beyond.get("training") or {}).get("loss"),
+            "loss beyond": (beyond.get("beyond") or {}).get("loss"),
+            "change": beyond.get("difference"),
+            f"perplexity to {last['last']:,}": last["running_perplexity"],
+            "accuracy at the end": last["accuracy"],
+        }
 
 
 evaluation = LengthExtrapolation()
-main, parse = evaluation.main, evaluation.parse
-SWEPT = evaluation.swept(metrics, compare)
+main, parse, SWEPT = evaluation.main, evaluation.parse, evaluation.swept

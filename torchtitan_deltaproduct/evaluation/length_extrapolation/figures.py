@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from ..figures import COLOURS, plt, save, style
+from ..figures import COLOURS, mark_trained, picture
 from .results import Result
 
 LINES = ("-", "--", "-.", ":")
@@ -29,12 +29,10 @@ def loss_figure(results: list[Result], path: Path, log_positions: bool) -> None:
     """
     datasets = list(dict.fromkeys(result.data["name"] for result in results))
     models = list(dict.fromkeys(result.model["name"] for result in results))
-    with style():
-        columns = 2 + any(result.compared for result in results)
-        size = (5.3 * columns, 0.9 + 3.5 * len(datasets))
-        figure, axes = plt.subplots(len(datasets), columns, figsize=size, layout="constrained", squeeze=False)
+    columns = 2 + any(result.compared for result in results)
+    size, handles = (5.3 * columns, 0.9 + 3.5 * len(datasets)), {}
+    with picture(path, "", len(datasets), columns, size) as (figure, axes):
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-        handles = {}
         for row, name in zip(axes, datasets, strict=True):
             chosen = [result for result in results if result.data["name"] == name]
             for result in chosen:
@@ -48,7 +46,6 @@ def loss_figure(results: list[Result], path: Path, log_positions: bool) -> None:
             row[0].set_title(f"{name}: {_sequences(chosen[0])}", loc="left", pad=22)
         handles["95 % over sequences"] = Patch(color="#777777", alpha=0.25, linewidth=0)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
-        save(figure, path)
 
 
 def _label(row, results: list[Result], log_positions: bool) -> None:
@@ -107,13 +104,8 @@ def _frame(axis, results: list[Result], log_positions: bool) -> None:
     for trained in sorted({result.model["train_length"] or 0 for result in results}):
         if not first < trained <= length:
             continue
-        axis.axvline(trained, color="#444444", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
         place = (np.log(trained / first) / np.log(length / first)) if log_positions else trained / length
-        side = "left" if place < 0.25 else "right" if place > 0.75 else "center"
-        axis.annotate(
-            f"trained to {trained:,} tokens", (trained, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
-            textcoords="offset points", va="bottom", ha=side, color="#444444", fontsize=8.5,
-        )  # fmt: skip
+        mark_trained(axis, trained, place, margin=0.25, above=3)
 
 
 def tokens_text(tokens: float) -> str:

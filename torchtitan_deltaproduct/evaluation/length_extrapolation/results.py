@@ -1,7 +1,7 @@
 """From raw losses to results: positions in buckets, means with standard errors, as table, JSON and CSV.
 
     results = summarise(measured, buckets="")            # measured: what `long` has kept
-    Console().print(table(results)); write_json(path, results, {}); write_csv(path, results)
+    Console().print(table(results)); results[0].entry(folder); results[0].rows()
 
 The tokens of a sequence depend on each other, the sequences do not: a bucket has one mean for each sequence, and
 standard errors and 95 % intervals (Student's t) are those of the mean over sequences. Perplexity is exp(loss), its
@@ -21,12 +21,12 @@ from rich.table import Table
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-from .. import files
 from ..pieces import Measured, Pieces
 
-VERSION = 1
 FIRST_BUCKET = 32
 """Positions of the first automatic bucket."""
+BLOCK = 1 << 16
+"""Positions summed at a time."""
 
 
 def parse_buckets(text: str, length: int, marks: Iterable[int] = ()) -> list[int]:
@@ -79,13 +79,14 @@ class Sums:
         length = pieces.about["length"]
         edges = np.unique([0, length, *edges])
         loss, correct = (np.zeros((pieces.about["sequences"], len(edges)), kind) for kind in (np.float64, np.int64))
-        # Position t, from 0, is the last of t + 1: it counts for the first edge that is no smaller.
-        edge = np.searchsorted(edges, np.arange(1, length + 1))
         for (first, last), positions in pieces:
-            for row in range(first, last):
-                values = positions[row - first]
-                loss[row] = np.bincount(edge, values["loss"], len(edges))
-                correct[row] = np.bincount(edge[values["correct"]], minlength=len(edges))
+            for start in range(0, length, BLOCK):
+                # Position t, from 0, is the last of t + 1: it counts for the first edge that is no smaller.
+                edge = np.searchsorted(edges, np.arange(start, min(start + BLOCK, length)) + 1)
+                for row in range(first, last):
+                    values = positions[row - first, start : start + BLOCK]
+                    loss[row] += np.bincount(edge, values["loss"], len(edges))
+                    correct[row] += np.bincount(edge[values["correct"]], minlength=len(edges))
         return cls(edges, loss.cumsum(1), correct.cumsum(1))
 
     def between(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -193,6 +194,24 @@ class Result:
         """First position of the first bucket in which a loss is not finite."""
         return next((bucket["first"] for bucket in self.buckets if not math.isfinite(bucket["loss"])), None)
 
+    def entry(self, folder: Path) -> dict:
+        """For JSON; where the raw losses lie is relative to the `folder` of the file."""
+        settings = ("dtype", "device", "batch", "segment", "length", "sequences")
+        return {
+            "model": self.model | {"weights": self.pieces.about["weights"]},
+            "data": self.data,
+            "settings": {key: self.pieces.about[key] for key in settings},
+            "raw": os.path.relpath(self.pieces.folder, folder),
+            "beyond_training": self.beyond,
+            "buckets": self.buckets,
+        }
+
+    def rows(self) -> list[list]:
+        """For CSV, one a bucket."""
+        head = [self.model["label"], self.model["step"], self.model["train_length"], self.data["name"],
+                self.data["kind"], self.length, self.pieces.about["sequences"]]  # fmt: skip
+        return [[*head, *bucket.values()] for bucket in self.buckets]
+
     def verdict(self) -> str | None:
         """One line on what happens beyond the training length."""
         if self.beyond is None:
@@ -215,8 +234,8 @@ def summarise(measured: list[Measured], buckets: str) -> list[Result]:
     """
     lengths = {case.pieces.about["length"]: case.pieces.folder for case in measured}
     if len(lengths) > 1:
-        found = ", ".join(f"{length:,} in {folder}" for length, folder in lengths.items())
-        raise DataError(f"the results have different lengths: {found}\nname those of one length")
+        places = ", ".join(f"{length:,} in {folder}" for length, folder in lengths.items())
+        raise DataError(f"the results have different lengths: {places}\nname those of one length")
     marks = [case.model["train_length"] for case in measured if case.model["train_length"]]
     lasts = parse_buckets(buckets, next(iter(lengths)), marks)
     results: list[Result] = []
@@ -257,36 +276,3 @@ def _cell(bucket: dict) -> str:
 def _with_error(bucket: dict, name: str, form: str) -> str:
     half = bucket[f"{name}_high"] - bucket[name]
     return f"{bucket[name]:{form}}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
-
-
-def write_json(path: Path, results: list[Result], made_by: dict) -> None:
-    """Everything, and where the raw losses lie, relative to the folder of the file."""
-    settings = ("dtype", "device", "batch", "segment", "length", "sequences")
-    files.write_json(path, {
-        "version": VERSION,
-        "units": "loss in nats a token; positions counted from 1: position t predicts a token from the t before it",
-        "intervals": "95 %, Student's t over sequences; the tokens of a sequence do not count as independent",
-        "made_by": made_by,
-        "results": [
-            {
-                "model": result.model | {"weights": result.pieces.about["weights"]},
-                "data": result.data,
-                "settings": {key: result.pieces.about[key] for key in settings},
-                "raw": os.path.relpath(result.pieces.folder, path.parent),
-                "beyond_training": result.beyond,
-                "buckets": result.buckets,
-            }
-            for result in results
-        ],
-    })  # fmt: skip
-
-
-def write_csv(path: Path, results: list[Result]) -> None:
-    """One row a model, dataset and bucket; fields are empty where JSON has null."""
-    names = ["model", "step", "train_length", "data", "documents", "length", "sequences", *results[0].buckets[0]]
-    rows = []
-    for result in results:
-        head = [result.model["label"], result.model["step"], result.model["train_length"], result.data["name"],
-                result.data["kind"], result.length, result.pieces.about["sequences"]]  # fmt: skip
-        rows += [[*head, *bucket.values()] for bucket in result.buckets]
-    files.write_csv(path, names, rows)

@@ -109,12 +109,9 @@ def fill(namespace: argparse.Namespace, model: str | None) -> None:
     of_model = simple_parse_args_string(of_model) if isinstance(of_model, str) else dict(of_model)
     if model and "pretrained" in of_model:
         raise ConfigError(f"two models are named: {model!r} and pretrained={of_model['pretrained']}: leave one out")
-    if model:
-        of_model["pretrained"] = model
-    if "pretrained" in of_model:
-        of_model["pretrained"] = os.path.expanduser(str(of_model["pretrained"]))
-    else:
+    if not model and "pretrained" not in of_model:
         raise ConfigError("no model is named: put a run, checkpoint/step-N or Hugging Face folder before the options")
+    of_model["pretrained"] = os.path.expanduser(model or str(of_model["pretrained"]))
     if given.get("apply_chat_template"):
         raise ConfigError(NO_TEMPLATE)
     namespace.model, namespace.model_args = NAME, of_model

@@ -11,6 +11,7 @@ training, and `loglikelihood_rolling` begins with it.
 import inspect
 import logging
 import os
+import re
 import sys
 
 import torch
@@ -116,9 +117,6 @@ class DeltaProductHarness(TemplateLM):
         """Context and continuation as tokens, as lm-eval cuts them; apart where that leaves the continuation none.
 
         Its tokens may merge into the last one of the context: nothing to score would have the probability 1.
-
-        Raises:
-            DataError: the tokenizer makes nothing of a continuation that is not empty.
         """
         if context == "":
             before, scored = [self.eot_token_id], self.tok_encode(continuation, add_special_tokens=False)
@@ -130,6 +128,7 @@ class DeltaProductHarness(TemplateLM):
         return before, scored
 
     def _check_scored(self, text: str, ids: list[int]) -> None:
+        """Raises DataError if the tokenizer makes nothing of a text that is not empty."""
         if text and not ids:
             raise DataError(f"{text!r} has no tokens in {self.tokenizer_name}, so it has no probability")
 
@@ -151,9 +150,9 @@ class DeltaProductHarness(TemplateLM):
         """Scores and, for `--use_cache`, hands each result to lm-eval as it is known."""
         with self._bar(kind, len(pairs), disable_tqdm) as bar:
 
-            def progress(place: int, found: Score) -> None:
+            def progress(place: int, scored: Score) -> None:
                 bar.update()
-                self.cache_hook.add_partial(kind, texts[place], found if kind == "loglikelihood" else found[0])
+                self.cache_hook.add_partial(kind, texts[place], scored if kind == "loglikelihood" else scored[0])
 
             return score(self.loaded.model, pairs, self.rows, self.segment, progress, self.most_rows)
 
@@ -172,8 +171,8 @@ class DeltaProductHarness(TemplateLM):
                 for first in range(0, len(places), rows):
                     some = places[first : first + rows]
                     inputs, seeds = [prompts[place] for place in some], [seed + place for place in some]
-                    found = continue_prompts(self.loaded.model, self.vocabulary, inputs, settings, seeds)
-                    for place, text in zip(some, found, strict=True):
+                    texts = continue_prompts(self.loaded.model, self.vocabulary, inputs, settings, seeds)
+                    for place, text in zip(some, texts, strict=True):
                         answers[place] = text.text
                         self.cache_hook.add_partial("generate_until", requests[place].args, text.text)
                     bar.update(len(some))
@@ -216,16 +215,16 @@ class DeltaProductHarness(TemplateLM):
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.world_size == 1:
             return tensor
-        found: list = [None] * self.world_size
-        dist.all_gather_object(found, tensor.cpu().reshape(-1))
-        return torch.cat(found)
+        tensors: list = [None] * self.world_size
+        dist.all_gather_object(tensors, tensor.cpu().reshape(-1))
+        return torch.cat(tensors)
 
     def gather_object(self, obj, dst: int = 0) -> list | None:
         if self.world_size == 1:
             return [obj]
-        found = [None] * self.world_size if self.rank == dst else None
-        dist.gather_object(obj, found, dst=dst)
-        return found
+        objects = [None] * self.world_size if self.rank == dst else None
+        dist.gather_object(obj, objects, dst=dst)
+        return objects
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -263,16 +262,12 @@ def _join_ranks() -> tuple[int, int]:
 
 def _device(asked: str | None) -> torch.device:
     name = asked or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"--device {name}: expected cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"--device {name}: no CUDA device is visible; leave it out to run on the CPU")
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: no CUDA device is visible; leave it out to run on the CPU")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
+    torch.cuda.set_device(device)
     return device

@@ -61,10 +61,10 @@ def score(
     for batch in batches(requests, rows, segment, most_rows):
         most = rows or most_rows or len(batch)
         for part in _score_batch(model, [requests[i] for i in batch], most, segment):
-            for place, found in part:
-                scores[batch[place]] = found
+            for place, result in part:
+                scores[batch[place]] = result
                 if progress:
-                    progress(batch[place], found)
+                    progress(batch[place], result)
     return scores
 
 
@@ -118,12 +118,12 @@ def _score_batch(
     # Longest first: those that are still being read are always the first rows.
     owner.sort(key=lambda pair: -sum(map(len, requests[pair[1]])))
     for first in range(0, len(owner), rows):
-        some = owner[first : first + rows]
-        index = torch.tensor([index for index, _ in some], device=device)
-        rest = [requests[place][0][shared:] + requests[place][1] for _, place in some]
-        scored = [len(requests[place][1]) for _, place in some]
-        found = _read(model, select(cache, index), rest, scored, segment)
-        yield [(place, score) for (_, place), score in zip(some, found, strict=True)]
+        reading = owner[first : first + rows]
+        index = torch.tensor([index for index, _ in reading], device=device)
+        rest = [requests[place][0][shared:] + requests[place][1] for _, place in reading]
+        scored = [len(requests[place][1]) for _, place in reading]
+        scores = _read(model, select(cache, index), rest, scored, segment)
+        yield [(place, score) for (_, place), score in zip(reading, scores, strict=True)]
 
 
 def _read(

@@ -22,7 +22,7 @@ from ..files import read_results
 from ..options import add_model_options, at_least, load_models, output_folder
 from ..swept import Swept, made_by
 from .problems import Problem, model_reader, problem_of
-from .results import Criterion, RunResult, Setting, by_setting, seed_name, table, write_csv, write_json
+from .results import Criterion, RunResult, Setting, by_setting, table, write_csv, write_json
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,15 +70,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def evaluate(loaded: LoadedModel, problem: Problem, words: int, console: Console | None = None, **options) -> RunResult:
     """Reads the test words of a problem; `options` are those of `words.count_words`. Says a line every 10 seconds."""
-    start = said = time.monotonic()
+    start = last_line = time.monotonic()
     done, total = 0, problem.tokens(words)
 
     def progress(tokens: int) -> None:
-        nonlocal done, said
+        nonlocal done, last_line
         done += tokens
-        if console is not None and time.monotonic() - said > 10:
-            said = time.monotonic()
-            left = (said - start) * (total - done) / done
+        if console is not None and time.monotonic() - last_line > 10:
+            last_line = time.monotonic()
+            left = (last_line - start) * (total - done) / done
             console.print(f"{loaded.label}: {done:,} of {total:,} tokens, {left:.0f} s left")
 
     counts = problem.count(model_reader(loaded.model), words, progress=progress, **options)
@@ -109,7 +109,7 @@ def report(
 def _print_buckets(setting: Setting, console: Console) -> None:
     for run in setting.runs:
         cells = [f"{b['first']}-{b['last']}: {b['value']:.1%} ({b['scaled']:.2f})" for b in run.buckets()]
-        console.print(f"{setting.problem.name}, {setting.label}, seed {seed_name(run)}, accuracy (scaled) by length")
+        console.print(f"{setting.problem.name}, {setting.label}, seed {run.seed_name}, accuracy (scaled) by length")
         console.print("  " + "  ".join(cells))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from ..figures import COLOURS, plt, save, style
+from ..figures import COLOURS, mark_trained, picture, plt, save, style
 from .problems import wilson
 from .results import RunResult, Setting
 
@@ -16,11 +16,8 @@ MAX_POINTS = 128
 def accuracy_figure(settings: list[Setting], path: Path) -> None:
     """Accuracy against length: a row of panels a problem, a line a setting, thin lines its seeds."""
     problems = list(dict.fromkeys(setting.problem.name for setting in settings))
-    with style():
-        figure, axes = plt.subplots(
-            len(problems), 2, figsize=(10.5, 1.1 + 3.3 * len(problems)), layout="constrained", squeeze=False
-        )
-        handles: dict[str, object] = {}
+    handles: dict[str, object] = {}
+    with picture(path, "", len(problems), 2, (10.5, 1.1 + 3.3 * len(problems))) as (figure, axes):
         for row, name in zip(axes, problems, strict=True):
             chosen = [setting for setting in settings if setting.problem.name == name]
             if chosen[0].problem.formal:
@@ -30,7 +27,6 @@ def accuracy_figure(settings: list[Setting], path: Path) -> None:
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         handles["guessing"] = handles.pop("guessing")
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
-        save(figure, path)
 
 
 def _group_panels(axes, settings: list[Setting], handles: dict) -> None:
@@ -129,12 +125,7 @@ def _frame(axis, settings: list[Setting]) -> None:
     longest = max(setting.problem.length for setting in settings)
     axis.set(xlim=(0, longest * 1.01), ylim=(-2, 103))
     for length in sorted({setting.problem.train_length for setting in settings}):
-        axis.axvline(length, color="#444444", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
-        side = "left" if length < 0.2 * longest else "right" if length > 0.8 * longest else "center"
-        axis.annotate(
-            f"trained to {length:,} tokens", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 1),
-            textcoords="offset points", va="bottom", ha=side, color="#444444", fontsize=8.5,
-        )  # fmt: skip
+        mark_trained(axis, length, length / longest, margin=0.2, above=1)
     axis.set_title(axis.get_title(loc="left"), loc="left", pad=18)
 
 

@@ -9,7 +9,6 @@ words have few, and the directions of the keys, by the singular values of the ma
 centred: k and -k are the same reflection. Measured on what the mixer hands to its operator over held-out words.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.ops.normalize import l2norm
 
-from ..files import short_names, slugs
+from ..files import short_names, slugs, write_json
 from .problems import problem_of
 
 BINS = 40
@@ -147,7 +146,7 @@ def interpret(
             out.add_row(str(index), str(head["head"]), mean, near, dims, f"{head['effective_rank']:.1f}")
         title = f"{problem.name}, layer {index}: {run.parent.name}/{run.name}, step {loaded.step}"
         interpretation_figure(heads, title, args, names, folder / f"{stem}_layer{index}.png")
-    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / f"{stem}.json", record)
     console.print(out)
     console.print(f"written: {folder / stem}.json and a PNG for each layer", soft_wrap=True)
 
@@ -157,11 +156,10 @@ def stems(models: list[LoadedModel], folder: Path) -> list[str]:
     if len(models) == 1 and folder.resolve() == (models[0].run / "eval").resolve():
         return ["interpretation"]
     runs = [model.run.resolve() for model in models]
-    found = [f"interpretation_{run.parent.name}_{run.name}" for run in runs]
-    if len(set(found)) < len(found):
-        names = short_names([(run, model.step) for run, model in zip(runs, models, strict=True)])
-        found = [f"interpretation_{name}" for name in slugs(names)]
-    return found
+    names = [f"{run.parent.name}_{run.name}" for run in runs]
+    if len(set(names)) < len(names):
+        names = slugs(short_names([(run, model.step) for run, model in zip(runs, models, strict=True)]))
+    return [f"interpretation_{name}" for name in names]
 
 
 def _head_records(view: LayerView, keys: dict, args, occurrences: np.ndarray, names: list[str] | None) -> list[dict]:

@@ -1,8 +1,8 @@
 """From counted words to results: one record a run, one a setting over its seeds, as table, JSON and CSV.
 
     result = RunResult.of(loaded, problem, counts)
-    settings = by_setting([result, ...], Criterion())        # runs that differ in nothing but their seeds
-    Console().print(table(settings)); write_json(path, settings, Criterion()); write_csv(path, settings)
+    settings = by_setting([result, ...])                     # runs that differ in nothing but their seeds
+    Console().print(table(settings, Criterion())); write_json(path, settings, Criterion(), {})
 
 Accuracy "at L tokens" is the mean over all positions of words of L tokens. For formal languages, whose rows have one
 answer each, it is the accuracy of rows no longer than in training, and of longer ones; `scaled` then is
@@ -23,9 +23,8 @@ from .. import files
 from .problems import Counts, Problem, wilson
 
 # What tells settings apart, beside the problem: the whole model and how it was trained, but for its seeds.
-_MODEL = [f.name for f in fields(DeltaProductArgs) if f.name != "op_backend"]
 _TRAINED = {
-    "model": _MODEL,
+    "model": [f.name for f in fields(DeltaProductArgs) if f.name != "op_backend"],
     "data": ["min_length", "max_length", "curriculum_start", "curriculum_steps"],
     "training": ["seq_len", "steps", "max_norm"],
     "optimizer": ["name", "lr", "beta1", "beta2", "weight_decay"],
@@ -101,6 +100,12 @@ class RunResult:
         """Of the eigenvalues."""
         return "[-1, 1]" if self.settings["model.allow_neg_eigval"] else "[0, 1]"
 
+    @property
+    def seed_name(self) -> str:
+        """`3`, or `data 3, weights 42` where the two differ."""
+        data, model = self.seeds
+        return str(data) if data == model else f"data {data}, weights {model}"
+
     def token_accuracy(self, first: int, last: int) -> Share:
         """Mean over the labels at positions first .. last; words, not tokens, count as independent."""
         correct, scored = self.counts.between(first, last)
@@ -128,10 +133,10 @@ class RunResult:
         return (accuracy - self.problem.chance) / (1 - self.problem.chance)
 
     def solved(self, criterion: Criterion) -> bool:
-        found = [self.at_training.value, self.at_length.value]
+        trained, beyond = self.at_training.value, self.at_length.value
         if self.problem.formal:
-            found = [self.scaled(value) for value in found]
-        return found[0] >= criterion.at_training and found[1] >= criterion.beyond
+            trained, beyond = self.scaled(trained), self.scaled(beyond)
+        return trained >= criterion.at_training and beyond >= criterion.beyond
 
     def buckets(self) -> list[dict]:
         """Accuracy by length, in stretches as long as the training length: [1, T], [T + 1, 2 T], ..."""
@@ -146,24 +151,13 @@ class RunResult:
         """The record of a run; counts are complete, so that curves can be drawn again from it."""
         problem, counts = self.problem, self.counts
         record = {
-            "run": self.label,
-            "step": self.step,
-            "steps_planned": self.steps,
-            "data_seed": self.seeds[0],
-            "model_seed": self.seeds[1],
-            "test_seed": problem.seed,
-            "train_length": problem.train_length,
-            "length": problem.length,
-            "chance": problem.chance,
-            "words": counts.words,
-            "accuracy_at_training_length": vars(self.at_training),
-            "accuracy_at_length": vars(self.at_length),
-            "scaled_accuracy_at_length": self.scaled(self.at_length.value),
-            "solved": self.solved(criterion),
-            "buckets": self.buckets(),
-            "scored": counts.scored.tolist(),
-            "correct": counts.correct.tolist(),
-        }
+            "run": self.label, "step": self.step, "steps_planned": self.steps, "data_seed": self.seeds[0],
+            "model_seed": self.seeds[1], "test_seed": problem.seed, "train_length": problem.train_length,
+            "length": problem.length, "chance": problem.chance, "words": counts.words,
+            "accuracy_at_training_length": vars(self.at_training), "accuracy_at_length": vars(self.at_length),
+            "scaled_accuracy_at_length": self.scaled(self.at_length.value), "solved": self.solved(criterion),
+            "buckets": self.buckets(), "scored": counts.scored.tolist(), "correct": counts.correct.tolist(),
+        }  # fmt: skip
         if not problem.formal:
             record["prefix_accuracy_at_training_length"] = vars(self.prefix(problem.train_length))
             record["prefix_accuracy_at_length"] = vars(self.prefix(problem.length))
@@ -187,53 +181,51 @@ class Setting:
         first = self.runs[0]
         return f"n_h = {first.n_h}, {first.range}" + (f", {self.differs}" if self.differs else "")
 
+    @property
+    def kind(self) -> tuple:
+        """Problem, n_h and range ([-1, 1] first): what tables and pictures are ordered by."""
+        first = self.runs[0]
+        return (first.problem.name, first.n_h, not first.settings["model.allow_neg_eigval"])
+
+    def solved(self, criterion: Criterion) -> int:
+        """The number of seeds that solved it."""
+        return sum(run.solved(criterion) for run in self.runs)
+
     def share_solved(self, criterion: Criterion) -> Share:
         """Share of the seeds that solved it."""
-        return Share.of(sum(run.solved(criterion) for run in self.runs), len(self.runs))
+        return Share.of(self.solved(criterion), len(self.runs))
+
+    def values(self, name: str) -> list[float]:
+        """`at_training` or `at_length` of each seed."""
+        return [getattr(run, name).value for run in self.runs]
 
     def mean(self, name: str) -> float:
         """Mean over the seeds of `at_training` or `at_length`."""
-        return float(np.mean([getattr(run, name).value for run in self.runs]))
+        return float(np.mean(self.values(name)))
 
     def to_dict(self, criterion: Criterion) -> dict:
         first = self.runs[0]
         spread = {
-            f"accuracy_{name}": {
-                "mean": self.mean(attribute),
-                "min": min(getattr(run, attribute).value for run in self.runs),
-                "max": max(getattr(run, attribute).value for run in self.runs),
-            }
-            for name, attribute in (("at_training_length", "at_training"), ("at_length", "at_length"))
+            f"accuracy_{key}": {"mean": self.mean(name), "min": min(self.values(name)), "max": max(self.values(name))}
+            for key, name in (("at_training_length", "at_training"), ("at_length", "at_length"))
         }
         return {
-            "problem": self.problem.name,
-            "num_householder": first.n_h,
-            "eigenvalue_range": first.range,
-            "differs": self.differs,
-            "seeds": len(self.runs),
-            "solved": sum(run.solved(criterion) for run in self.runs),
-            "share_solved": vars(self.share_solved(criterion)),
-            **spread,
-            "settings": first.settings,
+            "problem": self.problem.name, "num_householder": first.n_h, "eigenvalue_range": first.range,
+            "differs": self.differs, "seeds": len(self.runs), "solved": self.solved(criterion),
+            "share_solved": vars(self.share_solved(criterion)), **spread, "settings": first.settings,
             "runs": [run.to_dict(criterion) for run in self.runs],
-        }
+        }  # fmt: skip
 
 
 def by_setting(results: list[RunResult]) -> list[Setting]:
-    """Groups runs, in the order problem, n_h, range ([-1, 1] first), and says what differs beyond these."""
+    """Groups runs, in the order of `Setting.kind`, and says what differs beyond it."""
     groups: dict[str, Setting] = {}
     for result in results:
         key = json.dumps([result.problem.name, result.problem.length, result.settings])
         groups.setdefault(key, Setting([])).runs.append(result)
-
-    def alike(setting: Setting) -> tuple:
-        first = setting.runs[0]
-        return (first.problem.name, first.n_h, not first.settings["model.allow_neg_eigval"])
-
-    found = sorted(groups.values(), key=alike)
-    for setting in found:
-        same = [other.runs[0] for other in found if alike(other) == alike(setting)]
-        own = setting.runs[0]
+    settings = sorted(groups.values(), key=lambda setting: setting.kind)
+    for setting in settings:
+        own, same = setting.runs[0], [other.runs[0] for other in settings if other.kind == setting.kind]
         parts = [
             f"{key.split('.')[1]} {value}"
             for key, value in own.settings.items()
@@ -242,7 +234,7 @@ def by_setting(results: list[RunResult]) -> list[Setting]:
         if any(other.problem.length != own.problem.length for other in same):
             parts.append(f"to {own.problem.length} tokens")
         setting.differs = ", ".join(parts)
-    return found
+    return settings
 
 
 def table(settings: list[Setting], criterion: Criterion) -> Table:
@@ -253,27 +245,21 @@ def table(settings: list[Setting], criterion: Criterion) -> Table:
     for name in ("training length", "tested length", "whole words", "solved"):
         out.add_column(name, justify="right")
     for setting in settings:
-        several = len(setting.runs) > 1
-        if several:
-            solved = sum(run.solved(criterion) for run in setting.runs)
+        names = (setting.problem.name, setting.label)
+        if len(setting.runs) > 1:
             low, high = setting.problem.train_length, setting.problem.length
             out.add_row(
-                setting.problem.name, setting.label, f"mean of {len(setting.runs)}",
-                f"{setting.mean('at_training'):.1%} @ {low:,}", f"{setting.mean('at_length'):.1%} @ {high:,}", "",
-                f"{solved} of {len(setting.runs)}", style="bold",
+                *names, f"mean of {len(setting.runs)}", f"{setting.mean('at_training'):.1%} @ {low:,}",
+                f"{setting.mean('at_length'):.1%} @ {high:,}", "",
+                f"{setting.solved(criterion)} of {len(setting.runs)}", style="bold",
             )  # fmt: skip
+            names = ("", "")
         for run in setting.runs:
-            problem, label = ("", "") if several else (setting.problem.name, setting.label)
             unfinished = f" (step {run.step:,} of {run.steps:,})" if run.step < run.steps else ""
-            out.add_row(problem, label, seed_name(run) + unfinished, *_numbers(run), _yes(run.solved(criterion)))
+            solved = "[green]yes[/]" if run.solved(criterion) else "[red]no[/]"
+            out.add_row(*names, run.seed_name + unfinished, *_numbers(run), solved)
         out.add_section()
     return out
-
-
-def seed_name(run: RunResult) -> str:
-    """`3`, or `data 3, weights 42` where the two differ."""
-    data, model = run.seeds
-    return str(data) if data == model else f"data {data}, weights {model}"
 
 
 def _numbers(run: RunResult) -> list[str]:
@@ -281,12 +267,7 @@ def _numbers(run: RunResult) -> list[str]:
     for share, length in ((run.at_training, run.problem.train_length), (run.at_length, run.problem.length)):
         scaled = f", scaled {run.scaled(share.value):.2f}" if run.problem.formal else ""
         cells.append(f"{share.value:.1%} @ {length:,}{scaled}\n[dim]{share.low:.1%} to {share.high:.1%}[/]")
-    prefix = "" if run.problem.formal else f"{run.prefix(run.problem.length).value:.1%}"
-    return [*cells, prefix]
-
-
-def _yes(solved: bool) -> str:
-    return "[green]yes[/]" if solved else "[red]no[/]"
+    return [*cells, "" if run.problem.formal else f"{run.prefix(run.problem.length).value:.1%}"]
 
 
 def write_json(path: Path, settings: list[Setting], criterion: Criterion, made_by: dict) -> None:

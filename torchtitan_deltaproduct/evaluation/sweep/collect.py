@@ -1,6 +1,6 @@
 """What a sweep's jobs found, together: results.csv, .jsonl, .md, and the pictures that compare models.
 
-rows = collect(sweep)                   # one record a job that is done
+rows = collect(sweep)                   # (job, its metrics) of each job that is done
 write_results(sweep, rows)
 
 {"eval": "length_extrapolation", "model": "DP2", "data": "code", "checkpoint": "step 66758, ...",
@@ -8,44 +8,34 @@ write_results(sweep, rows)
 """
 
 import json
-from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 
 from ..files import finite, write_atomically, write_csv
 from .plan import Job, Sweep, evals
 
-
-@dataclass(frozen=True)
-class Row:
-    """What one job found: names of metrics and their values (None where there is none)."""
-
-    job: Job
-    metrics: dict[str, float | None]
-
-    def to_dict(self) -> dict[str, Any]:
-        job = self.job
-        return {"eval": job.eval, "model": job.model.name, "data": job.data, "checkpoint": job.model.checkpoint,
-                "folder": str(job.folder), "metrics": finite(self.metrics)}  # fmt: skip
+Row = tuple[Job, dict[str, float | None]]
+"""A job that is done, and its metrics by name (None where there is none)."""
 
 
 def collect(sweep: Sweep) -> list[Row]:
     """The rows of all jobs that are done; DataError if results that should be there are damaged."""
-    return [Row(job, evals()[job.eval].metrics(job.folder)) for job in sweep.jobs if job.is_done()]
+    return [(job, finite(evals()[job.eval].metrics(job.folder))) for job in sweep.jobs if job.is_done()]
 
 
 def write_results(sweep: Sweep, rows: list[Row]) -> None:
     """Writes results.jsonl, results.csv (a line a metric of a job) and results.md to the sweep's folder."""
     sweep.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(sweep.out / "results.jsonl", "".join(json.dumps(row.to_dict()) + "\n" for row in rows))
-    lines = [
-        [job.eval, job.data, job.model.name, job.model.checkpoint, metric, "" if value is None else repr(value)]
-        for row, job in zip(rows, (row.job for row in rows), strict=True)
-        for metric, value in finite(row.metrics).items()
-    ]
-    names = ["eval", "data", "model", "checkpoint", "metric", "value"]
-    write_csv(sweep.out / "results.csv", names, lines, end="\n")
+    records, lines = [], []
+    for job, metrics in rows:
+        names = {"eval": job.eval, "model": job.model.name, "data": job.data, "checkpoint": job.model.checkpoint}
+        records.append(json.dumps({**names, "folder": str(job.folder), "metrics": metrics}) + "\n")
+        for metric, value in metrics.items():
+            number = "" if value is None else repr(value)
+            lines.append([job.eval, job.data, job.model.name, job.model.checkpoint, metric, number])
+    write_atomically(sweep.out / "results.jsonl", "".join(records))
+    columns = ["eval", "data", "model", "checkpoint", "metric", "value"]
+    write_csv(sweep.out / "results.csv", columns, lines, end="\n")
     write_atomically(sweep.out / "results.md", markdown(sweep, rows))
 
 
@@ -53,12 +43,12 @@ def markdown(sweep: Sweep, rows: list[Row]) -> str:
     """A table for each eval and dataset: a line a model, a column a metric."""
     lines = [f"# {sweep.file.stem}", ""]
     for (name, data), chosen in _by_dataset(rows).items():
-        metrics = list(dict.fromkeys(metric for row in chosen for metric in row.metrics))
+        columns = list(dict.fromkeys(metric for _, metrics in chosen for metric in metrics))
         lines += [f"## {name.replace('_', ' ')}" + (f", {data}" if data else ""), ""]
-        lines += ["| model | " + " | ".join(metrics) + " |", "| --- |" + " ---: |" * len(metrics)]
-        for row in chosen:
-            cells = [_text(row.metrics.get(metric)) for metric in metrics]
-            lines.append(f"| {row.job.model.name} | " + " | ".join(cells) + " |")
+        lines += ["| model | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+        for job, metrics in chosen:
+            cells = [_text(metrics.get(metric)) for metric in columns]
+            lines.append(f"| {job.model.name} | " + " | ".join(cells) + " |")
         lines.append("")
     missing = len(sweep.jobs) - len(rows)
     if missing:
@@ -77,8 +67,8 @@ def pictures(sweep: Sweep, rows: list[Row], console: Console) -> None:
         if compare is not None:
             folder = sweep.out / name / "compared" / data
             folder.mkdir(parents=True, exist_ok=True)
-            files = [row.job.folder / f"{name}.json" for row in chosen]
-            compare(files, [row.job.model.name for row in chosen], folder / name)
+            files = [job.folder / f"{name}.json" for job, _ in chosen]
+            compare(files, [job.model.name for job, _ in chosen], folder / name)
             console.print(f"written: {folder}/{name}*.png", soft_wrap=True)
 
 
@@ -86,5 +76,5 @@ def _by_dataset(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     """The rows of each eval on each dataset."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.job.eval, row.job.data), []).append(row)
+        groups.setdefault((row[0].eval, row[0].data), []).append(row)
     return groups
