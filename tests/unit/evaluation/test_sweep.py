@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from eval import sweep
+from tests import toy as toys
 from tests.toy import REPO
+from tests.unit.evaluation.words_toy import write_toml as write_words
 from torchtitan_deltaproduct.errors import ConfigError
-from torchtitan_deltaproduct.evaluation import length_extrapolation
+from torchtitan_deltaproduct.evaluation import length_extrapolation, state_tracking
 from torchtitan_deltaproduct.evaluation.files import read_results
+from torchtitan_deltaproduct.evaluation.sweep.collect import collect
 from torchtitan_deltaproduct.evaluation.sweep.plan import read_sweep
 
 TOML = """
@@ -234,3 +237,13 @@ def test_the_results_say_themselves_whether_a_job_is_done(toml, toy_run):
     results["made_by"]["checkpoints"] = ["step 4, saved 2026-01-01 00:00:00 UTC"]
     (job.folder / "length_extrapolation.json").write_text(json.dumps(results))
     assert not job.is_done()
+
+
+def test_state_tracking_in_a_sweep(tmp_path):
+    toys.train(write_words(tmp_path / "s3.toml"), tmp_path / "s3")
+    toml = tmp_path / "words.toml"
+    toml.write_text(f'out = "{tmp_path}/out"\n[models]\nS3 = "{tmp_path}/s3"\n[state_tracking]\nwords = 8\n')
+    (job,) = read_sweep(toml).jobs
+    state_tracking.main(job.words)
+    ((_, metrics),) = collect(read_sweep(toml))
+    assert job.is_done() and metrics["solved"] == 0 and 0 <= metrics["accuracy at the tested length"] <= 1
