@@ -9,10 +9,9 @@ import torch
 
 from tests import toy
 from tests.unit.evaluation.words_toy import write_toml
-from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
 from torchtitan_deltaproduct.evaluation import state_tracking
 from torchtitan_deltaproduct.evaluation.state_tracking.interpret import spectrum, view_layers
-from torchtitan_deltaproduct.models import DeltaProductLM
+from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
 
 
 def test_spectrum_of_planted_keys():

@@ -11,14 +11,13 @@ import torch
 from tests import toy
 from tests.unit.evaluation.words_toy import PARITY, fake, flat, write_toml
 from torchtitan_deltaproduct.checkpoint.load import load_model
-from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
 from torchtitan_deltaproduct.data.formal import FormalSource
 from torchtitan_deltaproduct.data.group_word import GroupWordSource
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.evaluation import state_tracking
 from torchtitan_deltaproduct.evaluation.state_tracking.problems import count_words, model_reader, problem_of, wilson
 from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, by_setting
-from torchtitan_deltaproduct.models import DeltaProductLM
+from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
-from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
+from torchtitan_deltaproduct.models import DeltaProductArgs
 
 from .. import files
 from .problems import Counts, Problem, wilson
