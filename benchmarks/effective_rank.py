@@ -7,7 +7,7 @@
 The first table is the function alone, `evaluation.effective_rank.singular_values` on float32 states of a random
 recurrence, beside a Python loop of `np.linalg.svd(S)`, as scripts usually have it, the same with `compute_uv=False`,
 which is all that is needed, and `torch.linalg.svdvals` of the whole batch. The second is the whole measurement at every
-token of a small model: its states by `evaluation.effective_rank.states` and their ranks, beside decoding token by token with one
+token of a small model: states by `effective_rank.states` and their ranks, beside decoding token by token with one
 `np.linalg.svd(S)` for each token, layer and head. All of a row is measured in turn, each the best of `--repeats`; with
 one thread in CPU time, so that waiting for a core does not count. NumPy has one thread throughout: a second made it
 slower here.

@@ -261,14 +261,9 @@ class LongEvaluation:
         self.report(measured, target / self.name, options, console)
 
     def read(self, files: list[Path], names: list[str] | None = None) -> list[Measured]:
-        """The measurements behind the results of earlier runs.
+        """The measurements behind the NAME.json of earlier runs; DataError if they are not there, or damaged.
 
-        Args:
-            files: their NAME.json.
-            names: for the models; None: short ones, for they were named in different files.
-
-        Raises:
-            DataError: a file, or measurements it names, are not there or damaged.
+        `names` are for the models; None: short ones, for they were named in different files.
         """
         entries = [(file.parent, entry) for file in files for entry in read_results(file)]
         models = [entry["model"] for _, entry in entries]

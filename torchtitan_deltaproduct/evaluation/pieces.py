@@ -92,19 +92,10 @@ class Pieces:
         cls, folder: Path, loaded: LoadedModel, weights: str, sequences: Sequences, reading: dict, suffix: str,
         version: int,
     ) -> "Pieces":  # fmt: skip
-        """The pieces of a model on some sequences, those of an earlier run included.
+        """The pieces of a model on some sequences, in `folder` with all others; DataError if they are of another.
 
-        Args:
-            folder: of the pieces of all models and datasets.
-            loaded: the model.
-            weights: its `fingerprint`.
-            sequences: what is read.
-            reading: how: `batch`, the sequences of a piece, and whatever else changes what is measured.
-            suffix: of the files.
-            version: of their content.
-
-        Raises:
-            DataError: the folder there belongs to something else.
+        `weights` is the model's fingerprint; `reading` says how sequences are read: `batch`, those of a piece, and
+        whatever else changes what is measured. `version` is that of the content of the files.
         """
         weight = loaded.model.tok_embeddings.weight
         about = {

@@ -70,16 +70,10 @@ class Seen:
 
 
 def prepare_sample(wanted: Wanted, tokenizer: Path, eos_id: int, folder: Path) -> tuple[TokenStream | None, Seen]:
-    """Prepares as much of some text as is wanted, with `data.prepare`.
+    """Prepares as much of some text as is wanted, with `data.prepare`, in a new `folder`.
 
-    Args:
-        wanted: names the text.
-        tokenizer: folder with tokenizer.json.
-        eos_id: the separator.
-        folder: to make.
-
-    Returns:
-        The tokens (None: there is no text at all), and what was seen.
+    The tokens are those of the tokenizer.json in `tokenizer`, with the separator `eos_id`. Returns their stream (None:
+    there is no text at all), and what was seen of the text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sample, seen = folder / "sample.jsonl", Seen()

@@ -73,13 +73,7 @@ class Continuation:
         return "".join(self.pieces)
 
     def push(self, token: int, separator: int | None, most: int) -> str:
-        """Takes the next token and returns the text that is certain now.
-
-        Args:
-            token: its id.
-            separator: the id that ends the text, if any.
-            most: tokens.
-        """
+        """Takes the next of at most `most` tokens and returns the text that is certain now; `separator` ends it."""
         self.tokens.append(token)
         piece = ""
         if token == separator:
