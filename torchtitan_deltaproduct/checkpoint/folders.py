@@ -4,6 +4,7 @@ A folder is complete when its marker (`marker.py`) reads and every file it lists
 deletes a folder removes the marker first (`retire`), so that a half-deleted one is never taken for a checkpoint.
 
     for info in scan("outputs/run/checkpoint"): print(info.step, info.complete, info.reason)
+    Retention("outputs/run/checkpoint", keep_latest_k=2).surplus()        # what to delete after a save
     retention([100, 200, 300, 400], keep_latest_k=2, keep_every=200)      # {200: "...", 300: "...", 400: "..."}
 """
 
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,6 @@ class CheckpointInfo:
     Attributes:
         complete: whether it can be used.
         reason: why it is not complete; empty if it is.
-        size: bytes on disk.
         marker: None where there is none that reads.
     """
 
@@ -37,12 +37,16 @@ class CheckpointInfo:
     path: Path
     complete: bool
     reason: str
-    size: int
     marker: Marker | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes on disk, which takes a look at every file."""
+        return folder_size(self.path)
 
-def scan(folder: str | Path) -> list[CheckpointInfo]:
-    """All `step-N` folders directly under `folder`, by step; other names are not ours and are left out.
+
+def step_folders(folder: str | Path) -> list[tuple[int, Path]]:
+    """The `step-N` folders directly under `folder`, newest first, by their names; other names are not ours.
 
     Raises:
         CheckpointError: `folder` is there and cannot be listed.
@@ -51,11 +55,26 @@ def scan(folder: str | Path) -> list[CheckpointInfo]:
     if not folder.is_dir():
         return []
     try:
-        paths = list(folder.iterdir())
+        with os.scandir(folder) as entries:
+            matches = [(_STEP_FOLDER.fullmatch(entry.name), entry) for entry in entries]
+            found = [(int(match[1]), folder / entry.name) for match, entry in matches if match and entry.is_dir()]
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be listed: {error.strerror}; make it readable") from None
-    matches = ((_STEP_FOLDER.fullmatch(path.name), path) for path in paths if path.is_dir())
-    return sorted((inspect(path, int(m[1])) for m, path in matches if m), key=lambda info: info.step)
+    return sorted(found, reverse=True)
+
+
+def scan(folder: str | Path) -> list[CheckpointInfo]:
+    """All `step-N` folders directly under `folder`, by step, each with a look at all of its files.
+
+    Raises:
+        CheckpointError: `folder` is there and cannot be listed.
+    """
+    return [inspect(path, step) for step, path in reversed(step_folders(folder))]
+
+
+def newest_first(folder: str | Path, step: int = -1) -> Iterator[CheckpointInfo]:
+    """The `step-N` folders, each looked into only when it is asked for; of `step` alone unless that is -1."""
+    return (inspect(path, number) for number, path in step_folders(folder) if step in (-1, number))
 
 
 def inspect(path: Path, step: int | None = None) -> CheckpointInfo:
@@ -65,15 +84,14 @@ def inspect(path: Path, step: int | None = None) -> CheckpointInfo:
         path: the folder.
         step: that its name says; None: whatever the marker says (0 if none reads).
     """
-    size = folder_size(path)
     try:
         marker = read_marker(path)
     except CheckpointError as error:
-        return CheckpointInfo(step or 0, path, False, str(error), size)
+        return CheckpointInfo(step or 0, path, False, str(error))
     reason = wrong_sizes(path, marker)
     if not reason and step not in (None, marker.step):
         reason = f"its marker says step {marker.step}: the folder was renamed"
-    return CheckpointInfo(marker.step if step is None else step, path, not reason, reason, size, marker)
+    return CheckpointInfo(marker.step if step is None else step, path, not reason, reason, marker)
 
 
 def folder_size(path: Path) -> int:
@@ -102,7 +120,7 @@ def is_hf_folder(path: Path) -> bool:
 
 def latest_complete(folder: str | Path) -> CheckpointInfo | None:
     """The newest complete checkpoint under `folder`, or None."""
-    return next((info for info in reversed(scan(folder)) if info.complete), None)
+    return next((info for info in newest_first(folder) if info.complete), None)
 
 
 def retention(complete: Iterable[int], keep_latest_k: int, keep_every: int = 0) -> dict[int, str]:
@@ -145,6 +163,42 @@ def deletable(checkpoints: Iterable[CheckpointInfo], keep_latest_k: int, keep_ev
         if not info.path.is_symlink()
         and (info.step not in kept if info.complete else info.step < newest and cut_short(info.path))
     ]
+
+
+class Retention:
+    """What to delete after each save of one launch; no complete folder is looked through twice.
+
+    Args:
+        folder: of the checkpoints.
+        keep_latest_k: as in `retention`.
+        keep_every: as in `retention`.
+    """
+
+    def __init__(self, folder: str | Path, keep_latest_k: int, keep_every: int = 0) -> None:
+        self.folder, self.keep_latest_k, self.keep_every = folder, keep_latest_k, keep_every
+        self.known: dict[Path, CheckpointInfo] = {}
+
+    def surplus(self) -> list[CheckpointInfo]:
+        """What `deletable` says of the folders as they are now.
+
+        A folder known to be complete stays so while its marker is there. One that is kept whatever its files are like
+        (a milestone, say) is not looked into.
+        """
+        checkpoints, complete = [], 0
+        for step, path in step_folders(self.folder):
+            always_kept = self.keep_latest_k <= 0 or (self.keep_every > 0 and step and step % self.keep_every == 0)
+            if not is_there(path / MARKER):
+                info = CheckpointInfo(step, path, False, "no marker")
+            elif path in self.known:
+                info = self.known[path]
+            elif always_kept and complete >= max(self.keep_latest_k, 1):
+                info = CheckpointInfo(step, path, True, "")
+            else:
+                info = inspect(path, step)
+            checkpoints.append(info)
+            complete += info.complete
+        self.known = {info.path: info for info in checkpoints if info.complete and info.marker is not None}
+        return deletable(checkpoints, self.keep_latest_k, self.keep_every)
 
 
 def cut_short(path: Path) -> bool:

@@ -12,6 +12,7 @@ Retention: over complete checkpoints only; never the newest, never a milestone, 
 
 import logging
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +26,17 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components import checkpoint as stock
 
 from .. import events
-from ..checkpoint.folders import CheckpointInfo, deletable, delete, inspect, is_hf_folder, scan, was_complete
+from ..checkpoint.folders import (
+    CheckpointInfo,
+    Retention,
+    delete,
+    inspect,
+    is_hf_folder,
+    newest_first,
+    scan,
+    step_folders,
+    was_complete,
+)
 from ..checkpoint.load import find_checkpoint
 from ..checkpoint.marker import SAVING, ours, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
@@ -64,6 +75,7 @@ class CheckpointManager(stock.CheckpointManager):
         self.writer_lost = False
         self.durations: list[float] = []
         self.staging = False
+        self.retention: Retention | None = None
         self.deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-deleter")
         if self.enable and self.async_mode != stock.AsyncMode.DISABLED:
             self.stager = Stager(shared=self.async_mode == stock.AsyncMode.ASYNC_WITH_PINNED_MEM)
@@ -263,33 +275,41 @@ class CheckpointManager(stock.CheckpointManager):
         return info
 
     def _choose(self, asked: int) -> CheckpointInfo | None:
-        # Rank 0 looks for all: on a network file system another rank may not see the newest folder yet.
-        found = scan(self.folder) if dist.get_rank() == 0 else []
-        seen = [found, [info for info in found if not info.complete and was_complete(info.path)]]
-        dist.broadcast_object_list(seen, src=0)
-        complete, spoiled = [info for info in seen[0] if info.complete], seen[1]
-        if asked != -1:
-            complete = [info for info in complete if info.step == asked]
-            if not complete:
-                raise CheckpointError(self._no_such_step(asked, seen[0]))
-        newest = complete[-1].step if complete else -1
-        for info in seen[0]:
-            if not info.complete and info.step > newest and asked == -1:
+        # Rank 0 looks for all: on a network file system another rank may not see the newest folder yet. It looks no
+        # further than it has to.
+        folders = newest_first(self.folder, asked) if dist.get_rank() == 0 else iter(())
+        damaged, spoiled = [], []
+        while seen := self._next(folders):
+            info, once_complete = seen
+            if not info.complete:
+                spoiled += [info.step] * once_complete
+                if asked != -1:
+                    raise CheckpointError(self._no_such_step(asked, info.reason))
                 logger.warning("checkpoint step %d is left out: %s", info.step, info.reason)
-        for info in reversed(complete):
+                continue
             problems = self._damage(info)
             if not problems:
                 return info
             logger.warning("checkpoint step %d is damaged and left out: %s", info.step, "; ".join(problems))
             if dist.get_rank() == 0:
                 events.append(self.run, "bad_checkpoint", step=info.step, problems=problems)
+            damaged.append(info.step)
         # What was complete once and cannot be read now, for whatever reason, is not to be trained over.
-        if unusable := complete or spoiled:
+        if unusable := damaged or spoiled:
             raise CheckpointError(
-                f"no checkpoint in {self.folder} can be used: {', '.join(f'step {i.step}' for i in unusable)} damaged\n"
+                f"no checkpoint in {self.folder} can be used: {', '.join(f'step {s}' for s in sorted(unusable))} damaged\n"
                 "restore one from a copy, or start over with another job.dump_folder"
             )
+        if asked != -1:
+            raise CheckpointError(self._no_such_step(asked, ""))
         return None
+
+    def _next(self, folders: Iterator[CheckpointInfo]) -> tuple[CheckpointInfo, bool] | None:
+        """The next of rank 0's `folders` and whether it was complete once, on all ranks; None after the last."""
+        info = next(folders, None)
+        seen = [None if info is None else (info, info.complete or was_complete(info.path))]
+        dist.broadcast_object_list(seen, src=0)
+        return seen[0]
 
     def _initial(self) -> CheckpointInfo:
         """What `initial_load_path` names, as rank 0 sees it: it may be a run that is still saving."""
@@ -307,7 +327,8 @@ class CheckpointManager(stock.CheckpointManager):
     def _set_newer_aside(self, step: int) -> None:
         """After `load_step`: later steps belong to a past that is being written anew, and must not be resumed from."""
         if dist.get_rank() == 0 and not self.load_only:
-            newer = [info for info in scan(self.folder) if info.complete and info.step > step]
+            later = [inspect(path, number) for number, path in step_folders(self.folder) if number > step]
+            newer = [info for info in reversed(later) if info.complete]
             for info in newer:
                 info.path.rename(info.path.with_name(f"{info.path.name}.rewound-{int(time.time())}"))
             if newer:
@@ -324,12 +345,13 @@ class CheckpointManager(stock.CheckpointManager):
         dist.all_gather_object(found, mine)
         return [problem for of_rank in found for problem in of_rank]
 
-    def _no_such_step(self, asked: int, seen: list[CheckpointInfo]) -> str:
-        why = next((f": {info.reason}" for info in seen if info.step == asked), "")
-        have = ", ".join(str(info.step) for info in seen if info.complete) or "none"
+    def _no_such_step(self, asked: int, reason: str) -> str:
+        have = [", ".join(str(i.step) for i in scan(self.folder) if i.complete) if dist.get_rank() == 0 else ""]
+        dist.broadcast_object_list(have, src=0)
+        why = f": {reason}" if reason else ""
         return (
             f"checkpoint.load_step = {asked}, but {self.folder} has no complete step {asked}{why}\n"
-            f"complete steps there: {have}; name one of them, or leave load_step out for the newest"
+            f"complete steps there: {have[0] or 'none'}; name one of them, or leave load_step out for the newest"
         )
 
     def _load_from(self, info: CheckpointInfo, model_only: bool) -> None:
@@ -347,14 +369,15 @@ class CheckpointManager(stock.CheckpointManager):
             self.states[stock.MODEL].load_state_dict(states)
 
     def _purge_stale_checkpoints(self, wait: bool = False) -> None:
-        """Deletes what retention does not keep, in a thread: looking through the folders takes time, too."""
+        """Deletes what retention does not keep, in a thread."""
         if dist.get_rank() == 0:
             done = self.deleter.submit(self._purge, self.saving_step if self.save_future is not None else None)
             if wait:
                 done.result()
 
     def _purge(self, running: int | None) -> None:
-        for info in deletable(scan(self.folder), self.keep_latest_k, self.keep_every):
+        self.retention = self.retention or Retention(self.folder, self.keep_latest_k, self.keep_every)
+        for info in self.retention.surplus():
             if info.step != running:
                 self._delete(info)
 

@@ -13,8 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan_deltaproduct.checkpoint import CheckpointInfo, latest_complete, retention, scan
-from torchtitan_deltaproduct.checkpoint.folders import cut_short, deletable, delete, retire, was_complete
+from torchtitan_deltaproduct.checkpoint import CheckpointInfo, folders, latest_complete, retention, scan
+from torchtitan_deltaproduct.checkpoint.folders import (
+    Retention,
+    cut_short,
+    deletable,
+    delete,
+    inspect,
+    newest_first,
+    retire,
+    was_complete,
+)
 from torchtitan_deltaproduct.checkpoint.marker import (
     FORMAT,
     MARKER,
@@ -269,11 +278,11 @@ FOLDERS = st.dictionaries(
 
 
 @given(FOLDERS, st.integers(2, 4), st.sampled_from([0, 6]))
-def test_deletable_over_random_folders(tmp_path_factory, folders, keep, every):
+def test_deletable_over_random_folders(tmp_path_factory, kinds, keep, every):
     """Never a foreign folder, never the last complete one, never a torn one that someone may want to look at."""
     root = tmp_path_factory.mktemp("run")
     found = []
-    for step, kind in folders.items():
+    for step, kind in kinds.items():
         path = root / f"step-{step}"
         path.mkdir()
         if kind in ("complete", "torn"):
@@ -281,16 +290,50 @@ def test_deletable_over_random_folders(tmp_path_factory, folders, keep, every):
         if kind == "saving":
             (path / SAVING).touch()
         marker = Marker(step, 0.0, 1, "interval", {}) if kind in ("complete", "torn") else None
-        found.append(CheckpointInfo(step, path, kind == "complete", "", 0, marker))
+        found.append(CheckpointInfo(step, path, kind == "complete", "", marker))
     gone = {info.step for info in deletable(found, keep, every)}
-    complete = {step for step, kind in folders.items() if kind == "complete"}
+    complete = {step for step, kind in kinds.items() if kind == "complete"}
     assert complete - gone == set(retention(complete, keep, every))
     assert max(complete, default=None) not in gone
-    assert not any(folders[step] in ("foreign", "torn") for step in gone)
+    assert not any(kinds[step] in ("foreign", "torn") for step in gone)
     newest = max(complete, default=-1)
-    assert {s for s, kind in folders.items() if kind == "saving"} & gone == {
-        s for s, kind in folders.items() if kind == "saving" and s < newest
+    assert {s for s, kind in kinds.items() if kind == "saving"} & gone == {
+        s for s, kind in kinds.items() if kind == "saving" and s < newest
     }
+
+
+@given(FOLDERS, st.integers(0, 4), st.sampled_from([0, 6]))
+def test_retention_of_a_launch_is_that_of_a_scan(tmp_path_factory, kinds, keep, every):
+    root = tmp_path_factory.mktemp("run")
+    for step, kind in kinds.items():
+        path = root / f"step-{step}"
+        path.mkdir()
+        (path / ".metadata").write_bytes(b"index")
+        if kind in ("complete", "torn"):
+            size = 5 if kind == "complete" else 6
+            write_marker(path, Marker(step, 0.0, 1, "interval", {".metadata": (size, "00")}))
+        if kind == "saving":
+            (path / SAVING).touch()
+    of_launch = Retention(root, keep, every)
+    for _ in range(2):
+        assert {i.step for i in of_launch.surplus()} == {i.step for i in deletable(scan(root), keep, every)}
+
+
+def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):
+    """Milestones are kept by their names, and what one save has seen the next does not look at again."""
+    for step in range(10, 210, 10):
+        save(tmp_path, step)
+    seen = []
+    monkeypatch.setattr(folders, "inspect", lambda path, step=None: seen.append(step) or inspect(path, step))
+    of_launch = Retention(tmp_path, keep_latest_k=2, keep_every=10)
+    assert of_launch.surplus() == [] and seen == [200, 190]
+    save(tmp_path, 215)
+    assert of_launch.surplus() == [] and seen == [200, 190, 215]
+    assert next(newest_first(tmp_path)).step == 215 and seen == [200, 190, 215, 215]
+    # Without its marker it no longer counts, and the one before takes its place.
+    retire(tmp_path / "step-215")
+    assert of_launch.surplus() == []
+    assert [i.step for i in Retention(tmp_path, keep_latest_k=18).surplus()] == [20, 10]
 
 
 def test_safe_loading_round_trip(run):
