@@ -21,7 +21,7 @@ import numpy as np
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.errors import UserError, exit_on_user_error
-from torchtitan_deltaproduct.events import read_metrics
+from torchtitan_deltaproduct.history import read_metrics
 
 CONFIG = Path("train_configs/quickstart.toml")
 ROOT = Path("outputs/quickstart/data")

@@ -28,7 +28,7 @@ from torchtitan_deltaproduct.config import JobConfig, load_config
 from torchtitan_deltaproduct.config.compare import compare_configs, refuse_breaking
 from torchtitan_deltaproduct.config.snapshots import read_snapshot, snapshot
 from torchtitan_deltaproduct.errors import ConfigError, UserError, exit_on_user_error
-from torchtitan_deltaproduct.events import parse_line
+from torchtitan_deltaproduct.history import parse_line
 
 CONFIGS = "train_configs/state_tracking/laptop_S3_*.toml"
 CLEAR_FAILURE = 0.7

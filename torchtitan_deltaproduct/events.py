@@ -20,9 +20,11 @@ import types
 from pathlib import Path
 from typing import Any
 
-from .files import read_bytes
+from .history import ends
 
 NAME = "events.jsonl"
+LIMIT = 1 << 22
+"""Bytes of it that are read: some 40,000 events, the newest."""
 
 
 def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
@@ -52,8 +54,11 @@ def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
 
 
 def read_events(run: str | Path) -> list[dict[str, Any]]:
-    """All events of a run in order; [] if there are none. A line without the fields of its kind is left out."""
-    return [record for record in read_jsonl(Path(run, NAME)) if fits(record)]
+    """A run's events in order; [] if there are none. A line without the fields of its kind is left out.
+
+    Of a file longer than `LIMIT` bytes the first ones and the last.
+    """
+    return [record for record in ends(Path(run, NAME), tail=LIMIT) if fits(record)]
 
 
 FIELDS: dict[str, dict[str, type | types.UnionType]] = {
@@ -74,33 +79,6 @@ def fits(record: dict[str, Any]) -> bool:
     return all(name in record and isinstance(record[name], kind) for name, kind in expected.items())
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; [] without a file. A line that does not parse is left out."""
-    try:
-        lines = read_bytes(path).splitlines()
-    except OSError:
-        return []
-    return [record for record in map(parse_line, lines) if record is not None]
-
-
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, `{"step": 20, "loss": 5.1, ...}`; a damaged line is left out."""
-    return [
-        record
-        for record in read_jsonl(Path(run, "metrics.jsonl"))
-        if type(record.get("step")) is int and all(isinstance(v, int | float | None) for v in record.values())
-    ]
-
-
-def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line; None for one that a kill, a full disk or a flipped bit made something else."""
-    try:
-        record = json.loads(line.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
 def last_stop(events: list[dict[str, Any]]) -> dict[str, Any] | None:
     """How the newest launch ended: its first stop that says why, or None if it was killed outright.
 
@@ -114,6 +92,19 @@ def last_stop(events: list[dict[str, Any]]) -> dict[str, Any] | None:
         elif record["event"] == "stop" and (stop is None or stop["reason"] == "lost_peer"):
             stop = record
     return stop
+
+
+def began(events: list[dict[str, Any]]) -> float | None:
+    """When a run was launched for the first time, in seconds since 1970; None before that.
+
+    A launch at step 0 after a save begins another run in the same folder.
+    """
+    first, saved = None, False
+    for record in events:
+        if record["event"] == "launch" and (first is None or (saved and record["step"] == 0)):
+            first, saved = record["time"], False
+        saved |= record["event"] == "save" and record["step"] > 0
+    return first
 
 
 def whereabouts() -> dict[str, Any]:

@@ -20,10 +20,13 @@ from rich.table import Table
 
 from .arguments import path
 from .errors import UserError, exit_on_user_error
-from .events import last_stop, read_events, read_metrics
+from .events import LIMIT, NAME, last_stop, read_events
 from .files import read_text
 from .formats import sparkline
+from .history import VALIDATIONS, overview
 
+LAUNCHES = 20
+"""Lines of launches that are shown."""
 FRESH = 60.0
 """Seconds after which a heartbeat is no longer taken for a living run."""
 
@@ -57,24 +60,25 @@ def report(run: Path, now: float) -> Table:
     Raises:
         UserError: the folder is not a run's.
     """
-    records = read_metrics(run)
+    every = setting(run, "validation", "freq")
+    records, whole = overview(run / "metrics.jsonl", every)
     events = read_events(run)
     if not records and not events:
         what = "has neither metrics.jsonl nor events.jsonl" if run.is_dir() else "is not a folder"
         raise UserError(f"{run} {what}; expected the dump_folder of a run that was started")
     beat = read_json(run / "heartbeat.json")
-    steps, total = [r for r in records if "loss" in r], steps_of(run)
+    steps, total = [r for r in records if "loss" in r], setting(run, "training", "steps")
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in [
         ("run", f"[bold]{escape(str(run))}[/]"),
         ("state", state(events, beat, now)),
         ("step", progress(steps, total)),
-        ("loss", losses(steps)),
-        ("validation", validation(records)),
+        ("loss", losses(steps, whole)),
+        ("validation", validation(records, every if not whole else None)),
         ("speed", speed(steps, total)),
         ("trouble", trouble(steps, events)),
         ("checkpoint", checkpoint(events, now)),
-        *launches(events, now),
+        *launches(events, cut=size_of(run / NAME) > LIMIT),
     ]:
         if text:
             table.add_row(name, text)
@@ -89,13 +93,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def steps_of(run: Path) -> int | None:
-    """Steps of the whole run by its config.json; None if that does not say."""
+def setting(run: Path, section: str, name: str) -> int | None:
+    """A number of the run's config.json; None if that does not say."""
     try:
-        total = read_json(run / "config.json")["config"]["training"]["steps"]
+        value = read_json(run / "config.json")["config"][section][name]
     except (KeyError, TypeError):
         return None
-    return total if isinstance(total, int) else None
+    return value if isinstance(value, int) else None
 
 
 def state(events: list[dict], beat: dict, now: float) -> str:
@@ -126,17 +130,19 @@ def progress(steps: list[dict], total: int | None) -> str:
     return f"{step:,}{share}, {tokens:,} tokens"
 
 
-def losses(steps: list[dict], width: int = 48) -> str:
+def losses(steps: list[dict], whole: bool = True, width: int = 48) -> str:
     """A line of blocks over the whole run, between its extremes, and the mean of the last steps."""
     values = [r["loss"] for r in steps if r["loss"] is not None]
     if not values:
         return ""
     last = values[-20:]
     mean = sum(last) / len(last)
-    return f"{sparkline(values, width)}  {mean:.4f} over the last {len(last)} steps, lowest {min(values):.4f}"
+    of = "" if whole else f" of {len(values):,} steps read"
+    return f"{sparkline(values, width)}  {mean:.4f} over the last {len(last)} steps, lowest {min(values):.4f}{of}"
 
 
-def validation(records: list[dict]) -> str:
+def validation(records: list[dict], every: int | None = None) -> str:
+    """The newest and the best; `every` so many steps there is one, where not all need to have been read."""
     found = [r for r in records if "validation_loss" in r]
     if not found:
         return ""
@@ -153,7 +159,8 @@ def validation(records: list[dict]) -> str:
     said = f"loss {loss} at step {newest['step']:,}" + "".join(f", {e}" for e in extra)
     if best is newest or best["validation_loss"] is None:
         return said
-    return f"{said}; best {best['validation_loss']:.4f} at step {best['step']:,}"
+    some = f" of {len(found)} read" if every and newest["step"] > every * VALIDATIONS else ""
+    return f"{said}; best{some} {best['validation_loss']:.4f} at step {best['step']:,}"
 
 
 def speed(steps: list[dict], total: int | None) -> str:
@@ -166,7 +173,8 @@ def speed(steps: list[dict], total: int | None) -> str:
     mfu = f", MFU {typical['mfu']:.1%}" if typical.get("mfu") else ""
     left = (total or 0) - steps[-1]["step"]
     eta = f", {ago(left * typical['seconds'])} to go" if left > 0 else ""
-    said = f"{typical['tokens_per_second']:,.0f} tokens/s, {typical['seconds']:.3g} s a step{mfu}{eta}"
+    goodput = f", goodput {timed[-1]['goodput']:.1%}" if timed[-1].get("goodput") else ""
+    said = f"{typical['tokens_per_second']:,.0f} tokens/s, {typical['seconds']:.3g} s a step{mfu}{goodput}{eta}"
     return f"{said}, {typical['memory_gib']:.1f} GiB a device" if typical.get("memory_gib") is not None else said
 
 
@@ -190,10 +198,20 @@ def checkpoint(events: list[dict], now: float) -> str:
     return f"step {newest['step']:,}, complete with checksums {when} ago, took {took:.1f} s ({why})"
 
 
-def launches(events: list[dict], now: float) -> Iterable[tuple[str, str]]:
-    """One line a launch: when, from which step, on how many ranks, and how it ended."""
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 without one."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+def launches(events: list[dict], cut: bool) -> Iterable[tuple[str, str]]:
+    """One line for each of the newest launches: when, from which step, on how many ranks, and how it ended.
+
+    Args:
+        events: of the run.
+        cut: whether some are missing, and launches cannot be numbered.
+    """
     starts = [i for i, event in enumerate(events) if event["event"] == "launch"]
-    for number, a in enumerate(starts, start=1):
+    for number, a in list(enumerate(starts, start=1))[-LAUNCHES:]:
         b = starts[number] if number < len(starts) else len(events)
         launch = events[a]
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(launch["time"]))
@@ -201,7 +219,7 @@ def launches(events: list[dict], now: float) -> Iterable[tuple[str, str]]:
         job = f", SLURM job {launch['slurm_job']}" if launch.get("slurm_job") else ""
         where = escape(f"{ranks} rank{'' if ranks == 1 else 's'} of {launch.get('host')}{job}")
         end = ending(last_stop(events[a:b]), newest=b == len(events))
-        yield f"launch {number}", f"{when} from step {launch['step']:,} on {where}{escape(end)}"
+        yield "launch" if cut else f"launch {number}", f"{when} from step {launch['step']:,} on {where}{escape(end)}"
 
 
 def ending(stop: dict | None, newest: bool) -> str:

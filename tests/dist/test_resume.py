@@ -23,7 +23,8 @@ from tests.toy import (
 from torchtitan_deltaproduct.checkpoint import scan
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
-from torchtitan_deltaproduct.events import last_stop, read_events, read_jsonl
+from torchtitan_deltaproduct.events import last_stop, read_events
+from torchtitan_deltaproduct.history import read_jsonl
 
 FULL = ("--compile.enable", "--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option",
         "op", "--checkpoint.async_mode", "async")  # fmt: skip

@@ -7,7 +7,7 @@ Everything in it comes from the run: its settings, its metrics.jsonl, its formul
 
 from pathlib import Path
 
-from ..events import read_metrics
+from ..history import read_metrics
 from ..models import counts
 from .load import LoadedModel
 

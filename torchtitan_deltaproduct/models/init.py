@@ -10,6 +10,8 @@ start from equal weights, and a parameter added to the model moves none of the o
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,20 @@ XAVIER_GAIN = 2**-2.5
 """Gain of the paper's mixer projections."""
 
 
+_undrawn = False
+
+
+@contextmanager
+def left_undrawn() -> Iterator[None]:
+    """Within it, `init_parameters` draws nothing: weights are NaN until a checkpoint is loaded."""
+    global _undrawn
+    _undrawn = True
+    try:
+        yield
+    finally:
+        _undrawn = False
+
+
 @torch.no_grad()
 def init_parameters(model: nn.Module, args: DeltaProductArgs, seed: int) -> None:
     """Fills every parameter of `model`, which must not be on the meta device.
@@ -37,6 +53,10 @@ def init_parameters(model: nn.Module, args: DeltaProductArgs, seed: int) -> None
         name = plain_name(name)
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device; call model.to_empty(device=...) first")
+        if _undrawn:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.fill_(math.nan)
+            continue
         full = draw(name, parameter.shape, args, seed)
         if isinstance(parameter, DTensor):
             full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -296,8 +296,9 @@ class CheckpointManager(stock.CheckpointManager):
             damaged.append(info.step)
         # What was complete once and cannot be read now, for whatever reason, is not to be trained over.
         if unusable := damaged or spoiled:
+            steps = ", ".join(f"step {number}" for number in sorted(unusable))
             raise CheckpointError(
-                f"no checkpoint in {self.folder} can be used: {', '.join(f'step {s}' for s in sorted(unusable))} damaged\n"
+                f"no checkpoint in {self.folder} can be used: {steps} damaged\n"
                 "restore one from a copy, or start over with another job.dump_folder"
             )
         if asked != -1:

@@ -15,9 +15,11 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -27,14 +29,14 @@ from torchtitan.tools import utils
 
 from ..config.job import JobConfig
 from ..errors import ConfigError
-from ..events import parse_line, read_jsonl, read_metrics
 from ..formats import clock
+from ..history import blocks_from_the_end, ends, of_a_step, open_records, parse_line
 
 logger = logging.getLogger(__name__)
 
 # Fields that describe the machine, not the training: left out when two runs are compared.
 TIMING_FIELDS = {"time", "tokens_per_second", "mfu", "memory_gib", "data_seconds", "seconds", "failed_saves",
-                 "lost_records"}  # fmt: skip
+                 "lost_records", "goodput"}  # fmt: skip
 
 
 def restore_history(path: Path, step: int, saved_at: float) -> str:
@@ -84,32 +86,59 @@ def set_aside(path: Path) -> str:
 def began(path: Path) -> float:
     """Time of a file's earliest record, in seconds since 1970; never, for one without records."""
     # Not of its first line alone, in which a bit may have flipped.
-    return min((r["time"] for r in read_jsonl(path) if isinstance(r.get("time"), int | float)), default=math.inf)
+    return min((r["time"] for r in ends(path, tail=0) if isinstance(r.get("time"), int | float)), default=math.inf)
 
 
 def set_repeated_aside(path: Path, last_step: int) -> str:
     """Moves the lines of `path` past `last_step`, and damaged ones, to metrics.repeated.jsonl; says so."""
     if not path.exists():
         return ""
-    kept, moved, damaged = [], [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        step = (parse_line(line) or {}).get("step")
-        damaged += not isinstance(step, int)
-        (kept if isinstance(step, int) and step <= last_step else moved).append(line)
+    blocks = [(path.stat().st_size, [])]
+    with open_records(path) as file:
+        # Records are in order, and what is to be moved stands at the end: as far back as a block holds any of it.
+        for start, block in blocks_from_the_end(file):
+            blocks.append((start, block))
+            if all(is_up_to(line, last_step) for line in block):
+                break
+    start = blocks[-1][0]
+    lines = [line for _, block in reversed(blocks) for line in block]
+    kept = [line for line in lines if is_up_to(line, last_step)]
+    moved = [line for line in lines if not is_up_to(line, last_step)]
     if not moved:
         return ""
-    aside, unfinished = path.with_name(f"{path.stem}.repeated.jsonl"), path.with_suffix(".tmp")
     header = json.dumps({"repeated_from_step": last_step + 1, "time": round(time.time(), 3)}).encode() + b"\n"
-    ends = b"" if moved[-1].endswith(b"\n") else b"\n"
+    aside = path.with_name(f"{path.stem}.repeated.jsonl")
     # First the copy, then the cut: a kill between them leaves a record twice, never none.
-    for target, lines, mode in ((aside, [header, *moved, ends], "ab"), (unfinished, kept, "wb")):
-        with open(target, mode) as file:
-            file.write(b"".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
-    unfinished.replace(path)
+    with open(aside, "ab") as file:
+        file.write(b"".join([header, *moved, b"" if moved[-1].endswith(b"\n") else b"\n"]))
+        sync(file)
+    if kept == lines[: len(kept)]:
+        with open(path, "r+b") as file:
+            file.truncate(start + sum(map(len, kept)))
+            sync(file)
+    else:
+        unfinished = path.with_suffix(".tmp")
+        with open(path, "rb") as old, open(unfinished, "wb") as file:
+            shutil.copyfileobj(old, file)
+            file.truncate(start)
+            file.seek(start)
+            file.write(b"".join(kept))
+            sync(file)
+        unfinished.replace(path)
+    damaged = sum(not isinstance((parse_line(line) or {}).get("step"), int) for line in moved)
     what = f"{len(moved)} records past step {last_step}" + (f" ({damaged} lines damaged)" if damaged else "")
     return f"{what}, which this run repeats, are kept in {aside}"
+
+
+def is_up_to(line: bytes, last_step: int) -> bool:
+    """Whether a line is the record of a step no later than `last_step`."""
+    step = (parse_line(line) or {}).get("step")
+    return isinstance(step, int) and step <= last_step
+
+
+def sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class RecordFile:
@@ -198,9 +227,18 @@ class MetricsProcessor(stock.MetricsProcessor):
         self.is_writer = torch.distributed.get_rank() == 0
         self.records = None
         self.eta_rate = None
+        self.began = time.time()
+        self.best_speed: float | None = None
 
-    def open(self, step: int, saved_at: float = math.inf) -> None:
-        """Opens the run's files to continue after `step`, of a checkpoint `saved_at`, and starts the clock."""
+    def open(self, step: int, saved_at: float = math.inf, began: float | None = None) -> None:
+        """Opens the run's files to continue after `step`, of a checkpoint `saved_at`, and starts the clock.
+
+        Args:
+            step: optimizer steps taken.
+            saved_at: in seconds since 1970.
+            began: when the run was launched for the first time; None: now.
+        """
+        self.began = began or time.time()
         folder = Path(self.job_config.job.dump_folder)
         if self.is_writer:
             folder.mkdir(parents=True, exist_ok=True)
@@ -216,8 +254,9 @@ class MetricsProcessor(stock.MetricsProcessor):
 
     def has_validation(self, step: int) -> bool:
         """Whether this step was validated before, by the run's own record; False on other ranks than 0."""
-        found = read_metrics(self.job_config.job.dump_folder) if self.is_writer else []
-        return any(record["step"] == step and "validation_loss" in record for record in found)
+        # The file ends with this step: `open` brought it there.
+        newest = ends(Path(self.job_config.job.dump_folder, "metrics.jsonl"), head=0) if self.is_writer else []
+        return any(r["step"] == step and "validation_loss" in r for r in newest if of_a_step(r))
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last record (validation, a save) out of the next one's speed."""
@@ -244,6 +283,12 @@ class MetricsProcessor(stock.MetricsProcessor):
         if self.gpu_peak_flops:
             world = self.parallel_dims.world_size
             values["mfu"] = self.num_flops_per_token * speed / (world * self.gpu_peak_flops)
+        if self.best_speed is not None:
+            self.best_speed = max(self.best_speed, speed)
+            values["goodput"] = round(values["tokens"] / self.best_speed / max(time.time() - self.began, 1e-9), 4)
+        else:
+            # The first step of a launch compiles: it does not show what this machine can do.
+            self.best_speed = 0.0
         self.write(step, values)
         # A slow average for the ETA that leaves out the first step, which compiles and warms up.
         if step > 1:

@@ -5,27 +5,37 @@ that is quicker than its peers reads the dead one's address there ("Gloo connect
 or a dead NCCL identifier, and the restart is lost. So ranks first agree on a name that no earlier start knew, and the
 process group lives under it.
 
-    with own_store():
+    with own_store() as store:
+        settings = from_rank_0(look_at_the_run_folder, store)
         torch.distributed.init_process_group("gloo")
 """
 
 import os
+import pickle
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from typing import TypeVar
 
 import torch.distributed as dist
 
-POLL = 0.02
-"""Seconds between looks at the store."""
+from ..errors import UserError
+
+T = TypeVar("T")
+FIRST_POLL, LAST_POLL = 0.02, 0.5
+"""Seconds between looks at the store, at first and in the end: a thousand ranks that wait must not keep it busy."""
+LONGEST_LOOK = timedelta(minutes=30)
+"""What rank 0 may take for what it does for all."""
+_store: dist.Store | None = None
+"""Of this start, once ranks have agreed on it."""
 
 
 @contextmanager
-def own_store(timeout: timedelta = timedelta(minutes=5)) -> Iterator[None]:
-    """Within it, `init_process_group` without a store gets one that holds nothing of an earlier start.
+def own_store(timeout: timedelta = timedelta(minutes=5)) -> Iterator[dist.Store | None]:
+    """Within it, `init_process_group` without a store gets the one given, which holds nothing of an earlier start.
 
     Does nothing where torchrun lets every start have a store of its own. One process without torchrun keeps its store
     to itself: by default it would listen on every interface.
@@ -33,10 +43,12 @@ def own_store(timeout: timedelta = timedelta(minutes=5)) -> Iterator[None]:
     Args:
         timeout: for all ranks to appear.
     """
+    global _store
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if dist.is_initialized() or (ranks > 1 and not with_torchrun):
-        yield
+    original = dist.init_process_group
+    if dist.is_initialized() or isinstance(original, partial) or (ranks > 1 and not with_torchrun):
+        yield None
         return
     if with_torchrun:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -45,12 +57,62 @@ def own_store(timeout: timedelta = timedelta(minutes=5)) -> Iterator[None]:
     else:
         named = dist.HashStore()
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    original = dist.init_process_group
     dist.init_process_group = partial(original, store=named, rank=rank, world_size=ranks)
+    _store = named
     try:
-        yield
+        yield named
     finally:
         dist.init_process_group = original
+
+
+def from_rank_0(function: Callable[[], T], store: dist.Store | None) -> T:
+    """What `function` returns on rank 0, on all ranks; a `UserError` that it raises there is raised on all.
+
+    Args:
+        function: without collectives; what it returns or raises is pickled.
+        store: of this start. None: the process group, if there is one; if not, every rank calls `function`.
+    """
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if ranks == 1 or (store is None and not dist.is_initialized()):
+        return function()
+    answers = [answer(function) if rank == 0 else None]
+    if store is None:
+        dist.broadcast_object_list(answers, src=0)
+    elif rank == 0:
+        store.set("from rank 0", pickle.dumps(answers))
+    else:
+        store.wait(["from rank 0"], LONGEST_LOOK)
+        answers = pickle.loads(store.get("from rank 0"))
+    value, error = answers[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def answer(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What a function returns, or what it raises: a `UserError` as it is, any other as its text."""
+    try:
+        return function(), None
+    except UserError as error:
+        return None, error
+    except Exception as error:
+        return None, RuntimeError(f"on rank 0: {type(error).__name__}: {error}")
+
+
+def first_of_node(what: str) -> bool:
+    """Whether no other process of this node and start has asked the same; where that is not known, local rank 0.
+
+    The store may be gone with the node that held it: a look at it takes some seconds at most.
+    """
+    if os.environ["WORLD_SIZE"] == "1":
+        return True
+    try:
+        if _store is None:
+            raise RuntimeError("without torchrun there is no store that outlives a rank")
+        _store.set_timeout(timedelta(seconds=5))
+        return _store.add(f"{what}/{os.environ.get('GROUP_RANK', '0')}", 1) == 1
+    except RuntimeError:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def agree(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:
@@ -62,7 +124,7 @@ def agree(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:
     Raises:
         TimeoutError: not all ranks appeared.
     """
-    end = time.monotonic() + timeout.total_seconds()
+    end, pause = time.monotonic() + timeout.total_seconds(), FIRST_POLL
     own = secrets.token_hex(8)
     waiting = set(range(1, ranks)) if rank == 0 else {0}
     if rank != 0:
@@ -82,5 +144,6 @@ def agree(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:
         if time.monotonic() > end:
             who = ", ".join(map(str, sorted(waiting)[:8]))
             raise TimeoutError(f"rank {rank} waited {timeout.total_seconds():.0f} s for rank {who} to start")
-        time.sleep(POLL if waiting else 0)
+        time.sleep(pause if waiting else 0)
+        pause = min(1.5 * pause, LAST_POLL)
     return own

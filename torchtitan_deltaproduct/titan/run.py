@@ -13,13 +13,15 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from .. import events
-from ..checkpoint import CheckpointInfo, scan
+from ..checkpoint.folders import CheckpointInfo, newest_first
 from ..checkpoint.marker import checksum
 from ..config import JobConfig
 from ..config.compare import compare_configs, refuse_breaking
@@ -30,6 +32,7 @@ from ..data.text.tokenizer import copy_tokenizer, same_tokenizer
 from ..errors import CheckpointError, ConfigError, UserError
 from . import device
 from .lock import RunLock
+from .rendezvous import first_of_node, from_rank_0, own_store
 from .stopping import Stopping
 
 if TYPE_CHECKING:
@@ -65,7 +68,11 @@ def run(config: JobConfig, stopping: Stopping | None = None) -> None:
             step = None if trainer is None else trainer.step
             first_line = (str(error).splitlines() or [""])[0]
             detail = first_line if isinstance(error, UserError) else f"{type(error).__name__}: {first_line}"
-            record_stop(config, step, "lost_peer" if is_lost_peer(error) else "failed", False, detail)
+            # The ranks that a failing one leaves behind all say the same: one of a node is enough.
+            if not is_lost_peer(error):
+                record_stop(config, step, "failed", False, detail)
+            elif first_of_node("lost_peer"):
+                record_stop(config, step, "lost_peer", False, detail)
             raise
         finally:
             if trainer is not None:
@@ -84,17 +91,20 @@ def build(config: JobConfig, stopping: Stopping) -> "Trainer | None":
     device_type, reason = device.select_device()
     logger.info("device: %s (%s)", device_type, reason)
     resolve_precision(config, device_type)
-    snapshot = check_run_folder(config)
-    if snapshot is None:
-        return None
-    device.install(device_type, config.metrics.peak_flops)
-
-    from .trainer import Trainer  # after `install`: torchtitan's modules bind the device as they are imported
-
+    identity, eos_id = check_data(config), separator_id(config.data, config.model.hf_assets_path)
+    current = snapshot(config, {"data_identity": identity, "eos_id": eos_id})
     owns_group = not dist.is_initialized()
-    trainer = Trainer(config, snapshot, stopping)
+    with own_store() as store:
+        past = from_rank_0(lambda: check_run_folder(config, current), store)
+        if past is Past.FINISHED:
+            return None
+        device.install(device_type, config.metrics.peak_flops)
+
+        from .trainer import Trainer  # after `install`: torchtitan's modules bind the device as they are imported
+
+        trainer = Trainer(config, current, stopping, draw=not will_load_weights(config, past))
     trainer.owns_group = owns_group
-    keep_tokenizer(config, trainer.dataloader.tokenizer_path, snapshot["extra"]["eos_id"])
+    keep_tokenizer(config, trainer.dataloader.tokenizer_path, eos_id)
     return trainer
 
 
@@ -165,39 +175,52 @@ def resolve_precision(config: JobConfig, device_type: str) -> None:
         logger.info("mixed precision: %s (auto on %s)", config.training.mixed_precision_param, device_type)
 
 
-def check_run_folder(config: JobConfig) -> dict | None:
-    """Compares `config` with the checkpoint it would resume from, and lists what changed.
+class Past(Enum):
+    """What a launch finds in its run folder."""
 
-    Returns:
-        The snapshot of this launch, to be stored in the run folder and beside every checkpoint; None if the run is
-        finished, with a last checkpoint that holds weights only.
+    NOTHING, CHECKPOINT, FINISHED = "no checkpoint", "one to go on from", "the last step, with weights only"
+
+
+def check_run_folder(config: JobConfig, current: dict) -> Past:
+    """Compares a launch with the checkpoint it would resume from, lists what changed, and keeps its settings; rank 0.
+
+    Args:
+        config: of this launch.
+        current: its snapshot, written to the run folder.
 
     Raises:
-        ConfigError: a change that would make the run another run, or a folder that cannot be written. DataError: data
-            that is not there or damaged. CheckpointError: the newest checkpoint holds weights only.
+        ConfigError: a change that would make the run another run, or a folder that cannot be written.
+        CheckpointError: the newest checkpoint holds weights only.
     """
-    identity, eos_id = check_data(config), separator_id(config.data, config.model.hf_assets_path)
-    current = snapshot(config, {"data_identity": identity, "eos_id": eos_id})
-    folder = Path(config.job.dump_folder, config.checkpoint.folder)
+    past = Past.NOTHING
     if config.checkpoint.enable:
-        asked = config.checkpoint.load_step
-        complete = [i for i in scan(folder) if i.complete and asked in (-1, i.step) and has_settings(i)]
-        saved = read_snapshot(complete[-1].path / "config.json") if complete else None
+        folder = Path(config.job.dump_folder, config.checkpoint.folder)
+        complete = (i for i in newest_first(folder, config.checkpoint.load_step) if i.complete and has_settings(i))
+        newest = next(complete, None)
+        saved = read_snapshot(newest.path / "config.json") if newest else None
         if saved is not None:
-            if finished_with_weights_only(config, complete, saved):
-                logger.info("finished already: step %d of %d", complete[-1].step, config.training.steps)
-                return None
-            comparison = compare_configs(saved, current, consumed=consumes_samples(config, complete[-1]))
-            refuse_breaking(comparison, complete[-1].path, config.provenance)
+            past = Past.CHECKPOINT
+            if finished_with_weights_only(config, newest, complete, saved):
+                logger.info("finished already: step %d of %d", newest.step, config.training.steps)
+                return Past.FINISHED
+            comparison = compare_configs(saved, current, consumed=consumes_samples(config, newest))
+            refuse_breaking(comparison, newest.path, config.provenance)
             for change in comparison.notable + comparison.harmless:
-                logger.info("changed since step %d was saved: %s", complete[-1].step, change)
-    if os.environ["RANK"] == "0":
-        path = Path(config.job.dump_folder, "config.json")
-        try:
+                logger.info("changed since step %d was saved: %s", newest.step, change)
+    path = Path(config.job.dump_folder, "config.json")
+    try:
+        if os.environ["RANK"] == "0":
             write_snapshot(path, current)
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be written: {error}\nmake room, or move away what is there") from None
-    return current
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}\nmake room, or move away what is there") from None
+    return past
+
+
+def will_load_weights(config: JobConfig, past: Past) -> bool:
+    """Whether all weights come from a checkpoint: none needs to be drawn. A run that cannot read it does not start."""
+    settings = config.checkpoint
+    loads = settings.enable and not settings.create_seed_checkpoint and "model" not in settings.exclude_from_loading
+    return loads and (past is Past.CHECKPOINT or bool(settings.initial_load_path))
 
 
 def has_settings(info: CheckpointInfo) -> bool:
@@ -209,24 +232,27 @@ def has_settings(info: CheckpointInfo) -> bool:
         return False
 
 
-def finished_with_weights_only(config: JobConfig, complete: list[CheckpointInfo], saved: dict) -> bool:
+def finished_with_weights_only(
+    config: JobConfig, newest: CheckpointInfo, older: Iterator[CheckpointInfo], saved: dict
+) -> bool:
     """Whether the run is at its end, where it saved its weights alone.
 
     Args:
         config: of this launch.
-        complete: the complete checkpoints, the one to resume from last.
-        saved: the settings stored with that one.
+        newest: the complete checkpoint to resume from.
+        older: the complete ones before it, newest first.
+        saved: the settings stored with `newest`.
 
     Raises:
         CheckpointError: it saved its weights alone, and now has more steps to go.
     """
-    newest, settings = complete[-1], saved["config"].get("checkpoint", {})
+    settings = saved["config"].get("checkpoint", {})
     if not settings.get("last_save_model_only") or newest.marker.reason != "last step" or newest.step == 0:
         return False
     if newest.step >= config.training.steps:
         return True
-    full = [info.step for info in complete[:-1]]
-    way = f"--checkpoint.load_step {full[-1]} goes on from the newest full one" if full else "no full one is left"
+    full = next(older, None)
+    way = f"--checkpoint.load_step {full.step} goes on from the newest full one" if full else "no full one is left"
     raise CheckpointError(
         f"step {newest.step} of {newest.path.parent} holds weights only (checkpoint.last_save_model_only), so training "
         f"cannot go on from it\n{way}, or start a new run from its weights with\n"

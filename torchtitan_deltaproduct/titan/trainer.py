@@ -34,6 +34,7 @@ from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enabl
 from .. import events
 from ..config.job import JobConfig
 from ..errors import NonFiniteError
+from ..models.init import left_undrawn
 from ..optimizers import clip_gradients, local
 from .checkpointer import CheckpointManager
 from .describe import describe, resumed
@@ -59,11 +60,20 @@ class Trainer(stock.Trainer):
         job_config: a checked config.
         snapshot: of the config, to be stored beside every checkpoint.
         stopping: where signals are noted; None: they are not.
+        draw: whether to draw initial weights; not needed where a checkpoint's are loaded.
     """
 
-    def __init__(self, job_config: JobConfig, snapshot: dict | None = None, stopping: Stopping | None = None) -> None:
+    def __init__(
+        self,
+        job_config: JobConfig,
+        snapshot: dict | None = None,
+        stopping: Stopping | None = None,
+        draw: bool = True,
+    ) -> None:
         register(job_config)
-        super().__init__(job_config)
+        with contextlib.nullcontext() if draw else left_undrawn():
+            super().__init__(job_config)
+        self.drawn = draw
         dims, guard = self.parallel_dims, job_config.guard
         self.run_folder = Path(job_config.job.dump_folder)
         self.feed = Feed(self.dataloader, self.gradient_accumulation_steps, self.device)
@@ -148,16 +158,22 @@ class Trainer(stock.Trainer):
         """Loads, says what there is, and opens the run's files."""
         config, guard, ranks = self.job_config, self.job_config.guard, dist.get_world_size()
         loaded = self.checkpointer.load(step=config.checkpoint.load_step)
+        if loaded is None and not self.drawn:
+            # The checkpoint that was there as the launch began is gone.
+            for model in self.model_parts:
+                model.init_weights()
         for line in describe(self):
             logger.info(line)
         if line := self.stopping.set_walltime(guard.walltime_minutes, guard.walltime_margin_seconds):
             logger.info(line)
-        self.metrics_processor.open(self.step, loaded.marker.time if loaded else math.inf)
+        # Only rank 0 writes, and only it reads what was written.
+        past = events.read_events(self.run_folder) if dist.get_rank() == 0 else []
+        began = events.began([*past, {"event": "launch", "step": self.step, "time": time.time()}])
+        self.metrics_processor.open(self.step, loaded.marker.time if loaded else math.inf, began)
         validated = [self.metrics_processor.has_validation(self.step)]
         dist.broadcast_object_list(validated, src=0)
         self.validated_step = self.step if validated[0] else -1
         if loaded is not None and self.step:
-            past = events.read_events(self.run_folder)
             logger.info(resumed(loaded, past, ranks, self.step, config.training.steps, self.tokens_seen))
         elif loaded is not None:
             logger.info("starting from the weights of %s", loaded.path)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.toy import records, train
+from torchtitan_deltaproduct import history
 from torchtitan_deltaproduct.errors import ConfigError
-from torchtitan_deltaproduct.events import read_jsonl
+from torchtitan_deltaproduct.events import read_events
+from torchtitan_deltaproduct.history import read_jsonl
 from torchtitan_deltaproduct.titan.metrics import RecordFile, TensorBoard, restore_history, set_repeated_aside
 
 
@@ -136,3 +138,39 @@ def test_tensorboard_comes_back(tmp_path, monkeypatch, caplog):
     board.log({"loss": 1.0}, 1 + TensorBoard.RETRY)
     assert board.writer is not None
     board.close()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_history_is_restored_block_by_block(tmp_path, monkeypatch, damaged):
+    """What is moved and what is kept do not depend on where the blocks of the file begin."""
+    monkeypatch.setattr(history, "BLOCK", 100)
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(60))
+    before = path.read_bytes().splitlines(keepends=True)
+    if damaged:
+        before[45] = b"\x00" * 30 + b"\n"
+        path.write_bytes(b"".join(before))
+    said = restore_history(path, 40, 1e9)
+    assert said.startswith(f"19 records past step 40{' (1 lines damaged)' if damaged else ''}, which")
+    assert path.read_bytes() == b"".join(before[:41])
+    assert (tmp_path / "metrics.repeated.jsonl").read_bytes().splitlines(keepends=True)[1:] == before[41:]
+    # A damaged line among those that stay is moved alone.
+    before[38] = b"{\n"
+    path.write_bytes(b"".join(before[:41]) + before[41])
+    restore_history(path, 40, 1e9)
+    assert steps_in(path) == [*range(38), 39, 40]
+
+
+def test_goodput_is_the_share_of_the_time_since_the_first_launch(toy, tmp_path, monkeypatch):
+    """Time between two launches counts, and so does that before the first step of each."""
+    run = tmp_path / "run"
+    train(toy, run, "--training.steps", "4")
+    first = records(run)
+    assert "goodput" not in first[1] and all(0 < r["goodput"] <= 1 for r in first if r["step"] > 1 and "loss" in r)
+    (launch,) = [event for event in read_events(run) if event["event"] == "launch"]
+    lines = (run / "events.jsonl").read_text().replace(str(launch["time"]), str(launch["time"] - 1000))
+    (run / "events.jsonl").write_text(lines)
+    train(toy, run)
+    last = [r for r in records(run) if "loss" in r][-1]
+    speed = max(r["tokens_per_second"] for r in records(run) if r["step"] > 5 and "loss" in r)
+    assert math.isclose(last["goodput"], last["tokens"] / speed / (last["time"] - launch["time"] + 1000), rel_tol=0.05)

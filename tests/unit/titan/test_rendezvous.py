@@ -5,12 +5,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from time import sleep
 
 import pytest
 import torch.distributed as dist
 
 from tests.toy import REPO
-from torchtitan_deltaproduct.titan.rendezvous import agree
+from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.titan import rendezvous
+from torchtitan_deltaproduct.titan.rendezvous import agree, from_rank_0
 
 SECONDS = timedelta(seconds=30)
 
@@ -63,3 +66,50 @@ def test_one_process_listens_on_the_loopback_at_most():
     variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     done = subprocess.run([sys.executable, "-c", LONE], env=variables, cwd=REPO, capture_output=True, text=True)
     assert done.stdout and set(done.stdout.split()) == {"0100007F"}, (done.stdout, done.stderr[-2000:])
+
+
+def refuse():
+    raise ConfigError("no such thing")
+
+
+@pytest.mark.parametrize("look", [lambda: {"step": 7}, refuse, lambda: 1 / 0])
+def test_rank_0_looks_for_all(monkeypatch, look):
+    """What it found or refused is the answer on every rank; the others do not look."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    store, seen = dist.HashStore(), []
+
+    def ask(rank):
+        monkeypatch.setenv("RANK", str(rank))
+        try:
+            return from_rank_0(lambda: seen.append(rank) or look(), store)
+        except (ConfigError, RuntimeError) as error:
+            return type(error), str(error)
+
+    answers = [ask(rank) for rank in range(3)]
+    assert seen == [0] and answers == [answers[0]] * 3
+    assert answers[0] in ({"step": 7}, (ConfigError, "no such thing"),
+                          (RuntimeError, "on rank 0: ZeroDivisionError: division by zero"))  # fmt: skip
+
+
+def test_waiting_ranks_look_less_and_less(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(rendezvous.time, "sleep", lambda seconds: pauses.append(seconds) or sleep(min(seconds, 0.01)))
+    with pytest.raises(TimeoutError):
+        agree(dist.HashStore(), 1, 2, timedelta(seconds=0.3))
+    assert pauses[0] == rendezvous.FIRST_POLL and pauses[-1] == rendezvous.LAST_POLL and len(pauses) > 9
+
+
+def test_one_process_of_a_node_speaks(monkeypatch):
+    monkeypatch.setattr(rendezvous, "_store", dist.HashStore())
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    spoke = []
+    for node, rank in ((0, 1), (0, 0), (1, 1), (1, 0)):
+        monkeypatch.setenv("GROUP_RANK", str(node))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        spoke.append(rendezvous.first_of_node("lost_peer"))
+    assert spoke == [True, False, True, False]
+    # Where the store is gone with its node.
+    monkeypatch.setattr(rendezvous, "_store", None)
+    for rank, speaks in ((0, True), (1, False)):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert rendezvous.first_of_node("lost_peer") is speaks

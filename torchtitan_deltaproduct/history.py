@@ -1,0 +1,155 @@
+"""Record files (JSON lines) of any length, read in a time that does not grow with them: head, tail, single steps.
+
+    records, whole = overview(run / "metrics.jsonl", validated_every=1000)      # enough to draw, of years of training
+    newest = ends(run / "events.jsonl", head=0)[-1]
+
+`metrics.jsonl` is ordered by step, which lets one find a step by halving. Needs only the standard library.
+"""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .files import read_bytes
+
+BLOCK = 1 << 16
+"""Bytes read at once from an end."""
+WHOLE = 1 << 20
+"""Bytes up to which a file is read whole."""
+POINTS, VALIDATIONS, AROUND = 256, 128, 1 << 12
+"""Of a longer file: places looked at, validations looked up, and bytes read at each."""
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line; None for one that a kill, a full disk or a flipped bit made something else."""
+    try:
+        record = json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def parse(data: bytes) -> Iterator[dict[str, Any]]:
+    """The JSON objects of some lines; a line that does not parse is left out."""
+    return (record for record in map(parse_line, data.splitlines()) if record is not None)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; [] without a file. A line that does not parse is left out."""
+    try:
+        return list(parse(read_bytes(path)))
+    except OSError:
+        return []
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """All records of a run's metrics.jsonl, `{"step": 20, "loss": 5.1, ...}`; a damaged line is left out."""
+    return list(filter(of_a_step, read_jsonl(Path(run, "metrics.jsonl"))))
+
+
+def of_a_step(record: dict[str, Any]) -> bool:
+    """Whether a record is one of metrics.jsonl: `{"step": 20, "loss": 5.1, ...}`, numbers and nulls."""
+    return type(record.get("step")) is int and all(isinstance(v, int | float | None) for v in record.values())
+
+
+def open_records(path: Path) -> BinaryIO:
+    """Opens a regular file to read.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    # A pipe that nobody writes to would block the opening without O_NONBLOCK, which regular files ignore.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def part(file: BinaryIO, start: int, size: int) -> tuple[int, bytes]:
+    """The whole lines that begin in `size` bytes from `start`, or just behind it, and where they begin."""
+    data = os.pread(file.fileno(), size + AROUND, start)
+    # A line that begins at `start` is told by the end of the one before.
+    first = 0 if start == 0 or os.pread(file.fileno(), 1, start - 1) == b"\n" else data.find(b"\n") + 1
+    last = data.find(b"\n", size) + 1 or len(data)
+    return start + first, data[first:last]
+
+
+def ends(path: Path, head: int = BLOCK, tail: int = BLOCK) -> list[dict[str, Any]]:
+    """The records in the first `head` and the last `tail` bytes of a file, in order, each once; [] without a file."""
+    try:
+        with open_records(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            return list(in_order(file, [(0, head), (size - tail, tail)]))
+    except OSError:
+        return []
+
+
+def blocks_from_the_end(file: BinaryIO) -> Iterator[tuple[int, list[bytes]]]:
+    """The lines of a file with their ends, in blocks, the last block first: where each begins, and its lines."""
+    end, size = os.fstat(file.fileno()).st_size, BLOCK
+    while end > 0:
+        start = max(end - size, 0)
+        data = os.pread(file.fileno(), end - start, start)
+        cut = data.find(b"\n") + 1 if start else 0
+        if start and cut in (0, len(data)):
+            # A line longer than the block.
+            size *= 2
+            continue
+        yield start + cut, data[cut:].splitlines(keepends=True)
+        end, size = start + cut, BLOCK
+
+
+def overview(path: Path, validated_every: int | None) -> tuple[list[dict[str, Any]], bool]:
+    """Records of a metrics.jsonl in its order: all of a short file; of a long one its end and places all over it.
+
+    Args:
+        path: the file; one that is not there has no records.
+        validated_every: steps between validations, whose records are looked up, the newest and others evenly, up to
+            `VALIDATIONS`; None: only those met by chance.
+
+    Returns:
+        The records, and whether they are all there are.
+    """
+    try:
+        with open_records(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= WHOLE:
+                return list(filter(of_a_step, parse(os.pread(file.fileno(), size, 0)))), True
+            places = [(size * i // POINTS, AROUND) for i in range(POINTS)] + [(size - WHOLE // 4, WHOLE // 4)]
+            newest = filter(of_a_step, in_order(file, [(size - BLOCK, BLOCK)]))
+            last = max((record["step"] for record in newest), default=0)
+            if validated_every:
+                steps = range(last // validated_every * validated_every, -1, -validated_every)
+                steps = steps[:: -(-len(steps) // VALIDATIONS)]
+                places += [(place_of(file, size, step), 3 * AROUND) for step in steps]
+            return list(filter(of_a_step, in_order(file, places))), False
+    except OSError:
+        return [], True
+
+
+def place_of(file: BinaryIO, size: int, step: int) -> int:
+    """A place at most `AROUND` bytes before the first record of a step, by halving."""
+    low, high = 0, size
+    while high - low > AROUND:
+        middle = (low + high) // 2
+        first = next(filter(of_a_step, parse(part(file, middle, AROUND)[1])), None)
+        if first is None or first["step"] >= step:
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def in_order(file: BinaryIO, places: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """The records at some places of a file (where, and how many bytes), by where they are, each once."""
+    end = 0
+    for start, size in sorted((max(start, 0), size) for start, size in places):
+        if size and start + size > end:
+            begin, data = part(file, max(start, end), start + size - max(start, end))
+            end = max(end, begin + len(data))
+            yield from parse(data)
