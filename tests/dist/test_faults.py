@@ -26,6 +26,7 @@ from tests.toy import (
 )
 from torchtitan_deltaproduct.checkpoint import scan
 from torchtitan_deltaproduct.checkpoint.folders import retire
+from torchtitan_deltaproduct.checkpoint.safe_dcp import read_index
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.errors import CheckpointError
 from torchtitan_deltaproduct.events import last_stop, read_events
@@ -123,6 +124,44 @@ def test_one_rank_cannot_write(toy, unbroken, tmp_path, mode):
     assert saved == [*expected, (6, "interval"), (8, "last step")]
     assert not (run / "checkpoint/step-2").exists()
     assert_close(run, unbroken)
+
+
+def failing_plan(rank: int, argv: list[str], seen: str) -> None:
+    """Rank 1 cannot make its folder as step 4 is planned; rank 0 counts the global plans."""
+    from torch.distributed.checkpoint import default_planner
+
+    from torchtitan_deltaproduct.checkpoint.writer import MarkedWriter
+    from torchtitan_deltaproduct.titan.run import run
+
+    original, global_plan = MarkedWriter.prepare_local_plan, default_planner.create_default_global_save_plan
+
+    def prepare(self, plan):
+        if rank == 1 and self.about.step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, plan)
+
+    def count(plans):
+        with open(seen, "a", encoding="utf-8") as file:
+            print(sum(len(plan.items) for plan in plans), file=file)
+        return global_plan(plans)
+
+    MarkedWriter.prepare_local_plan = prepare
+    default_planner.create_default_global_save_plan = count
+    run(load_config(argv))
+
+
+def test_a_plan_that_failed_is_not_remembered(toy, unbroken, tmp_path):
+    """Ranks remember the plan of a save; after one that failed on some rank they plan anew, and nothing is missing."""
+    run, seen = tmp_path / "run", tmp_path / "seen"
+    run_distributed(failing_plan, 2, (arguments(toy, run, ()), str(seen)))
+    assert [(event["step"], event["rank"]) for event in of_kind(run, "save_failed")] == [(4, 1)]
+    assert [event["step"] for event in of_kind(run, "save")] == [2, 5, 6, 8]
+    plans = seen.read_text().split()
+    assert len(plans) == 2 and len(set(plans)) == 1
+    indices = [read_index(run / f"checkpoint/step-{step}") for step in (6, 8)]
+    assert indices[0].state_dict_metadata.keys() == indices[1].state_dict_metadata.keys()
+    assert_close(run, unbroken)
+    assert {*weights(unbroken, 8)} <= {*weights(run, 8)}
 
 
 def test_asynchronous_saves_take_their_memory_once(toy, unbroken, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from ..files import is_plain_name, is_there, read_text, write_atomically
 
 MARKER, SAVING, INDEX = "complete.json", ".saving", ".metadata"
 """The commit marker, the sign that a save is under way, and DCP's index."""
+HASHERS = 16
+"""Files that are hashed at once, at most."""
 FORMAT, VERSION = "torchtitan-deltaproduct checkpoint", 1
 
 
@@ -117,16 +120,18 @@ def wrong_checksums(folder: Path, marker: Marker, share: int = 0, shares: int = 
         marker: its marker.
         share: which part of the files to read, of `shares`: ranks divide the work.
     """
-    problems = []
-    for name in sorted(marker.files)[share::shares]:
+
+    def problem(name: str) -> str:
         try:
             same = checksum(folder / name) == marker.files[name]
         except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror})")
-            continue
-        if not same:
-            problems.append(f"{name} is not what was written (its checksum differs)")
-    return problems
+            return f"{name} cannot be read ({error.strerror})"
+        return "" if same else f"{name} is not what was written (its checksum differs)"
+
+    # Reading and hashing let other threads run; the ranks of a node share its cores.
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with ThreadPoolExecutor(max(1, min(HASHERS, cores)), thread_name_prefix="hashing") as pool:
+        return list(filter(None, pool.map(problem, sorted(marker.files)[share::shares])))
 
 
 def _missing(folder: Path) -> str:

@@ -1,18 +1,19 @@
 """DCP's file writer, with checksums and the commit marker.
 
-    dcp.save(states, storage_writer=MarkedWriter(folder, about, snapshot))
+    dcp.save(states, storage_writer=MarkedWriter(folder, about, snapshot), planner=planner_for("a run's state"))
 
 Each rank reads back and hashes the files it wrote; the coordinator writes DCP's index, config.json and, last of all,
 complete.json. What fails on one rank (a full disk, say) is raised on all by DCP, and no marker is written.
 """
 
+import inspect
 import json
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, Metadata, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -33,6 +34,24 @@ class _Hashed(WriteResult):
     """A write result with size and SHA-256 of the file it is in."""
 
     file: tuple[int, str] = (0, "")
+
+
+def planner_for(what: str) -> DefaultSavePlanner:
+    """Plans a save as DCP does, and remembers the plan where torch can: ranks then send only what changed.
+
+    Args:
+        what: is saved; under another name nothing is remembered. All ranks have to give the same, and another one after
+            a save that failed, in which some ranks may have remembered a plan that others never saw.
+    """
+    if "enable_plan_caching" not in inspect.signature(DefaultSavePlanner).parameters:
+        return DefaultSavePlanner()
+    planner = DefaultSavePlanner(enable_plan_caching=True)
+    planner._cached_plans_key = what
+    for name, plans in vars(SavePlanner).items():
+        if name.startswith("_cached_") and isinstance(plans, dict):
+            for other in plans.keys() - {what}:
+                del plans[other]
+    return planner
 
 
 class MarkedWriter(FileSystemWriter):

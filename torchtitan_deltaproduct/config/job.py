@@ -224,7 +224,7 @@ class Guard:
 @dataclass
 class Metrics(titan.Metrics):
     log_freq: int = option(10, LOGGING, COUNT, aliases="log_interval logging_steps log_every")
-    """Steps between console lines; metrics.jsonl has a record for every step."""
+    """Steps between console lines, and points in TensorBoard and wandb; metrics.jsonl has a record for every step."""
     enable_tensorboard: bool = option(True, LOGGING, aliases="tensorboard use_tensorboard")
     peak_flops: float = option(0.0, LOGGING, COUNT_OR_ZERO)
     """Peak FLOP/s of one device for MFU; 0: looked up by device name, no MFU where that is unknown."""

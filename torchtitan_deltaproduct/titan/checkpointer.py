@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint import _async_process_executor as process_executor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
@@ -41,7 +42,7 @@ from ..checkpoint.load import find_checkpoint
 from ..checkpoint.marker import SAVING, ours, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from ..checkpoint.staging import Stager
-from ..checkpoint.writer import About, MarkedWriter
+from ..checkpoint.writer import About, MarkedWriter, planner_for
 from ..errors import CheckpointError
 from .stopping import deaf_children
 
@@ -144,7 +145,7 @@ class CheckpointManager(stock.CheckpointManager):
         writer = MarkedWriter(folder, About(step, dist.get_world_size(), why), self.snapshot)
         try:
             if wait or self.async_mode == stock.AsyncMode.DISABLED:
-                dcp.save(states, storage_writer=writer)
+                dcp.save(states, storage_writer=writer, planner=self._planner(last_step))
                 self._saved(step, why, start)
             else:
                 self._start_async(states, writer, step, why, start)
@@ -159,6 +160,10 @@ class CheckpointManager(stock.CheckpointManager):
         states = self.states[stock.MODEL].state_dict()
         return {name: tensor.to(self.export_dtype) for name, tensor in states.items()}
 
+    def _planner(self, last_step: bool = False) -> DefaultSavePlanner:
+        what = "weights" if last_step and self.last_save_model_only else "state"
+        return planner_for(f"{what} of {self.folder}, {dist.get_world_size()} ranks, {self.failed_saves} failed")
+
     def _start_async(self, states: dict, writer: MarkedWriter, step: int, why: str, start: float) -> None:
         pinned = self.async_mode == stock.AsyncMode.ASYNC_WITH_PINNED_MEM
         kind = AsyncCheckpointerType.PROCESS if pinned else AsyncCheckpointerType.THREAD
@@ -166,8 +171,8 @@ class CheckpointManager(stock.CheckpointManager):
             self._renew_lost_writers()
         with deaf_children():
             response = dcp.async_save(
-                states, storage_writer=writer, process_group=self.pg, async_checkpointer_type=kind,
-                async_stager=self.stager,
+                states, storage_writer=writer, planner=self._planner(), process_group=self.pg,
+                async_checkpointer_type=kind, async_stager=self.stager,
             )  # fmt: skip
         if isinstance(response, AsyncSaveResponse):
             self.save_future, self.staging_future = response.upload_completion, response.staging_completion

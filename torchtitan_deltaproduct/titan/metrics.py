@@ -1,4 +1,4 @@
-"""What a run tells: one console line, one `metrics.jsonl` record a step, the same names in TensorBoard and wandb.
+"""What a run tells: one `metrics.jsonl` record a step; every `log_freq` steps a console line, TensorBoard and wandb.
 
     {"step": 20, "loss": 5.1, "lr": 0.0003, "grad_norm": 0.8, "tokens": 327680, "tokens_per_second": 9000.0, ...}
     {"step": 20, "validation_loss": 5.2, "validation_bits_per_byte": 1.9, "validation_perplexity": 181.3, ...}
@@ -320,14 +320,16 @@ class MetricsProcessor(stock.MetricsProcessor):
         self.restart_clock()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One record to metrics.jsonl, TensorBoard and wandb (rank 0)."""
+        """One record to metrics.jsonl, and every `log_freq` steps to TensorBoard and wandb (rank 0)."""
         if not self.is_writer:
             return
         # NaN is not JSON: a record of a skipped step carries null.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         lost = {"lost_records": self.records.lost} if self.records.lost else {}
         self.records.write({"step": step} | finite | lost | {"time": round(time.time(), 3)})
-        self.logger.log({k: v for k, v in values.items() if math.isfinite(v)}, step)
+        # Validation whenever there is one; of the steps those with a console line.
+        if "loss" not in values or self.should_log(step):
+            self.logger.log({k: v for k, v in values.items() if math.isfinite(v)}, step)
 
     def close(self) -> None:
         self.logger.close()

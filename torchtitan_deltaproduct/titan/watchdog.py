@@ -51,7 +51,7 @@ class Watchdog:
         self.step, self.what = 0, "starting"
         self.factor = FIRST_STEP
         self.last = time.monotonic()
-        self.written = 0.0
+        self.written = self.armed = 0.0
         self.closed = threading.Event()
         self.fallback = None
 
@@ -77,10 +77,13 @@ class Watchdog:
         """
         self.step, self.what = step, what
         # A validation before the first step does not end the patience with it.
+        factor = self.factor
         if first or what == "step":
             self.factor = FIRST_STEP if first else 1.0
         self.last = time.monotonic()
-        self._arm()
+        # Each time it is armed a thread ends and another begins.
+        if self.last - self.armed >= 1.0 or self.factor != factor:
+            self._arm()
         if self.rank == 0 and self.last - self.written >= 1.0:
             self.written = self.last
             write_heartbeat(self.run, step, what)
@@ -92,6 +95,7 @@ class Watchdog:
 
     def _arm(self) -> None:
         if self.seconds > 0 and self.fallback is not None:
+            self.armed = self.last
             faulthandler.dump_traceback_later(self.limit + 3 * GRACE, exit=True, file=self.fallback)
 
     def _watch(self) -> None:

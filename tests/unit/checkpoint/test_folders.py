@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import warnings
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint import SavePlanner, default_planner
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan_deltaproduct.checkpoint import CheckpointInfo, folders, latest_complete, retention, scan
+from torchtitan_deltaproduct.checkpoint import CheckpointInfo, folders, latest_complete, marker, retention, scan
 from torchtitan_deltaproduct.checkpoint.folders import (
     Retention,
     cut_short,
@@ -35,7 +37,7 @@ from torchtitan_deltaproduct.checkpoint.marker import (
     wrong_checksums,
 )
 from torchtitan_deltaproduct.checkpoint.safe_dcp import SafeLoadPlanner, SafeReader, read_index
-from torchtitan_deltaproduct.checkpoint.writer import About, MarkedWriter
+from torchtitan_deltaproduct.checkpoint.writer import About, MarkedWriter, planner_for
 from torchtitan_deltaproduct.errors import CheckpointError
 
 
@@ -184,6 +186,40 @@ def test_a_link_is_left_alone(run, tmp_path_factory):
     assert [info.step for info in deletable(scan(run), 1)] == [10]
     delete(run / "step-5")
     assert not (run / "step-5").exists() and sorted(path.name for path in elsewhere.iterdir()) == before
+
+
+def test_files_are_hashed_side_by_side(tmp_path, monkeypatch):
+    """Four threads meet in four files: one after the other they would wait for ever."""
+    meeting = threading.Barrier(4, timeout=20)
+    monkeypatch.setattr(marker.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(marker, "checksum", lambda path: meeting.wait() and (1, "") or (1, ""))
+    listed = Marker(1, 0.0, 1, "interval", {f"{number}.distcp": (1, "") for number in range(4)})
+    assert wrong_checksums(tmp_path, listed) == []
+    listed.files["3.distcp"] = (1, "00")
+    assert wrong_checksums(tmp_path, listed) == ["3.distcp is not what was written (its checksum differs)"]
+
+
+def test_a_plan_is_made_once(tmp_path, monkeypatch):
+    """The second save of the same tensors has the first one's plan, with its own values; other tensors another plan."""
+    made, original = [], default_planner.create_default_global_save_plan
+    monkeypatch.setattr(
+        default_planner, "create_default_global_save_plan", lambda plans: made.append(1) or original(plans)
+    )
+    states = [state(1.0), state(2.0), state(3.0) | {"more": torch.ones(5)}, state(4.0)]
+    for step, saved in enumerate(states):
+        writer = MarkedWriter(tmp_path / f"step-{step}", About(step, 1, "interval"))
+        dcp.save(saved, storage_writer=writer, planner=planner_for("state"), no_dist=True)
+    assert len(made) == 3
+    for step, saved in enumerate(states):
+        target = {name: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None for name, v in saved.items()}
+        target["train_state"] = {"step": 0, "betas": None}
+        reader = SafeReader(str(tmp_path / f"step-{step}"))
+        dcp.load(target, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=True)
+        assert all(torch.equal(target[name], v) for name, v in saved.items() if isinstance(v, torch.Tensor))
+        assert read_index(tmp_path / f"step-{step}").state_dict_metadata.keys() >= {"weight", "train_state.step"}
+    dcp.save(states[0], storage_writer=writer, planner=planner_for("state, 1 failed"), no_dist=True)
+    assert len(made) == 4
+    assert set(SavePlanner._cached_save_plan) == set(SavePlanner._cached_metadata) == {"state, 1 failed"}
 
 
 def test_the_marker_is_written_last(tmp_path, monkeypatch):

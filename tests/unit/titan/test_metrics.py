@@ -94,18 +94,19 @@ def test_one_record_a_step_in_every_sink(toy, tmp_path, capsys):
     train(toy, run, "--training.steps", "4", "--metrics.log_freq", "2", "--checkpoint.keep_latest_k", "0")
     lines = [line.split("step ")[1] for line in capsys.readouterr().out.splitlines() if "grad_norm" in line]
     assert [line.split("/")[0] for line in lines] == ["1", "2", "4"]
-    train(toy, run, "--checkpoint.load_step", "2", "--checkpoint.keep_latest_k", "0")
+    again = ("--checkpoint.load_step", "2", "--checkpoint.keep_latest_k", "0", "--metrics.log_freq", "2")
+    train(toy, run, *again)
     steps = [r for r in records(run) if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 9))
     assert [r["tokens"] for r in steps] == [4 * 64 * s for s in range(1, 9)]
     assert [r["step"] for r in records(run) if "validation_loss" in r] == [0, 4, 8]
-    # One TensorBoard folder for both launches, with the same names and values, steps 3 and 4 once.
+    # One TensorBoard folder for both launches, with the same names and values, step 4 once: the steps with a line.
     board = EventAccumulator(str(run / "tb"))
     board.Reload()
     scalars = {e.step: e.value for e in board.Scalars("loss")}
-    assert list(scalars) == list(range(1, 9))
-    assert all(abs(scalars[r["step"]] - r["loss"]) < 1e-5 for r in steps)
-    assert "validation_bits_per_byte" in board.Tags()["scalars"]
+    assert list(scalars) == [1, 2, 4, 6, 8]
+    assert all(abs(scalars[r["step"]] - r["loss"]) < 1e-5 for r in steps if r["step"] in scalars)
+    assert [event.step for event in board.Scalars("validation_bits_per_byte")] == [0, 4, 8]
 
 
 def test_a_full_disk_costs_records_and_one_warning(tmp_path, caplog):
@@ -168,9 +169,9 @@ def test_goodput_is_the_share_of_the_time_since_the_first_launch(toy, tmp_path, 
     first = records(run)
     assert "goodput" not in first[1] and all(0 < r["goodput"] <= 1 for r in first if r["step"] > 1 and "loss" in r)
     (launch,) = [event for event in read_events(run) if event["event"] == "launch"]
-    lines = (run / "events.jsonl").read_text().replace(str(launch["time"]), str(launch["time"] - 1000))
+    lines = (run / "events.jsonl").read_text().replace(str(launch["time"]), str(launch["time"] - 10))
     (run / "events.jsonl").write_text(lines)
     train(toy, run)
     last = [r for r in records(run) if "loss" in r][-1]
     speed = max(r["tokens_per_second"] for r in records(run) if r["step"] > 5 and "loss" in r)
-    assert math.isclose(last["goodput"], last["tokens"] / speed / (last["time"] - launch["time"] + 1000), rel_tol=0.05)
+    assert math.isclose(last["goodput"], last["tokens"] / speed / (last["time"] - launch["time"] + 10), rel_tol=0.05)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.toy import REPO
 from torchtitan_deltaproduct.events import read_events
+from torchtitan_deltaproduct.titan import watchdog
 from torchtitan_deltaproduct.titan.watchdog import EXIT_HUNG, Watchdog, write_heartbeat
 
 PROGRAM = """
@@ -61,6 +62,20 @@ def test_beats_keep_it_alive_and_close_leaves_nothing(tmp_path):
     dog.close()
     time.sleep(1)
     assert [path.name for path in tmp_path.iterdir()] == ["heartbeat.json"]
+
+
+def test_it_is_armed_once_a_second_and_when_its_patience_changes(tmp_path, monkeypatch):
+    now, limits = [100.0], []
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda seconds, **_: limits.append(seconds))
+    dog = Watchdog(tmp_path, 0, 10)
+    dog.start(0)
+    for step in range(1, 41):
+        now[0] += 0.1
+        dog.beat(step, "step")
+    dog.close()
+    rest = 3 * watchdog.GRACE
+    assert limits[0] == 60 + rest and 5 <= len(limits) <= 6 and set(limits[1:]) == {10 + rest}
 
 
 def test_what_a_locked_rank_wrote_outlives_the_next_launch(tmp_path):
