@@ -1,7 +1,8 @@
-"""Shows what a start and a sample cost as the number of shards grows: nothing should grow that need not.
+"""Shows what starts, samples and saves cost as shards, records, checkpoints and ranks grow: little that need not.
 
-    python -m benchmarks.scale                              # 10^3 and 10^4 shards, a minute; no network
+    python -m benchmarks.scale                              # 10^3 and 10^4 shards, two minutes; no network
     python -m benchmarks.scale --shards 1000 100000         # some minutes, most of it making the files
+    python -m benchmarks.scale --shards                     # the second table alone
 
 For each size a synthetic prepared set of sparse files. Each number is of a fresh process:
 
@@ -10,8 +11,16 @@ For each size a synthetic prepared set of sparse files. Each number is of a fres
     sample      microseconds a window, of 2,000 windows drawn from all shards, and such system calls a window
     continue    seconds in which a restarted prepare finds its finished shards, of 64 MB each, still the same
 
+A second table is of a run's own files, in seconds, for a short run and one ten times as long (plans: four times the
+ranks):
+
+    start       records brought to the step of the checkpoint, the newest ones and the events read; newest folder found
+    status      what the command reads of metrics.jsonl
+    retention   what a save looks at before it deletes, a launch's second time
+    plan        what rank 0 does to plan a save of all ranks (432 tensors, a part of each a rank), again and at first
+
 Exit code 1 if a start of the most shards takes more than half a second, or makes 100 system calls more than that of the
-fewest.
+fewest, or if anything of a long run takes twice as long as of a short one and 50 ms more, but for the first plan.
 """
 
 import argparse
@@ -23,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -122,9 +132,101 @@ def continue_seconds(folder: Path, shards: int) -> float:
     return time.perf_counter() - begin
 
 
+def seconds_of(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def of_records(run: Path, lines: int) -> dict[str, float]:
+    """Seconds to bring `lines` records, with a validation each thousandth, ten steps back, and to look at them."""
+    from torchtitan_deltaproduct.events import append, read_events
+    from torchtitan_deltaproduct.history import ends, overview
+    from torchtitan_deltaproduct.titan.metrics import restore_history
+
+    run.mkdir()
+    path = run / "metrics.jsonl"
+    rest = '"grad_norm": 0.8123456789, "lr": 0.0003, "tokens": 524288000, "seconds": 0.2771, "memory_gib": 41.5'
+    with open(path, "w", encoding="utf-8") as file:
+        for step in range(1, lines + 1):
+            file.write(f'{{"step": {step}, "loss": {2 + 8 / step:.6f}, {rest}, "time": 1764000000.123}}\n')
+            if step % 1000 == 0:
+                file.write(f'{{"step": {step}, "validation_loss": {2 + 8 / step:.6f}, "time": 1764000000.123}}\n')
+        file.flush()
+        # A run's file has been on the disk for long.
+        os.fsync(file.fileno())
+    append(run, "launch", step=0, ranks=8)
+
+    def start() -> None:
+        restore_history(path, lines - 10, 1764000001.0)
+        assert ends(path, head=0)[-1]["step"] == lines - 10
+        read_events(run)
+
+    return {"start, records": seconds_of(start), "status": seconds_of(lambda: overview(path, 1000))}
+
+
+def of_folders(run: Path, folders: int, files: int = 256) -> dict[str, float]:
+    """Seconds to find the newest of `folders` checkpoints, milestones all, and what a later save looks at."""
+    from torchtitan_deltaproduct.checkpoint.folders import Retention, newest_first
+    from torchtitan_deltaproduct.checkpoint.marker import INDEX, Marker, write_marker
+
+    names = [INDEX, *(f"__{rank}_0.distcp" for rank in range(files - 1))]
+    for step in range(100, 100 * (folders + 1), 100):
+        folder = run / f"step-{step}"
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).touch()
+        write_marker(folder, Marker(step, 0.0, files, "interval", dict.fromkeys(names, (0, "0" * 64))))
+    retention = Retention(run, keep_latest_k=2, keep_every=100)
+    retention.surplus()
+    found = seconds_of(lambda: next(newest_first(run)))
+    return {"start, checkpoints": found, "retention": seconds_of(retention.surplus)}
+
+
+def of_plans(ranks: int, tensors: int = 432) -> dict[str, float]:
+    """Seconds in which rank 0 plans a save of tensors that are cut in `ranks` parts each, at first and again."""
+    import torch
+    from torch.distributed.checkpoint import SavePlan
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+    from torchtitan_deltaproduct.checkpoint.writer import planner_for
+
+    size, properties = torch.Size([ranks, 64]), TensorProperties(torch.float32)
+
+    def part(tensor: int, rank: int) -> WriteItem:
+        offsets = torch.Size([rank, 0])
+        data = TensorWriteData(ChunkStorageMetadata(offsets, torch.Size([1, 64])), properties, size)
+        return WriteItem(MetadataIndex(f"tensor.{tensor}", offsets, rank), WriteItemType.SHARD, tensor_data=data)
+
+    plans = [SavePlan([part(t, rank) for t in range(tensors)], planner_data={}) for rank in range(ranks)]
+    first = seconds_of(lambda: planner_for(f"{ranks} ranks").create_global_plan(plans))
+    unchanged = [SavePlan([], usable=False)] * ranks
+    again = seconds_of(lambda: planner_for(f"{ranks} ranks").create_global_plan(unchanged))
+    return {"plan again": again, "plan at first": first}
+
+
+def of_a_run() -> tuple[Table, bool]:
+    """The second table, and whether something grows that must not."""
+    table = Table(title="what grows with the length of a run and its ranks, s", title_justify="left")
+    for name in ("", "short", "long", "of"):
+        table.add_column(name, justify="right" if name in ("short", "long") else "left")
+    grows = False
+    measured = ((of_records, 100_000, "steps"), (of_folders, 10, "checkpoints of 256 files"), (of_plans, 64, "ranks"))
+    with tempfile.TemporaryDirectory() as root:
+        for measure_it, size, what in measured:
+            sizes = (size, 4 * size) if measure_it is of_plans else (size, 10 * size)
+            paths = [() if measure_it is of_plans else (Path(root, f"{what}-{n}"),) for n in sizes]
+            short, long = (measure_it(*path, n) for path, n in zip(paths, sizes, strict=True))
+            for name in short:
+                grows |= name != "plan at first" and long[name] > 2 * short[name] + 0.05
+                table.add_row(name, f"{short[name]:.4f}", f"{long[name]:.4f}", f"{sizes[0]:,} and {sizes[1]:,} {what}")
+    return table, grows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scale", description=__doc__.split("\n")[0])
-    parser.add_argument("--shards", type=int, nargs="+", default=[1000, 10_000], metavar="N")
+    parser.add_argument("--shards", type=int, nargs="*", default=[1000, 10_000], metavar="N")
     parser.add_argument("--measure", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--windows", type=int, default=WINDOWS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -147,9 +249,13 @@ def main() -> int:
             f"{shards:,}", f"{seconds:.3f}", f"{numbers['memory'] / 1e6:.1f}", "-" if few is None else f"{few:,}",
             f"{1e6 * numbers['window']:.0f}", "-" if few is None else f"{(many - few) / WINDOWS:.1f}", f"{again:.2f}",
         )  # fmt: skip
-    Console(width=110).print(table)
-    more = max(starts) - min(starts) if None not in starts else 0
-    return int(seconds > MOST_SECONDS or more > MOST_CALLS)
+    console = Console(width=110)
+    if options.shards:
+        console.print(table)
+    of_run, grows = of_a_run()
+    console.print(of_run)
+    more = max(starts) - min(starts) if starts and None not in starts else 0
+    return int(seconds > MOST_SECONDS or more > MOST_CALLS or grows)
 
 
 if __name__ == "__main__":

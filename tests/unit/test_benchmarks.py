@@ -80,3 +80,14 @@ def test_scale_measures_a_set_of_its_own(tmp_path):
     numbers = scale.measure(folder, windows=40)
     assert 0 < numbers["start"] < 5 and 0 < numbers["window"] < 0.5 and numbers["memory"] >= 0
     assert 0 < scale.continue_seconds(tmp_path / "again", 3) < 5
+
+
+def test_scale_measures_a_run_of_its_own(tmp_path):
+    records = scale.of_records(tmp_path / "run", 300)
+    folders = scale.of_folders(tmp_path / "checkpoints", 3, files=4)
+    plans = scale.of_plans(4, tensors=50)
+    assert [*records, *folders, *plans] == ["start, records", "status", "start, checkpoints", "retention",
+                                            "plan again", "plan at first"]  # fmt: skip
+    assert all(0 < seconds < 5 for seconds in (records | folders | plans).values())
+    assert plans["plan again"] < plans["plan at first"]
+    assert (tmp_path / "run/metrics.repeated.jsonl").read_text().count("\n") == 11

@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchtitan_deltaproduct.events import NAME, append, last_stop, read_events, whereabouts
+from torchtitan_deltaproduct.events import NAME, append, began, last_stop, read_events, whereabouts
 
 
 def test_append_and_read(tmp_path):
@@ -51,3 +51,20 @@ def test_whereabouts(monkeypatch):
     assert whereabouts()["slurm_job"] == "17" and whereabouts()["slurm_restart"] == 2
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert whereabouts()["slurm_restart"] is None
+
+
+def test_when_a_run_began():
+    """Its first launch counts through restarts, and one at step 0 after a save is another run in the same folder."""
+    launches = [{"event": "launch", "step": step, "time": time} for step, time in ((0, 10.0), (0, 20.0), (4, 30.0))]
+    save = {"event": "save", "step": 4, "time": 25.0}
+    assert began([]) is None and began(launches) == 10.0
+    assert began([*launches[:2], save, launches[2]]) == 10.0
+    assert began([*launches, save, {"event": "launch", "step": 0, "time": 40.0}, save]) == 40.0
+
+
+def test_of_very_many_events_both_ends_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchtitan_deltaproduct.events.LIMIT", 10_000)
+    for step in range(2000):
+        append(tmp_path, "launch", step=step)
+    steps = [event["step"] for event in read_events(tmp_path)]
+    assert steps[0] == 0 and steps[-1] == 1999 and steps == sorted(set(steps)) and len(steps) < 1900

@@ -13,7 +13,7 @@
     lock.py           one launch at a time in a run folder
     watchdog.py       heartbeat, and the stacks of a run that hangs
     spikes.py         a loss far above the recent ones
-    rendezvous.py     a store of its own for every restart of the ranks
+    rendezvous.py     a store of its own for every restart of the ranks, and what rank 0 looks up for all
     describe.py       the lines a run prints before its first step
     run.py            from a checked config to a finished run: the function `train.py` calls
 """
