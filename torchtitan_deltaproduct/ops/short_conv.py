@@ -78,9 +78,7 @@ def short_convs(
 
 
 @torch.library.custom_op("deltaproduct::short_convs", mutates_args=())
-def _forward(
-    xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int]
-) -> list[Tensor]:
+def _forward(xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int]) -> list[Tensor]:
     """y and ratio of each, one after the other; head_dim 0 stands for none, its ratio has no elements."""
     from torchtitan_deltaproduct.ops.triton import short_conv as kernels
 

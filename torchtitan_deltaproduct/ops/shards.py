@@ -1,0 +1,285 @@
+"""The operator over a sequence that is cut among ranks: context parallelism.
+
+To the tokens before it a shard is an affine map of the state, S -> P S + Z with P [K, K] and Z [K, V] per head: how
+long it is does not matter to the ranks behind it. Each rank makes its map, all gather all maps, and each chains those
+before it into the state that enters its own shard. Gradients return the same way. Let R be the gradient that a shard's
+own outputs send to the state that enters it; then the gradient of the state that leaves shard r is
+
+    L_{W-1} = 0        L_{r-1} = P_r^T L_r + R_r
+
+so that a second gather, of R, gives each rank L, and one backward pass of the shard from it gives all gradients: P and Z
+need none of their own. A document that begins at token t > 0 of the shard makes P = 0 inside the kernels; at t = 0, here.
+
+    o = run(q, k, v, g, beta, positions, ranks, n=2, scale=K**-0.5, use_qk_l2norm=True, save=True, backend="chunk")
+
+Sent by each rank, in float32: B H K (V + K) numbers forward, B H K V backward; received: W times that. The chain is r
+products of K x K by K x V a head. Backend "chunk" carries P beside Z and what its queries would read of P: the state that
+enters is added afterwards, and no pass runs twice. It keeps n (V + K) + V + K float32 numbers a token and head.
+"""
+
+import torch
+from torch import Tensor
+
+from torchtitan_deltaproduct.ops import chunk, triton_backend, triton_shards
+from torchtitan_deltaproduct.ops.normalize import compute_dtype, full_precision
+from torchtitan_deltaproduct.ops.ranks import SequenceRanks, gather
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    positions: Tensor | None,
+    ranks: SequenceRanks,
+    *,
+    n: int,
+    scale: float,
+    use_qk_l2norm: bool,
+    save: bool,
+    backend: str,
+) -> Tensor:
+    """o [B, T, H, V] of this rank's shard, differentiable in q, k, v, g and beta on all ranks.
+
+    Args:
+        q, k, v, g, beta, scale, use_qk_l2norm: of the shard, as in `gated_delta_product`.
+        positions: [B, T] int32, index of each token in its document, counted from the document's start on whichever
+            rank that is; None: a row is one document over all ranks.
+        ranks: who has the other shards; all of them must call this.
+        n: micro-steps a token.
+        save: whether a backward pass will follow.
+        backend: "chunk" or "triton".
+    """
+    place = ranks.rank, ranks.size, ranks.group
+    return _Shard.apply(q, k, v, g, beta, positions, *place, n, scale, use_qk_l2norm, save, backend)
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, positions, rank, size, group, n, scale, use_qk_l2norm, save, backend):
+        options = n, scale, use_qk_l2norm, backend
+        shard, *made = MAP(q, k, v, g, beta, positions, *options, save)
+        maps = gather(shard, size, group)
+        entering = unless_new(ENTERING(maps, rank), positions)
+        o, *kept = OUTPUT(q, k, v, g, beta, positions, entering, made[0], *options, save)
+        ctx.save_for_backward(q, k, v, g, beta, positions, entering, maps, *made, *kept)
+        ctx.place, ctx.options = (rank, size, group), options
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        # Read once: under activation checkpointing a second look is an error.
+        q, k, v, g, beta, positions, entering, maps, *saved = ctx.saved_tensors
+        (rank, size, group), options = ctx.place, ctx.options
+        own = unless_new(RESPONSE(do, q, k, v, g, beta, positions, *saved, *options), positions)
+        leaving = LEAVING(maps, gather(own, size, group), rank)
+        dq, dk, dv, dg, dbeta = BACKWARD(do, leaving, q, k, v, g, beta, positions, entering, *saved, *options)
+        return dq, dk, dv, None if g is None else dg, dbeta, *(None,) * 9
+
+
+def unless_new(x: Tensor, positions: Tensor | None) -> Tensor:
+    """x [B, ...], zero where a document begins with the shard's first token."""
+    return x if positions is None else torch.where(positions[:, :1, None, None] == 0, 0, x)
+
+
+def _none(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32)
+
+
+@torch.library.custom_op("deltaproduct::shard_map", mutates_args=())
+def _map(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    positions: Tensor | None,
+    num_householder: int,
+    scale: float,
+    use_qk_l2norm: bool,
+    backend: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The shard's map [Z | P], [B, H, K, V + K], and up to three tensors for what follows.
+
+    Those of chunk: what the queries read of [Z | P], [B, T, H, V + K], and `chunk_forward`'s starts and errors.
+    """
+    if backend == "triton":
+        shard, made = triton_shards.affine_map(q, k, v, g, beta, positions, n=num_householder), (None,) * 3
+    else:
+        (batch, _, heads, dim), dim_v = q.shape, v.shape[3]
+        eye = torch.eye(dim, dim_v + dim, dtype=compute_dtype(q, k, v), device=q.device).roll(dim_v, 1)
+        reads, shard, *rest = chunk.chunk_forward(
+            *(q, k, v, g, beta, eye.expand(batch, heads, -1, -1), positions),
+            scale=scale,
+            use_qk_l2norm=use_qk_l2norm,
+        )
+        made = (reads, *(rest if save else (None, None)))
+    if positions is not None:
+        shard[..., v.shape[3] :] *= (positions[:, :1, None, None] != 0).to(shard.dtype)
+    return shard, *(_none(q) if x is None else x for x in made)
+
+
+@_map.register_fake
+def _(q, k, v, g, beta, positions, num_householder, scale, use_qk_l2norm, backend, save):
+    (batch, length, heads, dim), columns, dtype = q.shape, v.shape[3] + q.shape[3], compute_dtype(q, k, v)
+    shard = q.new_empty(batch, heads, dim, columns, dtype=dtype)
+    if backend == "triton":
+        return shard, _none(q), _none(q), _none(q)
+    reads = q.new_empty(batch, length, heads, columns, dtype=dtype)
+    if not save:
+        return shard, reads, _none(q), _none(q)
+    starts, errors = ((*shape[:-1], columns) for shape in chunk.saved_shapes(q, k, v))
+    return shard, reads, q.new_empty(starts, dtype=dtype), q.new_empty(errors, dtype=dtype)
+
+
+@torch.library.custom_op("deltaproduct::entering_state", mutates_args=())
+def _entering(maps: Tensor, rank: int) -> Tensor:
+    """maps: [W, B, H, K, V + K] -> the state that enters shard `rank`, [B, H, K, V]."""
+    dim_v = maps.shape[4] - maps.shape[3]
+    state = maps.new_zeros(*maps.shape[1:4], dim_v)
+    with full_precision(maps.device.type):
+        for shard in maps[:rank]:
+            state = torch.matmul(shard[..., dim_v:], state) + shard[..., :dim_v]
+    return state
+
+
+@_entering.register_fake
+def _(maps, rank):
+    return maps.new_empty(*maps.shape[1:4], maps.shape[4] - maps.shape[3])
+
+
+@torch.library.custom_op("deltaproduct::leaving_gradient", mutates_args=())
+def _leaving(maps: Tensor, responses: Tensor, rank: int) -> Tensor:
+    """The gradient of the state that leaves shard `rank`, [B, H, K, V], from all R [W, B, H, K, V]."""
+    gradient = torch.zeros_like(responses[0])
+    with full_precision(maps.device.type):
+        for later in reversed(range(rank + 1, maps.shape[0])):
+            gradient = torch.matmul(maps[later, ..., responses.shape[4] :].mT, gradient) + responses[later]
+    return gradient
+
+
+@_leaving.register_fake
+def _(maps, responses, rank):
+    return responses.new_empty(responses.shape[1:])
+
+
+@torch.library.custom_op("deltaproduct::shard_output", mutates_args=())
+def _output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    positions: Tensor | None,
+    entering: Tensor,
+    reads: Tensor,
+    num_householder: int,
+    scale: float,
+    use_qk_l2norm: bool,
+    backend: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o from the state that enters, and up to three tensors for the backward: those of our kernels' `forward`."""
+    if backend == "triton":
+        options = {"n": num_householder, "scale": scale, "final": False, "save": save}
+        o, _, *kept = triton_backend.forward(q, k, v, g, beta, entering, positions, **options)
+        return o, *(kept if save else (_none(q),) * 3)
+    dim_v = v.shape[3]
+    with full_precision(q.device.type):
+        o = torch.matmul(reads[..., dim_v:].transpose(1, 2), entering).transpose(1, 2).add_(reads[..., :dim_v])
+    return o.to(v.dtype).contiguous(), _none(q), _none(q), _none(q)
+
+
+@_output.register_fake
+def _(q, k, v, g, beta, positions, entering, reads, num_householder, scale, use_qk_l2norm, backend, save):
+    o = q.new_empty(*q.shape[:3], v.shape[3], dtype=v.dtype)
+    if backend != "triton" or not save:
+        return o, _none(q), _none(q), _none(q)
+    shapes = triton_backend.saved_shapes(q, k, v, g is not None, positions is not None)
+    dtypes = k.dtype, torch.float32, torch.float32
+    return o, *(q.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+
+
+@torch.library.custom_op("deltaproduct::shard_response", mutates_args=())
+def _response(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    positions: Tensor | None,
+    reads: Tensor,
+    starts: Tensor,
+    errors: Tensor,
+    records: Tensor,
+    factors: Tensor,
+    maps: Tensor,
+    num_householder: int,
+    scale: float,
+    use_qk_l2norm: bool,
+    backend: str,
+) -> Tensor:
+    """R [B, H, K, V]: what the shard's own outputs send back to the state that enters it."""
+    if backend == "triton":
+        saved = records, factors, maps
+        return triton_shards.response(
+            do, q, k, g is not None, positions is not None, *saved, n=num_householder, scale=scale
+        )
+    with full_precision(q.device.type):
+        own = reads[..., v.shape[3] :]
+        return torch.matmul(own.permute(0, 2, 3, 1), do.to(own.dtype).transpose(1, 2))
+
+
+@_response.register_fake
+def _(do, q, k, v, g, beta, positions, reads, starts, errors, records, factors, maps, num_householder, *options):
+    return q.new_empty(q.shape[0], *q.shape[2:], v.shape[3], dtype=compute_dtype(q, k, v))
+
+
+@torch.library.custom_op("deltaproduct::shard_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    leaving: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    positions: Tensor | None,
+    entering: Tensor,
+    reads: Tensor,
+    starts: Tensor,
+    errors: Tensor,
+    records: Tensor,
+    factors: Tensor,
+    maps: Tensor,
+    num_householder: int,
+    scale: float,
+    use_qk_l2norm: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g and beta, each in the dtype of its tensor; `leaving` is that of the state that leaves."""
+    if backend == "triton":
+        saved = records, factors, maps
+        *most, dg, dbeta, _ = triton_backend.backward(
+            do, leaving, q, k, v, g, beta, positions, *saved, n=num_householder, scale=scale, initial=False
+        )
+    else:
+        options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, "entering": entering}
+        *most, dg, dbeta, _ = chunk.chunk_backward(do, leaving, q, k, v, g, beta, positions, starts, errors, **options)
+    return *most, _none(q) if g is None else dg.to(g.dtype), dbeta.to(beta.dtype)
+
+
+@_backward.register_fake
+def _(do, leaving, q, k, v, g, beta, *rest):
+    return tuple(_none(q) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta))
+
+
+MAP = torch.ops.deltaproduct.shard_map.default
+ENTERING = torch.ops.deltaproduct.entering_state.default
+LEAVING = torch.ops.deltaproduct.leaving_gradient.default
+OUTPUT = torch.ops.deltaproduct.shard_output.default
+RESPONSE = torch.ops.deltaproduct.shard_response.default
+BACKWARD = torch.ops.deltaproduct.shard_backward.default
