@@ -78,9 +78,7 @@ def check(
     return problems
 
 
-def _contradiction(
-    config: JobConfig, sources: Mapping[str, Source], keys: tuple[str, ...], reason: str
-) -> Problem:
+def _contradiction(config: JobConfig, sources: Mapping[str, Source], keys: tuple[str, ...], reason: str) -> Problem:
     """Blames the first of `keys` that the user set, and tells where the others come from."""
     blamed = next((key for key in keys if key in sources), keys[0])
     source = sources.get(blamed, Source(config.job.config_file or ""))

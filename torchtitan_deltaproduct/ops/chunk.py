@@ -165,9 +165,9 @@ def chunk_forward(
         segment_rows: B * H * rows of a segment; by device if None.
 
     Returns:
-        o [B, T, H, V] in v's dtype (D columns: in the compute dtype), the final state [B, H, K, V], and for the backward `starts`, the states at the
-        starts of the segments [segments, B*H, K, V], and `errors`, the v - read of every row [chunks*B*H, R, V], both
-        in the compute dtype.
+        o [B, T, H, V] in v's dtype (D columns: in the compute dtype), the final state [B, H, K, V], and for the
+        backward `starts`, the states at the starts of the segments [segments, B*H, K, V], and `errors`, the v - read of
+        every row [chunks*B*H, R, V], both in the compute dtype.
     """
     batch, length, heads, dim = q.shape
     columns = v.shape[3] if initial_state is None else initial_state.shape[3]

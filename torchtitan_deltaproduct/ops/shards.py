@@ -7,14 +7,14 @@ own outputs send to the state that enters it; then the gradient of the state tha
 
     L_{W-1} = 0        L_{r-1} = P_r^T L_r + R_r
 
-so that a second gather, of R, gives each rank L, and one backward pass of the shard from it gives all gradients: P and Z
-need none of their own. A document that begins at token t > 0 of the shard makes P = 0 inside the kernels; at t = 0, here.
+so that a second gather, of R, gives each rank L, and one backward pass of the shard from it gives all gradients: P and
+Z need none of their own. A document that begins at token t > 0 of the shard makes P = 0 in the kernels; at t = 0, here.
 
     o = run(q, k, v, g, beta, positions, ranks, n=2, scale=K**-0.5, use_qk_l2norm=True, save=True, backend="chunk")
 
 Sent by each rank, in float32: B H K (V + K) numbers forward, B H K V backward; received: W times that. The chain is r
-products of K x K by K x V a head. Backend "chunk" carries P beside Z and what its queries would read of P: the state that
-enters is added afterwards, and no pass runs twice. It keeps n (V + K) + V + K float32 numbers a token and head.
+products of K x K by K x V a head. Backend "chunk" carries P beside Z and what its queries would read of P: the state
+that enters is added afterwards, and no pass runs twice. It keeps (n + 1) (V + K) float32 numbers a token and head.
 """
 
 import torch

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.unit.ops.test_parity import make
-from torchtitan_deltaproduct.ops import recurrent_gated_delta_product, shards
-from torchtitan_deltaproduct.ops.normalize import normalise
+from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.ops import SequenceRanks, gated_delta_product, recurrent_gated_delta_product, shards
 
 
 def random_positions(batch: int, length: int, every: float, seed: int) -> torch.Tensor:
@@ -98,3 +98,34 @@ def test_a_document_begins_with_a_shard():
     index = torch.arange(64)
     positions = (index - torch.where(starts, index, 0).cummax(1).values).int()
     assert worst(by_shards(args, do, 2, 2, positions), whole(args, do, 2, positions)) < 1e-11
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(gated, packed):
+    args = {name: None if x is None else x.detach() for name, x in make(37, 2, batch=2, gated=gated).items()}
+    shard = *(args[name] for name in ("q", "k", "v", "g", "beta")), random_positions(2, 37, 9, 0) if packed else None
+    options, do, state = (2, 0.3, True, "chunk"), torch.randn_like(args["q"][..., :6]), torch.randn(2, 2, 8, 6).double()
+    made = shards.MAP(*shard, *options, True)
+    maps, saved = made[0].expand(3, *made[0].shape).clone(), (*made[1:], *(torch.empty(0),) * 3)
+    for op, given in {
+        shards.MAP: (*shard, *options, True),
+        shards.ENTERING: (maps, 2),
+        shards.OUTPUT: (*shard, state, made[1], *options, True),
+        shards.RESPONSE: (do, *shard, *saved, *options),
+        shards.LEAVING: (maps, state.expand(3, -1, -1, -1, -1).clone(), 0),
+        shards.BACKWARD: (do, state, *shard, state, *saved, *options),
+    }.items():
+        torch.library.opcheck(op, given)
+
+
+def test_backends_that_have_none():
+    ranks = SequenceRanks("unused", 0, 2)
+    for backend in ("recurrent", "fla"):
+        with pytest.raises(ConfigError, match="it has no context parallelism"):
+            gated_delta_product(
+                *(make(8, 1)[name] for name in ("q", "k", "v", "g", "beta")), 1, ranks=ranks, backend=backend
+            )
+    with pytest.raises(ValueError, match="neither cu_seqlens nor states"):
+        args = make(8, 1, states=1)
+        gated_delta_product(**args, num_householder=1, ranks=ranks)
