@@ -14,11 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..ops.triton_backend import ROWS
 from .fields import get_value, schema
 from .job import JobConfig
 from .problems import Problem, Source, quoted
 from .ranges import RANGES
 from .schedule import decay_steps_of
+from .snapshots import data_ranks
 from .unsupported import refusal
 from .values import show
 
@@ -127,11 +129,44 @@ def _schedule_length(config: JobConfig) -> int:
 def _degrees_fill_world(config: JobConfig, environment: Environment) -> str | None:
     world, parallelism = environment.world_size, config.parallelism
     replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
-    if world is None or replicate * shard == world or (shard == -1 and world % replicate == 0):
+    context = parallelism.context_parallel_degree
+    fixed = replicate * context
+    if world is None or fixed * shard == world or (shard == -1 and world % fixed == 0):
         return None
+    sharing = f", each of them {context} ranks to a sequence" if context > 1 else ""
     if shard == -1:
-        return f"{world} ranks cannot be divided into {replicate} replicas"
-    return f"replicate x shard = {replicate * shard}, but the job has {world} ranks"
+        return f"{world} ranks cannot be divided into {replicate} replicas{sharing}"
+    product = "replicate x shard x context" if context > 1 else "replicate x shard"
+    return f"{product} = {fixed * shard}, but the job has {world} ranks"
+
+
+def _rows_can_be_cut(key: str) -> Judge:
+    """Context parallelism: equal parts of whole chunks, each longer than what a convolution reads of the one before."""
+
+    def judge(config: JobConfig, _: Environment) -> str | None:
+        ranks, value = config.parallelism.context_parallel_degree, get_value(config, key)
+        # Rows of a chunk go to whole tokens; where n is no power of two, a part of the last chunk stays empty.
+        chunk = max(1, ROWS >> (config.model.num_householder - 1).bit_length())
+        step = ranks * -(-max(chunk, config.model.conv_size - 1) // chunk) * chunk
+        least = step // ranks
+        for length in value if isinstance(value, list) else [value]:
+            if ranks > 1 and length % step:
+                below = length // step * step
+                choices = f"{below:,} or {below + step:,}" if below else f"{step:,}"
+                return (
+                    f"{length:,} tokens cannot be cut for {ranks} ranks: a multiple of {ranks} x {least} tokens "
+                    f"(whole chunks) is needed; nearest: {choices}"
+                )
+        return None
+
+    return judge
+
+
+def _context_parallel_backend(config: JobConfig, _: Environment) -> str | None:
+    backend = config.model.op_backend
+    if config.parallelism.context_parallel_degree > 1 and backend in ("fla", "recurrent"):
+        return f'op_backend "{backend}" has no context parallelism: use "auto", "triton" or "chunk"'
+    return None
 
 
 def _batch_divides(config: JobConfig, environment: Environment) -> str | None:
@@ -140,7 +175,9 @@ def _batch_divides(config: JobConfig, environment: Environment) -> str | None:
         return None
     if training.global_batch_size % training.local_batch_size:
         return f"must be a multiple of local_batch_size = {training.local_batch_size}"
-    if world is None or training.global_batch_size % (training.local_batch_size * world) == 0:
+    if world is not None:
+        world = data_ranks(config, world)
+    if not world or training.global_batch_size % (training.local_batch_size * world) == 0:
         return None
     step = training.local_batch_size * world
     below = training.global_batch_size // step * step
@@ -378,8 +415,11 @@ _RULES: tuple[tuple[tuple[str, ...], Judge], ...] = (
      _warmup_fits),
     (("lr_scheduler.total_steps", "training.steps"), _schedule_covers_run),
     (("training.global_batch_size", "training.local_batch_size"), _batch_divides),
-    (("parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree"),
-     _degrees_fill_world),
+    (("parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree",
+      "parallelism.context_parallel_degree"), _degrees_fill_world),
+    *(((key, "parallelism.context_parallel_degree"), _rows_can_be_cut(key))
+      for key in ("training.seq_len", "validation.seq_len", "validation.lengths")),
+    (("model.op_backend", "parallelism.context_parallel_degree"), _context_parallel_backend),
     (("training.enable_cpu_offload",),
      _needs_cuda(lambda config: config.training.enable_cpu_offload, "offloading to the CPU")),
     (("profiling.enable_profiling",),

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from ..models.loss import peak_bytes
 from .architecture import DeltaProductArgs
 from .job import JobConfig
+from .snapshots import data_ranks
 
 _FLOAT32 = 4
 _ADAM_MOMENTS = 2
@@ -27,7 +28,7 @@ def shard_degree(config: JobConfig, world_size: int) -> int:
     """Ranks that share one copy of the weights."""
     parallelism = config.parallelism
     if parallelism.data_parallel_shard_degree > 0:
-        return parallelism.data_parallel_shard_degree
+        return parallelism.data_parallel_shard_degree * parallelism.context_parallel_degree
     return max(1, world_size // parallelism.data_parallel_replicate_degree)
 
 
@@ -41,7 +42,7 @@ def rank_memory(config: JobConfig, world_size: int, parts: Mapping[str, int]) ->
     """
     width = activation_width(config)
     own = -(-sum(parts.values()) // shard_degree(config, world_size))
-    tokens = config.training.local_batch_size * config.training.seq_len
+    tokens = config.training.local_batch_size * config.training.seq_len // config.parallelism.context_parallel_degree
     offloaded = config.training.enable_cpu_offload
     return {
         "weights": 0 if offloaded else _FLOAT32 * own,
@@ -60,7 +61,7 @@ def _compiles_loss(config: JobConfig) -> bool:
 
 def accumulates(config: JobConfig, world_size: int) -> bool:
     """Whether a step has more than one micro-batch."""
-    return config.training.global_batch_size > config.training.local_batch_size * world_size
+    return config.training.global_batch_size > config.training.local_batch_size * data_ranks(config, world_size)
 
 
 def reshard_after_forward(config: JobConfig, shards: int, parameters: int, card: int = _CARD) -> tuple[bool, str]:

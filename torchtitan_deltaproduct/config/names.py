@@ -64,6 +64,7 @@ ALIASES = {
         "recompute use_checkpoint",
         "parallelism.data_parallel_shard_degree": "dp_shard fsdp fsdp_degree data_parallel_degree",
         "parallelism.data_parallel_replicate_degree": "dp_replicate ddp_degree",
+        "parallelism.context_parallel_degree": "cp cp_degree context_parallel_size sequence_parallel_degree",
         "compile.enable": "torch_compile use_compile compile",
         "debug.seed": "random_seed manual_seed",
         "model.vocab_size": "n_vocab padded_vocab_size",

@@ -35,7 +35,7 @@ from .memory import (
     shard_degree,
 )
 from .schedule import lr_factor
-from .snapshots import effective_global_batch_size
+from .snapshots import data_ranks, effective_global_batch_size
 from .values import nearest, shorten, show
 
 if TYPE_CHECKING:
@@ -107,14 +107,16 @@ def model_rows(config: JobConfig) -> Rows:
 def compute_rows(config: JobConfig, world_size: int, seconds: float | None) -> Rows:
     training = config.training
     sequences = effective_global_batch_size(config, world_size)
-    micro_batches = sequences // (training.local_batch_size * world_size)
+    readers = data_ranks(config, world_size)
+    micro_batches = sequences // (training.local_batch_size * readers)
+    cut = f", cut among {world_size // readers} ranks each" if readers < world_size else ""
     tokens = sequences * training.seq_len
     flops = counts.training_flops_per_token(config.model)
     rows = [
         ("FLOPs per token", amount(flops, "FLOP"),
          f"forward {amount(counts.forward_flops_per_token(config.model), 'FLOP')}, backward twice that"),
         ("batch", f"{sequences:,} sequences",
-         f"{training.local_batch_size} local x {micro_batches} accumulated x {world_size} ranks"),
+         f"{training.local_batch_size} local x {micro_batches} accumulated x {readers} ranks{cut}"),
         ("tokens per step", f"{tokens:,}", f"{training.seq_len:,} a sequence"),
         ("tokens in total", f"{tokens * training.steps:,}",
          f"{training.steps:,} steps, {tokens * training.steps / counts.total_parameters(config.model):.1f} "
@@ -334,7 +336,8 @@ def _duration(config: JobConfig, world_size: int, options: argparse.Namespace) -
 def _ranks_asked_for(config: JobConfig) -> int:
     """The smallest job the degrees of the TOML describe."""
     parallelism = config.parallelism
-    return parallelism.data_parallel_replicate_degree * max(1, parallelism.data_parallel_shard_degree)
+    degrees = parallelism.data_parallel_replicate_degree, max(1, parallelism.data_parallel_shard_degree)
+    return degrees[0] * degrees[1] * parallelism.context_parallel_degree
 
 
 def _table(rows: Rows) -> Table:

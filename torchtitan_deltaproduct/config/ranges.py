@@ -94,6 +94,7 @@ RANGES = {
     "training.max_skipped_steps": _COUNT,
     "parallelism.data_parallel_replicate_degree": _COUNT,
     "parallelism.data_parallel_shard_degree": _or(-1, 1, "all remaining ranks"),
+    "parallelism.context_parallel_degree": _COUNT,
     "checkpoint.folder": _NOT_EMPTY,
     "checkpoint.interval": _COUNT,
     "checkpoint.keep_latest_k": Range(

@@ -49,7 +49,12 @@ def effective_global_batch_size(config: "JobConfig", world_size: int) -> int:
     training = config.training
     if training.global_batch_size > 0:
         return training.global_batch_size
-    return training.local_batch_size * world_size
+    return training.local_batch_size * data_ranks(config, world_size)
+
+
+def data_ranks(config: "JobConfig", world_size: int) -> int:
+    """Ranks that read different sequences: those that share one under context parallelism count once."""
+    return world_size // config.parallelism.context_parallel_degree
 
 
 def versions() -> dict[str, str]:

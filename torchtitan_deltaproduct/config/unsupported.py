@@ -54,8 +54,7 @@ RULES = (
     Rule("parallelism.pipeline_parallel_degree", "pipeline parallelism is not supported yet", _FSDP),
     Rule("parallelism.pipeline_parallel_*", "pipeline parallelism is not supported yet", _DELETE),
     Rule("parallelism.module_fqns_per_model_part", "pipeline parallelism is not supported yet", _DELETE),
-    Rule("parallelism.context_parallel_degree", "context parallelism is not supported yet", _FSDP),
-    Rule("parallelism.context_parallel_*", "context parallelism is not supported yet", _DELETE),
+    Rule("parallelism.context_parallel_*", "a recurrence cuts sequences in order, and has no attention", _DELETE),
     Rule("parallelism.expert_*", "the model has no experts", _DELETE),
     Rule("checkpoint.enable_ft_dataloader_checkpoints", "torchft is not supported", _DELETE),
     Rule(
@@ -101,7 +100,8 @@ HONOURED = frozenset(f"{table}.{name}" for table, names in {
     "lr_scheduler": "warmup_steps total_steps decay_ratio decay_type min_lr_factor",
     "training": "local_batch_size global_batch_size seq_len max_norm steps enable_cpu_offload "
                 "mixed_precision_param mixed_precision_reduce gc_freq gc_debug",
-    "parallelism": "data_parallel_replicate_degree data_parallel_shard_degree fsdp_reshard_after_forward",
+    "parallelism": "data_parallel_replicate_degree data_parallel_shard_degree fsdp_reshard_after_forward "
+                   "context_parallel_degree",
     "checkpoint": "enable folder interval initial_load_path initial_load_model_only last_save_model_only "
                   "export_dtype async_mode keep_latest_k load_step exclude_from_loading "
                   "enable_first_step_checkpoint create_seed_checkpoint load_only",

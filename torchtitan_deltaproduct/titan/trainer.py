@@ -38,6 +38,7 @@ from .checkpointer import CheckpointManager
 from .describe import describe, resumed
 from .feed import Feed, to_device, to_host
 from .local_parts import clip_gradients, local
+from .parallelize import sequence_ranks
 from .rendezvous import own_store
 from .spec import global_batch_size, register
 from .spikes import LossSpikes
@@ -66,7 +67,7 @@ class Trainer(stock.Trainer):
         super().__init__(job_config)
         dims, guard = self.parallel_dims, job_config.guard
         self.run_folder = Path(job_config.job.dump_folder)
-        self.feed = Feed(self.dataloader, self.gradient_accumulation_steps, self.device)
+        self.feed = Feed(self.dataloader, self.gradient_accumulation_steps, self.device, sequence_ranks(dims))
         self.checkpointer.states[DATALOADER] = self.feed
         self.tokens_ahead: float | None = None
         self.samples_per_step = global_batch_size(job_config, dims.dp_replicate * dims.dp_shard)
