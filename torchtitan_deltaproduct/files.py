@@ -1,6 +1,6 @@
 """Reading small files that others may have put in our way: a pipe or a device is refused, never waited for.
 
-text = read_text(run / "events.jsonl")
+    text = read_text(run / "events.jsonl")
 """
 
 import ctypes

@@ -165,7 +165,7 @@ def _rows_can_be_cut(key: str) -> Judge:
 def _context_parallel_backend(config: JobConfig, _: Environment) -> str | None:
     backend = config.model.op_backend
     if config.parallelism.context_parallel_degree > 1 and backend in ("fla", "recurrent"):
-        return f'op_backend "{backend}" has no context parallelism: use "auto", "triton" or "chunk"'
+        return f'op_backend "{backend}" has no context parallelism: use "auto" or "chunk"'
     return None
 
 

@@ -113,4 +113,6 @@ def build_validation_loader(
     """A loader of the same windows in file order at every iteration; see `validation.ValidationLoader`."""
     from .validation import ValidationLoader
 
-    return ValidationLoader(paths, seq_len, local_batch_size, steps, dp_rank, dp_world_size, reset_state_at_documents)
+    return ValidationLoader(
+        paths, seq_len, local_batch_size, steps, dp_rank, dp_world_size, reset_state_at_documents
+    )

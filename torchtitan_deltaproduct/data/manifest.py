@@ -71,7 +71,9 @@ class Manifest:
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Writes manifest.json atomically."""
     body = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
-    write_atomically(Path(folder, NAME), json.dumps({**body, "manifest_sha256": _checksum(body)}, indent=1) + "\n")
+    write_atomically(
+        Path(folder, NAME), json.dumps({**body, "manifest_sha256": _checksum(body)}, indent=1) + "\n"
+    )
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -88,7 +90,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     except FileNotFoundError:
         raise DataError(_missing(folder)) from None
     except ValueError as error:
-        raise DataError(f"{folder / NAME} is damaged ({error}).\nRestore it from a copy or prepare again.") from None
+        raise DataError(
+            f"{folder / NAME} is damaged ({error}).\nRestore it from a copy or prepare again."
+        ) from None
     if body.get("format") != FORMAT:
         raise DataError(f"{folder / NAME} is not a manifest of prepared tokens (no format = {FORMAT!r}).")
     if body.get("version") != VERSION:

@@ -119,4 +119,7 @@ class Order:
         """Passes over each source made by the samples before `sample`."""
         period, slot = divmod(sample, len(self.source))
         partial = np.bincount(self.source[:slot], minlength=len(self.sizes))
-        return [(period * int(q) + int(p)) / int(n) for q, p, n in zip(self.quotas, partial, self.sizes, strict=True)]
+        return [
+            (period * int(q) + int(p)) / int(n)
+            for q, p, n in zip(self.quotas, partial, self.sizes, strict=True)
+        ]

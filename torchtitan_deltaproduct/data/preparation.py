@@ -1,7 +1,7 @@
 """What `prepare` is asked for, and its plan: units of input, and the checksum that tells results apart.
 
-plan = make_plan(Settings("data/code", "data/tokenizer", ["corpus/"], validation_fraction=0.02))
-plan.units, plan.job, plan.source["plan"]
+    plan = make_plan(Settings("data/code", "data/tokenizer", ["corpus/"], validation_fraction=0.02))
+    plan.units, plan.job, plan.source["plan"]
 """
 
 import hashlib
@@ -70,7 +70,9 @@ class Plan:
 def make_plan(settings: Settings) -> Plan:
     """Cuts the input into units and computes the checksum that identifies the result."""
     inputs = [*settings.input, *settings.validation_input]
-    inside = [path for path in inputs if Path(path).resolve() in Path(settings.out, "x").resolve().parents]
+    inside = [
+        path for path in inputs if Path(path).resolve() in Path(settings.out, "x").resolve().parents
+    ]
     if inside:
         raise DataError(f"{settings.out} lies in its own input {inside[0]}.\nChoose a folder outside of it.")
     tokenizer = load_tokenizer(settings.tokenizer)

@@ -87,7 +87,9 @@ def locked(out: Path) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DataError(f"Another prepare is writing to {out}.\nWait for it, or choose another folder.") from None
+        raise DataError(
+            f"Another prepare is writing to {out}.\nWait for it, or choose another folder."
+        ) from None
     except OSError as error:
         log(f"warning: {out} cannot be locked ({error.strerror}); let no other prepare write to it")
     try:
@@ -287,7 +289,8 @@ def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
     if manifest.empty_documents or manifest.bad_records:
         named = f" (named in {out / BAD_RECORDS}), such as" if manifest.bad_records else ""
         lines.append(
-            f"  left out: {manifest.empty_documents} empty documents, {manifest.bad_records} unreadable records{named}"
+            f"  left out: {manifest.empty_documents} empty documents, "
+            f"{manifest.bad_records} unreadable records{named}"
         )
         lines += [f"    {record}" for record in first_bad(out)]
     if manifest.unknown_tokens:

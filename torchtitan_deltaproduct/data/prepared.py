@@ -42,7 +42,8 @@ def open_streams(paths: list[str], field: str) -> list[TokenStream]:
     """
     if not paths:
         raise ConfigError(
-            f"{field} is empty: name at least one folder made by `python -m torchtitan_deltaproduct.data.prepare`"
+            f"{field} is empty: name at least one folder made by "
+            "`python -m torchtitan_deltaproduct.data.prepare`"
         )
     streams = [TokenStream(path) for path in paths]
     first = streams[0]
@@ -79,7 +80,9 @@ class PreparedSource:
         reset: adds `document_starts` to the batch.
     """
 
-    def __init__(self, paths: list[str], weights: list[float], seq_len: int, seed: int, shuffle: bool, reset: bool):
+    def __init__(
+        self, paths: list[str], weights: list[float], seq_len: int, seed: int, shuffle: bool, reset: bool
+    ):
         self.streams = open_streams(paths, "data.paths")
         self.paths, self.weights = [str(path) for path in paths], list(weights)
         self.seq_len, self.reset = seq_len, reset
@@ -155,7 +158,8 @@ class PreparedSource:
         shares = self.sequence.quotas / self.sequence.quotas.sum() if self.weights else np.diff(self.bounds)
         shares = shares / shares.sum()
         sets = ", ".join(
-            f"{path} ({stream.tokens:,} tokens in {stream.manifest.documents:,} documents, {share:.1%} of samples)"
+            f"{path} ({stream.tokens:,} tokens in {stream.manifest.documents:,} documents, "
+            f"{share:.1%} of samples)"
             for path, stream, share in zip(self.paths, self.streams, shares, strict=True)
         )
         return f"prepared data: {sets}; {int(self.bounds[-1]):,} windows of {self.seq_len:,} tokens"

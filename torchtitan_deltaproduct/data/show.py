@@ -48,7 +48,9 @@ def verify(folder: str | Path) -> int:
 def document(stream: TokenStream, number: int) -> np.ndarray:
     """Tokens of a document, counted from 0 over all shards, its separator included: [n] int64."""
     if not 0 <= number < stream.manifest.documents:
-        raise ConfigError(f"--document is {number}: {stream.folder} has documents 0 to {stream.manifest.documents - 1}")
+        raise ConfigError(
+            f"--document is {number}: {stream.folder} has documents 0 to {stream.manifest.documents - 1}"
+        )
     before = 0
     for base, shard in zip(stream.bounds, stream.manifest.shards, strict=False):
         if number < before + shard.documents:

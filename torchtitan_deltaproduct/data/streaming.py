@@ -112,7 +112,9 @@ class StreamingSource:
         eos_id: separator between documents.
     """
 
-    def __init__(self, *, dataset, config, split, field, shuffle_buffer, seed, seq_len, reset, tokenizer_path, eos_id):
+    def __init__(
+        self, *, dataset, config, split, field, shuffle_buffer, seed, seq_len, reset, tokenizer_path, eos_id
+    ):
         self.dataset, self.config, self.split, self.field = dataset, config, split, field
         self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self.seq_len, self.reset = seq_len, reset
@@ -136,7 +138,9 @@ class StreamingSource:
         }
 
     def describe(self) -> str:
-        shuffled = f"shuffled in blocks of {self.shuffle_buffer:,}" if self.shuffle_buffer else "in file order"
+        shuffled = (
+            f"shuffled in blocks of {self.shuffle_buffer:,}" if self.shuffle_buffer else "in file order"
+        )
         return f"streaming data: {self.dataset} {self.config} {self.split}, documents {shuffled}"
 
     def chunks(self, start: Position) -> Iterator[Chunk]:
@@ -182,6 +186,7 @@ class StreamingSource:
             tokens = np.fromiter(chain.from_iterable(documents), np.int64, sum(lengths))
             yield Chunk(position, tokens, np.cumsum([0, *lengths[:-1]]) if lengths else np.empty(0, np.int64))
             position = position._replace(tokens=position.tokens + len(tokens))
+
 
     def _say_unknown(self, tokenizer: Tokenizer, texts: list[str], encoded: list[list[int]]) -> None:
         """One warning for each opening of the stream if the tokenizer was not made for such text."""

@@ -1,7 +1,7 @@
 """Which files there are, and what is in each by its name.
 
-for file in list_files(["corpus/", "more.jsonl.gz"]): ...
-kind_of("train.JSONL-00000-of-00002.gz")                  # ("json", True)
+    for file in list_files(["corpus/", "more.jsonl.gz"]): ...
+    kind_of("train.JSONL-00000-of-00002.gz")                  # ("json", True)
 """
 
 import gzip

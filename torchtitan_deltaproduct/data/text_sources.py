@@ -149,7 +149,9 @@ def open_dataset(name: str, config: str, split: str, streaming: bool):
         if path.is_file():
             kind, _ = kind_of(path)
             if kind == "unreadable" or (kind == "text" and ".txt" not in path.name.lower()):
-                raise DataError(f"{name} is not a data file that can be read: expected .txt, {', '.join(SUFFIXES)}.")
+                raise DataError(
+                    f"{name} is not a data file that can be read: expected .txt, {', '.join(SUFFIXES)}."
+                )
             check_no_split(name, "train", config)
             return datasets.load_dataset(kind, data_files=[name], split=split, streaming=streaming)
         return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
@@ -310,7 +312,9 @@ def _read_parquet(unit: Unit) -> Iterator[Document | BadRecord]:
     name = unit.paths[0]
     parquet = _open_parquet(name)
     row = sum(parquet.metadata.row_group(g).num_rows for g in range(unit.start))
-    batches = parquet.iter_batches(ROWS_AT_ONCE, row_groups=list(range(unit.start, unit.stop)), columns=[unit.field])
+    batches = parquet.iter_batches(
+        ROWS_AT_ONCE, row_groups=list(range(unit.start, unit.stop)), columns=[unit.field]
+    )
     try:
         for batch in batches:
             # Of the column `doc.text` and a field `text` of `doc`, which come together, it is the column.
@@ -318,7 +322,9 @@ def _read_parquet(unit: Unit) -> Iterator[Document | BadRecord]:
             yield from checked_rows(values, name, row, unit.field)
             row += len(values)
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError, IndexError) as error:
-        yield BadRecord(name, f"row {row + 1}", f"damaged Parquet, the rest of the row groups is lost ({error})")
+        yield BadRecord(
+            name, f"row {row + 1}", f"damaged Parquet, the rest of the row groups is lost ({error})"
+        )
 
 
 def _column_values(column) -> list:

@@ -205,7 +205,8 @@ def _run_unit(number: int, unit: Unit) -> dict:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DataError(
-            f"The disk of {job.out} is full; finished shards are kept.\nFree space and run the same command again."
+            f"The disk of {job.out} is full; finished shards are kept.\n"
+            "Free space and run the same command again."
         ) from None
 
 
@@ -218,7 +219,9 @@ def tokenize_unit(
         `{"shards": {part: shard or None}, "empty": count, "bad": [[file, position, reason], ...], "unknown": tokens,
         "separators": documents with the separator in their text, "least": smallest draw of a document}`.
     """
-    writers = {part: ShardWriter(Path(job.out, part), f"shards/{number:05d}", job.dtype) for part in job.parts}
+    writers = {
+        part: ShardWriter(Path(job.out, part), f"shards/{number:05d}", job.dtype) for part in job.parts
+    }
     bad: list[BadRecord] = []
     empty = read_bytes = unknown = separators = 0
     least = 1.0

@@ -191,7 +191,8 @@ def find_eos_id(path: str | Path, eos: str = "", option: str = "--eos TOKEN") ->
     name = eos or _named_eos(Path(path)) or next((name for name in USUAL_EOS if name in special), "")
     if not name:
         raise DataError(
-            f"The tokenizer in {path} names no end-of-text token; its special tokens: {shown}.\nName one with {option}."
+            f"The tokenizer in {path} names no end-of-text token; its special tokens: {shown}.\n"
+            f"Name one with {option}."
         )
     found = inner.token_to_id(name)
     if found is None:

@@ -44,7 +44,9 @@ def train_tokenizer(
         False if the folder held this result already.
     """
     if vocab_size < 257:
-        raise ConfigError(f"--vocab-size is {vocab_size}: expected at least 257 (256 bytes and the separator)")
+        raise ConfigError(
+            f"--vocab-size is {vocab_size}: expected at least 257 (256 bytes and the separator)"
+        )
     folder = Path(out)
     make_folder(folder)
     units = plan_units(inputs, text_field, unit_bytes=1 << 24)
@@ -121,11 +123,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train_tokenizer", description=__doc__.split("\n")[0])
     parser.add_argument("input", nargs="+", type=path, help="text, .jsonl(.gz) or .parquet files, or folders")
     parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="folder to write")
-    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="entries of the vocabulary")
+    parser.add_argument(
+        "--vocab-size", type=int, default=32_000, metavar="N", help="entries of the vocabulary"
+    )
     parser.add_argument("--text-field", default="text", type=text, metavar="NAME", help="JSON field or Parquet column")
     parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer in the folder")
     options = parser.parse_args(arguments)
-    made = train_tokenizer(options.input, options.vocab_size, options.out, options.text_field, options.overwrite)
+    made = train_tokenizer(
+        options.input, options.vocab_size, options.out, options.text_field, options.overwrite
+    )
     found = Tokenizer.from_file(str(Path(options.out, "tokenizer.json"))).get_vocab_size()
     print(f"{'trained' if made else 'already trained:'} {options.out}, {found:,} tokens")
     if found < options.vocab_size:

@@ -69,7 +69,11 @@ class ValidationLoader:
         self.streams = open_streams(paths, "validation.paths")
         self.seq_len, self.local_batch_size, self.reset = seq_len, local_batch_size, reset_state_at_documents
         self.dp_rank, self.dp_world_size = dp_rank, dp_world_size
-        windows = [(k, w) for k, stream in enumerate(self.streams) for w in range(all_windows(stream.tokens, seq_len))]
+        windows = [
+            (k, w)
+            for k, stream in enumerate(self.streams)
+            for w in range(all_windows(stream.tokens, seq_len))
+        ]
         if not windows:
             raise DataError(f"{paths[0]} holds no tokens.\nPrepare a validation set that is not empty.")
         wanted = steps * local_batch_size

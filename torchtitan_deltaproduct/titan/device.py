@@ -20,7 +20,6 @@ from ..config.devices import peak_flops
 
 logger = logging.getLogger(__name__)
 
-
 def select_device() -> tuple[str, str]:
     """Returns the device type to run on and the reason, for the log."""
     if torch.cuda.is_available():

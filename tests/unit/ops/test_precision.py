@@ -9,7 +9,9 @@ from torchtitan_deltaproduct.ops import gated_delta_product
 from torchtitan_deltaproduct.ops.normalize import ROUNDING, contractive_beta, l2norm
 
 
-def repeated_key_growth(n, *, length=4096, normalise=True, backend="auto", device="cpu", dim=64, seed=0) -> float:
+def repeated_key_growth(
+    n, *, length=4096, normalise=True, backend="auto", device="cpu", dim=64, seed=0
+) -> float:
     """|S| after `length` tokens of one bfloat16 key at beta = 2 without writes, over |S| before.
 
     Each micro-step is a reflection, so the true ratio is 1. The key is the one of many random ones whose
@@ -99,11 +101,15 @@ def test_uninitialised_memory_is_not_read(bounds):
     """Fresh memory is filled with NaN: a buffer read before it is written would show."""
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     args = make(41, 2, dtype=torch.float32)
-    expected = run(args, 2, "chunk", cu_seqlens=cu_seqlens) + run(args, 2, "chunk", False, cu_seqlens=cu_seqlens)
+    expected = run(args, 2, "chunk", cu_seqlens=cu_seqlens) + run(
+        args, 2, "chunk", False, cu_seqlens=cu_seqlens
+    )
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
-        poisoned = run(args, 2, "chunk", cu_seqlens=cu_seqlens) + run(args, 2, "chunk", False, cu_seqlens=cu_seqlens)
+        poisoned = run(args, 2, "chunk", cu_seqlens=cu_seqlens) + run(
+            args, 2, "chunk", False, cu_seqlens=cu_seqlens
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     for (name, a), (_, b) in zip(poisoned, expected, strict=True):
