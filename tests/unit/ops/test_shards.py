@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.unit.ops.test_parity import make
+from tests.unit.ops.triton_cpu import run_interpreted
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.ops import SequenceRanks, gated_delta_product, recurrent_gated_delta_product, shards
 
@@ -50,8 +51,8 @@ def by_shards(args: dict, do: torch.Tensor, n: int, size: int, positions, backen
     return found
 
 
-def whole(args: dict, do: torch.Tensor, n: int, positions) -> dict:
-    o, _ = recurrent_gated_delta_product(**args, num_householder=n, positions=positions, use_qk_l2norm=True)
+def whole(args: dict, do: torch.Tensor, n: int, positions, use_qk_l2norm: bool = True) -> dict:
+    o, _ = recurrent_gated_delta_product(**args, num_householder=n, positions=positions, use_qk_l2norm=use_qk_l2norm)
     leaves = {name: x for name, x in args.items() if x is not None}
     grads = torch.autograd.grad((o * do).sum(), tuple(leaves.values()))
     return {"o": o.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
@@ -129,3 +130,7 @@ def test_backends_that_have_none():
     with pytest.raises(ValueError, match="neither cu_seqlens nor states"):
         args = make(8, 1, states=1)
         gated_delta_product(**args, num_householder=1, ranks=ranks)
+
+
+def test_our_kernels():
+    run_interpreted("tests/unit/ops/interpreted_shards.py")
