@@ -62,8 +62,10 @@ class _Shard(torch.autograd.Function):
         shard, *made = MAP(q, k, v, g, beta, positions, *options, save)
         maps = gather(shard, size, group)
         entering = unless_new(ENTERING(maps, rank), positions)
-        o, *kept = OUTPUT(q, k, v, g, beta, positions, entering, made[0], *options, save)
-        ctx.save_for_backward(q, k, v, g, beta, positions, entering, maps, *made, *kept)
+        o, records = OUTPUT(q, k, v, g, beta, positions, entering, *made, *options, save)
+        if backend == "triton":
+            made[0] = records
+        ctx.save_for_backward(q, k, v, g, beta, positions, entering, maps, *made)
         ctx.place, ctx.options = (rank, size, group), options
         return o
 
@@ -72,9 +74,10 @@ class _Shard(torch.autograd.Function):
         # Read once: under activation checkpointing a second look is an error.
         q, k, v, g, beta, positions, entering, maps, *saved = ctx.saved_tensors
         (rank, size, group), options = ctx.place, ctx.options
-        own = unless_new(RESPONSE(do, q, k, v, g, beta, positions, *saved, *options), positions)
-        leaving = LEAVING(maps, gather(own, size, group), rank)
-        dq, dk, dv, dg, dbeta = BACKWARD(do, leaving, q, k, v, g, beta, positions, entering, *saved, *options)
+        response, shares = RESPONSE(do, q, k, v, g, beta, positions, *saved, *options)
+        leaving = LEAVING(maps, gather(unless_new(response, positions), size, group), rank)
+        operands = q, k, v, g, beta, positions, entering
+        dq, dk, dv, dg, dbeta = BACKWARD(do, leaving, *operands, *saved, shares, *options)
         return dq, dk, dv, None if g is None else dg, dbeta, *(None,) * 9
 
 
@@ -101,12 +104,13 @@ def _map(
     backend: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The shard's map [Z | P], [B, H, K, V + K], and up to three tensors for what follows.
+    """The shard's map [Z | P], [B, H, K, V + K], and three tensors for what follows.
 
-    Those of chunk: what the queries read of [Z | P], [B, T, H, V + K], and `chunk_forward`'s starts and errors.
+    Those of triton: records, factors and maps of `triton_shards.affine_map`. Those of chunk: what the queries read of
+    [Z | P], [B, T, H, V + K], and, with `save`, starts and errors of `chunk_forward`.
     """
     if backend == "triton":
-        shard, made = triton_shards.affine_map(q, k, v, g, beta, positions, n=num_householder), (None,) * 3
+        shard, *made = triton_shards.affine_map(q, k, v, g, beta, positions, n=num_householder)
     else:
         (batch, _, heads, dim), dim_v = q.shape, v.shape[3]
         eye = torch.eye(dim, dim_v + dim, dtype=compute_dtype(q, k, v), device=q.device).roll(dim_v, 1)
@@ -126,7 +130,9 @@ def _(q, k, v, g, beta, positions, num_householder, scale, use_qk_l2norm, backen
     (batch, length, heads, dim), columns, dtype = q.shape, v.shape[3] + q.shape[3], compute_dtype(q, k, v)
     shard = q.new_empty(batch, heads, dim, columns, dtype=dtype)
     if backend == "triton":
-        return shard, _none(q), _none(q), _none(q)
+        records, factors, maps = triton_shards.made_shapes(q, k, v, g is not None, positions is not None)
+        others = (q.new_empty(shape, dtype=torch.float32) for shape in (factors, maps))
+        return shard, k.new_empty(records), *others
     reads = q.new_empty(batch, length, heads, columns, dtype=dtype)
     if not save:
         return shard, reads, _none(q), _none(q)
@@ -174,32 +180,33 @@ def _output(
     beta: Tensor,
     positions: Tensor | None,
     entering: Tensor,
-    reads: Tensor,
+    first: Tensor,
+    second: Tensor,
+    third: Tensor,
     num_householder: int,
     scale: float,
     use_qk_l2norm: bool,
     backend: str,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o from the state that enters, and up to three tensors for the backward: those of our kernels' `forward`."""
+) -> tuple[Tensor, Tensor]:
+    """o from the state that enters and what `shard_map` made; of triton with `save` also records for the backward."""
     if backend == "triton":
-        options = {"n": num_householder, "scale": scale, "final": False, "save": save}
-        o, _, *kept = triton_backend.forward(q, k, v, g, beta, entering, positions, **options)
-        return o, *(kept if save else (_none(q),) * 3)
+        options = {"n": num_householder, "scale": scale, "save": save}
+        given = entering, g is not None, positions is not None, first, second, third
+        o, records = triton_shards.output(q, k, v, *given, **options)
+        return o, records if save else _none(q)
     dim_v = v.shape[3]
     with full_precision(q.device.type):
-        o = torch.matmul(reads[..., dim_v:].transpose(1, 2), entering).transpose(1, 2).add_(reads[..., :dim_v])
-    return o.to(v.dtype).contiguous(), _none(q), _none(q), _none(q)
+        o = torch.matmul(first[..., dim_v:].transpose(1, 2), entering).transpose(1, 2).add_(first[..., :dim_v])
+    return o.to(v.dtype).contiguous(), _none(q)
 
 
 @_output.register_fake
-def _(q, k, v, g, beta, positions, entering, reads, num_householder, scale, use_qk_l2norm, backend, save):
+def _(q, k, v, g, beta, positions, entering, first, second, third, num_householder, scale, l2norm, backend, save):
     o = q.new_empty(*q.shape[:3], v.shape[3], dtype=v.dtype)
     if backend != "triton" or not save:
-        return o, _none(q), _none(q), _none(q)
-    shapes = triton_backend.saved_shapes(q, k, v, g is not None, positions is not None)
-    dtypes = k.dtype, torch.float32, torch.float32
-    return o, *(q.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+        return o, _none(q)
+    return o, k.new_empty(triton_backend.saved_shapes(q, k, v, g is not None, positions is not None)[0])
 
 
 @torch.library.custom_op("deltaproduct::shard_response", mutates_args=())
@@ -211,31 +218,30 @@ def _response(
     g: Tensor | None,
     beta: Tensor,
     positions: Tensor | None,
-    reads: Tensor,
-    starts: Tensor,
-    errors: Tensor,
-    records: Tensor,
-    factors: Tensor,
-    maps: Tensor,
+    first: Tensor,
+    second: Tensor,
+    third: Tensor,
     num_householder: int,
     scale: float,
     use_qk_l2norm: bool,
     backend: str,
-) -> Tensor:
-    """R [B, H, K, V]: what the shard's own outputs send back to the state that enters it."""
+) -> tuple[Tensor, Tensor]:
+    """R [B, H, K, V], what the shard's own outputs send back to the state that enters it; of triton, its shares."""
     if backend == "triton":
-        saved = records, factors, maps
-        return triton_shards.response(
-            do, q, k, g is not None, positions is not None, *saved, n=num_householder, scale=scale
-        )
+        given = g is not None, positions is not None, first, second, third
+        return triton_shards.response(do, q, k, *given, n=num_householder, scale=scale)
     with full_precision(q.device.type):
-        own = reads[..., v.shape[3] :]
-        return torch.matmul(own.permute(0, 2, 3, 1), do.to(own.dtype).transpose(1, 2))
+        reads = first[..., v.shape[3] :]
+        response = torch.matmul(reads.permute(0, 2, 3, 1), do.to(reads.dtype).transpose(1, 2))
+    return response, _none(q)
 
 
 @_response.register_fake
-def _(do, q, k, v, g, beta, positions, reads, starts, errors, records, factors, maps, num_householder, *options):
-    return q.new_empty(q.shape[0], *q.shape[2:], v.shape[3], dtype=compute_dtype(q, k, v))
+def _(do, q, k, v, g, beta, positions, first, second, third, num_householder, scale, use_qk_l2norm, backend):
+    response = q.new_empty(q.shape[0], *q.shape[2:], v.shape[3], dtype=compute_dtype(q, k, v))
+    if backend != "triton":
+        return response, _none(q)
+    return response, q.new_empty(triton_shards.response_shape(q, k, v, third), dtype=torch.float32)
 
 
 @torch.library.custom_op("deltaproduct::shard_backward", mutates_args=())
@@ -249,26 +255,23 @@ def _backward(
     beta: Tensor,
     positions: Tensor | None,
     entering: Tensor,
-    reads: Tensor,
-    starts: Tensor,
-    errors: Tensor,
-    records: Tensor,
-    factors: Tensor,
-    maps: Tensor,
+    first: Tensor,
+    second: Tensor,
+    third: Tensor,
+    shares: Tensor,
     num_householder: int,
     scale: float,
     use_qk_l2norm: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g and beta, each in the dtype of its tensor; `leaving` is that of the state that leaves."""
+    given = do, leaving, q, k, v, g, beta, positions
     if backend == "triton":
-        saved = records, factors, maps
-        *most, dg, dbeta, _ = triton_backend.backward(
-            do, leaving, q, k, v, g, beta, positions, *saved, n=num_householder, scale=scale, initial=False
-        )
+        options = {"n": num_householder, "scale": scale, "initial": False, "responses": shares}
+        *most, dg, dbeta, _ = triton_backend.backward(*given, first, second, third, **options)
     else:
         options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, "entering": entering}
-        *most, dg, dbeta, _ = chunk.chunk_backward(do, leaving, q, k, v, g, beta, positions, starts, errors, **options)
+        *most, dg, dbeta, _ = chunk.chunk_backward(*given, second, third, **options)
     return *most, _none(q) if g is None else dg.to(g.dtype), dbeta.to(beta.dtype)
 
 

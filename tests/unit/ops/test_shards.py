@@ -35,15 +35,17 @@ def by_shards(args: dict, do: torch.Tensor, n: int, size: int, positions, backen
     outputs, saved, entering = [], [], []
     for r in range(size):
         entering.append(shards.unless_new(shards.ENTERING(maps, r), parts[r][5]))
-        o, *kept = shards.OUTPUT(*parts[r], entering[r], made[r][1], *options, True)
+        first, *others = made[r][1:]
+        o, records = shards.OUTPUT(*parts[r], entering[r], first, *others, *options, True)
         outputs.append(o)
-        saved.append((*made[r][1:], *kept))
+        saved.append((records if backend == "triton" else first, *others))
     dos = [x.contiguous() for x in do.chunk(size, 1)]
-    own = [shards.unless_new(shards.RESPONSE(dos[r], *parts[r], *saved[r], *options), parts[r][5]) for r in range(size)]
-    grads = [
-        shards.BACKWARD(dos[r], shards.LEAVING(maps, torch.stack(own), r), *parts[r], entering[r], *saved[r], *options)
-        for r in range(size)
-    ]
+    back = [shards.RESPONSE(dos[r], *parts[r], *saved[r], *options) for r in range(size)]
+    own = torch.stack([shards.unless_new(back[r][0], parts[r][5]) for r in range(size)])
+    grads = []
+    for r in range(size):
+        leaving = shards.LEAVING(maps, own, r)
+        grads.append(shards.BACKWARD(dos[r], leaving, *parts[r], entering[r], *saved[r], back[r][1], *options))
     found = {"o": torch.cat(outputs, 1)}
     for name, pieces in zip(names, zip(*grads, strict=True), strict=True):
         if args[name] is not None:
@@ -108,14 +110,14 @@ def test_opcheck(gated, packed):
     shard = *(args[name] for name in ("q", "k", "v", "g", "beta")), random_positions(2, 37, 9, 0) if packed else None
     options, do, state = (2, 0.3, True, "chunk"), torch.randn_like(args["q"][..., :6]), torch.randn(2, 2, 8, 6).double()
     made = shards.MAP(*shard, *options, True)
-    maps, saved = made[0].expand(3, *made[0].shape).clone(), (*made[1:], *(torch.empty(0),) * 3)
+    maps, saved = made[0].expand(3, *made[0].shape).clone(), made[1:]
     for op, given in {
         shards.MAP: (*shard, *options, True),
         shards.ENTERING: (maps, 2),
-        shards.OUTPUT: (*shard, state, made[1], *options, True),
+        shards.OUTPUT: (*shard, state, *saved, *options, True),
         shards.RESPONSE: (do, *shard, *saved, *options),
         shards.LEAVING: (maps, state.expand(3, -1, -1, -1, -1).clone(), 0),
-        shards.BACKWARD: (do, state, *shard, state, *saved, *options),
+        shards.BACKWARD: (do, state, *shard, state, *saved, torch.empty(0), *options),
     }.items():
         torch.library.opcheck(op, given)
 
