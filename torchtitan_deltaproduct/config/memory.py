@@ -9,9 +9,12 @@ mode, 10 % more than a small model was seen to keep; `torch.compile` keeps less.
 fragmentation and communication buffers are left out: plan for 20 % more.
 """
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..models.loss import peak_bytes
+from ..ops.triton_backend import Geometry
 from .architecture import DeltaProductArgs
 from .job import JobConfig
 from .snapshots import data_ranks
@@ -53,6 +56,46 @@ def rank_memory(config: JobConfig, world_size: int, parts: Mapping[str, int]) ->
         "activations": int(tokens * activation_elements(config) * width),
         "loss": peak_bytes(tokens, config.model.vocab_size, config.model.hidden_size, width, _compiles_loss(config)),
     }
+
+
+def exchange_bytes(config: JobConfig) -> dict[str, int]:
+    """What a rank sends to each other one that shares its sequences, in one layer; float32, the halo in activations.
+
+    Backends keep the maps of all ranks for the backward pass.
+    """
+    args, rows = config.model, config.training.local_batch_size
+    state = _FLOAT32 * rows * args.num_heads * args.head_dim
+    halo = rows * (args.conv_size - 1) * _widths(args)[0] * activation_width(config) if args.use_short_conv else 0
+    maps = state * (args.head_dim + args.head_v_dim)
+    return {"map, forward": maps, "gradient, backward": state * args.head_v_dim, "halo, each way": halo}
+
+
+def longest_sequence(config: JobConfig, world_size: int, parts: Mapping[str, int], room: float, step: int) -> int:
+    """Tokens of the longest sequence for which a rank needs at most `room` bytes: a multiple of `step`, or 0.
+
+    Beside `rank_memory`, the records that our kernels keep of the layers whose operator is not computed again.
+    """
+    args, ac = config.model, config.activation_checkpoint
+    geometry = Geometry(args.num_householder, args.head_dim, args.head_v_dim, args.use_forget_gate,
+                        config.data.reset_state_at_documents)  # fmt: skip
+    again = ac.mode == "full"
+    records = args.num_heads * geometry.width(True) / geometry.tokens * activation_width(config)
+    records *= 1 if again else args.num_hidden_layers
+
+    def needed(tokens: int) -> float:
+        longer = copy.copy(config)
+        longer.training = replace(config.training, seq_len=tokens)
+        own = config.training.local_batch_size * tokens / config.parallelism.context_parallel_degree
+        return sum(rank_memory(longer, world_size, parts).values()) + own * records
+
+    fits = [step << power for power in range(40) if needed(step << power) <= room]
+    if not fits:
+        return 0
+    low, high = fits[-1] // step, 2 * fits[-1] // step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needed(middle * step) <= room else (low, middle)
+    return low * step
 
 
 def _compiles_loss(config: JobConfig) -> bool:

@@ -29,7 +29,9 @@ from .memory import (
     accumulates,
     activation_width,
     checkpoint_bytes,
+    exchange_bytes,
     final_checkpoint_bytes,
+    longest_sequence,
     rank_memory,
     reshard_after_forward,
     shard_degree,
@@ -80,6 +82,8 @@ def sections(
     yield "Data", data_rows(config, world_size)
     kind = {2: "bfloat16", 4: "float32"}[activation_width(config)]
     yield f"Memory of a rank (estimate, {kind} activations)", memory_rows(config, world_size, device_memory)
+    if config.parallelism.context_parallel_degree > 1:
+        yield "Context parallelism", context_rows(config, world_size, device_memory)
     yield "Checkpoints on disk", checkpoint_rows(config)
     yield f"Learning rate  {sparkline(lr_curve(config))}", schedule_rows(config)
     yield "Values that are not defaults", provenance_rows(config)
@@ -219,6 +223,20 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
         *rows,
         ("sum", amount(sum(memory.values()), "B"), f"and 20 % for work space: {amount(needed, 'B')}"),
         (f"{verdict} {device_memory:g} GB", f"{needed / room:.0%}", "of what a device has for it"),
+    ]
+
+
+def context_rows(config: JobConfig, world_size: int, device_memory: float) -> Rows:
+    """What the ranks that share a sequence send one another, what they keep, and how long a sequence can be."""
+    ranks, layers = config.parallelism.context_parallel_degree, config.model.num_hidden_layers
+    sent = exchange_bytes(config)
+    parts, room = counts.parameters_by_part(config.model), 0.99 * device_memory * 2**30 / SPARE
+    longest = longest_sequence(config, world_size, parts, room, 1024 * ranks)
+    return [
+        ("tokens a rank", f"{config.training.seq_len // ranks:,}", f"of {config.training.seq_len:,}, on {ranks} ranks"),
+        *((name, amount(size, "B"), "a layer to each rank, however long the sequence") for name, size in sent.items()),
+        ("maps kept", amount(ranks * layers * sent["map, forward"], "B"), "of all ranks and layers, until backward"),
+        ("longest sequence", f"{longest:,}" if longest else "none", f"tokens that fit {device_memory:g} GB (estimate)"),
     ]
 
 
