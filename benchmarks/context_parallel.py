@@ -4,6 +4,7 @@
     torchrun --standalone --nproc-per-node 4 -m benchmarks.context_parallel --tokens 524288     and one such sequence
     torchrun --standalone --nproc-per-node 2 -m benchmarks.context_parallel --tokens 131072 --rows long
     torchrun --standalone --nproc-per-node 2 -m benchmarks.context_parallel --device cpu        a toy, to see it run
+    python -m benchmarks.context_parallel --operator [--device cpu]                             the operator alone
 
 The model is that of train_configs/fineweb/deltaproduct_392M_n2_4k.toml, on random tokens: FSDP2 over all ranks,
 bfloat16 with float32 gradients, compiled blocks, our clipping and AdamW, no data loading. Rows, each of a new model:
@@ -15,6 +16,9 @@ bfloat16 with float32 gradients, compiled blocks, our clipping and AdamW, no dat
 Overhead is the time of `together` over that of `apart`. A step's time is the slowest rank's, the median after those
 that compile; memory is the largest rank's peak; the loss is that of the last step. Checkpointing keeps what is dear to
 compute (op), or a block's input alone (full); by default op up to 65,536 tokens a rank.
+
+--operator times forward and backward of the operator alone, in one process: of a whole sequence, and of a shard with
+its maps and responses, gathered from one rank.
 """
 
 import argparse
@@ -101,6 +105,51 @@ def train(options: argparse.Namespace, length: int, over_ranks: bool) -> dict[st
     }  # fmt: skip
 
 
+def operator(options: argparse.Namespace) -> Table:
+    """Milliseconds of the operator on a whole sequence and as a shard; the best of some turns."""
+    from torchtitan_deltaproduct.ops import SequenceRanks, gated_delta_product
+
+    cuda = options.device == "cuda"
+    torch.set_num_threads(1)
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    ranks = SequenceRanks(dist.group.WORLD.group_name, 0, 1)
+    clock, wait = (time.perf_counter, torch.cuda.synchronize) if cuda else (time.process_time, lambda: None)
+    table = Table(title=f"{torch.cuda.get_device_name() if cuda else 'CPU, one thread'}: ms", title_justify="left")
+    for column in ("T x H x K", "n", "gate", "fwd", "shard", "ratio", "fwd+bwd", "shard", "ratio"):
+        table.add_column(column, justify="right")
+    for length, heads, dim in [(options.part, 8, 128)] if cuda else [(1024, 4, 64), (1024, 8, 128)]:
+        for n, gated in ((1, False), (2, False), (3, False), (2, True)):
+            torch.manual_seed(0)
+            unit = torch.nn.functional.normalize
+            q, k, v = (torch.randn(1, rows, heads, dim, device=options.device) for rows in (length, *[length * n] * 2))
+            q, k, v = (x.bfloat16() if cuda else x for x in (unit(q, dim=-1), unit(k, dim=-1), v))
+            beta = 2 * torch.rand(1, length * n, heads, device=options.device)
+            g = -0.2 * torch.rand(1, length, heads, device=options.device) if gated else None
+            leaves = [x.requires_grad_() for x in (q, k, v, g, beta) if x is not None]
+            do = torch.randn_like(q[..., :dim])
+
+            def forward(over, q=q, k=k, v=v, g=g, beta=beta, n=n):
+                return gated_delta_product(q, k, v, g, beta, n, unit_keys=True, ranks=over)[0]
+
+            def both(over, forward=forward, leaves=leaves, do=do):
+                torch.autograd.grad(forward(over), leaves, do)
+
+            cells = []
+            for function in (torch.no_grad()(forward), both):
+                best = {}
+                for _ in range(options.steps + 2):
+                    for over in (None, ranks):
+                        wait()
+                        start = clock()
+                        function(over)
+                        wait()
+                        best[over] = min(best.get(over, 1e9), 1e3 * (clock() - start))
+                cells += [f"{best[None]:.2f}", f"{best[ranks]:.2f}", f"{best[ranks] / best[None]:.2f}x"]
+            table.add_row(f"{length} x {heads} x {dim}", str(n), "yes" if gated else "no", *cells)
+    dist.destroy_process_group()
+    return table
+
+
 def config_arguments(options: argparse.Namespace, mode: str) -> list[str]:
     """Of `load_config`."""
     checkpointing = ["--activation_checkpoint.mode", {"op": "selective"}.get(mode, mode)]
@@ -155,6 +204,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", choices=("none", "op", "full"), help="(default: by tokens a rank)")
     parser.add_argument("--gated", action="store_true", help="with a forget gate")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--operator", action="store_true", help="time the operator alone, in one process")
     parser.add_argument("--minutes", type=float, default=9, help="after which no row is begun")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(argv)
@@ -167,6 +217,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options, start = arguments(), time.monotonic()
+    if options.operator:
+        Console(width=120).print(operator(options))
+        return
     if "WORLD_SIZE" not in os.environ:
         sys.exit("start it with torchrun: see python -m benchmarks.context_parallel --help")
     from torchtitan_deltaproduct.titan import device
