@@ -107,9 +107,10 @@ def compare(rank: int, cases: list[tuple]) -> None:
             assert error.norm() < 2e-6 * whole.norm(), (options, error.norm() / whole.norm())
 
 
-def test_losses_and_gradients_on_two_ranks():
+@pytest.mark.parametrize("size", [2, 4])
+def test_losses_and_gradients(size):
     cases = [(1, True, True, None), (2, False, True, 0.05), (3, True, False, 0.3), (4, False, False, 0.02)]
-    run_distributed(compare, 2, (cases,))
+    run_distributed(compare, size, (cases,))
 
 
 @pytest.mark.slow
@@ -178,6 +179,7 @@ def test_training_on_two_ranks(toy, reference, tmp_path):
         assert_close(tmp_path / name, reference / name)
 
 
+@pytest.mark.slow
 def test_training_on_four_ranks(toy, reference, tmp_path):
     """Two sequences of two ranks each under FSDP2, all weights over four; compiled, checkpointed."""
     run = arguments(toy, tmp_path / "rich", (*PLAIN, *RICH, *OP_AC, "--compile.enable", *cp(2)))
