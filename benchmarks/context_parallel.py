@@ -245,8 +245,6 @@ def main() -> None:
             # The others wait in a collective: nothing can follow.
             print(f"rank {dist.get_rank()}: {row}, {lengths[row]:,} tokens: {str(error).splitlines()[0]}", flush=True)
             os._exit(1)
-        # Compiled anew: for a second length the compiler would make kernels for any.
-        torch._dynamo.reset()
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()

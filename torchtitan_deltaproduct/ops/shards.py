@@ -65,6 +65,8 @@ class _Shard(torch.autograd.Function):
         o, records = OUTPUT(q, k, v, g, beta, positions, entering, *made, *options, save)
         if backend == "triton":
             made[0] = records
+        # The backward of our kernels does not read v.
+        v = None if backend == "triton" else v
         ctx.save_for_backward(q, k, v, g, beta, positions, entering, maps, *made)
         ctx.place, ctx.options = (rank, size, group), options
         return o
@@ -130,7 +132,7 @@ def _(q, k, v, g, beta, positions, num_householder, scale, use_qk_l2norm, backen
     (batch, length, heads, dim), columns, dtype = q.shape, v.shape[3] + q.shape[3], compute_dtype(q, k, v)
     shard = q.new_empty(batch, heads, dim, columns, dtype=dtype)
     if backend == "triton":
-        records, factors, maps = triton_shards.made_shapes(q, k, v, g is not None, positions is not None)
+        records, factors, maps = triton_shards.made_shapes(q, k, v.shape[3], g is not None, positions is not None)
         others = (q.new_empty(shape, dtype=torch.float32) for shape in (factors, maps))
         return shard, k.new_empty(records), *others
     reads = q.new_empty(batch, length, heads, columns, dtype=dtype)
@@ -214,7 +216,7 @@ def _response(
     do: Tensor,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     g: Tensor | None,
     beta: Tensor,
     positions: Tensor | None,
@@ -226,22 +228,25 @@ def _response(
     use_qk_l2norm: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """R [B, H, K, V], what the shard's own outputs send back to the state that enters it; of triton, its shares."""
+    """R [B, H, K, V], what the shard's own outputs send back to the state that enters it; of triton, its shares.
+
+    v is None with backend "triton".
+    """
     if backend == "triton":
         given = g is not None, positions is not None, first, second, third
         return triton_shards.response(do, q, k, *given, n=num_householder, scale=scale)
     with full_precision(q.device.type):
-        reads = first[..., v.shape[3] :]
+        reads = first[..., do.shape[3] :]
         response = torch.matmul(reads.permute(0, 2, 3, 1), do.to(reads.dtype).transpose(1, 2))
     return response, _none(q)
 
 
 @_response.register_fake
 def _(do, q, k, v, g, beta, positions, first, second, third, num_householder, scale, use_qk_l2norm, backend):
-    response = q.new_empty(q.shape[0], *q.shape[2:], v.shape[3], dtype=compute_dtype(q, k, v))
+    response = q.new_empty(q.shape[0], *q.shape[2:], do.shape[3], dtype=compute_dtype(q, k, do))
     if backend != "triton":
         return response, _none(q)
-    return response, q.new_empty(triton_shards.response_shape(q, k, v, third), dtype=torch.float32)
+    return response, q.new_empty(triton_shards.response_shape(q, k, do, third), dtype=torch.float32)
 
 
 @torch.library.custom_op("deltaproduct::shard_backward", mutates_args=())
@@ -250,7 +255,7 @@ def _backward(
     leaving: Tensor,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     g: Tensor | None,
     beta: Tensor,
     positions: Tensor | None,
@@ -264,20 +269,26 @@ def _backward(
     use_qk_l2norm: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g and beta, each in the dtype of its tensor; `leaving` is that of the state that leaves."""
-    given = do, leaving, q, k, v, g, beta, positions
+    """Gradients of q, k, v, g and beta, each in the dtype of its tensor.
+
+    `leaving` is that of the state that leaves; v is None with backend "triton".
+    """
     if backend == "triton":
         options = {"n": num_householder, "scale": scale, "initial": False, "responses": shares}
-        *most, dg, dbeta, _ = triton_backend.backward(*given, first, second, third, **options)
+        saved = first, second, third
+        *most, dg, dbeta, _ = triton_backend.backward(do, leaving, q, k, g, beta, positions, *saved, **options)
     else:
         options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, "entering": entering}
-        *most, dg, dbeta, _ = chunk.chunk_backward(*given, second, third, **options)
+        saved = second, third
+        *most, dg, dbeta, _ = chunk.chunk_backward(do, leaving, q, k, v, g, beta, positions, *saved, **options)
     return *most, _none(q) if g is None else dg.to(g.dtype), dbeta.to(beta.dtype)
 
 
 @_backward.register_fake
 def _(do, leaving, q, k, v, g, beta, *rest):
-    return tuple(_none(q) if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta))
+    dv = do.new_empty(*k.shape[:3], do.shape[3])
+    dq, dk, dg, dbeta = (_none(q) if x is None else x.new_empty(x.shape) for x in (q, k, g, beta))
+    return dq, dk, dv, dg, dbeta
 
 
 MAP = torch.ops.deltaproduct.shard_map.default

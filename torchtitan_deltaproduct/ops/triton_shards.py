@@ -3,7 +3,7 @@
     shard, records, factors, maps = affine_map(q, k, v, g, beta, positions, n=2)
     o, records = output(q, k, v, entering, gated, packed, records, factors, maps, n=2, scale=K**-0.5, save=True)
     own, responses = response(do, q, k, gated, packed, records, factors, maps, n=2, scale=K**-0.5)
-    triton_backend.backward(do, leaving, q, k, v, g, beta, positions, records, factors, maps, responses=responses, ...)
+    triton_backend.backward(do, leaving, q, k, g, beta, positions, records, factors, maps, responses=responses, ...)
 
 A long sequence is scanned in segments anyway, with a pass for the maps of the segments and one from the states they
 start from (`triton_backend`): here the state or gradient that comes from other ranks enters between the two. On top
@@ -23,9 +23,9 @@ def _geometry(q: Tensor, k: Tensor, dim_v: int, gated: bool, packed: bool) -> Ge
     return Geometry(k.shape[1] // q.shape[1], backend._native(q.shape[3]), backend._native(dim_v), gated, packed)
 
 
-def made_shapes(q: Tensor, k: Tensor, v: Tensor, gated: bool, packed: bool) -> tuple[tuple, tuple, tuple]:
+def made_shapes(q: Tensor, k: Tensor, dim_v: int, gated: bool, packed: bool) -> tuple[tuple, tuple, tuple]:
     """Shapes of `records` (k's dtype), `factors` and `maps` (float32) of `affine_map`."""
-    geometry = _geometry(q, k, v.shape[3], gated, packed)
+    geometry = _geometry(q, k, dim_v, gated, packed)
     programs, chunks = q.shape[0] * q.shape[2], -(-q.shape[1] // geometry.tokens)
     return (
         (programs, chunks, geometry.width(False)),
@@ -49,7 +49,7 @@ def affine_map(
     gated, packed = g is not None, positions is not None
     geometry = _geometry(q, k, dim_v, gated, packed)
     config, precision = launches(geometry, k.dtype, backend._capability(k.device)), backend._precision(k.dtype)
-    of_records, of_factors, of_maps = made_shapes(q, k, v, gated, packed)
+    of_records, of_factors, of_maps = made_shapes(q, k, dim_v, gated, packed)
     records, factors = k.new_empty(of_records), k.new_empty(of_factors, dtype=torch.float32)
     programs, chunks, _ = of_records
     maps, triangles = factors.new_empty(of_maps), factors.new_empty(programs, chunks, ROWS, ROWS)
@@ -63,8 +63,8 @@ def affine_map(
         **config["prepare"].options(),
     )  # fmt: skip
     solve_kernel[(chunks * programs,)](
-        triangles, records, R=ROWS, WIDTH=geometry.width(False), FINE="ieee" if precision == "ieee" else "bf16x3",
-        **config["solve"].options(),
+        triangles, records, factors, R=ROWS, WIDTH=geometry.width(False), FACTORS=geometry.factors * ROWS,
+        FINE="ieee" if precision == "ieee" else "bf16x3", **config["solve"].options(),
     )  # fmt: skip
     cut, columns = of_maps[1], min(config["forward"].columns, geometry.K)
     forward_kernel[((geometry.V + geometry.K) // columns * programs, cut)](
@@ -133,9 +133,9 @@ def output(
     return backend._trimmed(o, dim_v), records
 
 
-def response_shape(q: Tensor, k: Tensor, v: Tensor, maps: Tensor) -> tuple[int, int, int, int]:
+def response_shape(q: Tensor, k: Tensor, do: Tensor, maps: Tensor) -> tuple[int, int, int, int]:
     """Shape of the segments' responses."""
-    geometry = _geometry(q, k, v.shape[3], False, False)
+    geometry = _geometry(q, k, do.shape[3], False, False)
     return q.shape[0] * q.shape[2], maps.shape[1], geometry.V, geometry.K
 
 
