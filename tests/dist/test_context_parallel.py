@@ -206,9 +206,9 @@ def test_training_in_every_layout(toy, reference, tmp_path):
 
 
 def test_killed_and_resumed_with_other_degrees(toy, tmp_path):
-    """Killed on two ranks to a sequence, then on one rank, and finished on two again: the unbroken run."""
+    """Killed on two ranks to a sequence, then on one rank, and finished on two again: the unbroken run of one."""
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    launch(toy, unbroken, *cp(2), ranks=2)
+    train(toy, unbroken)
     for degree, moment in ((2, "step 3/8"), (1, "step 6/8")):
         process = launch(toy, killed, *cp(degree), ranks=degree, wait=False)
         wait_for(killed, moment)
