@@ -1,4 +1,4 @@
-"""`benchmarks.training` runs, tells why a row is missing, and ends with its table; `benchmarks.context_parallel` runs."""
+"""The training benchmarks run: `training` tells why a row is missing, and ends with its table."""
 
 import json
 import math
