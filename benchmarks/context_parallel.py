@@ -49,8 +49,8 @@ def train(options: argparse.Namespace, length: int, over_ranks: bool) -> dict[st
 
     from torchtitan_deltaproduct.config import load_config
     from torchtitan_deltaproduct.models import DeltaProductLM, counts
+    from torchtitan_deltaproduct.optimizers import AdamW, clip_gradients
     from torchtitan_deltaproduct.titan.feed import own_part
-    from torchtitan_deltaproduct.titan.local_parts import AdamW, clip_gradients
     from torchtitan_deltaproduct.titan.parallelize import parallelize, sequence_ranks
     from torchtitan_deltaproduct.titan.spec import ModelArgs
 
@@ -165,7 +165,7 @@ def config_arguments(options: argparse.Namespace, mode: str) -> list[str]:
 
 def table_of(rows: dict[str, dict], device: str, world: int) -> Table:
     """One line a row, and the overhead where there is something to compare with."""
-    from torchtitan_deltaproduct.config.devices import peak_flops
+    from torchtitan_deltaproduct.devices import peak_flops
 
     peak = peak_flops(device) * world
     table = Table(title=f"{world} x {device}", title_justify="left")

@@ -12,8 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tests.dist.helper import run_distributed
 from tests.toy import arguments, assert_close, kill, launch, learned, log_of, records, train, wait_for
 from torchtitan_deltaproduct.config import load_config
-from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
-from torchtitan_deltaproduct.models import DeltaProductLM
+from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
 from torchtitan_deltaproduct.models.block import Block
 from torchtitan_deltaproduct.ops import SAVE_FOR_SELECTIVE_AC, SequenceRanks
 from torchtitan_deltaproduct.ops.ranks import GATHER

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.architecture import DeltaProductArgs
 from ..ops import SequenceRanks, gated_delta_product, recurrent_step, short_conv
 from ..ops.ranks import from_previous
+from .args import DeltaProductArgs
 from .conv import ShortConvolution
 from .norm import RMSNorm
 
