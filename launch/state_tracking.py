@@ -275,8 +275,8 @@ def four_cells(settings: list, criterion) -> Table:
     for n in sorted({setting.runs[0].n_h for setting in settings}):
         cells = []
         for name in ranges:
-            found = [s for s in settings if (s.runs[0].n_h, s.runs[0].range) == (n, name)]
-            cells.append("\n".join(_cell(setting, criterion) for setting in found))
+            chosen = [s for s in settings if (s.runs[0].n_h, s.runs[0].range) == (n, name)]
+            cells.append("\n".join(_cell(setting, criterion) for setting in chosen))
         out.add_row(str(n), *cells)
     return out
 

@@ -1,4 +1,4 @@
-"""The training benchmarks run: `training` tells why a row is missing, and ends with its table."""
+"""The benchmarks of training, of scale and of context parallelism run and print what they are to."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from benchmarks import scale
 from benchmarks.training import Variant, kind_of, main, run, table_of
 from tests.toy import REPO
 
@@ -95,3 +96,10 @@ def test_the_operator_as_a_shard():
     lines = done.stdout.replace("\u2502", " ").splitlines()
     rows = [line.split() for line in lines if "x 64" in line or "x 128" in line]
     assert len(rows) == 8 and all(row[-1].endswith("x") and float(row[-1][:-1]) > 0.5 for row in rows)
+
+
+def test_scale_measures_a_set_of_its_own(tmp_path):
+    folder = scale.make_set(tmp_path / "set", 30)
+    numbers = scale.measure(folder, windows=40)
+    assert 0 < numbers["start"] < 5 and 0 < numbers["window"] < 0.5 and numbers["memory"] >= 0
+    assert 0 < scale.continue_seconds(tmp_path / "again", 3) < 5

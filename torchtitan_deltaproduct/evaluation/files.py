@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from torchtitan_deltaproduct.arguments import shown
-from torchtitan_deltaproduct.data.manifest import write_atomically
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import write_atomically
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -25,9 +25,9 @@ from rich.console import Console
 
 from torchtitan_deltaproduct.arguments import path, shown
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
-from torchtitan_deltaproduct.data.progress import clock
-from torchtitan_deltaproduct.data.tokenizer import tokenizer_sha256
+from torchtitan_deltaproduct.data.text.tokenizer import tokenizer_sha256
 from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.formats import clock
 from torchtitan_deltaproduct.models import DeltaProductLM
 
 from .files import read_results, short_names, short_paths, write_array, write_csv, write_json

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from torchtitan_deltaproduct.data.order import Permutation
-from torchtitan_deltaproduct.data.preparation import Settings
-from torchtitan_deltaproduct.data.prepare import prepare
-from torchtitan_deltaproduct.data.shards import TokenStream
-from torchtitan_deltaproduct.data.text_sources import BadRecord, Document, is_saved_dataset, plan_units, read_unit
-from torchtitan_deltaproduct.data.text_streams import stream_dataset
-from torchtitan_deltaproduct.data.tokenizer import MOST_UNKNOWN, load_tokenizer
+from torchtitan_deltaproduct.data.shards.order import Permutation
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
+from torchtitan_deltaproduct.data.text.plan import Settings
+from torchtitan_deltaproduct.data.text.prepare import prepare
+from torchtitan_deltaproduct.data.text.records import stream_dataset
+from torchtitan_deltaproduct.data.text.sources import BadRecord, Document, is_saved_dataset, plan_units, read_unit
+from torchtitan_deltaproduct.data.text.tokenizer import MOST_UNKNOWN, load_tokenizer
 from torchtitan_deltaproduct.errors import DataError
 
 UNIT_BYTES = 1 << 20

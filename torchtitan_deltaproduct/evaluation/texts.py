@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from torchtitan_deltaproduct.data.manifest import NAME as MANIFEST
-from torchtitan_deltaproduct.data.prepared import check_tokenizer
-from torchtitan_deltaproduct.data.shards import TokenStream, token_dtype
-from torchtitan_deltaproduct.data.text_files import list_files
-from torchtitan_deltaproduct.data.text_sources import check_no_split
-from torchtitan_deltaproduct.data.tokenizer import find_eos_id, tokenizer_sha256
-from torchtitan_deltaproduct.data.verified import file_sha256
+from torchtitan_deltaproduct.data.shards.manifest import NAME as MANIFEST
+from torchtitan_deltaproduct.data.shards.prepared import check_tokenizer
+from torchtitan_deltaproduct.data.shards.shards import TokenStream, token_dtype
+from torchtitan_deltaproduct.data.shards.verified import file_sha256
+from torchtitan_deltaproduct.data.text.files import list_files
+from torchtitan_deltaproduct.data.text.sources import check_no_split
+from torchtitan_deltaproduct.data.text.tokenizer import find_eos_id, tokenizer_sha256
 from torchtitan_deltaproduct.errors import DataError
 
 from .files import digest, slug, write_array, write_atomically

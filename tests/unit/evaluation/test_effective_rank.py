@@ -19,7 +19,7 @@ from tests.unit.evaluation.words_toy import PARITY
 from tests.unit.evaluation.words_toy import write_toml as write_words
 from torchtitan_deltaproduct.checkpoint import to_hf
 from torchtitan_deltaproduct.checkpoint.load import load_model
-from torchtitan_deltaproduct.data.tokenizer import find_eos_id
+from torchtitan_deltaproduct.data.text.tokenizer import find_eos_id
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
 from torchtitan_deltaproduct.evaluation import effective_rank
 from torchtitan_deltaproduct.evaluation.effective_rank.results import WINDOW_BINS, document_change

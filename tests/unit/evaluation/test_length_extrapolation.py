@@ -19,8 +19,8 @@ from tests import toy as toys
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.checkpoint.hf import write_hf
 from torchtitan_deltaproduct.checkpoint.load import load_model
-from torchtitan_deltaproduct.data.shards import TokenStream
-from torchtitan_deltaproduct.data.tokenizer import copy_tokenizer
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
+from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.evaluation import length_extrapolation
 from torchtitan_deltaproduct.evaluation.files import short_names, short_paths, write_array

@@ -11,8 +11,8 @@ import torch
 from tests import toy
 from tests.unit.evaluation.words_toy import PARITY, fake, flat, write_toml
 from torchtitan_deltaproduct.checkpoint.load import load_model
-from torchtitan_deltaproduct.data.formal import FormalSource
-from torchtitan_deltaproduct.data.group_word import GroupWordSource
+from torchtitan_deltaproduct.data.generated.group_words import GroupWordSource
+from torchtitan_deltaproduct.data.generated.languages import FormalSource
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.evaluation import state_tracking
 from torchtitan_deltaproduct.evaluation.state_tracking.problems import count_words, model_reader, problem_of, wilson

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.unit.data.conftest import make_corpus, make_set, tokenizer  # noqa: F401 (a fixture)
 from torchtitan_deltaproduct.data.packing import read_window
-from torchtitan_deltaproduct.data.shards import TokenStream
-from torchtitan_deltaproduct.data.tokenizer import find_eos_id, load_tokenizer
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
+from torchtitan_deltaproduct.data.text.tokenizer import find_eos_id, load_tokenizer
 from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.evaluation import sample
 from torchtitan_deltaproduct.evaluation.sample import Wanted

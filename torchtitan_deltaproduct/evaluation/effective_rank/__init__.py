@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
-from torchtitan_deltaproduct.data.formal import FormalSource
+from torchtitan_deltaproduct.data.generated.languages import FormalSource
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.models import DeltaProductLM
 

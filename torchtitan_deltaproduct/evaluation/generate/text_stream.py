@@ -13,7 +13,7 @@ and end in another: such text is held back until it is certain.
 
 from tokenizers.decoders import DecodeStream
 
-from torchtitan_deltaproduct.data.tokenizer import Tokenizer
+from torchtitan_deltaproduct.data.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 """What the decoder shows for bytes that are no character (yet)."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
-from torchtitan_deltaproduct.data.tokenizer import Tokenizer, load_tokenizer
+from torchtitan_deltaproduct.data.text.tokenizer import Tokenizer, load_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError
 
 

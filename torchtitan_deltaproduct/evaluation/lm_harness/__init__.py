@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from torchtitan_deltaproduct.checkpoint.folders import is_hf_folder
 from torchtitan_deltaproduct.checkpoint.load import find_checkpoint, run_folder
-from torchtitan_deltaproduct.data.verified import file_sha256
+from torchtitan_deltaproduct.data.shards.verified import file_sha256
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
 
 from ..swept import Swept

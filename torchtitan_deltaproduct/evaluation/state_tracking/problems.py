@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from torchtitan_deltaproduct.data.counter import POSITION_BITS
-from torchtitan_deltaproduct.data.formal import FormalSource
-from torchtitan_deltaproduct.data.group_word import GroupWordSource
+from torchtitan_deltaproduct.data.generated.group_words import GroupWordSource
+from torchtitan_deltaproduct.data.generated.languages import FormalSource
 from torchtitan_deltaproduct.data.packing import IGNORE
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.models import DeltaProductLM

@@ -55,11 +55,6 @@ class Group:
         return len(self.table)
 
     @property
-    def inverse(self) -> np.ndarray:
-        """[order] int64: index of the inverse of each element."""
-        return np.argmin(self.table, axis=1)
-
-    @property
     def moved(self) -> np.ndarray:
         """[order] int64: number of points that each element moves."""
         return (self.permutations != np.arange(self.permutations.shape[1])).sum(axis=1)
@@ -289,7 +284,7 @@ def _unknown(name: str) -> ConfigError:
             spelled = [f"{start}_{t}_tokens{end}" for t in range(2, 6) for end in ("", "_s_token", "_last")]
             known += [start, *spelled]
     written = re.sub(r"(?<=\d)\s*[x×*]\s*(?=[SAZD])", "_x_", name.strip().upper().replace("X", "x"))
-    written = re.sub(r"[A-Z_]{4,}", lambda found: found[0].lower(), written)
+    written = re.sub(r"[A-Z_]{4,}", lambda match: match[0].lower(), written)
     guesses = [written] if _NAME.fullmatch(written) else get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; nearest: {guesses[0]!r}" if guesses else ""
     return ConfigError(

@@ -4,18 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from torchtitan_deltaproduct.data import build_validation_loader
+from torchtitan_deltaproduct.data.held_out import held_out_text
 from torchtitan_deltaproduct.data.packing import IGNORE
-from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.errors import ConfigError
 
 
 def labels_of(paths, world, local, **options):
     """Labels of all ranks in global order: [steps, world, local, T]."""
     ranks = [
-        build_validation_loader(
-            paths, seq_len=16, local_batch_size=local, dp_rank=rank, dp_world_size=world, **options
-        )
+        held_out_text(paths, seq_len=16, local_batch_size=local, dp_rank=rank, dp_world_size=world, **options)
         for rank in range(world)
     ]
     batches = [[labels for _, labels in one] for one in ranks]
@@ -37,9 +35,7 @@ def test_every_token_is_counted_once(sets, world, local):
 
 
 def test_every_pass_is_the_same(sets):
-    loader = build_validation_loader(
-        [sets["a"]], seq_len=16, local_batch_size=4, reset_state_at_documents=True
-    )
+    loader = held_out_text([sets["a"]], seq_len=16, local_batch_size=4, reset_state_at_documents=True)
     first, second = list(loader), list(loader)
     for (one, labels), (two, again) in zip(first, second, strict=True):
         assert all(torch.equal(one[key], two[key]) for key in ("input", "document_starts"))
@@ -52,22 +48,23 @@ def test_reset_changes_no_label(sets):
 
 
 def test_fewer_steps_read_windows_from_every_folder(sets):
-    loader = build_validation_loader([sets["a"], sets["b"]], seq_len=16, local_batch_size=4, steps=5)
+    loader = held_out_text([sets["a"], sets["b"]], seq_len=16, local_batch_size=4, steps=5)
     assert len(list(loader)) == len(loader) == 5
-    assert {k for k, _ in loader.windows} == {0, 1} and loader.windows == sorted(set(loader.windows))
-    assert len(loader.windows) == 20
-    everything = build_validation_loader([sets["a"]], seq_len=16, local_batch_size=4, steps=10**6)
-    assert len(everything) == len(build_validation_loader([sets["a"]], seq_len=16, local_batch_size=4))
-    assert everything.fingerprint() != loader.fingerprint()
+    source = loader.source
+    windows = np.arange(20) * source.bounds[-1] // source.samples
+    assert loader.samples == source.samples == len(set(windows.tolist())) == 20
+    assert windows.min() < source.bounds[1] <= windows.max() < source.bounds[2]
+    everything = held_out_text([sets["a"]], seq_len=16, local_batch_size=4, steps=10**6)
+    assert len(everything) == len(held_out_text([sets["a"]], seq_len=16, local_batch_size=4))
     # The windows are the same for any number of ranks.
     one, two = (labels_of([sets["a"]], world, 4 // world, steps=3 * world) for world in (1, 2))
     assert torch.equal(one.flatten(), two.flatten())
     with pytest.raises(ConfigError, match="validation.steps is 0"):
-        build_validation_loader([sets["a"]], seq_len=16, local_batch_size=4, steps=0)
+        held_out_text([sets["a"]], seq_len=16, local_batch_size=4, steps=0)
 
 
 def test_padding_is_valid_input(sets):
-    loader = build_validation_loader([sets["b"]], seq_len=16, local_batch_size=50, dp_rank=7, dp_world_size=8)
+    loader = held_out_text([sets["b"]], seq_len=16, local_batch_size=50, dp_rank=7, dp_world_size=8)
     ((inputs, labels),) = list(loader)
     assert (labels == IGNORE).all() and (inputs["input"] >= 0).all()
-    assert inputs["input"].max() < loader.vocab_size == len(loader.token_bytes)
+    assert inputs["input"].max() < loader.source.vocab_size == len(loader.source.token_bytes)

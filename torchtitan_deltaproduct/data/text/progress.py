@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
+from torchtitan_deltaproduct.formats import clock
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -53,7 +55,7 @@ class Progress:
             print(self.line(done, now - self.start, note), file=sys.stderr, flush=True)
 
     def line(self, done: int, seconds: float, note: str) -> str:
-        """`tokenize  41 %  12.3 of 30.1 MB, 2.9 MB/s, 0:06 left, 1.2 M tokens`."""
+        """`tokenize  41 %  12.3 of 30.1 MB, 2.9 MB/s, 0:00:06 left, 1.2 M tokens`."""
         rate = (done - self.start_done) / seconds
         left = f"{clock((self.total - done) / rate)} left" if rate > 0 else "time left unknown"
         share, mega = min(1.0, done / self.total), 1e-6
@@ -61,10 +63,3 @@ class Progress:
             f"{self.title} {share:4.0%}  {done * mega:.1f} of {self.total * mega:.1f} MB, "
             f"{rate * mega:.1f} MB/s, {left}{', ' if note else ''}{note}"
         )
-
-
-def clock(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
-    minutes, second = divmod(int(max(seconds, 0)), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

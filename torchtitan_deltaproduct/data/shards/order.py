@@ -17,7 +17,7 @@ import numpy as np
 
 from torchtitan_deltaproduct.errors import ConfigError
 
-from .counter import mix
+from ..counter import mix
 
 # Longest pattern of sources. Shares are exact to 1/PERIOD, and quite exact when decimal weights allow it.
 PERIOD = 1 << 16
@@ -119,7 +119,4 @@ class Order:
         """Passes over each source made by the samples before `sample`."""
         period, slot = divmod(sample, len(self.source))
         partial = np.bincount(self.source[:slot], minlength=len(self.sizes))
-        return [
-            (period * int(q) + int(p)) / int(n)
-            for q, p, n in zip(self.quotas, partial, self.sizes, strict=True)
-        ]
+        return [(period * int(q) + int(p)) / int(n) for q, p, n in zip(self.quotas, partial, self.sizes, strict=True)]

@@ -13,11 +13,11 @@ import torch
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-from .loader import Batch, Geometry, Loader
+from ..loader import Batch, Geometry, Loader
+from ..packing import full_windows, read_window
+from ..text.tokenizer import tokenizer_sha256
 from .order import Order
-from .packing import full_windows, read_window
 from .shards import TokenStream
-from .tokenizer import tokenizer_sha256
 
 
 def build(data, geometry: Geometry, tokenizer_path: str) -> Loader:
@@ -25,7 +25,7 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> Loader:
     source = PreparedSource(
         data.paths, data.weights, geometry.seq_len, data.seed, data.shuffle, data.reset_state_at_documents
     )
-    if tokenizer_path and tokenizer_sha256(tokenizer_path) != source.tokenizer_sha256:
+    if tokenizer_path and tokenizer_sha256(tokenizer_path) != source.streams[0].manifest.tokenizer_sha256:
         raise DataError(
             f"The tokenizer in {tokenizer_path} is not the one {data.paths[0]} was prepared with.\n"
             f"Leave model.hf_assets_path empty, or set it to {source.tokenizer_path}"
@@ -42,8 +42,7 @@ def open_streams(paths: list[str], field: str) -> list[TokenStream]:
     """
     if not paths:
         raise ConfigError(
-            f"{field} is empty: name at least one folder made by "
-            "`python -m torchtitan_deltaproduct.data.prepare`"
+            f"{field} is empty: name at least one folder made by `python -m torchtitan_deltaproduct.data.prepare`"
         )
     streams = [TokenStream(path) for path in paths]
     first = streams[0]
@@ -68,6 +67,32 @@ def check_tokenizer(stream: TokenStream) -> None:
         )
 
 
+def read_windows(
+    streams: list[TokenStream], bounds: np.ndarray, windows: np.ndarray, seq_len: int, reset: bool
+) -> Batch:
+    """Windows of several streams, counted through.
+
+    Args:
+        streams: the streams.
+        bounds: [len(streams) + 1] int64: windows bounds[k] .. bounds[k + 1] - 1 are those of stream k.
+        windows: [n] int64.
+        seq_len: T, tokens of a window.
+        reset: whether to add `document_starts`.
+
+    Returns:
+        ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels [n, T] int64).
+    """
+    inputs, labels = (np.empty((len(windows), seq_len), dtype=np.int64) for _ in range(2))
+    starts = np.empty(inputs.shape, dtype=bool) if reset else [None] * len(windows)
+    sets = np.searchsorted(bounds, windows, side="right") - 1
+    for row, (k, window) in enumerate(zip(sets.tolist(), (windows - bounds[sets]).tolist(), strict=True)):
+        read_window(streams[k], window, inputs[row], labels[row], starts[row])
+    batch = {"input": torch.from_numpy(inputs)}
+    if reset:
+        batch["document_starts"] = torch.from_numpy(starts)
+    return batch, torch.from_numpy(labels)
+
+
 class PreparedSource:
     """Samples out of prepared folders.
 
@@ -80,10 +105,10 @@ class PreparedSource:
         reset: adds `document_starts` to the batch.
     """
 
-    def __init__(
-        self, paths: list[str], weights: list[float], seq_len: int, seed: int, shuffle: bool, reset: bool
-    ):
+    def __init__(self, paths: list[str], weights: list[float], seq_len: int, seed: int, shuffle: bool, reset: bool):
         self.streams = open_streams(paths, "data.paths")
+        self.vocab_size = self.streams[0].manifest.vocab_size
+        self.tokenizer_path = str(self.streams[0].folder / "tokenizer")
         self.paths, self.weights = [str(path) for path in paths], list(weights)
         self.seq_len, self.reset = seq_len, reset
         sizes = [full_windows(stream.tokens, seq_len) for stream in self.streams]
@@ -111,32 +136,10 @@ class PreparedSource:
                 f"seq_len = {self.seq_len:,}.\nPrepare more text or lower training.seq_len."
             )
 
-    @property
-    def vocab_size(self) -> int:
-        return self.streams[0].manifest.vocab_size
-
-    @property
-    def tokenizer_path(self) -> str:
-        return str(self.streams[0].folder / "tokenizer")
-
-    @property
-    def tokenizer_sha256(self) -> str:
-        return self.streams[0].manifest.tokenizer_sha256
-
     def batch(self, samples: np.ndarray) -> Batch:
         """samples: [n] int64 -> ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels [n, T])."""
         source, window = self.sequence(samples)
-        pooled = self.bases[source] + window
-        sets = np.searchsorted(self.bounds, pooled, side="right") - 1
-        shape = (len(samples), self.seq_len)
-        inputs, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
-        starts = np.empty(shape, dtype=bool) if self.reset else [None] * len(samples)
-        for row, (k, w) in enumerate(zip(sets.tolist(), (pooled - self.bounds[sets]).tolist(), strict=True)):
-            read_window(self.streams[k], w, inputs[row], labels[row], starts[row])
-        batch = {"input": torch.from_numpy(inputs)}
-        if self.reset:
-            batch["document_starts"] = torch.from_numpy(starts)
-        return batch, torch.from_numpy(labels)
+        return read_windows(self.streams, self.bounds, self.bases[source] + window, self.seq_len, self.reset)
 
     def order(self) -> dict[str, object]:
         """Data by content, so that a folder may move; the period of the mixture is its quotas."""
@@ -158,8 +161,7 @@ class PreparedSource:
         shares = self.sequence.quotas / self.sequence.quotas.sum() if self.weights else np.diff(self.bounds)
         shares = shares / shares.sum()
         sets = ", ".join(
-            f"{path} ({stream.tokens:,} tokens in {stream.manifest.documents:,} documents, "
-            f"{share:.1%} of samples)"
+            f"{path} ({stream.tokens:,} tokens in {stream.manifest.documents:,} documents, {share:.1%} of samples)"
             for path, stream, share in zip(self.paths, self.streams, shares, strict=True)
         )
         return f"prepared data: {sets}; {int(self.bounds[-1]):,} windows of {self.seq_len:,} tokens"

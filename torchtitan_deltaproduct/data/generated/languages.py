@@ -17,17 +17,17 @@ min_length to max_length. `parity` is of a word of bits, labelled at its last bi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from torchtitan_deltaproduct.errors import ConfigError
 
-from .counter import below, draws, stream_key
-from .group_word import GENERATOR, check_split
-from .loader import Batch, Geometry, Loader
-from .packing import IGNORE
+from ..counter import below, draws, stream_key
+from ..loader import Batch, Geometry, Loader
+from ..packing import IGNORE
+from .group_words import GENERATOR, check_split
 
 MODULUS = 5
 _PLUS, _MINUS, _TIMES, _OPEN, _CLOSE, _EQUALS, _BLANK = range(MODULUS, MODULUS + 7)
@@ -157,6 +157,8 @@ class FormalSource:
         max_length: most tokens, at most `seq_len`.
         seed: of the rows.
         split: `train`, `validation` or `test`: streams under different keys.
+        language, vocab_size, classes, chance: what the rows are made of: tokens with the padding, answers, the accuracy
+            of guessing.
     """
 
     name: str
@@ -165,7 +167,6 @@ class FormalSource:
     max_length: int = 40
     seed: int = 0
     split: str = "train"
-    language: Language = field(init=False, repr=False)
     tokenizer_path: str = ""
 
     def __post_init__(self):
@@ -173,6 +174,8 @@ class FormalSource:
         if self.name not in LANGUAGES:
             raise ConfigError(f"data.language = {self.name!r}: known are {', '.join(LANGUAGES)}")
         self.language = LANGUAGES[self.name]
+        self.vocab_size = len(self.language.symbols)
+        self.classes, self.chance = self.language.classes, self.language.chance
         if self.max_length > self.seq_len:
             raise ConfigError(
                 f"data.max_length = {self.max_length}: rows hold training.seq_len = {self.seq_len} tokens"
@@ -185,21 +188,6 @@ class FormalSource:
                 f"{self.name} is that long; possible are {first}, {first + step}, {first + 2 * step}, ... tokens"
             )
         self.key = stream_key("formal_language", self.name, self.seed, self.split)
-
-    @property
-    def vocab_size(self) -> int:
-        """Input tokens, the padding included; answers are among them."""
-        return len(self.language.symbols)
-
-    @property
-    def classes(self) -> int:
-        """Labels are below this."""
-        return self.language.classes
-
-    @property
-    def chance(self) -> float:
-        """Accuracy of guessing."""
-        return self.language.chance
 
     def batch(self, samples: np.ndarray) -> Batch:
         """samples: [n] int64 -> ({"input": [n, T] int64}, labels [n, T] int64)."""

@@ -13,22 +13,27 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import write_atomically
 
-from .manifest import write_atomically
+from ..shards.manifest import Shard
+from ..shards.shards import ShardWriter
+from ..shards.verified import SUFFIXES, state
 from .progress import Progress
-from .shards import ShardWriter
-from .text_sources import BadRecord, Document, Unit, read_unit
+from .sources import BadRecord, Document, Unit, read_unit
 from .tokenizer import load_tokenizer
 
 # One call of the tokenizer, and one report of progress.
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1024
+QUEUED = 4
+"""Units that wait for each worker at most."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +102,20 @@ class Stopped(Exception):
 
 
 def tokenize_units(
-    job: Job, units: list[Unit], done: dict[int, dict], workers: int, max_bad_records: int
+    job: Job,
+    units: list[Unit],
+    done: dict[int, dict],
+    workers: int,
+    max_bad_records: int,
+    numbers: range | None = None,
 ) -> list[dict]:
-    """Tokenises the units that are not in `done`; returns the records of all, in order.
+    """Tokenises the units that are not in `done`; returns the records of all, in order; of all in `numbers` if given.
 
     Raises:
         DataError: more than `max_bad_records` records are unreadable, the disk is full, or a worker died.
     """
-    todo = [number for number in range(len(units)) if number not in done]
+    numbers = range(len(units)) if numbers is None else numbers
+    todo = [number for number in numbers if number not in done]
     records = dict(done)
     context = multiprocessing.get_context("spawn")
     messages, stop = context.SimpleQueue(), context.Event()
@@ -112,21 +123,25 @@ def tokenize_units(
     board = _Board(units, before)
     check_bad(records, max_bad_records)
     with (
-        Progress("tokenize", sum(unit.size for unit in units), before) as progress,
+        Progress("tokenize", sum(units[number].size for number in numbers), before) as progress,
         ProcessPoolExecutor(
             min(workers, max(1, len(todo))), context, _start_worker, (job, max_bad_records, messages, stop)
         ) as pool,
     ):
-        futures = {pool.submit(_run_unit, number, units[number]): number for number in todo}
-        pending = set(futures)
+        # Not all at once: what is waited for is gone through at every turn.
+        waiting, pending = iter(todo), {}
         try:
-            while pending:
-                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            while True:
+                for number in islice(waiting, QUEUED * workers - len(pending)):
+                    pending[pool.submit(_run_unit, number, units[number])] = number
+                if not pending:
+                    break
+                finished, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 while not messages.empty():
                     board.note(*messages.get())
-                for future in finished:
-                    records[futures[future]] = future.result()
-                check_bad(records, max_bad_records)
+                records |= {pending.pop(future): future.result() for future in finished}
+                if any(future.result()["bad"] for future in finished):
+                    check_bad(records, max_bad_records)
                 progress.update(board.done_bytes, f"{board.tokens / 1e6:.1f} M tokens")
             # A worker may still be starting: without a wait it finds its queue gone, and says so at length.
             pool.shutdown(wait=True)
@@ -138,7 +153,7 @@ def tokenize_units(
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-    return [records[number] for number in range(len(units))]
+    return [records[number] for number in numbers]
 
 
 def check_bad(records: dict[int, dict], limit: int) -> None:
@@ -205,8 +220,7 @@ def _run_unit(number: int, unit: Unit) -> dict:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DataError(
-            f"The disk of {job.out} is full; finished shards are kept.\n"
-            "Free space and run the same command again."
+            f"The disk of {job.out} is full; finished shards are kept.\nFree space and run the same command again."
         ) from None
 
 
@@ -216,12 +230,11 @@ def tokenize_unit(
     """Tokenises one unit into a shard for each part, and writes its record.
 
     Returns:
-        `{"shards": {part: shard or None}, "empty": count, "bad": [[file, position, reason], ...], "unknown": tokens,
-        "separators": documents with the separator in their text, "least": smallest draw of a document}`.
+        `{"shards": {part: shard or None}, "states": {part: states_of}, "empty": count, "unknown": tokens,
+        "bad": [[file, position, reason], ...], "separators": documents with the separator in their text,
+        "least": smallest draw of a document}`.
     """
-    writers = {
-        part: ShardWriter(Path(job.out, part), f"shards/{number:05d}", job.dtype) for part in job.parts
-    }
+    writers = {part: ShardWriter(Path(job.out, part), f"shards/{number:05d}", job.dtype) for part in job.parts}
     bad: list[BadRecord] = []
     empty = read_bytes = unknown = separators = 0
     least = 1.0
@@ -231,14 +244,15 @@ def tokenize_unit(
                 raise too_many_bad([list(entry) for entry in bad], max_bad_records)
             pieces = [piece for document in documents for piece in job.pieces(document, number)]
             tokens = 0
-            for (part, text), ids in zip(pieces, tokenizer.encode_batch([text for _, text in pieces]), strict=True):
+            for (part, text), ids in zip(pieces, tokenizer.encode_documents([text for _, text in pieces]), strict=True):
                 size = len(text.encode())
                 read_bytes += size
                 tokens += len(ids)
                 unknown += tokenizer.count_unknown(text, ids)
                 separators += job.eos_id in ids
                 if ids:
-                    writers[part].add([*ids, job.eos_id], size)
+                    ids.append(job.eos_id)
+                    writers[part].add(ids, size)
                 else:
                     # A short document may have no tail.
                     empty += job.split_by != "token" or part == "train"
@@ -252,6 +266,7 @@ def tokenize_unit(
         raise
     record = {
         "shards": {part: asdict(shard) if shard else None for part, shard in shards.items()},
+        "states": {part: states_of(Path(job.out, part), shard) for part, shard in shards.items() if shard},
         "empty": empty,
         "bad": [list(entry) for entry in bad],
         "unknown": unknown,
@@ -261,6 +276,11 @@ def tokenize_unit(
     write_atomically(Path(job.work, f"{number:05d}.json"), json.dumps(record))
     report(-1, 0)
     return record
+
+
+def states_of(folder: Path, shard: Shard) -> list[list[int]]:
+    """Size, time and inode of the files of a shard, by which a later run knows them."""
+    return [state(os.stat(folder / (shard.name + suffix))) for suffix in SUFFIXES]
 
 
 def _batches(records: Iterator[Document | BadRecord], bad: list[BadRecord]) -> Iterator[list[Document]]:

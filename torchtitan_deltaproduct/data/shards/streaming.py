@@ -29,13 +29,13 @@ import torch
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-from . import separator_id
-from .loader import Batch, Geometry, Loader
+from .. import separator_id
+from ..loader import Batch, Geometry, Loader
+from ..packing import read_window
+from ..text.records import open_records
+from ..text.sources import BadRecord, Document, check_no_split, is_saved_dataset
+from ..text.tokenizer import MOST_UNKNOWN, Tokenizer, load_tokenizer, tokenizer_sha256
 from .order import Permutation
-from .packing import read_window
-from .text_sources import BadRecord, Document, check_no_split, is_saved_dataset
-from .text_streams import open_records
-from .tokenizer import MOST_UNKNOWN, Tokenizer, load_tokenizer, tokenizer_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +112,7 @@ class StreamingSource:
         eos_id: separator between documents.
     """
 
-    def __init__(
-        self, *, dataset, config, split, field, shuffle_buffer, seed, seq_len, reset, tokenizer_path, eos_id
-    ):
+    def __init__(self, *, dataset, config, split, field, shuffle_buffer, seed, seq_len, reset, tokenizer_path, eos_id):
         self.dataset, self.config, self.split, self.field = dataset, config, split, field
         self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self.seq_len, self.reset = seq_len, reset
@@ -138,9 +136,7 @@ class StreamingSource:
         }
 
     def describe(self) -> str:
-        shuffled = (
-            f"shuffled in blocks of {self.shuffle_buffer:,}" if self.shuffle_buffer else "in file order"
-        )
+        shuffled = f"shuffled in blocks of {self.shuffle_buffer:,}" if self.shuffle_buffer else "in file order"
         return f"streaming data: {self.dataset} {self.config} {self.split}, documents {shuffled}"
 
     def chunks(self, start: Position) -> Iterator[Chunk]:
@@ -187,7 +183,6 @@ class StreamingSource:
             yield Chunk(position, tokens, np.cumsum([0, *lengths[:-1]]) if lengths else np.empty(0, np.int64))
             position = position._replace(tokens=position.tokens + len(tokens))
 
-
     def _say_unknown(self, tokenizer: Tokenizer, texts: list[str], encoded: list[list[int]]) -> None:
         """One warning for each opening of the stream if the tokenizer was not made for such text."""
         unknown, tokens = sum(map(tokenizer.count_unknown, texts, encoded)), sum(map(len, encoded))
@@ -222,8 +217,8 @@ class StreamWindow:
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Stream positions in [start, stop) where a document begins: [d] int64."""
         self._reach(stop)
-        found = np.concatenate([chunk.starts + chunk.position.tokens for chunk in self.held])
-        return found[(found >= start) & (found < stop)]
+        starts = np.concatenate([chunk.starts + chunk.position.tokens for chunk in self.held])
+        return starts[(starts >= start) & (starts < stop)]
 
     def forget(self, before: int) -> Position:
         """Drops the chunks that end at or before token `before`; returns where to resume to read it."""

@@ -1,7 +1,7 @@
 """What `prepare` is asked for, and its plan: units of input, and the checksum that tells results apart.
 
-    plan = make_plan(Settings("data/code", "data/tokenizer", ["corpus/"], validation_fraction=0.02))
-    plan.units, plan.job, plan.source["plan"]
+plan = make_plan(Settings("data/code", "data/tokenizer", ["corpus/"], validation_fraction=0.02))
+plan.units, plan.job, plan.source["plan"]
 """
 
 import hashlib
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-from .shards import token_dtype
-from .text_files import list_files
-from .text_sources import Unit, check_no_split, plan_dataset_units, plan_units
-from .tokenize_units import Job
+from ..shards.shards import token_dtype
+from .files import list_files
+from .sources import Unit, check_no_split, plan_dataset_units, plan_units
 from .tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
+from .units import Job
 
 WORK = ".prepare"
 """Folder of what an unfinished result needs to go on."""
@@ -70,9 +70,7 @@ class Plan:
 def make_plan(settings: Settings) -> Plan:
     """Cuts the input into units and computes the checksum that identifies the result."""
     inputs = [*settings.input, *settings.validation_input]
-    inside = [
-        path for path in inputs if Path(path).resolve() in Path(settings.out, "x").resolve().parents
-    ]
+    inside = [path for path in inputs if Path(path).resolve() in Path(settings.out, "x").resolve().parents]
     if inside:
         raise DataError(f"{settings.out} lies in its own input {inside[0]}.\nChoose a folder outside of it.")
     tokenizer = load_tokenizer(settings.tokenizer)

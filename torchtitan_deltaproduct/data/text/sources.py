@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-from .text_files import READ_ERRORS, SUFFIXES, UTF8_BOM, kind_of, list_files, warn_of_json
+from .files import READ_ERRORS, SUFFIXES, UTF8_BOM, kind_of, list_files, warn_of_json
 
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 ROWS_AT_ONCE = 256
@@ -138,20 +138,18 @@ def open_dataset(name: str, config: str, split: str, streaming: bool):
     path = Path(name)
     try:
         if is_saved_dataset(path):
-            found = datasets.load_from_disk(name)
-            if isinstance(found, datasets.DatasetDict):
-                if split not in found:
-                    raise DataError(f"{name} has no split {split!r}; it has: {', '.join(found)}.")
-                found = found[split]
+            dataset = datasets.load_from_disk(name)
+            if isinstance(dataset, datasets.DatasetDict):
+                if split not in dataset:
+                    raise DataError(f"{name} has no split {split!r}; it has: {', '.join(dataset)}.")
+                dataset = dataset[split]
             else:
                 check_no_split(name, split)
-            return found.to_iterable_dataset() if streaming else found
+            return dataset.to_iterable_dataset() if streaming else dataset
         if path.is_file():
             kind, _ = kind_of(path)
             if kind == "unreadable" or (kind == "text" and ".txt" not in path.name.lower()):
-                raise DataError(
-                    f"{name} is not a data file that can be read: expected .txt, {', '.join(SUFFIXES)}."
-                )
+                raise DataError(f"{name} is not a data file that can be read: expected .txt, {', '.join(SUFFIXES)}.")
             check_no_split(name, "train", config)
             return datasets.load_dataset(kind, data_files=[name], split=split, streaming=streaming)
         return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
@@ -312,9 +310,7 @@ def _read_parquet(unit: Unit) -> Iterator[Document | BadRecord]:
     name = unit.paths[0]
     parquet = _open_parquet(name)
     row = sum(parquet.metadata.row_group(g).num_rows for g in range(unit.start))
-    batches = parquet.iter_batches(
-        ROWS_AT_ONCE, row_groups=list(range(unit.start, unit.stop)), columns=[unit.field]
-    )
+    batches = parquet.iter_batches(ROWS_AT_ONCE, row_groups=list(range(unit.start, unit.stop)), columns=[unit.field])
     try:
         for batch in batches:
             # Of the column `doc.text` and a field `text` of `doc`, which come together, it is the column.
@@ -322,9 +318,7 @@ def _read_parquet(unit: Unit) -> Iterator[Document | BadRecord]:
             yield from checked_rows(values, name, row, unit.field)
             row += len(values)
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError, IndexError) as error:
-        yield BadRecord(
-            name, f"row {row + 1}", f"damaged Parquet, the rest of the row groups is lost ({error})"
-        )
+        yield BadRecord(name, f"row {row + 1}", f"damaged Parquet, the rest of the row groups is lost ({error})")
 
 
 def _column_values(column) -> list:

@@ -1,7 +1,7 @@
 """Which files there are, and what is in each by its name.
 
-    for file in list_files(["corpus/", "more.jsonl.gz"]): ...
-    kind_of("train.JSONL-00000-of-00002.gz")                  # ("json", True)
+for file in list_files(["corpus/", "more.jsonl.gz"]): ...
+kind_of("train.JSONL-00000-of-00002.gz")                  # ("json", True)
 """
 
 import gzip
@@ -47,14 +47,14 @@ def list_files(inputs: Iterable[str | Path]) -> list[Path]:
     files = []
     for given in map(Path, inputs):
         if given.is_file():
-            found = [given]
+            below = [given]
         elif given.is_dir():
-            found = _files_below(given)
+            below = _files_below(given)
         else:
             raise DataError(f"There is no file or folder {given}.\nCheck the path.")
-        if not found:
+        if not below:
             raise DataError(f"The folder {given} has no files in it.\nCheck the path.")
-        files += found
+        files += below
     for file in files:
         if kind_of(file)[0] == "unreadable":
             raise DataError(
@@ -64,9 +64,18 @@ def list_files(inputs: Iterable[str | Path]) -> list[Path]:
     return files
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder unless it is there; DataError if there cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise DataError(f"{folder} cannot be made: {why}; choose another folder") from None
+
+
 def _files_below(folder: Path) -> list[Path]:
     """The files of a folder; links to folders are followed, and each folder is read once, whatever leads to it."""
-    found, seen, todo = [], set(), [str(folder)]
+    files, seen, todo = [], set(), [str(folder)]
     for start in todo:
         for root, folders, names in os.walk(start):
             status = os.stat(root)
@@ -80,10 +89,10 @@ def _files_below(folder: Path) -> list[Path]:
             todo += [inner for name in folders if os.path.islink(inner := os.path.join(root, name))]
             for path in (Path(root, name) for name in names if not name.startswith(".")):
                 if path.is_file():
-                    found.append(path)
+                    files.append(path)
                 else:
                     logger.warning("%s is no file, or a link to none: left out", path)
-    return sorted(found)
+    return sorted(files)
 
 
 @cache

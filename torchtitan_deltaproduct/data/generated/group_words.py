@@ -2,7 +2,7 @@
 
     [data]
     kind = "group_word"
-    group = "S5"                       # any name of data/groups.py
+    group = "S5"                       # any name of data/generated/groups.py
     seed = 1
     curriculum_start = 16              # optional: words of 16 tokens first, of training.seq_len after
     curriculum_steps = 2000            # 2,000 steps
@@ -15,17 +15,17 @@ Sample i is a pure function of (seed, stream, i): nothing is stored and nothing 
 shorter one. While a curriculum lasts, positions past its length hold the identity and have no label.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from torchtitan_deltaproduct.errors import ConfigError
 
-from .counter import below, draws, stream_key
-from .groups import WordProblem, parse_group
-from .loader import Batch, Geometry, Loader
-from .packing import IGNORE
+from ..counter import below, draws, stream_key
+from ..loader import Batch, Geometry, Loader
+from ..packing import IGNORE
+from .groups import parse_group
 
 SPLITS = ("train", "validation", "test")
 GENERATOR = 1
@@ -67,7 +67,7 @@ class Curriculum:
 
 @dataclass
 class GroupWordSource:
-    """Words of `seq_len` tokens; see the module and `data.groups.parse_group` for what they look like.
+    """Words of `seq_len` tokens; see the module and `groups.parse_group` for what they look like.
 
     Attributes:
         name: of the word problem, such as `S5_limit_to_3`.
@@ -75,6 +75,7 @@ class GroupWordSource:
         seed: of the words.
         split: `train`, `validation` or `test`.
         curriculum: shortens the words of early steps.
+        problem, vocab_size, classes, chance: what the words are made of: tokens, labels, the accuracy of guessing.
     """
 
     name: str
@@ -82,28 +83,13 @@ class GroupWordSource:
     seed: int = 0
     split: str = "train"
     curriculum: Curriculum | None = None
-    problem: WordProblem = field(init=False, repr=False)
     tokenizer_path: str = ""
 
     def __post_init__(self):
         check_split(self.split)
         self.problem = parse_group(self.name)
+        self.vocab_size, self.classes, self.chance = self.problem.vocab_size, self.problem.classes, self.problem.chance
         self.key = stream_key("group_word", self.seed, self.split)
-
-    @property
-    def vocab_size(self) -> int:
-        """Input tokens, those with a label included."""
-        return self.problem.vocab_size
-
-    @property
-    def classes(self) -> int:
-        """Labels are below this."""
-        return self.problem.classes
-
-    @property
-    def chance(self) -> float:
-        """Accuracy of guessing."""
-        return self.problem.chance
 
     def words(self, samples: np.ndarray, elements: int) -> np.ndarray:
         """samples: [n] int64 -> [n, elements] int64 indices of group elements, uniform on the alphabet."""
@@ -142,7 +128,7 @@ class GroupWordSource:
         return np.ascontiguousarray(inputs[:, : self.seq_len]), np.ascontiguousarray(labels[:, : self.seq_len])
 
     def order(self) -> dict[str, object]:
-        found = {
+        parts = {
             "kind": "group_word",
             "group": self.name,
             "seed": self.seed,
@@ -151,12 +137,12 @@ class GroupWordSource:
             "generator": GENERATOR,
         }
         if self.curriculum:
-            found |= {
+            parts |= {
                 "curriculum_start": self.curriculum.start,
                 "curriculum_steps": self.curriculum.steps,
                 "global_batch_size": self.curriculum.global_batch_size,
             }
-        return found
+        return parts
 
     def epochs(self, sample: int) -> dict[str, float]:
         """None is ever completed: the data is endless."""

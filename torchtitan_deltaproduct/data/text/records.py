@@ -1,8 +1,8 @@
 """Text record after record, from any place on: what `kind = "streaming"` trains on, and evals look through.
 
-    records = open_records("corpus/", config="", split="train", field="text")      # or a name of `datasets`
-    for record in records: ...               # Document, or BadRecord: what cannot be read is named and passed over
-    state = records.state_dict()             # load_state_dict(state): goes on with the next record
+records = open_records("corpus/", config="", split="train", field="text")      # or a name of `datasets`
+for record in records: ...               # Document, or BadRecord: what cannot be read is named and passed over
+state = records.state_dict()             # load_state_dict(state): goes on with the next record
 """
 
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torchtitan_deltaproduct.errors import DataError
 
-from .text_files import UTF8_BOM
-from .text_sources import (
+from .files import UTF8_BOM
+from .sources import (
     ROWS_AT_ONCE,
     BadRecord,
     Document,
