@@ -11,3 +11,5 @@ MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkp
 `common/` has what they share: options, the texts they read, files of measurements, ranks under torchrun, the look of
 pictures. Importing `eval` imports nothing.
 """
+
+import torchtitan_deltaproduct  # noqa: F401  (what Ctrl-C does while torch is imported)

@@ -10,6 +10,7 @@ Each message has one to three lines: what was found, what was expected, how to f
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -50,6 +51,9 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         # A container's user may have neither HOME nor an entry in passwd; libraries would make a folder named ~.
         os.environ["HOME"] = home = tempfile.mkdtemp(prefix="torchtitan_deltaproduct-")
         atexit.register(shutil.rmtree, home, ignore_errors=True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        # Set by the package while it was imported.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
     except UserError as error:

@@ -111,9 +111,10 @@ class DeltaProductHarness(TemplateLM):
         return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
     def _pair(self, context: str, continuation: str) -> Request:
-        """Context and continuation as tokens, as lm-eval cuts them; apart where that leaves the continuation none.
+        """Context and continuation as tokens: encoded as one text and cut, as lm-eval does, else each by itself.
 
-        Its tokens may merge into the last one of the context: nothing to score would have the probability 1.
+        Where the two merge into a token, a cut would score another text than the continuation, or none, which would
+        have the probability 1.
 
         Raises:
             DataError: the tokenizer makes nothing of a continuation that is not empty.
@@ -121,9 +122,11 @@ class DeltaProductHarness(TemplateLM):
         if context == "":
             before, scored = [self.eot_token_id], self.tok_encode(continuation, add_special_tokens=False)
         else:
-            before, scored = self._encode_pair(context, continuation)
-            if not scored:
-                before, scored = self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+            # As in lm-eval, blanks between the two belong to the continuation.
+            stem = context.rstrip()
+            before, whole = self.tok_encode(stem), self.tok_encode(context + continuation)
+            scored = whole[len(before) :] if whole[: len(before)] == before else []
+            scored = scored or self.tok_encode(context[len(stem) :] + continuation, add_special_tokens=False)
         self._check_scored(continuation, scored)
         return before, scored
 

@@ -1,6 +1,7 @@
 """Words of a command line, and what a command finds around it: no home, a locale that cannot write a name."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -40,3 +41,21 @@ def test_without_home_and_passwd_entry(tmp_path):
 def test_what_the_locale_cannot_write_is_escaped():
     done = run(["def main(): print('日'); print(os.fsdecode(b'\\xe9'))"], PYTHONIOENCODING="latin-1", HOME="/")
     assert done.returncode == 0 and done.stdout == b"\\u65e5\n\\udce9\n"
+
+
+@pytest.mark.parametrize("module", ["torchtitan_deltaproduct.config.plan", "torchtitan_deltaproduct.checkpoint.to_hf",
+                                    "eval.generate", "eval.effective_rank"])  # fmt: skip
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path, module):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", module, "x", "y"], cwd=REPO, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        # A suite in the background of a shell ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode in (-signal.SIGINT, 130) and "Traceback" not in done.stderr, done.stderr
+
+
+def test_ctrl_c_later_is_said():
+    done = run(["import signal", "signal.signal(signal.SIGINT, signal.SIG_DFL)",
+                "def main(): os.kill(os.getpid(), signal.SIGINT)"], HOME="/")  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, b"interrupted\n")

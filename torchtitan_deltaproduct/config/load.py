@@ -95,6 +95,8 @@ def shorten_warmup(config: JobConfig, in_file: Mapping[str, Any], overrides: Map
     return f"shortened from {warmup} to {schedule.warmup_steps}, as training.steps from {before} to {steps}"
 
 
+MOST_NAMED = 4
+"""TOML files that a message lists."""
 PATHS = ("job.dump_folder", "model.hf_assets_path", "data.paths", "data.dataset", "validation.paths",
          "checkpoint.initial_load_path")  # fmt: skip
 """Options that name files or folders: `~` in front is the home folder."""
@@ -218,11 +220,12 @@ def _read(file: str, problems: list[Problem]) -> str | None:
 
 
 def _files_found(wanted: str = "") -> str:
-    """`; nearest: ...` or `; there are: ...`, of the TOML files in train_configs/."""
+    """`; nearest: ...` or `; there are: ...`, of the TOML files in train_configs/, a few of many."""
     files = sorted(glob.glob("train_configs/**/*.toml", recursive=True))
     stems = {os.path.basename(file): file for file in files}
     if wanted and (guess := nearest(os.path.basename(wanted), stems)):
         return f"; nearest: {stems[guess]}"
     if files:
-        return "; there are: " + ", ".join(files)
+        more = f", and {len(files) - MOST_NAMED} more in train_configs/" if len(files) > MOST_NAMED else ""
+        return "; there are: " + ", ".join(files[:MOST_NAMED]) + more
     return f"; train_configs/ under {os.getcwd()} has no TOML files"

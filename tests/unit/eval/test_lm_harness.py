@@ -259,6 +259,21 @@ def test_a_continuation_that_merges_into_the_context_has_a_probability(here, toy
     assert greedy is (p[-2].argmax().item() == ids[-1]) and empty == (0.0, True)
 
 
+def test_a_continuation_that_merges_in_part_is_scored_whole(here, toy_run, vocabulary):
+    """A cut behind the context's tokens would leave out what the first token of the two together took."""
+    words = ("def", "return", "self", "import", "class", "for", "None", "await", "async", "raise")
+    texts = [(word[:cut], word[cut:] + " x") for word in words for cut in range(1, len(word))]
+    encode, pair = vocabulary.encode, harness(toy_run)._pair
+    merged = [both for both in texts if encode("".join(both))[: len(encode(both[0]))] != encode(both[0])]
+    assert len(merged) > 5
+    for before, after in texts:
+        context, scored = pair(before, after)
+        assert context == encode(before) and vocabulary.tokenizer.decode(scored) == after
+        assert ((before, after) in merged) or context + scored == encode(before + after)
+    # Blanks at the end of a context belong to what follows, as in lm-eval.
+    assert pair("x = ", "self") == (encode("x ="), encode(" self"))
+
+
 def test_text_without_tokens_is_refused(here, toy_run, monkeypatch):
     lm = harness(toy_run)
     monkeypatch.setattr(type(lm.vocabulary), "encode", lambda self, text: [] if text.isspace() or not text else [5])
