@@ -8,6 +8,7 @@ Each message has one to three lines: what was found, what was expected, how to f
 """
 
 import atexit
+import errno
 import os
 import shutil
 import signal
@@ -40,6 +41,9 @@ class NonFiniteError(UserError):
 def exit_on_user_error(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits: with its return value, with 2 after printing a `UserError`, or with 130 after Ctrl-C.
 
+    A file that cannot be read or written, and an output that nobody reads on, end it with 1 and without a traceback;
+    that of a rank of a launch stays, for the log.
+
     Only rank 0 of a torchrun job prints, so that the message appears once. The others wait: torchrun ends all ranks
     as soon as one of them is gone, and it must not be before rank 0 has spoken.
     """
@@ -56,6 +60,7 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
+        sys.stdout.flush()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -65,4 +70,14 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
+    except OSError as error:
+        output = error.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT) and error.filename is None
+        if "RANK" in os.environ or not (output or error.filename):
+            raise
+        if output:
+            # What is still to be written would fail at the exit too, and say so.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno != errno.EPIPE:
+            print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr, flush=True)
+        code = 1
     sys.exit(code or 0)

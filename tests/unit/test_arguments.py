@@ -59,3 +59,17 @@ def test_ctrl_c_later_is_said():
     done = run(["import signal", "signal.signal(signal.SIGINT, signal.SIG_DFL)",
                 "def main(): os.kill(os.getpid(), signal.SIGINT)"], HOME="/")  # fmt: skip
     assert (done.returncode, done.stderr) == (130, b"interrupted\n")
+
+
+@pytest.mark.parametrize(("lines", "told"), [
+    (["def main(): open('/nowhere/x')"], b"error: /nowhere/x: No such file or directory\n"),
+    (["def main(): open('/')"], b"error: /: Is a directory\n"),
+    (["def main():", "    os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", "    print('x' * 99999)"],
+     b"error: standard output: No space left on device\n"),
+    (["def main():", "    read, write = os.pipe()", "    os.close(read)", "    os.dup2(write, 1); print('x')"], b""),
+])  # fmt: skip
+def test_files_that_cannot_be_used_leave_no_traceback(lines, told):
+    done = run(lines, HOME="/")
+    assert (done.returncode, done.stderr) == (1, told)
+    if b"/nowhere" in told:
+        assert b"Traceback" in run(lines, HOME="/", RANK="0").stderr

@@ -28,7 +28,7 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_
 from .manifest import NAME, Manifest, Shard, make_folder, read_manifest, write_atomically, write_manifest
 from .preparation import WORK, Plan, Settings, log, make_plan
 from .text_sources import BadRecord
-from .tokenize_units import tokenize_units
+from .tokenize_units import Job, tokenize_units
 from .tokenizer import MOST_UNKNOWN, copy_tokenizer
 from .verified import NAME as VERIFIED
 from .verified import file_sha256
@@ -235,7 +235,7 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
             which = f"The {part} set" if part else "The dataset"
             raise DataError(
                 f"{which} has no documents: {empty} were empty and {len(bad)} records unreadable.\n"
-                + no_documents(part, plan.job.split_by, bad)
+                + no_documents(part, plan.job, bad)
             )
         if Path(tokenizer).resolve() != (folder / "tokenizer").resolve():
             copy_tokenizer(tokenizer, folder / "tokenizer", plan.job.eos_id)
@@ -261,13 +261,15 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
     shutil.rmtree(out / WORK)
 
 
-def no_documents(part: str, split_by: str, bad: list[list[str]]) -> str:
+def no_documents(part: str, job: Job, bad: list[list[str]]) -> str:
     """What to do about a part without documents, or why there is none."""
     if bad:
         return "\n".join(str(BadRecord(*entry)) for entry in bad[:3])
     if not part:
         return "Give more input."
-    if split_by == "token":
+    if job.validation_from is not None:
+        return f"Name other files with {'--validation-input' if part == 'validation' else '--input'}."
+    if job.split_by == "token":
         return "No document is long enough to be cut: give more input, or another --validation-fraction."
     return (
         "One document cannot be on both sides: --split-by token holds out the end of each, --validation-input PATH "
