@@ -8,7 +8,9 @@ Each message has one to three lines: what was found, what was expected, how to f
 """
 
 import atexit
+import contextlib
 import errno
+import locale
 import os
 import shutil
 import signal
@@ -51,6 +53,9 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         if hasattr(stream, "reconfigure"):
             # A name or a text that the locale cannot write is no reason to end.
             stream.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(locale.Error):
+        # Libraries, torch for one, open their own UTF-8 files in the encoding of the locale.
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     if os.path.expanduser("~") == "~":
         # A container's user may have neither HOME nor an entry in passwd; libraries would make a folder named ~.
         os.environ["HOME"] = home = tempfile.mkdtemp(prefix="torchtitan_deltaproduct-")

@@ -1,6 +1,7 @@
 """Words of a command line, and what a command finds around it: no home, a locale that cannot write a name."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,21 @@ def test_without_home_and_passwd_entry(tmp_path):
 def test_what_the_locale_cannot_write_is_escaped():
     done = run(["def main(): print('日'); print(os.fsdecode(b'\\xe9'))"], PYTHONIOENCODING="latin-1", HOME="/")
     assert done.returncode == 0 and done.stdout == b"\\u65e5\n\\udce9\n"
+
+
+@pytest.mark.parametrize("charmap", ["", "GBK", "ISO-8859-1"])
+def test_libraries_open_their_files_as_utf8(tmp_path, charmap):
+    """torch's own sources, read by the encoding of the locale, ended `plan` and training under GBK."""
+    variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    if charmap:
+        make = ["localedef", "-i", "zh_CN" if charmap == "GBK" else "de_DE", "-f", charmap, str(tmp_path / "here")]
+        if not shutil.which("localedef") or subprocess.run(make, capture_output=True).returncode:
+            pytest.skip("no locale of that encoding can be made here")
+        variables = {"LOCPATH": str(tmp_path), "LC_ALL": "here"}
+    said = ["import locale, sys", "before = locale.getencoding()",
+            "def main(): print(before, open('/dev/null').encoding, sys.getfilesystemencoding())"]  # fmt: skip
+    before, now, names = run(said, HOME="/", **variables).stdout.decode().split()
+    assert now == "UTF-8" and before == (charmap or "ANSI_X3.4-1968") and names != "utf-8"
 
 
 @pytest.mark.parametrize("module", ["torchtitan_deltaproduct.config.plan", "torchtitan_deltaproduct.checkpoint.to_hf",

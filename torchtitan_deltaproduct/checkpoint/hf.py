@@ -34,7 +34,7 @@ from ..config.architecture import DeltaProductArgs
 from ..config.ranges import RANGES
 from ..data.tokenizer import COMPANIONS, named_eos_id
 from ..errors import CheckpointError, DataError, UserError
-from ..files import exchange, is_plain_name, read_text
+from ..files import exchange, is_plain_name, read_text, utf8_path
 from ..models import DeltaProductLM
 from ..models.counts import total_parameters
 from ..models.hf_names import from_hf, from_hf_config, to_hf, to_hf_config
@@ -310,7 +310,7 @@ def _read_tensors(folder: Path, args: DeltaProductArgs) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in paths:
         try:
-            with safe_open(path, framework="pt") as file:
+            with utf8_path(path) as name, safe_open(name, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is cut short or damaged ({error}); copy it again") from None

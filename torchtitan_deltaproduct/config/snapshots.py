@@ -70,7 +70,8 @@ def write_snapshot(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "w", encoding="utf-8") as stream:
+    # A name that is not UTF-8 is written as JSON escapes it.
+    with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as stream:
         json.dump(content, stream, indent=1, ensure_ascii=False)
         stream.write("\n")
         stream.flush()

@@ -23,6 +23,7 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_
 from .manifest import make_folder, write_atomically
 from .progress import Progress
 from .text_sources import BadRecord, Unit, plan_units, read_unit
+from .tokenizer import load_tokenizer
 
 EOS = "<|endoftext|>"
 RECORD = "training.json"
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     made = train_tokenizer(
         options.input, options.vocab_size, options.out, options.text_field, options.overwrite
     )
-    found = Tokenizer.from_file(str(Path(options.out, "tokenizer.json"))).get_vocab_size()
+    found = load_tokenizer(options.out).vocab_size
     print(f"{'trained' if made else 'already trained:'} {options.out}, {found:,} tokens")
     if found < options.vocab_size:
         print(f"note: the text supports no more than {found:,} of {options.vocab_size:,} tokens")
