@@ -77,12 +77,14 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         code = 130
     except OSError as error:
         output = error.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT) and error.filename is None
-        if "RANK" in os.environ or not (output or error.filename):
+        file = error.filename is not None or isinstance(error, FileNotFoundError)
+        if "RANK" in os.environ or not (output or file):
             raise
         if output:
             # What is still to be written would fail at the exit too, and say so.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if error.errno != errno.EPIPE:
-            print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr, flush=True)
+            where = "standard output" if output else error.filename
+            print(f"error: {where}: {error.strerror}" if where else f"error: {error}", file=sys.stderr, flush=True)
         code = 1
     sys.exit(code or 0)

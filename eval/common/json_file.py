@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import read_text
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -35,9 +36,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise DataError(f"There is no {path}: expected a folder in which {path.stem} left its results")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+        results = json.loads(read_text(path))["results"]
         if not isinstance(results, list) or not results:
             raise ValueError("no results")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error!r})\nmake it again: run the eval once more") from None
     return results

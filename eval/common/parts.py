@@ -25,6 +25,7 @@ import torch
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.data.manifest import write_atomically
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import read_text
 from torchtitan_deltaproduct.models import DeltaProductLM
 
 from .texts import digest, slug
@@ -109,11 +110,11 @@ class Parts:
             DataError: it is not one.
         """
         try:
-            about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+            about = json.loads(read_text(folder / "about.json"))
             parts = cls(folder, about)
             if about["version"] != cls.version or not parts.all or about["length"] < 1:
                 raise ValueError(f"version {about['version']}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{folder} does not hold measurements of this eval ({error!r})") from None
         return parts
 

@@ -35,6 +35,7 @@ from torchtitan_deltaproduct.data.text_streams import stream_dataset
 from torchtitan_deltaproduct.data.tokenizer import MOST_UNKNOWN, find_eos_id, load_tokenizer, tokenizer_sha256
 from torchtitan_deltaproduct.data.verified import file_sha256
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import read_text
 
 from .row_file import RowFile, RowWriter
 from .text_search import LongRows, PackedRows, Search, spread_units
@@ -182,10 +183,10 @@ def digest(content: dict) -> str:
 def _read(folder: Path) -> Texts | None:
     """What an earlier run chose; None if it did not finish, or the file was damaged since."""
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        about = json.loads(read_text(folder / "about.json"))
         if RowFile(folder / "tokens.npy").shape == (about["sequences"], about["length"] + 1):
             return Texts(folder, about)
-    except (OSError, ValueError, KeyError, DataError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, DataError):
         pass
     return None
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from torchtitan_deltaproduct.data.manifest import write_atomically
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import read_text
 
 from ..common.json_file import finite, read_results
 from .plan import Job, Sweep
@@ -43,7 +44,15 @@ def collect(sweep: Sweep) -> list[Row]:
     Raises:
         DataError: results that should be there are not, or are damaged.
     """
-    return [Row(job, READERS[job.eval](job.folder)) for job in sweep.jobs if job.is_done()]
+    return [Row(job, metrics(job)) for job in sweep.jobs if job.is_done()]
+
+
+def metrics(job: Job) -> dict[str, float | None]:
+    """What a job found; DataError if its files do not say."""
+    try:
+        return READERS[job.eval](job.folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise DataError(f"{job.folder} holds damaged results ({error!r}); delete it and run it again") from None
 
 
 def length_extrapolation(folder: Path) -> dict[str, float | None]:
@@ -75,10 +84,7 @@ def effective_rank(folder: Path) -> dict[str, float | None]:
 def state_tracking(folder: Path) -> dict[str, float | None]:
     """Accuracy at the training length and at the tested one, and whether it counts as solved."""
     path = folder / "state_tracking.json"
-    try:
-        (setting,) = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} cannot be read ({error!r})\nmake it again: run the eval once more") from None
+    (setting,) = json.loads(read_text(path))["settings"]
     return {
         "accuracy at the training length": setting["accuracy_at_training_length"]["mean"],
         "accuracy at the tested length": setting["accuracy_at_length"]["mean"],
@@ -92,7 +98,7 @@ def lm_harness(folder: Path) -> dict[str, float | None]:
     if not files:
         raise DataError(f"{folder} has no results_*.json of lm-eval\nmake it again: run the eval once more")
     found = {}
-    for task, metrics in json.loads(files[-1].read_text(encoding="utf-8"))["results"].items():
+    for task, metrics in json.loads(read_text(files[-1]))["results"].items():
         for name, value in metrics.items():
             metric, _, variant = name.partition(",")
             if isinstance(value, int | float) and not metric.endswith("_stderr") and variant:

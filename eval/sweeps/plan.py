@@ -28,6 +28,7 @@ from torchtitan_deltaproduct.config.locate import locate
 from torchtitan_deltaproduct.config.values import nearest
 from torchtitan_deltaproduct.data.manifest import write_atomically
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
+from torchtitan_deltaproduct.files import read_text
 
 ON_DATA = ("length_extrapolation", "effective_rank")
 """Evals that read datasets: one job for each model and dataset."""
@@ -94,7 +95,7 @@ class Job:
     def is_done(self) -> bool:
         """Whether its results are there, for this command and these weights."""
         try:
-            return json.loads((self.folder / "done.json").read_text(encoding="utf-8")) == self.record()
+            return json.loads(read_text(self.folder / "done.json")) == self.record()
         except (OSError, ValueError, CheckpointError):
             return False
 
@@ -128,7 +129,7 @@ def read_sweep(file: Path) -> Sweep:
         ConfigError: all that is wrong with it.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file)
         tree = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; expected a sweep, such as eval/example_sweep.toml") from None

@@ -80,6 +80,7 @@ def test_ctrl_c_later_is_said():
 @pytest.mark.parametrize(("lines", "told"), [
     (["def main(): open('/nowhere/x')"], b"error: /nowhere/x: No such file or directory\n"),
     (["def main(): open('/')"], b"error: /: Is a directory\n"),
+    (["def main(): raise FileNotFoundError('no such task')"], b"error: no such task\n"),
     (["def main():", "    os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", "    print('x' * 99999)"],
      b"error: standard output: No space left on device\n"),
     (["def main():", "    read, write = os.pipe()", "    os.close(read)", "    os.dup2(write, 1); print('x')"], b""),

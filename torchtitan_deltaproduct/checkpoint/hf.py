@@ -167,7 +167,7 @@ def make_unfinished(out: Path) -> Path:
     Raises:
         CheckpointError: there cannot be a folder there.
     """
-    out, host = out.resolve(), socket.gethostname()
+    out, host = Path(os.path.realpath(out)), socket.gethostname()
     unfinished = out.with_name(f".{out.name}.unfinished-{host}-{os.getpid()}")
     for left in out.parent.glob(f".{glob.escape(out.name)}.unfinished-{host}-*"):
         # Of a process of this machine that was killed, or of an earlier one with this one's number.
@@ -190,7 +190,7 @@ def put_in_place(unfinished: Path, out: Path) -> None:
     Raises:
         CheckpointError: it cannot be.
     """
-    out = out.resolve()
+    out = Path(os.path.realpath(out))
     try:
         if out.is_dir() and any(out.iterdir()):
             _exchange(unfinished, out)
@@ -252,7 +252,7 @@ def own_file(folder: Path, name: str) -> Path:
     if not is_plain_name(name):
         raise CheckpointError(f"{folder} names {name!r}, which is no file of it; copy it again")
     if path.is_symlink():
-        target, home = path.resolve(), folder.resolve()
+        target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
         # snapshots/REVISION/model.safetensors -> ../../blobs/SHA
         in_cache = home.parent.name == "snapshots" and target.parent == home.parents[1] / "blobs"
         if target.parent != home and not in_cache:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import read_text
 
 NAME = "manifest.json"
 FORMAT = "torchtitan-deltaproduct tokens"
@@ -84,12 +85,14 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     try:
-        body = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        body = json.loads(read_text(folder / NAME))
         if not isinstance(body, dict):
             raise ValueError("it is not a JSON object")
     except FileNotFoundError:
         raise DataError(_missing(folder)) from None
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read as a folder of tokens: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{folder / NAME} is damaged ({error}).\nRestore it from a copy or prepare again."
         ) from None

@@ -72,9 +72,9 @@ class Plan:
 def make_plan(settings: Settings) -> Plan:
     """Cuts the input into units and computes the checksum that identifies the result."""
     inputs = [*settings.input, *settings.validation_input]
-    inside = [
-        path for path in inputs if Path(path).resolve() in Path(settings.out, "x").resolve().parents
-    ]
+    # `Path.resolve` raises where a link leads to itself.
+    above = Path(os.path.realpath(settings.out), "x").parents
+    inside = [path for path in inputs if Path(os.path.realpath(path)) in above]
     if inside:
         raise DataError(f"{settings.out} lies in its own input {inside[0]}.\nChoose a folder outside of it.")
     tokenizer = load_tokenizer(settings.tokenizer)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
+from torchtitan_deltaproduct.files import read_text
 
 from .manifest import NAME, Manifest, Shard, make_folder, read_manifest, write_atomically, write_manifest
 from .preparation import WORK, Plan, Settings, log, make_plan
@@ -152,7 +153,7 @@ def clear(out: Path, keep: str) -> None:
         (folder / VERIFIED).unlink(missing_ok=True)
     for folder in targets:
         shutil.rmtree(folder / "shards", ignore_errors=True)
-        if (folder / "tokenizer").resolve() != Path(keep).resolve():
+        if os.path.realpath(folder / "tokenizer") != os.path.realpath(keep):
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     shutil.rmtree(out / WORK, ignore_errors=True)
     (out / BAD_RECORDS).unlink(missing_ok=True)
@@ -175,8 +176,8 @@ def finished_units(out: Path, plan: Plan) -> dict[int, dict]:
 def read_record(path: Path) -> dict | None:
     """A JSON file of the working folder; None if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        return json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -237,7 +238,7 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
                 f"{which} has no documents: {empty} were empty and {len(bad)} records unreadable.\n"
                 + no_documents(part, plan.job, bad)
             )
-        if Path(tokenizer).resolve() != (folder / "tokenizer").resolve():
+        if os.path.realpath(tokenizer) != os.path.realpath(folder / "tokenizer"):
             copy_tokenizer(tokenizer, folder / "tokenizer", plan.job.eos_id)
         manifests[folder] = Manifest(
             dtype=plan.job.dtype,
@@ -305,9 +306,9 @@ def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
 def first_bad(out: Path) -> list[BadRecord]:
     """The first three records that could not be read."""
     try:
-        lines = (out / BAD_RECORDS).read_text(encoding="utf-8").splitlines()[:3]
+        lines = read_text(out / BAD_RECORDS).splitlines()[:3]
         return [BadRecord(*json.loads(line).values()) for line in lines]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return []
 
 

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
+from torchtitan_deltaproduct.files import read_text
 
 from .manifest import make_folder, write_atomically
 from .progress import Progress
@@ -59,8 +60,8 @@ def train_tokenizer(
     }
     if (folder / "tokenizer.json").exists() and not overwrite:
         try:
-            same = json.loads((folder / RECORD).read_text(encoding="utf-8")) == record
-        except (FileNotFoundError, ValueError):
+            same = json.loads(read_text(folder / RECORD)) == record
+        except (OSError, ValueError, RecursionError):
             same = False
         if not same:
             raise DataError(

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import read_text
 
 from .manifest import Manifest, write_atomically
 
@@ -65,9 +66,9 @@ def file_sha256(path: Path) -> str:
 def unknown(folder: Path, files: dict[str, str]) -> list[str]:
     """The names whose file is not one that was compared with this checksum."""
     try:
-        known = json.loads(memory(folder).read_text(encoding="utf-8"))
+        known = json.loads(read_text(memory(folder)))
         return [name for name, digest in files.items() if known.get(name) != [digest, *state(folder / name)]]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return list(files)
 
 

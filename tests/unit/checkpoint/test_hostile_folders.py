@@ -11,12 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from eval.common.json_file import read_results
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.checkpoint import hf, load_model, ls, to_hf, verify
 from torchtitan_deltaproduct.checkpoint.from_hf import import_hf
 from torchtitan_deltaproduct.checkpoint.hf import make_unfinished, put_in_place, write_hf
 from torchtitan_deltaproduct.checkpoint.load import architecture
-from torchtitan_deltaproduct.errors import CheckpointError
+from torchtitan_deltaproduct.data.manifest import read_manifest
+from torchtitan_deltaproduct.data.preparation import Settings, make_plan
+from torchtitan_deltaproduct.data.prepare import read_record
+from torchtitan_deltaproduct.data.verified import unknown
+from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
+from torchtitan_deltaproduct.titan.lock import RunLock
 
 
 @pytest.fixture
@@ -221,3 +227,41 @@ def test_check_shapes_builds_nothing_for_a_folder_that_is_too_small(monkeypatch)
     model.args.num_hidden_layers = 10**9
     with pytest.raises(CheckpointError, match="1,000,000,000 layers"):
         hf.check_shapes("here", found, model.args)
+
+
+NAMES = ["a" * 300, "loop", "file/x"]
+"""Too long for a file system, a link to itself, and below a file."""
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: name[:6])
+def test_names_that_no_folder_can_have_are_refused(folder, tmp_path, monkeypatch, name):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError):
+        read_manifest(name)
+    with pytest.raises((DataError, OSError), match=name[:9]):
+        make_plan(Settings(name, "tokenizer", [name]))
+    with pytest.raises(ConfigError, match="the run folder .* cannot be written"):
+        RunLock(name).__enter__()
+    with pytest.raises((CheckpointError, OSError), match=name[:9]):
+        put_in_place(make_unfinished(Path(name)), Path(name))
+
+
+def test_pipes_in_the_place_of_notes_are_not_waited_for(tmp_path):
+    for name in (".verified.json", "manifest.json", "about.json", "x.json"):
+        os.mkfifo(tmp_path / name)
+    assert unknown(tmp_path, {"shard.bin": ""}) == ["shard.bin"] and read_record(tmp_path / "x.json") is None
+    with pytest.raises(DataError, match="not a regular file"):
+        read_results(tmp_path / "x.json")
+    with pytest.raises(DataError, match="cannot be read as a folder of tokens"):
+        read_manifest(tmp_path)
+
+
+def test_deep_json_is_damage(tmp_path):
+    for name in (".verified.json", "manifest.json", "x.json"):
+        (tmp_path / name).write_text("[" * 200_000)
+    assert unknown(tmp_path, {"shard.bin": ""}) == ["shard.bin"] and read_record(tmp_path / "x.json") is None
+    for read in (read_manifest, lambda folder: read_results(folder / "x.json")):
+        with pytest.raises(DataError, match="damaged|cannot be read"):
+            read(tmp_path)
