@@ -265,3 +265,23 @@ def test_deep_json_is_damage(tmp_path):
     for read in (read_manifest, lambda folder: read_results(folder / "x.json")):
         with pytest.raises(DataError, match="damaged|cannot be read"):
             read(tmp_path)
+
+
+def test_a_flipped_bit_of_an_export_is_noticed(folder, caplog):
+    """A weight that is another, but finite, fits every shape: the folder may have been edited, so it is said."""
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for place in (len(whole) - 2, len(whole) - 4000):
+        weights.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        caplog.clear()
+        load_model(folder)
+        assert "model.safetensors is not what was written" in caplog.text
+    weights.write_bytes(whole)
+    caplog.clear()
+    load_model(folder)
+    assert not caplog.records
+    change(folder, norm_eps=2e-6)
+    assert load_model(folder).model.args.norm_eps == 2e-6 and "config.json is not what was written" in caplog.text
+    change(folder, "training.json", sha256=3)
+    with pytest.raises(CheckpointError, match="sha256 is no table"):
+        load_model(folder)
