@@ -12,4 +12,4 @@ MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkp
 pictures. Importing `eval` imports nothing.
 """
 
-import torchtitan_deltaproduct  # noqa: F401  (what Ctrl-C does while torch is imported)
+import torchtitan_deltaproduct  # noqa: F401  (for `begin_command`)

@@ -40,6 +40,18 @@ class NonFiniteError(UserError):
     """Training that cannot go on: too many steps in a row were skipped, or the weights themselves are not finite."""
 
 
+def begin_command() -> None:
+    """What holds while a command imports torch, for seconds, before `exit_on_user_error` takes over.
+
+    Ctrl-C ends it as it ends other programs, without a traceback; and libraries, torch for one, open their own UTF-8
+    files as such, not in the encoding of the locale.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with contextlib.suppress(locale.Error):
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+
+
 def exit_on_user_error(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits: with its return value, with 2 after printing a `UserError`, or with 130 after Ctrl-C.
 
@@ -53,15 +65,12 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         if hasattr(stream, "reconfigure"):
             # A name or a text that the locale cannot write is no reason to end.
             stream.reconfigure(errors="backslashreplace")
-    with contextlib.suppress(locale.Error):
-        # Libraries, torch for one, open their own UTF-8 files in the encoding of the locale.
-        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     if os.path.expanduser("~") == "~":
         # A container's user may have neither HOME nor an entry in passwd; libraries would make a folder named ~.
         os.environ["HOME"] = home = tempfile.mkdtemp(prefix="torchtitan_deltaproduct-")
         atexit.register(shutil.rmtree, home, ignore_errors=True)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        # Set by the package while it was imported.
+        # By `begin_command`.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()

@@ -54,6 +54,7 @@ def test_libraries_open_their_files_as_utf8(tmp_path, charmap):
             pytest.skip("no locale of that encoding can be made here")
         variables = {"LOCPATH": str(tmp_path), "LC_ALL": "here"}
     said = ["import locale, sys", "before = locale.getencoding()",
+            "from torchtitan_deltaproduct.errors import begin_command", "begin_command()",
             "def main(): print(before, open('/dev/null').encoding, sys.getfilesystemencoding())"]  # fmt: skip
     before, now, names = run(said, HOME="/", **variables).stdout.decode().split()
     assert now == "UTF-8" and before == (charmap or "ANSI_X3.4-1968") and names != "utf-8"
