@@ -2,12 +2,15 @@
 
     python -m benchmarks.op                               on a GPU: n 1 to 3, plain and gated, 8 x 4,096, 1 x 65,536
     python -m benchmarks.op --minutes 5 --householders 3 --gates plain
+    python -m benchmarks.op --dtype float32               on a GPU: our kernels beside the chunk backend
     python -m benchmarks.op --device cpu                  T=1024, n=2, H=4, K=V=64, B=1, one thread
     python -m benchmarks.op --device cpu --tokens 4096 --heads 8 --head-dim 128 --gated
     python -m benchmarks.op --device cpu --sweep          chunk rows R and segment sizes
 
-On a GPU both are given bfloat16 queries and keys of unit length, K = V = 128, and are timed by CUDA events (median);
-fla is called directly. Errors are the worst of o and all gradients against float64, ||x - ref|| / ||ref||, over 512
+On a GPU both are given queries and keys of unit length, in bfloat16 if not said otherwise, K = V = 128. Medians of CUDA
+events: forward, and forward + backward, as Python calls them, and forward + backward captured in a CUDA graph, which
+leaves out the time the host needs to launch (short sequences wait for it, compiled training does not). fla is called
+directly. Errors are the worst of o and all gradients against float64, ||x - ref|| / ||ref||, over 512
 tokens. fla tunes its kernels at the first call of each kind, which takes minutes; what the time does not allow is left
 out and said. On a CPU each time is the best of `--repeats`, taken in turn so that a busy machine slows both; with one
 thread it is CPU time. The recurrent backend is the plain loop with plain autograd; chunk goes through the custom op.
@@ -38,7 +41,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4, help="H")
     parser.add_argument("--head-dim", type=int, default=64, help="K and V")
     parser.add_argument("--gated", action="store_true", help="with a decay")
-    parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32")
+    dtypes = ("float32", "float64", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--householders", type=int, nargs="+", default=[1, 2, 3], help="n of the GPU table")
     parser.add_argument("--gates", nargs="+", choices=("plain", "gated"), default=["plain", "gated"])
@@ -128,11 +132,13 @@ def sweep(args: argparse.Namespace) -> Table:
 
 
 def beside_fla(args: argparse.Namespace) -> Table:
-    """Ours and fla, forward and forward + backward, on a GPU."""
+    """Ours and fla (in float32, which fla refuses: chunk), forward and forward + backward, on a GPU."""
+    peer, peer_op = ("fla", fla_op) if args.dtype == "bfloat16" else ("chunk", chunk_op)
     end = time.monotonic() + 60 * args.minutes
-    table = Table(title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}: ms, K = V = 128, bfloat16")
+    table = Table(title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}: ms, K = V = 128, {args.dtype}")
     for column in (
-        *("B x T x H", "n", "gate", "fla fwd", "ours", "ratio"), *("fla fwd+bwd", "ours", "ratio", "error fla", "ours")
+        *("B x T x H", "n", "gate", f"{peer} fwd", "ours", "ratio", f"{peer} fwd+bwd", "ours", "ratio"),
+        *(f"{peer} graph", "ours", "ratio", f"error {peer}", "ours"),
     ):  # fmt: skip
         table.add_column(column, justify="right")
     shapes = [tuple(int(x) for x in shape.split("x")) for shape in args.shapes]
@@ -141,37 +147,41 @@ def beside_fla(args: argparse.Namespace) -> Table:
         if time.monotonic() > end:
             table.caption = f"{len(cases) - number} rows left out: the time was over (--minutes)"
             break
-        tensors = unit_inputs(*shape, n, gate == "gated")
-        row = {name: times_of(op, tensors, n) for name, op in (("fla", fla_op), ("ours", our_op))}
+        tensors = unit_inputs(*shape, n, gate == "gated", args.dtype)
+        row = {name: times_of(op, tensors, n) for name, op in (("peer", peer_op), ("ours", our_op))}
         cells = []
-        for k in range(2):
-            theirs, ours = row["fla"][k], row["ours"][k]
-            ratio = f"{theirs / ours:.2f}x" if isinstance(theirs, float) else "-"
-            cells += [f"{theirs:.3f}" if isinstance(theirs, float) else theirs, f"{ours:.3f}", ratio]
-        small = unit_inputs(1, 512, shape[2], n, gate == "gated")
-        cells += [worst_error(fla_op, small, n), worst_error(our_op, small, n)]
+        for theirs, ours in zip(row["peer"], row["ours"], strict=True):
+            both = isinstance(theirs, float) and isinstance(ours, float)
+            cells += [f"{x:.3f}" if isinstance(x, float) else x for x in (theirs, ours)]
+            cells.append(f"{theirs / ours:.2f}x" if both else "-")
+        small = unit_inputs(1, 512, shape[2], n, gate == "gated", args.dtype)
+        cells += [worst_error(peer_op, small, n), worst_error(our_op, small, n)]
         table.add_row("x".join(map(str, shape)), str(n), gate, *cells)
         print(shape, n, gate, *cells, flush=True)
         torch.cuda.empty_cache()
     return table
 
 
-def unit_inputs(batch: int, length: int, heads: int, n: int, gated: bool) -> list[Tensor | None]:
+def unit_inputs(batch: int, length: int, heads: int, n: int, gated: bool, dtype: str) -> list[Tensor | None]:
     """q, k, v, g, beta, with gradients."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(rows: int) -> Tensor:
         return torch.randn(batch, rows, heads, 128, device="cuda", generator=generator)
 
-    q, k = (F.normalize(normal(rows), dim=-1).bfloat16() for rows in (length, length * n))
+    q, k = (F.normalize(normal(rows), dim=-1).to(getattr(torch, dtype)) for rows in (length, length * n))
     beta = 2 * torch.rand(batch, length * n, heads, device="cuda", generator=generator)
     g = -0.2 * torch.rand(batch, length, heads, device="cuda", generator=generator) if gated else None
-    tensors = [q, k, normal(length * n).bfloat16(), g, beta]
+    tensors = [q, k, normal(length * n).to(q.dtype), g, beta]
     return [x if x is None else x.requires_grad_() for x in tensors]
 
 
 def our_op(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, n: int) -> Tensor:
     return gated_delta_product(q, k, v, g, beta, n, unit_keys=True, backend="triton")[0]
+
+
+def chunk_op(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, n: int) -> Tensor:
+    return gated_delta_product(q, k, v, g, beta, n, unit_keys=True, backend="chunk")[0]
 
 
 def fla_op(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, n: int) -> Tensor:
@@ -181,8 +191,8 @@ def fla_op(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, n: i
 
 
 def times_of(op: Callable[..., Tensor], tensors: list[Tensor | None], n: int) -> list[float | str]:
-    """Median milliseconds of forward and of forward + backward, or why there is none."""
-    from triton.testing import do_bench
+    """Median milliseconds of forward, of forward + backward, and of these as a CUDA graph, or why there is none."""
+    from triton.testing import do_bench, do_bench_cudagraph
 
     leaves = [x for x in tensors if x is not None]
     do = torch.randn_like(tensors[0])
@@ -194,13 +204,18 @@ def times_of(op: Callable[..., Tensor], tensors: list[Tensor | None], n: int) ->
     def both() -> None:
         torch.autograd.grad(op(*tensors, n), leaves, do)
 
-    found: list[float | str] = []
-    for function in (forward, both):
+    measurements = (
+        lambda: do_bench(forward, warmup=50, rep=200, return_mode="median"),
+        lambda: do_bench(both, warmup=50, rep=200, return_mode="median"),
+        lambda: do_bench_cudagraph(both, rep=100, return_mode="median"),
+    )
+    times: list[float | str] = []
+    for measure in measurements:
         try:
-            found.append(do_bench(function, warmup=50, rep=200, return_mode="median"))
+            times.append(measure())
         except Exception as error:  # the table tells, and goes on
-            found.append("refuses" if "640" in str(error) or isinstance(error, RuntimeError) else type(error).__name__)
-    return found
+            times.append("refuses" if "640" in str(error) or isinstance(error, RuntimeError) else type(error).__name__)
+    return times
 
 
 def worst_error(op: Callable[..., Tensor], tensors: list[Tensor | None], n: int) -> str:
@@ -214,7 +229,7 @@ def worst_error(op: Callable[..., Tensor], tensors: list[Tensor | None], n: int)
         gots = [got, *torch.autograd.grad(got, [x for x in tensors if x is not None], do.to(got.dtype))]
     except RuntimeError:
         return "-"
-    return f"{max(float((a.double() - b).norm() / b.norm()) for a, b in zip(gots, wants, strict=True)):.1e}"
+    return f"{max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(gots, wants, strict=True)):.1e}"
 
 
 def title(args: argparse.Namespace) -> str:
@@ -227,6 +242,7 @@ def title(args: argparse.Namespace) -> str:
 
 def main() -> None:
     args = arguments()
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     torch.set_num_threads(args.threads)
     if args.device == "cuda" and not args.sweep:
         Console(width=150).print(beside_fla(args))

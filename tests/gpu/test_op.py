@@ -161,7 +161,14 @@ def test_compile_fullgraph(backend):
         )
         return o.float().sin().sum()
 
+    exact = [x.detach().double().requires_grad_() for x in args]
     for cu_seqlens in (None, torch.tensor(BOUNDS)):
+        o, _ = recurrent_gated_delta_product(
+            exact[0] * 2, *exact[1:3], None, exact[3], 2, cu_seqlens=cu_seqlens, use_qk_l2norm=True
+        )
+        wants = torch.autograd.grad(o.sin().sum(), exact[:3])
         eager = torch.autograd.grad(loss(*args, cu_seqlens), args[:3])
         fused = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*args, cu_seqlens), args[:3])
-        assert max(relative(a, b) for a, b in zip(fused, eager, strict=True)) < 1e-2
+        # Both round to 16 bits, at other places: each is compared to the exact values, not to the other.
+        for x, y, want in zip(eager, fused, wants, strict=True):
+            assert relative(y, want) < max(1.2 * relative(x, want), 1e-3)

@@ -104,7 +104,7 @@ def _backward(
     dstate: Tensor | None,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     g: Tensor | None,
     beta: Tensor,
     initial_state: Tensor | None,
@@ -119,11 +119,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, beta and the initial state, each in the dtype of its tensor.
 
-    `first`, `second` and `third` are what the forward returned for the backward.
+    `first`, `second` and `third` are what the forward returned for the backward. v is None with backend "triton", whose
+    backward does not read it.
     """
     if backend == "triton":
         *most, dg, dbeta, dinitial = triton_backend.backward(
-            *(do, dstate, q, k, v, g, beta, positions, first, second, third),
+            *(do, dstate, q, k, g, beta, positions, first, second, third),
             n=num_householder,
             scale=scale,
             initial=initial_state is not None,
@@ -147,7 +148,7 @@ def _(
     dstate: Tensor | None,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     g: Tensor | None,
     beta: Tensor,
     initial_state: Tensor | None,
@@ -163,22 +164,25 @@ def _(
     def like(x: Tensor | None) -> Tensor:
         return _none(q) if x is None else x.new_empty(x.shape)
 
-    return like(q), like(k), like(v), like(g), like(beta), like(initial_state)
+    dv = do.new_empty(*k.shape[:3], do.shape[3])
+    return like(q), like(k), dv, like(g), like(beta), like(initial_state)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    tensors, ctx.options = inputs[:7], (*inputs[7:9], inputs[10], inputs[12])
-    ctx.save_for_backward(*tensors, *output[2:])
+    q, k, v, *others = inputs[:7]
+    ctx.options = (*inputs[7:9], inputs[10], inputs[12])
+    ctx.save_for_backward(q, k, None if inputs[12] == "triton" else v, *others, *output[2:])
     ctx.has_state = inputs[9]
+    ctx.output_shape, ctx.output_dtype = output[0].shape, output[0].dtype
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, do, dstate, *_dsaved):
     # Read once: under activation checkpointing a second look is an error.
     saved = ctx.saved_tensors
-    q, _, v, g, _, initial_state, _ = saved[:7]
+    q, _, _, g, _, initial_state, _ = saved[:7]
     if do is None:
-        do = v.new_zeros(*q.shape[:3], v.shape[3])
+        do = torch.zeros(ctx.output_shape, dtype=ctx.output_dtype, device=q.device)
     dq, dk, dv, dg, dbeta, dinitial = BACKWARD(do, dstate if ctx.has_state else None, *saved, *ctx.options)
     dg = None if g is None else dg
     dinitial = None if initial_state is None else dinitial

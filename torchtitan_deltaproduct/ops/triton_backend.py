@@ -32,16 +32,14 @@ HEAD_DIMS = (16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched: columns of V a program or a step, warps, stages of its pipeline, a cap on registers."""
+    """How a kernel is launched: columns of V (`local`: of K) a program or a step, warps, stages of its pipeline."""
 
     columns: int
     warps: int
     stages: int
-    registers: int | None = None
 
     def options(self) -> dict[str, int]:
-        cap = {"maxnreg": self.registers} if self.registers else {}
-        return {"num_warps": self.warps, "num_stages": self.stages, **cap}
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,8 @@ class Geometry:
         return 5 if self.decay else 1
 
     def width(self, save: bool) -> int:
-        """Numbers in a chunk's record: T, P, enter . q with decays; and for the backward D and the state before."""
-        prepared = (ROWS + self.padded_tokens) * ROWS + self.decay * self.padded_tokens * self.K
+        """Numbers in a chunk's record: T and P; and for the backward D and the state before."""
+        prepared = (ROWS + self.padded_tokens) * ROWS
         return prepared + self.V * (ROWS + self.K) if save else prepared
 
     def constants(self) -> dict[str, int]:
@@ -87,21 +85,23 @@ def launches(geometry: Geometry, dtype: torch.dtype, capability: int) -> dict[st
 
     The scans want three tiles in flight; a device with less shared memory than Hopper's 227 KB gets two (A100) or one.
     """
+    columns, keys, solve = min(64, geometry.V), min(64, geometry.K), Launch(0, 1, 1)
     if dtype == torch.float32:
         one = Launch(min(32, geometry.V), 4, 1)
-        return {"prepare": one, "solve": Launch(0, 1, 1), "forward": one, "backward": one, "local": Launch(0, 8, 1)}
+        return {"prepare": one, "solve": solve, "forward": one, "backward": one, "local": Launch(keys, 8, 1)}
     stages = 3 if capability // 10 in (9, 10) else 2 if capability == 80 else 1
     if capability < 90:
-        narrow = Launch(min(32, geometry.V), 4, stages)
-        return {"prepare": Launch(0, 8, 1), "solve": Launch(0, 1, 1), "forward": narrow, "backward": narrow,
-                "local": Launch(0, 8, 1)}  # fmt: skip
-    columns = min(64, geometry.V)
+        scan = Launch(min(32, geometry.V), 4, stages)
+        return {"prepare": Launch(0, 8, 1), "solve": solve, "forward": scan, "backward": scan,
+                "local": Launch(keys, 8, 1)}  # fmt: skip
+    alone = geometry.n == 1
     return {
         "prepare": Launch(0, 4, 1),
-        "solve": Launch(0, 1, 1),
-        "forward": Launch(columns, 4, stages),
+        "solve": solve,
+        "forward": Launch(columns, 8 if alone and not geometry.decay else 4, stages),
         "backward": Launch(columns, 4, stages),
-        "local": Launch(0, 4, 1),
+        # Halves of K: with a gate, whose tiles want the registers; with n = 1, where they are as fast.
+        "local": Launch(keys if alone or geometry.gated else geometry.K, 4, 2 if geometry.gated and not alone else 1),
     }
 
 
@@ -120,6 +120,7 @@ def obstacle(
     return _missing()
 
 
+@lru_cache(maxsize=1)
 def measured_here() -> bool:
     """Whether this GPU is of a kind that the configurations were measured on."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
@@ -264,7 +265,7 @@ def forward(
         GATED=geometry.gated, PACKED=geometry.packed, **config["prepare"].options(),
     )  # fmt: skip
     solve_kernel[(chunks * programs,)](
-        triangles, records, R=ROWS, WIDTH=geometry.width(save),
+        triangles, records, factors, R=ROWS, WIDTH=geometry.width(save), FACTORS=geometry.factors * ROWS,
         FINE="ieee" if precision == "ieee" else "bf16x3", **config["solve"].options(),
     )  # fmt: skip
     del triangles
@@ -294,7 +295,6 @@ def backward(
     dstate: Tensor | None,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     g: Tensor | None,
     beta: Tensor,
     positions: Tensor | None,
@@ -313,7 +313,7 @@ def backward(
         dstate: [B, H, K, V] or None, gradient of the final state.
         records, factors, maps: of `forward` with `save`.
     """
-    (batch, length, heads, dim), dim_v = q.shape, v.shape[3]
+    (batch, length, heads, dim), dim_v = q.shape, do.shape[3]
     geometry = Geometry(n, _native(dim), _native(dim_v), g is not None, positions is not None)
     config, precision = launches(geometry, k.dtype, _capability(k.device)), _precision(k.dtype)
     q, k, do = (_padded(x, size) for x, size in ((q, geometry.K), (k, geometry.K), (do, geometry.V)))
@@ -321,7 +321,7 @@ def backward(
     cut = maps.shape[1] if maps.numel() else 1
     segment = -(-chunks // cut)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
-    dv = v.new_empty(*v.shape[:3], geometry.V)
+    dv = do.new_empty(*k.shape[:3], geometry.V)
     dstates = records.new_empty(programs, chunks, geometry.V, geometry.K)
     constants = geometry.constants() | {"PREC": precision, "WIDTH": geometry.width(True)}
     backward_kernel, local_kernel = _kernels("backward_kernel", "local_kernel")
@@ -347,8 +347,7 @@ def backward(
     dg = None if g is None else torch.empty(g.shape, dtype=torch.float32, device=g.device)
     local_kernel[(chunks * programs,)](
         q, k, records, factors, positions, dstates, do, dv, dq, dk, dbeta, dg, scale, length, chunks, heads,
-        **constants, GATED=geometry.gated, PACKED=geometry.packed,
-        **c.options(),
+        **constants, BK=c.columns, STAGES=c.stages, GATED=geometry.gated, PACKED=geometry.packed, **c.options(),
     )  # fmt: skip
     dinitial = _unpadded_state(dstate_out, (batch, heads, dim, dim_v)) if initial else None
     return _trimmed(dq, dim), _trimmed(dk, dim), _trimmed(dv, dim_v), dg, dbeta, dinitial

@@ -49,7 +49,7 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
             base_folder=job_config.job.dump_folder,
         )
     if job_config.compile.enable:
-        set_up_compiler()
+        set_up_compiler(lengths_vary=job_config.data.curriculum_steps > 0)
     if compile_model:
         for name, block in model.layers.named_children():
             compiled = torch.compile(block, backend=job_config.compile.backend, fullgraph=True)
@@ -63,13 +63,16 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     return model
 
 
-def set_up_compiler() -> None:
+def set_up_compiler(lengths_vary: bool = False) -> None:
     """Settings of torch.compile for the process.
 
-    Inductor's kernels are chosen without timing them: candidates whose times are close sum in another order, and a
-    restarted run would not repeat its losses to the bit. Blocks share one function, and each of its variants (training,
-    validation at another length, with documents or without) is a recompilation; the default limit of eight makes the
-    ninth an error under `fullgraph`.
+    A restarted run repeats its losses to the bit if the code of a shape depends on the shape alone. So Inductor's
+    kernels are chosen without timing them, and a graph is made for the lengths it sees, not, after the second length,
+    for any length; nor does the compiler remember lengths of the runs before. Only where lengths vary from step to
+    step (`lengths_vary`, a curriculum) is one graph made for all of them: it is tuned for the first, and a restarted
+    run repeats its losses to rounding. Blocks share one function, and each of its variants (training, validation at
+    another length, with documents or without) is a recompilation; the default limit of eight makes the ninth an error
+    under `fullgraph`.
     """
     # Loading them takes a second, which a run that compiles nothing need not spend.
     from torch._dynamo import config as dynamo
@@ -77,6 +80,8 @@ def set_up_compiler() -> None:
 
     shield_compile_workers()
     inductor.deterministic = True
+    dynamo.automatic_dynamic_shapes = lengths_vary
+    dynamo.automatic_dynamic_local_pgo = False
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
 
 
@@ -135,6 +140,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        # One rank has nothing to reduce, and given a factor it would divide all gradients by 1.
+        if isinstance(module, FSDPModule) and mesh.size() > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

@@ -9,7 +9,7 @@ from tests.unit.ops.triton_cpu import compile_launch, run_interpreted
 from torchtitan_deltaproduct.ops import triton_backend
 from torchtitan_deltaproduct.ops.triton_backend import ROWS, Geometry, launches
 
-SPILLS = {"local_kernel": 400, "forward_kernel": 40, "backward_kernel": 40, "solve_kernel": 8}
+SPILLS = {"local_kernel": 400, "forward_kernel": 64, "backward_kernel": 40, "solve_kernel": 8}
 """Most instructions that may go to local memory; the gated local kernel at K = V = 128 is the worst. Others: none."""
 
 
@@ -40,7 +40,7 @@ def shipped(geometry: Geometry, dtype: torch.dtype, capability: int):
     positions = torch.empty(2, 256, device="meta", dtype=torch.int32) if geometry.packed else None
     options = {"n": n, "scale": 0.1}
     _, _, *saved = triton_backend.forward(q, k, v, g, beta, None, positions, final=False, save=True, **options)
-    triton_backend.backward(do, None, q, k, v, g, beta, positions, *saved, initial=False, **options)
+    triton_backend.backward(do, None, q, k, g, beta, positions, *saved, initial=False, **options)
     patch.undo()
     assert len(launched) == 5
     return launched

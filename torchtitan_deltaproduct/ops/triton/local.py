@@ -25,15 +25,15 @@ import triton.language as tl
 def local_kernel(
     q, k, records, factors, positions, dstates, do, dv, dq, dk, dbeta, dg, scale, length, chunks, H,
     K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
-    WIDTH: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
+    WIDTH: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dbeta and dg of one chunk; arguments as in `prepare.py` and `scan.py`."""
+    """dq, dk, dbeta and dg of one chunk, BK columns of dq and dk at a time; arguments as in `scan.py`."""
     c = tl.program_id(0) % chunks
     i_bh = (tl.program_id(0) // chunks).to(tl.int64)
     b, h = i_bh // H, i_bh % H
     r = tl.arange(0, R)
     t = tl.arange(0, CP)
-    ck = tl.arange(0, K)
     cv = tl.arange(0, V)
     dt = k.dtype.element_ty
     left = length - c * C
@@ -42,9 +42,8 @@ def local_kernel(
     token = (b * length + c * C) * H + h
     first_row = (b * length + c * C) * (N * H) + h
     DECAY: tl.constexpr = GATED or PACKED
-    D = records + at * WIDTH + R * (R + CP) + (CP * K if DECAY else 0)
+    D = records + at * WIDTH + R * (R + CP)
     factors += at * (5 * R if DECAY else R)
-    row_k = r[:, None] * (H * K) + ck[None, :]
     row_v = r[:, None] * (H * V) + cv[None, :]
 
     # Which pairs see each other, and the decay between them.
@@ -67,14 +66,7 @@ def local_kernel(
     # the gradient of what it writes.
     written = tl.load(D + cv[:, None] * R + r[None, :])
     dX = tl.load(dv + first_row * V + row_v, mask=valid[:, None], other=0.0)
-    dreads = tl.load(do + token * V + t[:, None] * (H * V) + cv[None, :], mask=valid_t[:, None], other=0.0)
-    keys = tl.load(k + first_row * K + row_k, mask=valid[:, None], other=0.0)
-    queries = tl.load(q + token * K + t[:, None] * (H * K) + ck[None, :], mask=valid_t[:, None], other=0.0)
-    if N > 1 and not GATED:
-        S = tl.load(D + V * R + cv[:, None] * K + ck[None, :])
     dA = tl.dot(dX, written, input_precision=PREC)
-    dAT = tl.dot(tl.trans(written), tl.trans(dX), input_precision=PREC)
-    dPT = tl.dot(tl.trans(written), tl.trans(dreads), input_precision=PREC)
     betas = tl.load(factors + r)
     safe = tl.where(betas == 0.0, 1.0, betas)
     slope = tl.sum(tl.where(r[:, None] == r[None, :], dA, 0.0), 1) / safe / safe
@@ -82,70 +74,74 @@ def local_kernel(
     if GATED:
         G = tl.load(factors + 3 * R + r)
         G_t = tl.load(factors + 3 * R + t * N, mask=valid_t, other=0.0)
-        dA = dA * tl.exp2(tl.where(below, G[:, None] - G[None, :], 0.0))
-        dAT = dAT * tl.exp2(tl.where(above, G[None, :] - G[:, None], 0.0))
-        dPT = dPT * tl.exp2(tl.where(seen, G_t[None, :] - G[:, None], 0.0))
-    dA = tl.where(below, -dA, 0.0)
-    dPT = tl.where(seen, dPT * scale, 0.0)
-    if GATED:
+        dA = tl.where(below, -dA * tl.exp2(G[:, None] - G[None, :]), 0.0)
         tok = r // N
-        pair = tl.dot(keys, tl.trans(keys), input_precision=PREC) * dA
-        pair = tl.where(tok[:, None] == tok[None, :], 0.0, pair)
+        every = r[:, None] * (H * K) + tl.arange(0, K)[None, :]
+        all_keys = tl.load(k + first_row * K + every, mask=valid[:, None], other=0.0)
+        pair = tl.dot(all_keys, tl.trans(all_keys), input_precision=PREC)
+        pair = tl.where(tok[:, None] == tok[None, :], 0.0, pair * dA)
         gate_rows = tl.sum(pair, 1) - tl.sum(pair, 0)
-        pair = tl.dot(keys, tl.trans(queries), input_precision=PREC) * dPT
-        pair = tl.where(tok[:, None] == t[None, :], 0.0, pair)
+    else:
+        dA = tl.where(below, -dA, 0.0)
+    dA = dA.to(dt)
+    dAT = tl.dot(tl.trans(written), tl.trans(dX), input_precision=PREC)
+    if GATED:
+        dAT = dAT * tl.exp2(G[None, :] - G[:, None])
+    dAT = tl.where(above, -dAT, 0.0).to(dt)
+    dreads = tl.load(do + token * V + t[:, None] * (H * V) + cv[None, :], mask=valid_t[:, None], other=0.0)
+    dPT = tl.dot(tl.trans(written), tl.trans(dreads), input_precision=PREC) * scale
+    if GATED:
+        # P, as the forward saved it, has its decay.
+        scores = tl.load(records + at * WIDTH + R * R + r[:, None] * CP + t[None, :])
+        pair = tl.where(tok[:, None] == t[None, :], 0.0, scores.to(tl.float32) * dPT)
         gate_rows -= tl.sum(pair, 1)
         gate_tokens = tl.sum(pair, 0)
-    dA = dA.to(dt)
-    dAT = tl.where(above, -dAT, 0.0).to(dt)
-    dPT = dPT.to(dt)
+        dPT = dPT * tl.exp2(G_t[None, :] - G[:, None])
+    dPT = tl.where(seen, dPT, 0.0).to(dt)
 
-    # Within the chunk.
-    dK = tl.dot(dA, keys, input_precision=PREC)
-    dK = tl.dot(dAT, keys, dK, input_precision=PREC)
-    dK = tl.dot(dPT, queries, dK, input_precision=PREC)
+    # The gradients of keys and queries. With a gate, all columns at once would not fit in registers.
+    if GATED:
+        to_end = tl.sum(tl.zeros([16], tl.float32), 0)
+        across = tl.load(factors + 4 * R)
+    for part in tl.range(0, K // BK, num_stages=STAGES):
+        ck = part * BK + tl.arange(0, BK)
+        row_k = r[:, None] * (H * K) + ck[None, :]
+        state = cv[:, None] * K + ck[None, :]
+        column_q = t[None, :] * (H * K) + ck[:, None]
+        keys = tl.load(k + first_row * K + row_k, mask=valid[:, None], other=0.0)
+        queries = tl.load(q + token * K + t[:, None] * (H * K) + ck[None, :], mask=valid_t[:, None], other=0.0)
+        S = tl.load(D + V * R + state)
+        dQT = tl.dot(tl.trans(S), tl.trans(dreads), input_precision=PREC) * scale
+        if DECAY:
+            dQT = dQT * enter_t[None, :]
+        if GATED:
+            QT = tl.load(q + token * K + column_q, mask=valid_t[None, :], other=0.0)
+            gate_tokens += tl.sum(QT.to(tl.float32) * dQT, 0)
+        dQT = tl.dot(tl.trans(keys), dPT, dQT, input_precision=PREC)
+        tl.store(dq + token * K + column_q, dQT.to(dt), mask=valid_t[None, :])
 
-    # The query.
-    column_q = t[None, :] * (H * K) + ck[:, None]
-    if GATED:
-        QT = tl.load(q + token * K + column_q, mask=valid_t[None, :], other=0.0)
-    if N == 1 or GATED:
-        S = tl.load(D + V * R + cv[:, None] * K + ck[None, :])
-    dQT = tl.dot(tl.trans(S), tl.trans(dreads), input_precision=PREC) * scale
-    if DECAY:
-        dQT = dQT * enter_t[None, :]
-    if GATED:
-        gate_tokens += tl.sum(QT.to(tl.float32) * dQT, 0)
-    dQT = tl.dot(tl.trans(keys), dPT, dQT, input_precision=PREC)
-    tl.store(dq + token * K + column_q, dQT.to(dt), mask=valid_t[None, :])
-
-    # The key that reads the state, and the key that writes it. Where the gate needs keys in registers they are loaded
-    # again: kept from above they would push others out.
-    if GATED:
-        keys_again = tl.load(k + first_row * K + row_k, mask=valid[:, None], other=0.0)
-    dR = tl.dot(dX, S, input_precision=PREC)
-    if DECAY:
-        dR = dR * enter[:, None]
-    if GATED:
-        gate_rows -= tl.sum(keys_again.to(tl.float32) * dR, 1)
-    dK -= dR
-    dS = tl.load(dstates + at * (V * K) + cv[:, None] * K + ck[None, :])
-    dW = tl.dot(tl.trans(written), dS, input_precision=PREC)
-    if DECAY:
-        dW = dW * leave[:, None]
-    tl.store(dk + first_row * K + row_k, (dK + dW).to(dt), mask=valid[:, None])
+        # The key that reads the state, and the key that writes it.
+        dR = tl.dot(dX, S, input_precision=PREC)
+        if DECAY:
+            dR = dR * enter[:, None]
+        dS = tl.load(dstates + at * (V * K) + state)
+        dW = tl.dot(tl.trans(written), dS, input_precision=PREC)
+        if DECAY:
+            dW = dW * leave[:, None]
+        if GATED:
+            kept = keys.to(tl.float32)
+            carried = tl.sum(kept * dW, 1)
+            gate_rows -= tl.sum(kept * dR, 1) + carried
+            to_end += tl.sum(carried, 0)
+            to_end += tl.sum(tl.sum(S.to(tl.float32) * dS, 1), 0) * across
+        dK = dW - dR
+        dK = tl.dot(dA, keys, dK, input_precision=PREC)
+        dK = tl.dot(dAT, keys, dK, input_precision=PREC)
+        dK = tl.dot(dPT, queries, dK, input_precision=PREC)
+        tl.store(dk + first_row * K + row_k, dK.to(dt), mask=valid[:, None])
 
     if GATED:
-        carried = tl.sum(keys_again.to(tl.float32) * dW, 1)
-        to_end = tl.sum(carried, 0)
-        overlap = tl.zeros([16, K], tl.float32)
-        for i in tl.static_range(0, V, 16):
-            piece = (i + tl.arange(0, 16))[:, None] * K + ck[None, :]
-            before = tl.load(D + V * R + piece).to(tl.float32)
-            overlap += before * tl.load(dstates + at * (V * K) + piece).to(tl.float32)
-        to_end += tl.sum(tl.sum(overlap, 1), 0) * tl.load(factors + 4 * R)
         # g_s is in every G_t from s to the end of its document.
-        gate_rows -= carried
         rows_after = tok[None, :] >= t[:, None]
         tokens_after = t[None, :] >= t[:, None]
         ends = valid_t

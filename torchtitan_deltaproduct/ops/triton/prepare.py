@@ -3,7 +3,7 @@
 A chunk is C = 64 // n whole tokens, R = 64 rows (n a token, the last ones unused where n does not divide 64). With G
 the running sum of the log decay inside the chunk and D_ij = exp(G_i - G_j) for j before i in the same document,
 
-    A_ij = beta_i D_ij k_i.k_j  (j < i)          T = (I + A)^-1          P_tj = D_tj q_t.k_j  (j not after token t)
+    A_ij = beta_i D_ij k_i.k_j  (j < i)      T = (I + A)^-1 diag(beta)      P_tj = D_tj q_t.k_j  (j not after token t)
 
 `prepare_kernel` makes the products of a chunk, A in float32; `solve_kernel` inverts, one warp a chunk, by exact block
 substitution: never by a Neumann series, whose terms grow without bound at beta = 2 with repeated keys. Its products of
@@ -40,9 +40,8 @@ def prepare_kernel(
         beta: [B, length * N, H].
         g: [B, length, H] or None.
         positions: [B, length] int32, index of each token in its document; None: a row is one document.
-        records: [B*H, chunks, WIDTH]: this writes P^T [R, CP] after the place of T [R, R], and, with gate or documents,
-            enter . q [CP, K] after it.
-        triangles: [B*H, chunks, R, R] float32 output, A.
+        records: [B*H, chunks, WIDTH]: this writes P^T [R, CP] after the place of T [R, R].
+        triangles: [B*H, chunks, R, R] float32 output, A in blocks of 16 on and below the diagonal.
         factors: [B*H, chunks, 5, R] float32 output: beta, enter, leave, G and across. enter_i is the decay from the
             chunk's start to row i, leave_j from row j to its end, across (one number, R times) from start to end, each
             0 where a document begins in between; G in log2 units. Without gate and documents [B*H, chunks, 1, R], beta.
@@ -77,7 +76,7 @@ def prepare_kernel(
         total = tl.sum(gates, 0)
         A = A * tl.exp2(tl.where(below, G[:, None] - G[None, :], 0.0))
         P = P * tl.exp2(tl.where(seen, G_t[None, :] - G[:, None], 0.0))
-    enter, enter_t = tl.exp2(G), tl.exp2(G_t)
+    enter = tl.exp2(G)
     if GATED:
         leave, across = tl.exp2(total - G), tl.exp2(total)
     else:
@@ -92,17 +91,16 @@ def prepare_kernel(
         below = below & ((r // N)[None, :] >= start[:, None])
         seen = seen & ((r // N)[:, None] >= start_t[None, :])
         enter = tl.where((start < 0) | (c * C + start <= 0), enter, 0.0)
-        enter_t = tl.where((start_t < 0) | (c * C + start_t <= 0), enter_t, 0.0)
         leave = tl.where(r // N >= last_start, leave, 0.0)
         across = tl.where((last_start < 0) | (c * C + last_start <= 0), across, 0.0)
 
-    tl.store(triangles + r[:, None] * R + r[None, :], tl.where(below, A * betas[:, None], 0.0))
+    # Blocks above the diagonal are never read.
+    stored = r[:, None] // 16 >= r[None, :] // 16
+    tl.store(triangles + r[:, None] * R + r[None, :], tl.where(below, A * betas[:, None], 0.0), mask=stored)
     out = records.dtype.element_ty
     tl.store(records + R * R + r[:, None] * CP + t[None, :], tl.where(seen, P, 0.0).to(out))
     tl.store(factors + r, betas)
     if GATED or PACKED:
-        entering = (queries.to(tl.float32) * enter_t[:, None]).to(out)
-        tl.store(records + R * (R + CP) + t[:, None] * K + ck[None, :], entering)
         tl.store(factors + R + r, enter)
         tl.store(factors + 2 * R + r, leave)
         tl.store(factors + 3 * R + r, G)
@@ -122,34 +120,44 @@ def _inverse(A, PREC: tl.constexpr):
 
 
 @triton.jit
-def solve_kernel(triangles, records, R: tl.constexpr, WIDTH: tl.constexpr, FINE: tl.constexpr):
-    """T = (I + A)^-1 of one chunk and head: diagonal blocks of 16, pairs of them, the two halves.
+def solve_kernel(
+    triangles, records, factors, R: tl.constexpr, WIDTH: tl.constexpr, FACTORS: tl.constexpr, FINE: tl.constexpr
+):
+    """T = (I + A)^-1 diag(beta) of one chunk and head: diagonal blocks of 16, pairs of them, the two halves.
 
     Args:
-        triangles: [chunks, R, R] float32, A; overwritten by blocks of T on the way.
+        triangles: [chunks, R, R] float32, A; overwritten by blocks of (I + A)^-1 on the way.
         records: [chunks, WIDTH], T is written at its beginning.
+        factors: [chunks, FACTORS], beta at its beginning.
     """
     i = tl.program_id(0).to(tl.int64)
-    A, T = triangles + i * (R * R), records + i * WIDTH
+    A, T, beta = triangles + i * (R * R), records + i * WIDTH, factors + i * FACTORS
     out = T.dtype.element_ty
     r = tl.arange(0, 16)
     block = r[:, None] * R + r[None, :]
     for j in range(0, 4):
         at = j * (16 * R + 16) + block
+        betas = tl.load(beta + j * 16 + r)
         X = _inverse(tl.load(A + at), FINE)
         tl.store(A + at, X)
-        tl.store(T + at, X.to(out))
+        tl.store(T + at, (X * betas[None, :]).to(out))
     tl.debug_barrier()
     for j in range(0, 2):
         at = j * (32 * R + 32) + block
+        betas = tl.load(beta + j * 32 + r)
         below = tl.dot(tl.load(A + at + 16 * R), tl.load(A + at), input_precision=FINE)
         X = -tl.dot(tl.load(A + at + 16 * R + 16), below, input_precision=FINE)
         tl.store(A + at + 16 * R, X)
-        tl.store(T + at + 16 * R, X.to(out))
+        tl.store(T + at + 16 * R, (X * betas[None, :]).to(out))
         tl.store(T + at + 16, tl.zeros([16, 16], out))
     tl.debug_barrier()
-    half = tl.arange(0, 32)[:, None] * R + tl.arange(0, 32)[None, :]
-    below = tl.dot(tl.load(A + half + 32 * R), tl.load(A + half), input_precision=FINE)
-    X = -tl.dot(tl.load(A + half + 32 * R + 32), below, input_precision=FINE)
-    tl.store(T + half + 32 * R, X.to(out))
+    r = tl.arange(0, 32)
+    half = r[:, None] * R + r[None, :]
+    betas = tl.load(beta + r)
+    lower = r[:, None] // 16 >= r[None, :] // 16
+    upper_left = tl.load(A + half, mask=lower, other=0.0)
+    below = tl.dot(tl.load(A + half + 32 * R), upper_left, input_precision=FINE)
+    lower_right = tl.load(A + half + 32 * R + 32, mask=lower, other=0.0)
+    X = -tl.dot(lower_right, below, input_precision=FINE)
+    tl.store(T + half + 32 * R, (X * betas[None, :]).to(out))
     tl.store(T + half + 32, tl.zeros([32, 32], out))

@@ -2,13 +2,13 @@
 
 With S the state before a chunk, and T, P and the decay factors of `prepare.py`, all [.., R] or [.., C] rows of a chunk,
 
-    X = beta (V - enter K S)        D = T X        O = scale (enter Q S + P D)        S' = across S + (leave K)^T D
-    dD = leave K dS' + scale P^T dO        dX = beta T^T dD = dV
+    D = T (V - enter K S)        O = scale (enter Q S + P D)        S' = across S + (leave K)^T D
+    dD = leave K dS' + scale P^T dO        dX = T^T dD = dV
     dS = across dS' + scale (enter Q)^T dO - (enter K)^T dX
 
 A program carries BV columns of the state of one head. It holds them transposed, S^T [BV, K], so that the state and
 everything computed from it is the *first* operand of the next product, which Hopper takes from registers: the chain
-S -> X -> D -> S' never goes through shared memory. What is read, K, Q, T and P, is the second operand, straight from
+S -> K S -> D -> S' never goes through shared memory. What is read, K, Q, T and P, is the second operand, straight from
 where the copy engine put it. Products of two products' results, or of their transposes, do not occur (Triton 3.4 to
 3.7 miscompiles the latter on Hopper, fla #640).
 
@@ -18,6 +18,17 @@ segment is to any state before it; `combine_kernel` chains the maps; a second pa
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _store_chunk(
+    saved, at, valid_t, S, D, out, cv, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, SAVE: tl.constexpr
+):
+    """Stores the outputs of a chunk, at `at`, and for the backward (SAVE) D^T and the state before."""
+    if SAVE:
+        tl.store(saved + V * R + cv[:, None] * K + tl.arange(0, K)[None, :], S)
+        tl.store(saved + cv[:, None] * R + tl.arange(0, R)[None, :], D)
+    tl.store(at, out.to(at.dtype.element_ty), mask=valid_t[None, :])
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "segment", "H"])
@@ -47,7 +58,7 @@ def forward_kernel(
     ck = tl.arange(0, K)
     cv = i_v * BV + tl.arange(0, BV)
     dt = k.dtype.element_ty
-    SAVED: tl.constexpr = R * (R + CP) + (CP * K if DECAY else 0)
+    SAVED: tl.constexpr = R * (R + CP)
     FACTORS: tl.constexpr = 5 * R if DECAY else R
     S = tl.zeros([BV, K], tl.float32)
     if HAS_IN:
@@ -59,8 +70,6 @@ def forward_kernel(
     query = t[:, None] * (H * K) + ck[None, :]
     value = r[None, :] * (H * V) + cv[:, None]
     reading = t[None, :] * (H * V) + cv[:, None]
-    # V enters X by a product with -1: so it goes from the copy engine to the tensor cores, without a stop in registers.
-    minus_one = tl.where(r[:, None] == r[None, :], -1.0, 0.0).to(dt)
     if DECAY:
         across = tl.load(factors + (i_bh * chunks + first) * FACTORS + 4 * R)
     for c in range(first, last):
@@ -77,33 +86,33 @@ def forward_kernel(
         solved = tl.load(record + r[:, None] * R + r[None, :])
         mask = valid[None, :] if MODE == 0 else valid[None, :] & (cv[:, None] < V)
         values = tl.load(v + first_row * V + value, mask=mask, other=0.0)
-        betas = tl.load(factor + r)
-        Sb = S.to(dt)
         if DECAY:
-            X = tl.dot(Sb, tl.trans(keys), input_precision=PREC) * tl.load(factor + R + r)[None, :]
-            X += tl.dot(values, minus_one, input_precision=PREC)
-        else:
-            X = tl.dot(values, minus_one, tl.dot(Sb, tl.trans(keys), input_precision=PREC), input_precision=PREC)
-        X = X * -betas[None, :]
-        Dt = tl.dot(X.to(dt), tl.trans(solved), input_precision=PREC)
+            enter, leave = tl.load(factor + R + r), tl.load(factor + 2 * R + r)
+        Sb = S.to(dt)
+        X = -tl.dot(Sb, tl.trans(keys), input_precision=PREC)
+        if DECAY:
+            X = X * enter[None, :]
+        # Two products with T, not one with a difference: V goes straight from the copy engine to the tensor cores.
+        Dt = tl.dot(values, tl.trans(solved), input_precision=PREC)
+        Dt = tl.dot(X.to(dt), tl.trans(solved), Dt, input_precision=PREC)
+        Db = Dt.to(dt)
         if MODE == 0:
-            Db = Dt.to(dt)
-            if DECAY:
-                queries = tl.load(record + R * (R + CP) + t[:, None] * K + ck[None, :])
-            else:
-                queries = tl.load(q + token * K + query, mask=valid_t[:, None], other=0.0)
+            queries = tl.load(q + token * K + query, mask=valid_t[:, None], other=0.0)
             scores = tl.load(record + R * R + r[:, None] * CP + t[None, :])
             out = tl.dot(Sb, tl.trans(queries), input_precision=PREC)
+            if DECAY:
+                out = out * tl.load(factor + R + t * N, mask=valid_t, other=0.0)[None, :]
             out = tl.dot(Db, scores, out, input_precision=PREC) * scale
-            if SAVE:
-                tl.store(record + SAVED + V * R + cv[:, None] * K + ck[None, :], Sb)
-                tl.store(record + SAVED + cv[:, None] * R + r[None, :], Db)
-            tl.store(o + token * V + reading, out.to(o.dtype.element_ty), mask=valid_t[None, :])
+        # With decays the stores hide the last product, without them they have room before it (measured).
+        if MODE == 0 and not DECAY:
+            _store_chunk(record + SAVED, o + token * V + reading, valid_t, Sb, Db, out, cv, K, V, R, SAVE)
         if DECAY:
-            Dt = Dt * tl.load(factor + 2 * R + r)[None, :]
-            S = S * across
+            S = tl.dot((Dt * leave[None, :]).to(dt), keys, S * across, input_precision=PREC)
             across = ahead
-        S = tl.dot(Dt.to(dt), keys, S, input_precision=PREC)
+        else:
+            S = tl.dot(Db, keys, S, input_precision=PREC)
+        if MODE == 0 and DECAY:
+            _store_chunk(record + SAVED, o + token * V + reading, valid_t, Sb, Db, out, cv, K, V, R, SAVE)
     if HAS_OUT:
         tl.store(S_out + ((i_bh * segments + i_s) * COLUMNS + cv[:, None]) * K + ck[None, :], S)
 
@@ -147,7 +156,8 @@ def backward_kernel(
     value = r[None, :] * (H * V) + cv[:, None]
     reading = t[None, :] * (H * V) + cv[:, None]
     if DECAY:
-        across = tl.load(factors + (i_bh * chunks + last - 1) * FACTORS + 4 * R)
+        factor = factors + (i_bh * chunks + last - 1) * FACTORS
+        leave, across = tl.load(factor + 2 * R + r), tl.load(factor + 4 * R)
     for i in range(first, last):
         c = first + last - 1 - i
         record = records + (i_bh * chunks + c) * WIDTH
@@ -157,32 +167,32 @@ def backward_kernel(
         left = length - c * C
         valid, valid_t = (r < C * N) & (r < left * N), (t < C) & (t < left)
         if DECAY:
-            ahead = tl.load(factors + (i_bh * chunks + tl.maximum(c - 1, 0)) * FACTORS + 4 * R)
+            # These two are not pipelined by Triton: they are loaded one chunk ahead.
+            ahead = factors + (i_bh * chunks + tl.maximum(c - 1, 0)) * FACTORS
+            leave_ahead, across_ahead = tl.load(ahead + 2 * R + r), tl.load(ahead + 4 * R)
         keys = tl.load(k + first_row * K + row, mask=valid[:, None], other=0.0)
-        if DECAY:
-            queries = tl.load(record + R * (R + CP) + t[:, None] * K + ck[None, :])
-        else:
-            queries = tl.load(q + token * K + query, mask=valid_t[:, None], other=0.0)
+        queries = tl.load(q + token * K + query, mask=valid_t[:, None], other=0.0)
         solved = tl.load(record + r[:, None] * R + r[None, :])
         scores = tl.load(record + R * R + r[:, None] * CP + t[None, :])
         dreads = tl.load(do + token * V + reading, mask=valid_t[None, :], other=0.0)
-        betas = tl.load(factor + r)
+        if DECAY:
+            enter, enter_t = tl.load(factor + R + r), tl.load(factor + R + t * N, mask=valid_t, other=0.0)
         dSb = dS.to(dt)
+        dD = tl.dot(dSb, tl.trans(keys), input_precision=PREC)
+        if DECAY:
+            dD = dD * leave[None, :]
+        dD = tl.dot(dreads, tl.trans(scores), dD, input_precision=PREC)
+        # Stored here, not before: the chain from dS to dD waits for nothing else.
         if MODE == 0:
             tl.store(dstates + (i_bh * chunks + c) * (V * K) + cv[:, None] * K + ck[None, :], (dS * scale).to(dt))
-        if DECAY:
-            dD = tl.dot(dSb, tl.trans(keys), input_precision=PREC) * tl.load(factor + 2 * R + r)[None, :]
-            dD += tl.dot(dreads, tl.trans(scores), input_precision=PREC)
-        else:
-            dD = tl.dot(dSb, tl.trans(keys), input_precision=PREC)
-            dD = tl.dot(dreads, tl.trans(scores), dD, input_precision=PREC)
-        dX = tl.dot(dD.to(dt), solved, input_precision=PREC) * betas[None, :]
+        dX = tl.dot(dD.to(dt), solved, input_precision=PREC)
         if MODE == 0:
             tl.store(dv + first_row * V + value, (dX * scale).to(dt), mask=valid[None, :])
         if DECAY:
-            dX = dX * tl.load(factor + R + r)[None, :]
+            dX = dX * enter[None, :]
             dS = dS * across
-            across = ahead
+            leave, across = leave_ahead, across_ahead
+            dreads = (dreads * enter_t[None, :]).to(dt)
         dS = tl.dot(dreads, queries, dS, input_precision=PREC)
         dS = tl.dot((-dX).to(dt), keys, dS, input_precision=PREC)
     if HAS_OUT:
