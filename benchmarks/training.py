@@ -136,8 +136,8 @@ def measure(variant: Variant) -> dict:
 
     from torchtitan_deltaproduct.config import load_config
     from torchtitan_deltaproduct.models import counts
+    from torchtitan_deltaproduct.optimizers import AdamW, clip_gradients
     from torchtitan_deltaproduct.titan import device
-    from torchtitan_deltaproduct.titan.local_parts import AdamW, clip_gradients
     from torchtitan_deltaproduct.titan.spec import ModelArgs
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}

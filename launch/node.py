@@ -117,7 +117,7 @@ def check(words: list[str], world_size: int) -> None:
     import torch
 
     from torchtitan_deltaproduct.config import Environment, load_config
-    from torchtitan_deltaproduct.titan.run import check_data
+    from torchtitan_deltaproduct.data.check import check_data
 
     check_data(load_config(words, Environment(world_size, torch.cuda.is_available(), files=True)))
 

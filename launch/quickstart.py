@@ -92,7 +92,7 @@ def report(run: Path, baseline: float, seconds: float, config: Path) -> None:
         "speed": f"{speed:,.0f} tokens a second; {steps[-1]['tokens']:,} tokens, this launch took {seconds:.0f} s",
         "where": f"{run}: metrics.jsonl, checkpoint/, config.json, tb/ (tensorboard --logdir {run}/tb)",
         "next": f"python -m torchtitan_deltaproduct.train --job.config_file {config} --training.steps {more} "
-        f"--job.dump_folder {run.parent}/longer\n{'':16}python -m torchtitan_deltaproduct.config.plan {config}",
+        f"--job.dump_folder {run.parent}/longer\n{'':16}python -m torchtitan_deltaproduct.plan {config}",
     }
     print("\n" + "\n".join(f"{name:16}{text}" for name, text in lines.items()))
 

@@ -132,7 +132,7 @@ def check_time(limit: str, site: Site) -> None:
 
 def warn_of_data(config) -> None:
     """Data may live where only the nodes can see it: what is wrong with it here is a warning."""
-    from torchtitan_deltaproduct.titan.run import check_data
+    from torchtitan_deltaproduct.data.check import check_data
 
     try:
         check_data(config)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
 from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.models import DeltaProductLM
+from torchtitan_deltaproduct.models.args import DeltaProductArgs
 from torchtitan_deltaproduct.models.decode import init_cache
 
 from ..common.parts import Part, Parts, Sequences

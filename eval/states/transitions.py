@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
+from torchtitan_deltaproduct.models.args import DeltaProductArgs
 
 from .states import Glimpse
 

@@ -18,7 +18,7 @@ import numpy as np
 from rich.table import Table
 
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
-from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
+from torchtitan_deltaproduct.models.args import DeltaProductArgs
 
 from ..common.json_file import write_json as write_json_file
 from .problems import Counts, Problem, wilson

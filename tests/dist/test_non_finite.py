@@ -8,7 +8,7 @@ from tests.toy import arguments, learned, records, train, weights
 from torchtitan_deltaproduct.checkpoint import scan
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.errors import NonFiniteError
-from torchtitan_deltaproduct.titan.local_parts import local
+from torchtitan_deltaproduct.optimizers import local
 
 
 def held(trainer) -> dict[str, torch.Tensor]:

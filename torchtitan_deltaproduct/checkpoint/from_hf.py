@@ -22,10 +22,10 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 
 from ..arguments import path, text
-from ..config.architecture import DeltaProductArgs
 from ..data.tokenizer import copy_tokenizer, find_eos_id
 from ..errors import CheckpointError, exit_on_user_error
 from ..models import counts
+from ..models.args import DeltaProductArgs
 from .folders import is_hf_folder
 from .hf import HfModel, check_tokenizer_files, make_unfinished, open_hf, put_in_place
 from .writer import About, MarkedWriter

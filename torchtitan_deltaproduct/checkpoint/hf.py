@@ -31,12 +31,11 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config.architecture import DeltaProductArgs
-from ..config.ranges import RANGES
 from ..data.tokenizer import COMPANIONS, named_eos_id
 from ..errors import CheckpointError, DataError, UserError
 from ..files import exchange, is_plain_name, read_text, utf8_path
 from ..models import DeltaProductLM
+from ..models.args import DeltaProductArgs
 from ..models.counts import total_parameters
 from ..models.hf_names import from_hf, from_hf_config, to_hf, to_hf_config
 from .marker import checksum
@@ -133,16 +132,15 @@ def open_hf(folder: Path) -> HfModel:
 
 def check_architecture(args: DeltaProductArgs) -> None:
     """Raises CheckpointError for an architecture that no TOML could ask for either."""
-    for name in (field.name for field in fields(args)):
-        value, range_of = getattr(args, name), RANGES.get(f"model.{name}")
+    for field in fields(args):
+        name, value, allowed = field.name, getattr(args, field.name), field.metadata["option"].allowed
         if isinstance(value, float) and not math.isfinite(value):
             raise CheckpointError(f"{name} = {value}: must be a finite number")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise CheckpointError(f"{name} has {len(hex(value)) - 2} hexadecimal digits: does not fit in 64 bits")
-        if value is not None and range_of is not None and not range_of.allows(value):
-            raise CheckpointError(f"{name} = {value}: {range_of.text}")
-    width = args.head_dim * args.expand_v
-    if not 1 <= width < 2**63 or abs(width - round(width)) > 1e-9:
+        if value is not None and allowed is not None and not allowed.allows(value):
+            raise CheckpointError(f"{name} = {value}: {allowed.text}")
+    if not args.has_whole_values:
         raise CheckpointError(f"expand_v = {args.expand_v}: head_dim * expand_v must be a whole number of at least 1")
 
 

@@ -23,12 +23,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..arguments import path as expand
-from ..config.architecture import DeltaProductArgs
 from ..config.snapshots import read_snapshot
 from ..config.values import conform
 from ..data.tokenizer import find_eos_id, tokenizer_sha256
 from ..errors import CheckpointError
 from ..models import DeltaProductLM
+from ..models.args import DeltaProductArgs
 from .folders import CheckpointInfo, inspect, is_hf_folder, scan
 from .hf import check_architecture, check_shapes, check_tokenizer_files, open_hf
 from .marker import MARKER, wrong_checksums

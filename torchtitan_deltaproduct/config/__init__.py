@@ -5,7 +5,7 @@
     config.training.steps                 # 10
     config.provenance["training.steps"]   # "command line"
 
-Names are imported on first use: `config.architecture` stays free of torchtitan, which takes seconds to
+Names are imported on first use: `config.snapshots` stays free of torchtitan, which takes seconds to
 import.
 """
 
@@ -16,8 +16,7 @@ _HOMES = {
     "load_config": "load",
     "Environment": "check",
     "JobConfig": "job",
-    "DeltaProductArgs": "architecture",
-    "lr_factor": "schedule",
+    "Schedule": "schedule",
     "compare_configs": "compare",
     "refuse_breaking": "compare",
     "read_snapshot": "snapshots",

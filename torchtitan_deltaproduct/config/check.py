@@ -1,10 +1,9 @@
-"""Judges a loaded config as a whole: refused options, ranges, and options that contradict each other.
+"""Judges a loaded config: options that are refused, out of range or read by nobody, and those that contradict another.
 
     problems = check(config, sources, Environment(world_size=8, cuda=True))
 
-A contradiction is one entry of `_RULES`: the keys it looks at, the first being the one to blame, and a
-function that returns what is wrong or None. What depends on the machine is judged only as far as
-`Environment` knows it.
+What one option alone decides stands in its record; a contradiction is an entry of `RULES`. What depends on the machine
+is judged only as far as `Environment` knows it.
 """
 
 import os
@@ -14,12 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .fields import get_value, schema
-from .job import JobConfig
+from ..options import value_of
+from .job import GENERATED, GROUP_WORD, LANGUAGE, PREPARED, STREAMING, JobConfig
 from .problems import Problem, Source, quoted
-from .ranges import RANGES
-from .schedule import decay_steps_of
-from .unsupported import refusal
+from .schedule import Schedule
+from .schema import schema
 from .values import show
 
 
@@ -42,9 +40,6 @@ class Environment:
         return cls(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available(), files=True)
 
 
-Judge = Callable[[JobConfig, Environment], str | None]
-
-
 def check(
     config: JobConfig,
     sources: Mapping[str, Source],
@@ -59,349 +54,185 @@ def check(
         environment: What is known of the machine.
         unusable: Keys whose value could not be read: nothing that looks at them is judged.
     """
-    problems, judged = [], set(unusable)
+    problems, judged, given = [], set(unusable), []
     for key, option in schema().items():
-        value = get_value(config, key)
+        value, record, reason = value_of(config, key), option.record, None
         if key in judged or value == option.default:
             continue
-        source = sources.get(key, Source())
-        if rule := refusal(key):
-            problems.append(Problem(f"{source.label(key, value)}: {rule.reason}; {rule.instead}", source))
+        if record.refused:
+            reason = f"{record.refused.reason}; {record.refused.instead}"
+        elif value is not None and record.allowed and not record.allowed.allows(value):
+            reason = f"{record.allowed.text}{quoted(option.summary)}"
+        if reason:
+            source = sources.get(key, Source())
+            problems.append(Problem(f"{source.label(key, value)}: {reason}", source))
             judged.add(key)
-        elif value is not None and key in RANGES and not RANGES[key].allows(value):
-            text = f"{source.label(key, value)}: {RANGES[key].text}{quoted(option.summary)}"
-            problems.append(Problem(text, source))
-            judged.add(key)
-    for keys, judge in _RULES:
+        elif record.reader:
+            given.append((key, record.reader))
+    for key, reader in given:
+        if judged.isdisjoint((key, reader.by)) and not reader.holds(config):
+            reason = reader.otherwise.format(value_of(config, reader.by))
+            problems.append(_contradiction(config, sources, (key, reader.by), reason))
+    for names, judge in RULES:
+        keys = names.split()
         if judged.isdisjoint(keys) and (reason := judge(config, environment)):
             problems.append(_contradiction(config, sources, keys, reason))
     return problems
 
 
-def _contradiction(
-    config: JobConfig, sources: Mapping[str, Source], keys: tuple[str, ...], reason: str
-) -> Problem:
+def _contradiction(config: JobConfig, sources: Mapping[str, Source], keys: Collection[str], reason: str) -> Problem:
     """Blames the first of `keys` that the user set, and tells where the others come from."""
-    blamed = next((key for key in keys if key in sources), keys[0])
+    blamed = next((key for key in keys if key in sources), next(iter(keys)))
     source = sources.get(blamed, Source(config.job.config_file or ""))
     others = []
     for key in keys:
-        value = get_value(config, key)
+        value = value_of(config, key)
         if key != blamed and (key in sources or value is not None):
             table, _, name = key.rpartition(".")
             others.append(f"[{table}] {name} = {show(value)}, {sources.get(key, 'default')}")
     context = f" (with {'; '.join(others)})" if others else ""
-    return Problem(f"{source.label(blamed, get_value(config, blamed))}: {reason}{context}", source)
+    return Problem(f"{source.label(blamed, value_of(config, blamed))}: {reason}{context}", source)
 
 
-def _value_width(config: JobConfig, _: Environment) -> str | None:
-    width = config.model.head_dim * config.model.expand_v
-    if width >= 1 and abs(width - round(width)) < 1e-9 and int(width) == round(width):
-        return None
-    return f"head_dim * expand_v must be a whole number of at least 1, not {width:g}"
+Judge = Callable[[JobConfig, Environment], Any]
+"""What is wrong with a config in an environment, as the rest of a sentence that begins with the value; or nothing."""
 
 
-def _warmup_fits(config: JobConfig, _: Environment) -> str | None:
-    schedule, total = config.lr_scheduler, _schedule_length(config)
-    if schedule.warmup_steps > total:
-        return (
-            f"the warm-up does not fit in the schedule of {total} steps; shorten warmup_steps, or set "
-            "[lr_scheduler] total_steps to follow the curve of a longer run"
-        )
-    decay = decay_steps_of(total, schedule.warmup_steps, schedule.decay_ratio)
-    if schedule.warmup_steps + decay > total:
-        return f"warm-up and a decay of {decay} steps do not fit in the schedule of {total} steps"
-    return None
-
-
-def _schedule_covers_run(config: JobConfig, _: Environment) -> str | None:
-    if _schedule_length(config) >= config.training.steps:
-        return None
-    end = _schedule_length(config)
-    return f"the learning rate would leave its schedule after step {end}; must cover the run"
-
-
-def _schedule_length(config: JobConfig) -> int:
-    total = config.lr_scheduler.total_steps
-    return config.training.steps if total is None else total
-
-
-def _degrees_fill_world(config: JobConfig, environment: Environment) -> str | None:
-    world, parallelism = environment.world_size, config.parallelism
-    replicate, shard = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
-    if world is None or replicate * shard == world or (shard == -1 and world % replicate == 0):
-        return None
-    if shard == -1:
-        return f"{world} ranks cannot be divided into {replicate} replicas"
-    return f"replicate x shard = {replicate * shard}, but the job has {world} ranks"
-
-
-def _batch_divides(config: JobConfig, environment: Environment) -> str | None:
-    training, world = config.training, environment.world_size
-    if training.global_batch_size == -1:
-        return None
-    if training.global_batch_size % training.local_batch_size:
-        return f"must be a multiple of local_batch_size = {training.local_batch_size}"
-    if world is None or training.global_batch_size % (training.local_batch_size * world) == 0:
-        return None
-    step = training.local_batch_size * world
-    below = training.global_batch_size // step * step
-    choices = f"{below} or {below + step}" if below else f"{step}"
-    return f"must be a multiple of local_batch_size x {world} ranks = {step}; nearest: {choices}"
-
-
-def _data_named(config: JobConfig, _: Environment) -> str | None:
-    if config.data.kind == "prepared" and not config.data.paths:
-        return "no data to train on; make some with python -m torchtitan_deltaproduct.data.prepare"
-    return None
-
-
-def _stream_named(config: JobConfig, _: Environment) -> str | None:
-    if config.data.kind == "streaming" and not config.data.dataset:
-        return "streaming needs [data] dataset"
-    return None
-
-
-def _stream_unmixed(config: JobConfig, _: Environment) -> str | None:
-    if config.data.kind == "streaming" and config.data.paths:
-        return "paths name prepared folders, which streaming does not read"
-    if config.data.kind in _GENERATED and config.data.paths:
-        return f"paths name prepared folders, which {config.data.kind} does not read"
-    return None
-
-
-def _only_read(key: str, when: str, is_read: Callable[[JobConfig], bool]) -> Judge:
-    """Refuses an option in a setting in which nothing would read it."""
-    default = schema()[key].default
-
-    def judge(config: JobConfig, _: Environment) -> str | None:
-        if is_read(config) or get_value(config, key) == default:
-            return None
-        return f"only read with {when}"
-
-    return judge
-
-
-def _only_read_by(key: str, *kinds: str) -> Judge:
-    when = "kind = " + " or ".join(f'"{kind}"' for kind in kinds)
-    return _only_read(key, when, lambda config: config.data.kind in kinds)
-
-
-def _group_named(config: JobConfig, _: Environment) -> str | None:
-    if config.data.kind == "group_word" and not config.data.group:
-        return 'group_word needs [data] group, such as "S3" or "A4_x_Z5"'
-    return None
-
-
-def _curriculum_fits(config: JobConfig, _: Environment) -> str | None:
-    start, steps, stop = config.data.curriculum_start, config.data.curriculum_steps, config.training.seq_len
-    if bool(start) != bool(steps):
-        return "a curriculum needs both curriculum_start (tokens) and curriculum_steps"
-    return f"starts above training.seq_len = {stop}, the length it leads to" if start > stop else None
-
-
-def _lengths_fit(config: JobConfig, _: Environment) -> str | None:
-    low, high, room = config.data.min_length, config.data.max_length, config.training.seq_len
-    if config.data.kind != "formal_language":
+def _lengths(c: JobConfig, e: Environment) -> str | None:
+    low, high, room = c.data.min_length, c.data.max_length, c.training.seq_len
+    if not LANGUAGE.holds(c):
         return None
     if high > room:
         return f"rows of max_length = {high} tokens do not fit in training.seq_len = {room}"
     return f"max_length = {high} is below min_length = {low}" if high < low else None
 
 
-def _tested_longer(config: JobConfig, _: Environment) -> str | None:
-    lengths, low = config.validation.lengths, config.data.max_length
+def _tested_lengths(c: JobConfig, e: Environment) -> str | None:
+    lengths, low = c.validation.lengths, c.data.max_length
     if len(set(lengths)) < len(lengths):
         return "a length is listed twice"
-    if config.data.kind == "formal_language" and lengths and min(lengths) < low:
+    if LANGUAGE.holds(c) and lengths and min(lengths) < low:
         return f"length L has rows of max_length = {low} to L tokens: {min(lengths)} is too short"
     return None
 
 
-def _weights_match(config: JobConfig, _: Environment) -> str | None:
-    weights, paths = config.data.weights, config.data.paths
-    if not weights or len(weights) == len(paths):
+def _warmup(c: JobConfig, e: Environment) -> str | None:
+    schedule = Schedule.of(c.lr_scheduler, c.training.steps)
+    total, decay = schedule.total_steps, schedule.decay_steps
+    if schedule.warmup_steps > total:
+        return (
+            f"the warm-up does not fit in the schedule of {total} steps; shorten warmup_steps, or set "
+            "[lr_scheduler] total_steps to follow the curve of a longer run"
+        )
+    if not schedule.fits:
+        return f"warm-up and a decay of {decay} steps do not fit in the schedule of {total} steps"
+    return None
+
+
+def _global_batch(c: JobConfig, e: Environment) -> str | None:
+    whole, local, world = c.training.global_batch_size, c.training.local_batch_size, e.world_size
+    if whole == -1:
         return None
-    return f"{len(weights)} weights for {len(paths)} paths; give one for each, or none"
+    if whole % local:
+        return f"must be a multiple of local_batch_size = {local}"
+    if world is None or whole % (local * world) == 0:
+        return None
+    step = local * world
+    below = whole // step * step
+    choices = f"{below} or {below + step}" if below else f"{step}"
+    return f"must be a multiple of local_batch_size x {world} ranks = {step}; nearest: {choices}"
 
 
-def _paths_differ(config: JobConfig, _: Environment) -> str | None:
-    repeated = {path for path in config.data.paths if config.data.paths.count(path) > 1}
+def _degrees(c: JobConfig, e: Environment) -> str | None:
+    replicate, shard = c.parallelism.data_parallel_replicate_degree, c.parallelism.data_parallel_shard_degree
+    if e.world_size is None or replicate * shard == e.world_size or (shard == -1 and e.world_size % replicate == 0):
+        return None
+    if shard == -1:
+        return f"{e.world_size} ranks cannot be divided into {replicate} replicas"
+    return f"replicate x shard = {replicate * shard}, but the job has {e.world_size} ranks"
+
+
+def _repeated_paths(c: JobConfig, e: Environment) -> str | None:
+    repeated = {path for path in c.data.paths if c.data.paths.count(path) > 1}
     return f"{show(min(repeated))} is listed twice; give it a larger weight instead" if repeated else None
 
 
-def _validation_data(config: JobConfig, _: Environment) -> str | None:
-    if config.data.kind in _GENERATED:
-        return "generated data is validated on generated samples" if config.validation.paths else None
-    if config.validation.enable and not config.validation.paths:
-        return "there is nothing to validate on"
-    return None
+def _profile_cycle(c: JobConfig, e: Environment) -> str | None:
+    cycle = c.profiling.profiler_warmup + c.profiling.profiler_active
+    too_short = c.profiling.enable_profiling and cycle > c.profiling.profile_freq
+    return f"shorter than one cycle of {cycle} steps, profiler_warmup + profiler_active" if too_short else None
 
 
-def _fla_has_device(config: JobConfig, environment: Environment) -> str | None:
-    if config.model.op_backend == "fla" and environment.cuda is False:
-        return 'fla runs on CUDA only, and there is none; "auto" picks a backend that runs here'
-    return None
+def _run_folder(c: JobConfig, e: Environment) -> str | None:
+    path = Path(c.job.dump_folder).absolute()
+    lowest = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    return f"{lowest} is no folder, so there cannot be one" if e.files and not lowest.is_dir() else None
 
 
-def _fla_has_dtype(config: JobConfig, _: Environment) -> str | None:
-    if config.model.op_backend == "fla" and config.training.mixed_precision_param == "float32":
-        return "fla computes in bfloat16 or float16 only"
-    return None
+def _needs_cuda(key: str, setting: Any, what: str) -> tuple[str, Judge]:
+    text = f"{what} needs CUDA, and there is none"
+    return key, lambda c, e: e.cuda is False and value_of(c, key) == setting and text
 
 
-def _needs_cuda(enabled: Callable[[JobConfig], bool], what: str) -> Judge:
-    def judge(config: JobConfig, environment: Environment) -> str | None:
-        missing = environment.cuda is False and enabled(config)
-        return f"{what} needs CUDA, and there is none" if missing else None
-
-    return judge
-
-
-def _profile_cycle(config: JobConfig, _: Environment) -> str | None:
-    profiling = config.profiling
-    cycle = profiling.profiler_warmup + profiling.profiler_active
-    if profiling.enable_profiling and cycle > profiling.profile_freq:
-        return f"shorter than one cycle of {cycle} steps, profiler_warmup + profiler_active"
-    return None
-
-
-def _memory_budget(config: JobConfig, _: Environment) -> str | None:
-    compiled = config.compile.enable and "model" in config.compile.components
-    if config.activation_checkpoint.mode == "memory_budget" and not compiled:
-        return 'needs [compile] enable = true with "model" among the components; or use "selective"'
-    return None
-
-
-def _compile_something(config: JobConfig, _: Environment) -> str | None:
-    if config.compile.enable and not config.compile.components:
-        return "nothing to compile: components is empty"
-    return None
-
-
-def _warn_only(config: JobConfig, _: Environment) -> str | None:
-    if config.debug.deterministic_warn_only and not config.debug.deterministic:
-        return "does nothing without deterministic = true"
-    return None
-
-
-def _weights_only_export(config: JobConfig, _: Environment) -> str | None:
-    if config.checkpoint.export_dtype != "float32" and not config.checkpoint.last_save_model_only:
-        return "does nothing without last_save_model_only = true: full checkpoints keep float32"
-    return None
-
-
-def _checkpointing_on(name: str, default: Any) -> Judge:
-    def judge(config: JobConfig, _: Environment) -> str | None:
-        asked = getattr(config.checkpoint, name) != default
-        return "does nothing without enable = true" if asked and not config.checkpoint.enable else None
-
-    return judge
-
-
-def _milestones_are_saved(config: JobConfig, _: Environment) -> str | None:
-    every, interval = config.checkpoint.keep_every, config.checkpoint.interval
-    if every % interval == 0:
-        return None
-    return f"no milestone would be saved: must be a multiple of interval = {interval}"
-
-
-def _hang_before_timeout(config: JobConfig, _: Environment) -> str | None:
-    hang, timeout = config.guard.hang_seconds, config.comm.train_timeout_seconds
-    if not hang or hang < timeout:
-        return None
-    return f"collectives give up after {timeout} s, before stacks are written; must be below that"
-
-
-def _seed_checkpoint(config: JobConfig, environment: Environment) -> str | None:
-    if config.checkpoint.create_seed_checkpoint and (environment.world_size or 1) > 1:
-        return f"is made by one process, not by {environment.world_size} ranks: start it without torchrun"
-    return None
-
-
-def _run_folder_possible(config: JobConfig, environment: Environment) -> str | None:
-    path = Path(config.job.dump_folder).absolute()
-    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
-    if environment.files and not nearest.is_dir():
-        return f"{nearest} is no folder, so there cannot be one"
-    return None
-
-
-def _wandb_installed(config: JobConfig, environment: Environment) -> str | None:
-    if config.metrics.enable_wandb and environment.files and find_spec("wandb") is None:
-        return "wandb is not installed: pip install wandb, or leave it out"
-    return None
-
-
-def _initial_load_exists(config: JobConfig, environment: Environment) -> str | None:
-    path = config.checkpoint.initial_load_path
-    if path and environment.files and not os.path.isdir(path):
-        return f"no such folder (looked from {os.getcwd()})"
-    return None
-
-
-_GENERATED = ("group_word", "formal_language")
-
-_RULES: tuple[tuple[tuple[str, ...], Judge], ...] = (
-    (("model.expand_v", "model.head_dim"), _value_width),
-    (("model.op_backend",), _fla_has_device),
-    (("model.op_backend", "training.mixed_precision_param"), _fla_has_dtype),
-    (("data.paths",), _data_named),
-    (("data.kind", "data.dataset"), _stream_named),
-    (("data.paths", "data.kind"), _stream_unmixed),
-    (("data.group", "data.kind"), _group_named),
-    *(((key, "data.kind"), _only_read_by(key, *kinds)) for keys, kinds in {
-        "data.group data.curriculum_start data.curriculum_steps": ("group_word",),
-        "data.language data.min_length data.max_length": ("formal_language",),
-        "data.weights data.shuffle": ("prepared",),
-        "data.dataset data.dataset_config data.split data.text_field data.eos data.shuffle_buffer":
-            ("streaming",),
-        "model.hf_assets_path data.reset_state_at_documents validation.seq_len validation.steps":
-            ("prepared", "streaming"),
-        "validation.lengths validation.samples": _GENERATED,
-    }.items() for key in keys.split()),
-    *(((key, by), _only_read(key, when, is_read)) for key, by, when, is_read in (
-        ("data.seed", "data.shuffle_buffer", "a shuffle_buffer, since a stream is in file order without one",
-         lambda config: config.data.kind != "streaming" or config.data.shuffle_buffer > 0),
-        ("data.prefetch_factor", "data.num_workers", "num_workers of at least 1",
-         lambda config: config.data.num_workers > 0),
-        ("model.conv_size", "model.use_short_conv", "use_short_conv = true",
-         lambda config: config.model.use_short_conv),
-        ("model.hidden_ratio", "model.intermediate_size", "no intermediate_size, which overrides it",
-         lambda config: config.model.intermediate_size is None),
-    )),
-    (("data.curriculum_start", "data.curriculum_steps", "training.seq_len"), _curriculum_fits),
-    (("data.max_length", "data.min_length", "training.seq_len"), _lengths_fit),
-    (("validation.lengths", "data.max_length"), _tested_longer),
-    (("data.weights", "data.paths"), _weights_match),
-    (("data.paths",), _paths_differ),
-    (("validation.enable", "validation.paths", "data.kind"), _validation_data),
-    (("lr_scheduler.warmup_steps", "lr_scheduler.decay_ratio", "lr_scheduler.total_steps", "training.steps"),
-     _warmup_fits),
-    (("lr_scheduler.total_steps", "training.steps"), _schedule_covers_run),
-    (("training.global_batch_size", "training.local_batch_size"), _batch_divides),
-    (("parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree"),
-     _degrees_fill_world),
-    (("training.enable_cpu_offload",),
-     _needs_cuda(lambda config: config.training.enable_cpu_offload, "offloading to the CPU")),
-    (("profiling.enable_profiling",),
-     _needs_cuda(lambda config: config.profiling.enable_profiling, "torchtitan's profiler")),
-    (("profiling.enable_memory_snapshot",),
-     _needs_cuda(lambda config: config.profiling.enable_memory_snapshot, "a memory snapshot")),
-    (("checkpoint.async_mode",),
-     _needs_cuda(lambda config: config.checkpoint.async_mode == "async_with_pinned_mem", "pinned memory")),
-    (("profiling.profile_freq", "profiling.profiler_warmup", "profiling.profiler_active"), _profile_cycle),
-    (("activation_checkpoint.mode", "compile.enable", "compile.components"), _memory_budget),
-    (("compile.components",), _compile_something),
-    (("debug.deterministic_warn_only", "debug.deterministic"), _warn_only),
-    (("checkpoint.export_dtype", "checkpoint.last_save_model_only"), _weights_only_export),
-    *(((f"checkpoint.{name}", "checkpoint.enable"), _checkpointing_on(name, default)) for name, default in {
-        "initial_load_path": None, "load_step": -1, "load_only": False, "create_seed_checkpoint": False,
-        "enable_first_step_checkpoint": False}.items()),
-    (("checkpoint.keep_every", "checkpoint.interval"), _milestones_are_saved),
-    (("guard.hang_seconds", "comm.train_timeout_seconds"), _hang_before_timeout),
-    (("checkpoint.create_seed_checkpoint",), _seed_checkpoint),
-    (("checkpoint.initial_load_path",), _initial_load_exists),
-    (("job.dump_folder",), _run_folder_possible),
-    (("metrics.enable_wandb",), _wandb_installed),
-)  # fmt: skip
+RULES: list[tuple[str, Judge]] = [
+    ("model.expand_v model.head_dim", lambda c, e: not c.model.has_whole_values
+     and f"head_dim * expand_v must be a whole number of at least 1, not {c.model.head_dim * c.model.expand_v:g}"),
+    ("model.op_backend", lambda c, e: c.model.op_backend == "fla" and e.cuda is False
+     and 'fla runs on CUDA only, and there is none; "auto" picks a backend that runs here'),
+    ("model.op_backend training.mixed_precision_param",
+     lambda c, e: c.model.op_backend == "fla" and c.training.mixed_precision_param == "float32"
+     and "fla computes in bfloat16 or float16 only"),
+    ("data.paths", lambda c, e: PREPARED.holds(c) and not c.data.paths
+     and "no data to train on; make some with python -m torchtitan_deltaproduct.data.prepare"),
+    ("data.kind data.dataset", lambda c, e: STREAMING.holds(c) and not c.data.dataset
+     and "streaming needs [data] dataset"),
+    ("data.group data.kind", lambda c, e: GROUP_WORD.holds(c) and not c.data.group
+     and 'group_word needs [data] group, such as "S3" or "A4_x_Z5"'),
+    ("data.curriculum_start data.curriculum_steps training.seq_len",
+     lambda c, e: bool(c.data.curriculum_start) != bool(c.data.curriculum_steps)
+     and "a curriculum needs both curriculum_start (tokens) and curriculum_steps"),
+    ("data.curriculum_start data.curriculum_steps training.seq_len",
+     lambda c, e: c.data.curriculum_steps and c.data.curriculum_start > c.training.seq_len
+     and f"starts above training.seq_len = {c.training.seq_len}, the length it leads to"),
+    ("data.max_length data.min_length training.seq_len", _lengths),
+    ("validation.lengths data.max_length", _tested_lengths),
+    ("data.weights data.paths", lambda c, e: c.data.weights and len(c.data.weights) != len(c.data.paths)
+     and f"{len(c.data.weights)} weights for {len(c.data.paths)} paths; give one for each, or none"),
+    ("data.paths", _repeated_paths),
+    ("validation.enable validation.paths data.kind", lambda c, e: GENERATED.holds(c) and c.validation.paths
+     and "generated data is validated on generated samples"),
+    ("validation.enable validation.paths data.kind",
+     lambda c, e: c.validation.enable and not c.validation.paths and not GENERATED.holds(c)
+     and "there is nothing to validate on"),
+    ("lr_scheduler.warmup_steps lr_scheduler.decay_ratio lr_scheduler.total_steps training.steps", _warmup),
+    ("lr_scheduler.total_steps training.steps",
+     lambda c, e: c.lr_scheduler.total_steps is not None and c.lr_scheduler.total_steps < c.training.steps
+     and f"the learning rate would leave its schedule after step {c.lr_scheduler.total_steps}; must cover the run"),
+    ("training.global_batch_size training.local_batch_size", _global_batch),
+    ("parallelism.data_parallel_replicate_degree parallelism.data_parallel_shard_degree", _degrees),
+    _needs_cuda("training.enable_cpu_offload", True, "offloading to the CPU"),
+    _needs_cuda("profiling.enable_profiling", True, "torchtitan's profiler"),
+    _needs_cuda("profiling.enable_memory_snapshot", True, "a memory snapshot"),
+    _needs_cuda("checkpoint.async_mode", "async_with_pinned_mem", "pinned memory"),
+    ("profiling.profile_freq profiling.profiler_warmup profiling.profiler_active", _profile_cycle),
+    ("activation_checkpoint.mode compile.enable compile.components",
+     lambda c, e: c.activation_checkpoint.mode == "memory_budget"
+     and not (c.compile.enable and "model" in c.compile.components)
+     and 'needs [compile] enable = true with "model" among the components; or use "selective"'),
+    ("compile.components", lambda c, e: c.compile.enable and not c.compile.components
+     and "nothing to compile: components is empty"),
+    ("checkpoint.keep_every checkpoint.interval", lambda c, e: c.checkpoint.keep_every % c.checkpoint.interval
+     and f"no milestone would be saved: must be a multiple of interval = {c.checkpoint.interval}"),
+    ("guard.hang_seconds comm.train_timeout_seconds",
+     lambda c, e: c.guard.hang_seconds and c.guard.hang_seconds >= c.comm.train_timeout_seconds
+     and f"collectives give up after {c.comm.train_timeout_seconds} s, before stacks are written; must be below that"),
+    ("checkpoint.create_seed_checkpoint", lambda c, e: c.checkpoint.create_seed_checkpoint and (e.world_size or 1) > 1
+     and f"is made by one process, not by {e.world_size} ranks: start it without torchrun"),
+    ("checkpoint.initial_load_path",
+     lambda c, e: e.files and c.checkpoint.initial_load_path and not os.path.isdir(c.checkpoint.initial_load_path)
+     and f"no such folder (looked from {os.getcwd()})"),
+    ("job.dump_folder", _run_folder),
+    ("metrics.enable_wandb", lambda c, e: e.files and c.metrics.enable_wandb and find_spec("wandb") is None
+     and "wandb is not installed: pip install wandb, or leave it out"),
+]  # fmt: skip
+"""The options that a contradiction is between, of which the first that was given is blamed, and what judges it."""

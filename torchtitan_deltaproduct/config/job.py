@@ -1,10 +1,10 @@
 """The tables of a training TOML: torchtitan 0.2.2's job config, and ours.
 
-`JobConfig` is what the loader (`config.load`) fills and what the trainer reads. A field that torchtitan
-defines keeps torchtitan's name and meaning; where its default is a trap for this model (see docs of the
-field) ours differs. Every field carries its own doc string with unit and range: `config.load` quotes it in
-error messages. A new field also needs a class in `config.compare`, and a range in `config.check` where not
-every value is one.
+`JobConfig` is what the loader (`config.load`) fills and what the trainer reads. A field that torchtitan defines keeps
+torchtitan's name and meaning; where its default is a trap for this model (see docs of the field) ours differs. Every
+field carries its record (`options.Option`): range, meaning of a change on resume, reader, other names; and its own doc
+string with unit and range, which error messages quote. The records of what torchtitan alone defines are in
+`config.inherited`.
 """
 
 from dataclasses import dataclass, field
@@ -13,165 +13,238 @@ from typing import Literal
 
 from torchtitan.config import job_config as titan
 
-from .architecture import DeltaProductArgs
+from ..models.args import DeltaProductArgs
+from ..optimizers import OPTIMIZERS
+from ..options import (
+    BELOW_ONE,
+    COUNT,
+    COUNT_OR_ZERO,
+    NO_BLANKS,
+    NOT_EMPTY,
+    POSITIVE,
+    SEED,
+    Range,
+    Reader,
+    at_least_or,
+    breaking,
+    harmless,
+    notable,
+    option,
+    read_with,
+)  # fmt: skip
+
+PREPARED = read_with("data.kind", "prepared")
+STREAMING = read_with("data.kind", "streaming")
+TEXT = read_with("data.kind", "prepared", "streaming")
+GROUP_WORD = read_with("data.kind", "group_word")
+LANGUAGE = read_with("data.kind", "formal_language")
+GENERATED = read_with("data.kind", "group_word", "formal_language")
+
+OTHER_DATA = breaking("other data")
+OTHER_ORDER = breaking("the samples would come in another order")
+OTHER_LENGTHS = breaking("words would have other lengths")
+NEXT_STEP = notable("holds from the next step on")
+OTHER_ROUNDING = notable("results agree to rounding")
+NOT_COMPARABLE = notable("held-out losses are not comparable with earlier ones")
+SPEED = harmless("speed")
+LOGGING = harmless("logging")
+SAVING = harmless("when and where to save, and what to keep")
+STOPPING = harmless("when to stop or to warn")
 
 
 @dataclass
 class Model(DeltaProductArgs, titan.Model):
     name: str = "deltaproduct"
     """Always `deltaproduct`."""
-    flavor: str = ""
-    """A free label, shown in the log and by `config.plan`, for example `213M-n2`."""
-    hf_assets_path: str = ""
+    flavor: str = option("", harmless("a label"))
+    """A free label, shown in the log and by `plan`, for example `213M-n2`."""
+    hf_assets_path: str = option(
+        "", notable("prepared data records its own tokenizer"),
+        reader=TEXT, is_path=True, aliases="tokenizer tokenizer_name",
+    )  # fmt: skip
     """Folder with tokenizer.json. prepared: empty, or that of the data's manifest. streaming: what makes the tokens."""
 
 
 @dataclass
 class Data:
-    kind: Literal["prepared", "streaming", "group_word", "formal_language"] = "prepared"
+    kind: Literal["prepared", "streaming", "group_word", "formal_language"] = option("prepared", OTHER_DATA)
     """`prepared`: memory-mapped token shards (`python -m torchtitan_deltaproduct.data.prepare`).
     `streaming`: a Hugging Face dataset, tokenised on the fly.
     `group_word`: random words over a group, generated; the label at each position is the prefix product.
     `formal_language`: parity or arithmetic modulo 5, generated, with one answer at the end of each row."""
-    paths: list[str] = field(default_factory=list)
+    paths: list[str] = option(
+        [], OTHER_DATA, NO_BLANKS, is_path=True, aliases="path data_path data_dir train_data train_path paths_train",
+        reader=read_with("data.kind", "prepared", otherwise="paths name prepared folders, which {} does not read"),
+    )  # fmt: skip
     """Prepared folders to train on; several make a mixture."""
-    weights: list[float] = field(default_factory=list)
+    weights: list[float] = option(
+        [], OTHER_ORDER, Range(lambda value: all(share > 0 for share in value), "must all be positive"), reader=PREPARED
+    )
     """Share of samples drawn from each of `paths` (any positive scale), each with its own epochs.
     Empty: the windows of all paths are one pool, so that shares are in proportion to tokens."""
-    seed: int = 0
+    seed: int = option(
+        0, OTHER_ORDER, SEED,
+        reader=Reader("data.shuffle_buffer",
+                      lambda config: config.data.kind != "streaming" or config.data.shuffle_buffer > 0,
+                      "only read with a shuffle_buffer, since a stream is in file order without one"),
+    )  # fmt: skip
     """Seed of the sample order, or of generated samples. Sample i is a function of (data, seed, i) and of
     nothing else."""
-    shuffle: bool = True
+    shuffle: bool = option(True, OTHER_ORDER, reader=PREPARED)
     """prepared: visit windows in a new pseudo-random order each epoch; False: in file order."""
-    reset_state_at_documents: bool = False
+    reset_state_at_documents: bool = option(False, breaking("another treatment of documents"), reader=TEXT)
     """Start every document of a packed window from an empty recurrent and convolution state; it begins by
     reading the separator before it, so no label is lost."""
-    dataset: str = ""
+    dataset: str = option(
+        "", OTHER_DATA, reader=STREAMING, is_path=True, aliases="dataset_name dataset_path hf_dataset"
+    )
     """streaming: name on the Hugging Face hub, or a local folder or file `datasets` can read."""
-    dataset_config: str = ""
+    dataset_config: str = option("", OTHER_DATA, reader=STREAMING)
     """streaming: configuration (subset) name of the hub dataset; empty: the default one."""
-    split: str = "train"
+    split: str = option("train", OTHER_DATA, NOT_EMPTY, reader=STREAMING)
     """streaming: split to train on."""
-    text_field: str = "text"
+    text_field: str = option("text", OTHER_DATA, NOT_EMPTY, reader=STREAMING)
     """streaming: column that holds the text."""
-    eos: str = ""
+    eos: str = option("", OTHER_DATA, reader=STREAMING)
     """streaming: text of the token that separates documents; empty: the one that the tokenizer names. Prepared data
     records its own (`prepare --eos`)."""
-    shuffle_buffer: int = 0
+    shuffle_buffer: int = option(0, OTHER_ORDER, COUNT_OR_ZERO, reader=STREAMING)
     """streaming: documents in a block that is shuffled; 0: file order. Resuming re-reads one block."""
-    group: str = ""
+    group: str = option("", OTHER_DATA, reader=GROUP_WORD)
     """group_word: `S5`, `A5`, `Z60`, `D4`, `A4_x_Z5`, `S5_only_swaps`, `S5_limit_to_3`, `S5_4_tokens`; see
     data/groups.py."""
-    curriculum_start: int = 0
+    curriculum_start: int = option(0, OTHER_LENGTHS, at_least_or(0, 1, "full length from the start"), reader=GROUP_WORD)
     """group_word: tokens of a word at step 0, from where the length grows linearly to `training.seq_len`;
     later positions have no label. 0: full length from the start."""
-    curriculum_steps: int = 0
+    curriculum_steps: int = option(0, OTHER_LENGTHS, COUNT_OR_ZERO, reader=GROUP_WORD)
     """group_word: step at which words reach their full length."""
-    language: Literal["parity", "modular_arithmetic", "modular_arithmetic_brackets"] = "parity"
+    language: Literal["parity", "modular_arithmetic", "modular_arithmetic_brackets"] = option(
+        "parity", OTHER_DATA, reader=LANGUAGE
+    )
     """formal_language: what to learn; see data/formal.py."""
-    min_length: int = 3
+    min_length: int = option(3, OTHER_DATA, COUNT, reader=LANGUAGE)
     """formal_language: fewest tokens of a row without padding, `=` included."""
-    max_length: int = 40
+    max_length: int = option(40, OTHER_DATA, COUNT, reader=LANGUAGE)
     """formal_language: most tokens of a row, at most `training.seq_len`; lengths are drawn uniformly."""
-    num_workers: int = 0
+    num_workers: int = option(0, SPEED, COUNT_OR_ZERO, aliases="workers n_workers dataloader_num_workers")
     """Worker processes of the loader; 0 loads in the training process (prepared data needs no more).
     streaming: 0 or 1."""
-    prefetch_factor: int = 2
+    prefetch_factor: int = option(
+        2, SPEED, COUNT,
+        reader=Reader("data.num_workers", lambda config: config.data.num_workers > 0,
+                      "only read with num_workers of at least 1"),
+    )  # fmt: skip
     """Batches each worker prepares ahead."""
 
 
 @dataclass
 class Training(titan.Training):
-    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = option(
+        "auto", notable("other rounding"), aliases="precision bf16 amp mixed_precision param_dtype torch_dtype"
+    )
     """Dtype of parameters and activations in forward and backward; master weights stay in `dtype`.
     `auto`: bfloat16 on CUDA, float32 on CPU."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: int = option(10, NEXT_STEP, COUNT)
     """Stop after this many steps in a row were skipped for a non-finite loss or gradient (at least 1)."""
+
+    def samples_per_step(self, ranks: int) -> int:
+        """Sequences an optimizer step takes of all data-parallel ranks together."""
+        return self.global_batch_size if self.global_batch_size > 0 else self.local_batch_size * ranks
 
 
 @dataclass
 class Optimizer(titan.Optimizer):
-    name: Literal["AdamW", "Adam"] = "AdamW"
+    name: Literal[tuple(OPTIMIZERS)] = option("AdamW", breaking("another optimizer state", from_the_start=True))
     """Optimizer to use."""
-    lr: float = 3e-4
+    lr: float = option(3e-4, NEXT_STEP, POSITIVE, aliases="learning_rate max_lr peak_lr base_lr")
     """Peak learning rate; `[lr_scheduler]` multiplies it by a factor in [0, 1]."""
-    beta1: float = 0.9
+    beta1: float = option(0.9, NEXT_STEP, BELOW_ONE, aliases="betas b1 adam_beta1")
     """Decay of the running mean of gradients, in [0, 1)."""
-    beta2: float = 0.95
+    beta2: float = option(0.95, NEXT_STEP, BELOW_ONE, aliases="b2 adam_beta2")
     """Decay of the running mean of squared gradients, in [0, 1)."""
-    weight_decay: float = 0.01
+    weight_decay: float = option(0.01, NEXT_STEP, COUNT_OR_ZERO, aliases="wd decay")
     """AdamW weight decay of matrices; norms, biases, A_log, dt_bias, convolutions, embeddings take none."""
-    implementation: Literal["fused", "foreach", "for-loop"] = "fused"
+    implementation: Literal["fused", "foreach", "for-loop"] = option("fused", OTHER_ROUNDING)
     """`fused` updates without waiting for the device, on the CPU too; the others wait for it once a step more."""
 
 
 @dataclass
 class Validation(titan.Validation):
-    paths: list[str] = field(default_factory=list)
+    paths: list[str] = option([], NOT_COMPARABLE, NO_BLANKS, is_path=True)
     """Prepared folders to validate on, in file order: the same windows every time. Generated data
     (`group_word`, `formal_language`) needs none: it is validated on its own held-out stream."""
-    seq_len: int = 0
+    seq_len: int = option(0, NOT_COMPARABLE, at_least_or(0, 1, "the length of training"), reader=TEXT)
     """Window length in tokens; 0: as in training."""
-    steps: int = -1
+    steps: int = option(-1, NOT_COMPARABLE, at_least_or(-1, 1, "every window of the set"), reader=TEXT)
     """Windows to read, in units of `local_batch_size`, evenly spaced and the same for any number of ranks; -1: every
     window of the set once."""
-    lengths: list[int] = field(default_factory=list)
+    lengths: list[int] = option(
+        [], harmless("which lengths to report"),
+        Range(lambda value: all(length >= 1 for length in value), "must all be at least 1"), reader=GENERATED,
+    )  # fmt: skip
     """Generated data: lengths in tokens to report besides the one of training, longer ones as a rule. Of a formal
     language, length L has rows of `data.max_length` to L tokens."""
-    samples: int = 1024
+    samples: int = option(1024, NOT_COMPARABLE, COUNT, reader=GENERATED)
     """Generated data: held-out rows at each length, over all ranks."""
 
 
 @dataclass
 class Checkpoint(titan.Checkpoint):
-    enable: bool = True
-    last_save_model_only: bool = False
+    enable: bool = option(
+        True, notable("decides whether this start saves and resumes"), aliases="enable_checkpoint save_checkpoints"
+    )
+    last_save_model_only: bool = option(False, notable("decides what the last checkpoint holds"))
     """True saves only weights at the end: such a run cannot be continued. Ours defaults to False."""
-    keep_latest_k: int = 3
+    keep_latest_k: int = option(
+        3, SAVING,
+        Range(lambda value: value == 0 or value >= 2,
+              "must be 0 (keep all) or at least 2: the newest may be incomplete when a run dies"),
+        aliases="keep_last keep_last_k save_total_limit max_to_keep keep",
+    )  # fmt: skip
     """Complete checkpoints kept, newest first; 0: keep all; 1 is not allowed."""
-    keep_every: int = 0
+    keep_every: int = option(0, SAVING, COUNT_OR_ZERO)
     """Steps divisible by it are milestones, kept for good; 0: none."""
-    verify_on_load: bool = True
+    verify_on_load: bool = option(True, harmless("whether checksums are compared"))
     """Compare the checksum of every file before resuming; a damaged checkpoint gives way to the one before."""
 
 
 @dataclass
 class Guard:
-    walltime_minutes: float = 0.0
+    walltime_minutes: float = option(0.0, STOPPING, COUNT_OR_ZERO)
     """Minutes from the start after which the run saves and stops; 0: the end of its SLURM job, if it is in one."""
-    walltime_margin_seconds: float = 60.0
+    walltime_margin_seconds: float = option(60.0, STOPPING, COUNT_OR_ZERO)
     """Seconds kept free at the end, beyond twice the longest recent step and save."""
-    hang_seconds: float = 1200.0
+    hang_seconds: float = option(1200.0, STOPPING, COUNT_OR_ZERO)
     """Seconds without a finished step, validation batch or save after which a rank writes its stacks to RUN/stacks and
     exits, so that the launcher starts the run again; six times as long until the first step has ended. 0: never."""
-    spike_threshold: float = 8.0
+    spike_threshold: float = option(8.0, STOPPING, COUNT_OR_ZERO)
     """A loss so many deviations above the median of the last 128 steps is reported with its samples; 0: none is."""
 
 
 @dataclass
 class Metrics(titan.Metrics):
-    log_freq: int = 10
+    log_freq: int = option(10, LOGGING, COUNT, aliases="log_interval logging_steps log_every")
     """Steps between console lines; metrics.jsonl has a record for every step."""
-    enable_tensorboard: bool = True
-    peak_flops: float = 0.0
+    enable_tensorboard: bool = option(True, LOGGING, aliases="tensorboard use_tensorboard")
+    peak_flops: float = option(0.0, LOGGING, COUNT_OR_ZERO)
     """Peak FLOP/s of one device for MFU; 0: looked up by device name, no MFU where that is unknown."""
 
 
 @dataclass
 class Comm(titan.Comm):
-    train_timeout_seconds: int = 1800
+    train_timeout_seconds: int = option(1800, harmless("timeouts and traces"), COUNT)
     """Timeout of collectives after the first step, in seconds: longer than validation or a recompilation."""
 
 
 @dataclass
 class Compile(titan.Compile):
-    backend: str = "inductor"
+    backend: str = option("inductor", OTHER_ROUNDING, NOT_EMPTY)
     """Backend of torch.compile."""
 
 
 @dataclass
 class Debug(titan.Debug):
-    seed: int = 42
+    seed: int = option(42, notable("no effect: the weights are drawn already"), SEED, aliases="random_seed manual_seed")
     """Seed of the initial weights."""
 
 

@@ -19,16 +19,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..files import read_text
+from ..options import value_of
 from .check import Environment, check
-from .fields import get_value, schema, set_value, tables
-from .help import asks_for_help, print_help
 from .job import JobConfig
 from .locate import Path, locate
-from .names import describe_key, describe_table, suggest_key
-from .overrides import parse_overrides
 from .problems import Problem, Source, quoted, raise_if_any
-from .schedule import decay_steps_of
-from .values import conform, nearest
+from .reference import asks_for_help, print_help
+from .schedule import Schedule
+from .schema import describe_key, describe_option, describe_table, schema, set_value, suggest_key, tables
+from .values import conform, nearest, parse_text
+
+
+MOST_NAMED = 4
+"""TOML files that a message lists."""
 
 
 def load_config(argv: list[str], environment: Environment | None = None) -> JobConfig:
@@ -55,14 +58,11 @@ def load_config(argv: list[str], environment: Environment | None = None) -> JobC
     if not file:
         problems.insert(0, Problem("--job.config_file FILE is missing" + _files_found()))
         raise_if_any(problems)
-    text = _read(file, problems)
-    found = _Given()
-    if text is not None:
-        found = _values_of_file(file, text)
-    problems = [*found.problems, *problems]
-    sources = {key: Source(file, line) for key, line in found.lines.items()}
+    in_file = _values_of_file(file, _read(file, problems))
+    problems = [*in_file.problems, *problems]
+    sources = {key: Source(file, line) for key, line in in_file.lines.items()}
     config = JobConfig()
-    for key, value in found.values.items():
+    for key, value in in_file.values.items():
         set_value(config, key, value)
     for key, value in overrides.items():
         set_value(config, key, value)
@@ -71,12 +71,12 @@ def load_config(argv: list[str], environment: Environment | None = None) -> JobC
         key: str(sources.get(key, f"default ({'ours' if option.ours else 'torchtitan'})"))
         for key, option in schema().items()
     }
-    if note := shorten_warmup(config, found.values, overrides):
+    if note := shorten_warmup(config, in_file.values, overrides):
         config.provenance["lr_scheduler.warmup_steps"] = note
         if os.environ.get("RANK", "0") == "0":
             print(f"warning: lr_scheduler.warmup_steps: {note}", file=sys.stderr)
     expand_home(config)
-    problems += check(config, sources, environment or Environment.detect(), unusable=found.unusable)
+    problems += check(config, sources, environment or Environment.detect(), unusable=in_file.unusable)
     raise_if_any(problems)
     return config
 
@@ -88,28 +88,80 @@ def shorten_warmup(config: JobConfig, in_file: Mapping[str, Any], overrides: Map
     before = in_file.get("training.steps", JobConfig().training.steps)
     if asked != {"training.steps"} or schedule.total_steps is not None or not 1 <= steps < before:
         return ""
-    warmup = schedule.warmup_steps
-    if warmup + decay_steps_of(steps, min(warmup, steps), schedule.decay_ratio) <= steps:
+    if Schedule.of(schedule, steps).fits:
         return ""
+    warmup = schedule.warmup_steps
     schedule.warmup_steps = max(1, warmup * steps // before)
     return f"shortened from {warmup} to {schedule.warmup_steps}, as training.steps from {before} to {steps}"
 
 
-MOST_NAMED = 4
-"""TOML files that a message lists."""
-PATHS = ("job.dump_folder", "model.hf_assets_path", "data.paths", "data.dataset", "validation.paths",
-         "checkpoint.initial_load_path")  # fmt: skip
-"""Options that name files or folders: `~` in front is the home folder."""
-
-
 def expand_home(config: JobConfig) -> None:
     """Replaces `~` in every path of a config, which no shell has done for a TOML."""
-    for key in PATHS:
-        value = get_value(config, key)
+    for key in (key for key, option in schema().items() if option.record.is_path):
+        value = value_of(config, key)
         if isinstance(value, list):
             set_value(config, key, [os.path.expanduser(path) for path in value])
         elif value:
             set_value(config, key, os.path.expanduser(value))
+
+
+def parse_overrides(argv: list[str]) -> tuple[dict[str, Any], list[Problem]]:
+    """Reads `--section.key value` or `=value`, `--section.flag`, `--section.no-flag`.
+
+    Dashes and underscores are the same; a list is comma separated or a TOML literal; `none` unsets an optional option;
+    of an option given twice the later one holds, so that a launcher can append.
+
+    Returns:
+        Values by dotted key, checked against the types of the fields, and what was wrong with the rest.
+    """
+    given: dict[str, Any] = {}
+    problems: list[Problem] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            problems.append(Problem(f"{word}: not an option; overrides are --section.key value"))
+            continue
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        has_value = bool(equals) or bool(words and not words[0].startswith("--"))
+        key, negated = _resolve(name)
+        if key is None:
+            text = text if equals else words.pop(0) if has_value else ""
+            problems.append(Problem(_unknown(word.partition("=")[0], name, text)))
+            continue
+        if negated or (schema()[key].hint is bool and not has_value):
+            if negated and equals:
+                problems.append(Problem(f"{word}: a flag with 'no' takes no value; write --{key} false"))
+            given[key] = not negated
+            continue
+        if not has_value:
+            problems.append(Problem(f"--{key}: needs a value{quoted(schema()[key].summary)}"))
+            continue
+        text = text if equals else words.pop(0)
+        try:
+            given[key] = conform(parse_text(text, schema()[key].hint), schema()[key].hint)
+        except ValueError as reason:
+            problems.append(Problem(f"--{key} {text}: {reason}{quoted(schema()[key].summary)}"))
+    return given, problems
+
+
+def _resolve(name: str) -> tuple[str | None, bool]:
+    """The key an option names, and whether it is the `no` form of a flag; (None, False) if unknown."""
+    if name in schema():
+        return name, False
+    table, _, leaf = name.rpartition(".")
+    positive = f"{table}.{leaf.removeprefix('no_')}"
+    if leaf.startswith("no_") and positive in schema() and schema()[positive].hint is bool:
+        return positive, True
+    return None, False
+
+
+def _unknown(option: str, name: str, text: str) -> str:
+    written = f"{option} {text}".rstrip()
+    if name in tables():
+        return f"{written}: a table; set one of its options, --{name}.{(tables()[name] or ('',))[0]} ..."
+    return f"{written}: no such option; {describe_option(name)}"
 
 
 @dataclass
@@ -174,8 +226,8 @@ def _misplaced(path: tuple[str, ...], value: Any, source: Source) -> str:
         return f"[{key}]: no such table; {describe_table(key)}"
     if not table:
         guesses = suggest_key("", name)
-        told = describe_key("", name) if guesses else "options stand in tables: see --help"
-        return f"{source.label(key, value)}: stands in no table; {told}"
+        remedy = describe_key("", name) if guesses else "options stand in tables: see --help"
+        return f"{source.label(key, value)}: stands in no table; {remedy}"
     return f"{source.label(key, value)}: no such key; {describe_key(table, name)}"
 
 
@@ -203,7 +255,7 @@ def _syntax_problem(file: str, text: str, error: tomllib.TOMLDecodeError) -> Pro
     return Problem(f"not valid TOML: {reason[:1].lower()}{reason[1:]}{shown}{remedy}", Source(file, number))
 
 
-def _read(file: str, problems: list[Problem]) -> str | None:
+def _read(file: str, problems: list[Problem]) -> str:
     try:
         return read_text(os.path.expanduser(file))
     except FileNotFoundError:
@@ -214,9 +266,8 @@ def _read(file: str, problems: list[Problem]) -> str | None:
         reason = f"not UTF-8 text (byte {error.start}); TOML files are UTF-8"
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
-    problems.insert(0, Problem(f"--job.config_file {file}: {reason}"))
-    raise_if_any(problems)
-    return None
+    raise_if_any([Problem(f"--job.config_file {file}: {reason}"), *problems])
+    raise AssertionError("unreachable")
 
 
 def _files_found(wanted: str = "") -> str:

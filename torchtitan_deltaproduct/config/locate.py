@@ -42,7 +42,7 @@ class _Scanner:
         self.text = text
         self.position = 0
         self.newlines = [match.start() for match in re.finditer("\n", text)]
-        self.found: dict[Path, int] = {}
+        self.lines: dict[Path, int] = {}
         self.last_index: dict[Path, int] = {}
         """Arrays of tables: the index of the element that a header speaks of."""
 
@@ -53,7 +53,7 @@ class _Scanner:
                 table = self.header()
             else:
                 self.assignment(table)
-        return self.found
+        return self.lines
 
     def header(self) -> Path:
         start, is_array = self.position, self.text.startswith("[[", self.position)
@@ -129,4 +129,4 @@ class _Scanner:
         return self.position
 
     def mark(self, path: Path, position: int) -> None:
-        self.found.setdefault(path, bisect_left(self.newlines, position) + 1)
+        self.lines.setdefault(path, bisect_left(self.newlines, position) + 1)

@@ -37,32 +37,24 @@ def snapshot(config: "JobConfig", extra: Mapping[str, Any] | None = None) -> dic
     world_size = int(extra.pop("world_size", os.environ.get("WORLD_SIZE", "1")))
     derived = {
         "world_size": world_size,
-        "global_batch_size": effective_global_batch_size(config, world_size),
+        "global_batch_size": config.training.samples_per_step(world_size),
         "mlp_size": config.model.mlp_size,
     }
     content = {"config": config.to_dict(), "derived": derived, "versions": versions(), "extra": extra}
     return json.loads(json.dumps(content))
 
 
-def effective_global_batch_size(config: "JobConfig", world_size: int) -> int:
-    """Sequences a step of all ranks together."""
-    training = config.training
-    if training.global_batch_size > 0:
-        return training.global_batch_size
-    return training.local_batch_size * world_size
-
-
 def versions() -> dict[str, str]:
     """Versions of what computes, and the git revision of this package where it runs from a checkout."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in ("torch", "torchtitan", "torchtitan-deltaproduct", "flash-linear-attention", "triton"):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     if revision := _git_revision():
-        found["git"] = revision
-    return found
+        installed["git"] = revision
+    return installed
 
 
 def write_snapshot(path: str | os.PathLike, content: Mapping[str, Any]) -> None:

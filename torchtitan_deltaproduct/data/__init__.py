@@ -16,8 +16,8 @@ ends with the separator, which also opens the next one: its first token is predi
     loader = build_loader(config.data, seq_len=2048, local_batch_size=8, global_batch_size=64)
     inputs, labels = next(iter(loader))
 
-A further kind of data is one module with `build(data, geometry, tokenizer_path)`, one line in `KINDS`, and its options
-in `config/`: their fields in `job.py`, who reads them in `check.py`, what a change of them means in `compare.py`.
+A further kind of data is one module with `build(data, geometry, tokenizer_path)`, one line in `KINDS`, and its options,
+each a field with its record in `config/job.py`.
 """
 
 from importlib import import_module

@@ -7,7 +7,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.architecture import DeltaProductArgs
+from .args import DeltaProductArgs
 from .mixer import DeltaProductMixer, MixerCache, Operator
 from .norm import RMSNorm
 

@@ -15,8 +15,8 @@ import re
 from torch import nn
 
 from .. import ops
-from ..config.architecture import DeltaProductArgs
 from ..errors import ConfigError
+from .args import DeltaProductArgs
 from .init import plain_name
 
 

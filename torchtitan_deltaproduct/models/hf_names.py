@@ -15,8 +15,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from ..config.architecture import DeltaProductArgs
 from ..errors import CheckpointError
+from .args import DeltaProductArgs
 
 MODEL_TABLE = {
     "tok_embeddings.weight": "model.embeddings.weight",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..config.architecture import DeltaProductArgs
+from .args import DeltaProductArgs
 
 WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 DT_RANGE = (1e-3, 1e-1)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.architecture import DeltaProductArgs
 from ..ops import gated_delta_product, recurrent_step, short_conv
+from .args import DeltaProductArgs
 from .conv import ShortConvolution
 from .norm import RMSNorm
 

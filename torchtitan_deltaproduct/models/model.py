@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.architecture import DeltaProductArgs
+from .args import DeltaProductArgs
 from .block import Block
 from .init import init_parameters
 from .loss import linear_cross_entropy

@@ -3,8 +3,7 @@
     device.py         which device to run on, and torchtitan's five bindings of it
     spec.py           the TrainSpec: one model, its arguments, and the builders below
     parallelize.py    activation checkpointing, torch.compile, FSDP2 / HSDP / DDP
-    optimizer.py      AdamW with decay and no-decay groups
-    local_parts.py    clipping and Adam on what this rank holds of each tensor
+    optimizer.py      the optimizer with decay and no-decay groups, and its schedule
     trainer.py        the Trainer subclass: one step, the loop, what is saved
     feed.py           global batches on the device, read one step ahead
     validator.py      a fixed held-out set, weighted by tokens, in bits per byte

@@ -3,10 +3,9 @@
 import time
 
 from ..checkpoint import CheckpointInfo
-from ..config.devices import peak_flops
+from ..devices import peak_flops
 from ..events import last_stop
 from ..models import counts
-from .spec import global_batch_size
 
 
 def describe(trainer) -> list[str]:
@@ -15,7 +14,7 @@ def describe(trainer) -> list[str]:
     args = trainer.model_args.architecture
     ranks = dims.dp_replicate * dims.dp_shard
     training, schedule = config.training, config.lr_scheduler
-    samples = global_batch_size(config, ranks)
+    samples = training.samples_per_step(ranks)
     tokens = samples * training.seq_len
     device = trainer.metrics_processor.device_memory_monitor.device_name
     peak = config.metrics.peak_flops or peak_flops(device)

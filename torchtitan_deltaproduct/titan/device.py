@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..config.devices import peak_flops
+from ..devices import peak_flops
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""AdamW in two groups, and the learning-rate schedule.
+"""The optimizer in two groups, and the learning-rate schedule.
 
 Matrices decay, everything else does not: weight decay on a norm's gain, a bias, `A_log` or `dt_bias` pulls a scale
 towards zero that has no reason to be there, and on an embedding it shrinks the rows of rare words (`decays`).
@@ -8,7 +8,6 @@ so that changing one of them on a restart has an effect; torchtitan's containers
 """
 
 import logging
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ from torchtitan.config import LRScheduler
 from torchtitan.distributed import ParallelDims
 
 from ..config.job import Optimizer
-from ..config.schedule import lr_factor
-from .local_parts import Adam, AdamW
+from ..config.schedule import Schedule
+from ..optimizers import OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class TwoGroupOptimizers(OptimizersContainer):
         """
         for optimizer in self.optimizers:
             group = optimizer.param_groups[0]
-            if group["fused"]:
+            if group.get("fused"):
                 optimizer.found_inf = skip.to(group["params"][0].device, torch.float32)
             elif skip:
                 continue
@@ -91,27 +90,12 @@ class Schedules(LRSchedulersContainer):
 
 def build_lr_schedulers(optimizers: TwoGroupOptimizers, config: LRScheduler, training_steps: int) -> Schedules:
     """Warm-up, then cosine, linear or square-root decay, or warm-up-stable-decay: see `config.schedule`."""
-    factor = partial(
-        lr_factor,
-        warmup_steps=config.warmup_steps,
-        total_steps=config.total_steps or training_steps,
-        decay_ratio=config.decay_ratio,
-        decay_type=config.decay_type,
-        min_lr_factor=config.min_lr_factor,
-    )
-    return Schedules(optimizers, factor)
+    return Schedules(optimizers, Schedule.of(config, training_steps))
 
 
 def build_optimizers(
     model_parts: list[nn.Module], config: Optimizer, parallel_dims: ParallelDims
 ) -> TwoGroupOptimizers:
     """The optimizer `config` names, over the parameters of `model_parts`."""
-    kwargs = {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-        "fused": config.implementation == "fused",
-        "foreach": config.implementation == "foreach",
-    }
-    return TwoGroupOptimizers(model_parts, {"Adam": Adam, "AdamW": AdamW}[config.name], kwargs)
+    kind = OPTIMIZERS[config.name]
+    return TwoGroupOptimizers(model_parts, kind.algorithm, kind.arguments(config))

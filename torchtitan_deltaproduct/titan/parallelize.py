@@ -21,7 +21,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.tools import utils
 
 from ..config.job import JobConfig
-from ..config.memory import reshard_after_forward
+from ..memory import reshard_after_forward
 from ..ops import SAVE_FOR_SELECTIVE_AC
 from .stopping import shield_compile_workers
 

@@ -24,8 +24,8 @@ from ..checkpoint.marker import checksum
 from ..config import JobConfig
 from ..config.compare import compare_configs, refuse_breaking
 from ..config.snapshots import read_snapshot, snapshot, write_snapshot
-from ..data import GENERATED, separator_id
-from ..data.prepared import open_streams
+from ..data import separator_id
+from ..data.check import check_data
 from ..data.tokenizer import copy_tokenizer, same_tokenizer
 from ..errors import CheckpointError, ConfigError, UserError
 from . import device
@@ -63,8 +63,8 @@ def run(config: JobConfig, stopping: Stopping | None = None) -> None:
                     record_stop(config, trainer.step, ended, trainer.saves)
         except BaseException as error:
             step = None if trainer is None else trainer.step
-            said = (str(error).splitlines() or [""])[0]
-            detail = said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
+            first_line = (str(error).splitlines() or [""])[0]
+            detail = first_line if isinstance(error, UserError) else f"{type(error).__name__}: {first_line}"
             record_stop(config, step, "lost_peer" if is_lost_peer(error) else "failed", False, detail)
             raise
         finally:
@@ -181,16 +181,16 @@ def check_run_folder(config: JobConfig) -> dict | None:
     folder = Path(config.job.dump_folder, config.checkpoint.folder)
     if config.checkpoint.enable:
         asked = config.checkpoint.load_step
-        found = [i for i in scan(folder) if i.complete and asked in (-1, i.step) and has_settings(i)]
-        saved = read_snapshot(found[-1].path / "config.json") if found else None
+        complete = [i for i in scan(folder) if i.complete and asked in (-1, i.step) and has_settings(i)]
+        saved = read_snapshot(complete[-1].path / "config.json") if complete else None
         if saved is not None:
-            if finished_with_weights_only(config, found, saved):
-                logger.info("finished already: step %d of %d", found[-1].step, config.training.steps)
+            if finished_with_weights_only(config, complete, saved):
+                logger.info("finished already: step %d of %d", complete[-1].step, config.training.steps)
                 return None
-            comparison = compare_configs(saved, current, consumed=consumes_samples(config, found[-1]))
-            refuse_breaking(comparison, found[-1].path, config.provenance)
+            comparison = compare_configs(saved, current, consumed=consumes_samples(config, complete[-1]))
+            refuse_breaking(comparison, complete[-1].path, config.provenance)
             for change in comparison.notable + comparison.harmless:
-                logger.info("changed since step %d was saved: %s", found[-1].step, change)
+                logger.info("changed since step %d was saved: %s", complete[-1].step, change)
     if os.environ["RANK"] == "0":
         path = Path(config.job.dump_folder, "config.json")
         try:
@@ -209,23 +209,23 @@ def has_settings(info: CheckpointInfo) -> bool:
         return False
 
 
-def finished_with_weights_only(config: JobConfig, found: list[CheckpointInfo], saved: dict) -> bool:
+def finished_with_weights_only(config: JobConfig, complete: list[CheckpointInfo], saved: dict) -> bool:
     """Whether the run is at its end, where it saved its weights alone.
 
     Args:
         config: of this launch.
-        found: the complete checkpoints, the one to resume from last.
+        complete: the complete checkpoints, the one to resume from last.
         saved: the settings stored with that one.
 
     Raises:
         CheckpointError: it saved its weights alone, and now has more steps to go.
     """
-    newest, settings = found[-1], saved["config"].get("checkpoint", {})
+    newest, settings = complete[-1], saved["config"].get("checkpoint", {})
     if not settings.get("last_save_model_only") or newest.marker.reason != "last step" or newest.step == 0:
         return False
     if newest.step >= config.training.steps:
         return True
-    full = [info.step for info in found[:-1]]
+    full = [info.step for info in complete[:-1]]
     way = f"--checkpoint.load_step {full[-1]} goes on from the newest full one" if full else "no full one is left"
     raise CheckpointError(
         f"step {newest.step} of {newest.path.parent} holds weights only (checkpoint.last_save_model_only), so training "
@@ -253,50 +253,3 @@ def keep_tokenizer(config: JobConfig, source: str, eos_id: int | None) -> None:
             copy_tokenizer(source, folder, eos_id)
     except OSError as error:
         logger.warning("the tokenizer was not copied to %s: %s; the next start tries again", folder, error)
-
-
-def check_data(config: JobConfig) -> list[str] | None:
-    """Checksums of the prepared training sets, after a check that every token id has a row in the embedding.
-
-    Generated data has the version of its generator instead: the rest of what decides it is in `[data]`.
-
-    Raises:
-        DataError: a set is missing or damaged, or of another tokenizer or separator than the first. ConfigError:
-            `model.vocab_size` is too small for it, or generated data cannot be made as `[data]` says.
-    """
-    if config.data.kind in GENERATED:
-        return check_generated(config)
-    training = config.data.paths if config.data.kind == "prepared" else []
-    validation = config.validation.paths if config.validation.enable else []
-    paths = [*training, *validation]
-    streams = open_streams(paths, "data.paths") if paths else []
-    manifests = dict(zip(paths, (stream.manifest for stream in streams), strict=True))
-    for path, manifest in manifests.items():
-        if manifest.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"{path} has token ids up to {manifest.vocab_size - 1:,}, but model.vocab_size = "
-                f"{config.model.vocab_size:,} ({config.provenance.get('model.vocab_size', 'default')})\n"
-                f"set model.vocab_size to {manifest.vocab_size:,} or more (a multiple of 64 is fastest)"
-            )
-    return [manifests[path].content_sha256 for path in training] or None
-
-
-def check_generated(config: JobConfig) -> list[str]:
-    """The version of the generator, after making its sources: a wrong name of a group is found here."""
-    from ..data.group_word import GENERATOR
-    from ..data.word_validation import build_word_validations
-
-    key = "data.group" if config.data.kind == "group_word" else "data.language"
-    told = config.provenance.get(key, "default")
-    try:
-        lengths = {"seq_len": config.training.seq_len, "lengths": config.validation.lengths}
-        sets = build_word_validations(config.data, **lengths, local_batch_size=1, samples=1)
-    except ConfigError as error:
-        raise ConfigError(f"{told}: {error}") from None
-    if sets[0].vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"{sets[0].source.name} ({told}) has {sets[0].vocab_size:,} tokens, but model.vocab_size = "
-            f"{config.model.vocab_size:,} ({config.provenance.get('model.vocab_size', 'default')})\n"
-            f"set model.vocab_size to {sets[0].vocab_size:,}"
-        )
-    return [f"generator {GENERATOR}"]

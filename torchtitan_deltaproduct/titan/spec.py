@@ -10,14 +10,15 @@ from torch import nn
 from torchtitan.protocols import train_spec as registry
 from torchtitan.protocols.model import BaseModelArgs
 
-from ..config.architecture import DeltaProductArgs
 from ..config.job import JobConfig
-from ..data import build_loader
+from ..data import GENERATED, build_loader
 from ..models import DeltaProductLM, counts
+from ..models.args import DeltaProductArgs
 from .metrics import build_metrics_processor
 from .optimizer import build_lr_schedulers, build_optimizers
 from .parallelize import parallelize
-from .validator import build_validator
+from .validator import HeldOutValidator, Validator
+from .word_validator import WordValidator
 
 
 @dataclass
@@ -48,17 +49,18 @@ def build_training_loader(dp_world_size: int, dp_rank: int, tokenizer, job_confi
         job_config.data,
         seq_len=job_config.training.seq_len,
         local_batch_size=job_config.training.local_batch_size,
-        global_batch_size=global_batch_size(job_config, dp_world_size),
+        global_batch_size=job_config.training.samples_per_step(dp_world_size),
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         tokenizer_path=job_config.model.hf_assets_path,
     )
 
 
-def global_batch_size(job_config: JobConfig, dp_world_size: int) -> int:
-    """Samples per optimizer step over all ranks."""
-    asked = job_config.training.global_batch_size
-    return asked if asked > 0 else job_config.training.local_batch_size * dp_world_size
+def build_validator(job_config: JobConfig, **given) -> HeldOutValidator:
+    """The signature TrainSpec asks for; of what it gives, pipeline parallelism's part is not used."""
+    names = ("dp_world_size", "dp_rank", "parallel_dims", "metrics_processor")
+    kind = WordValidator if job_config.data.kind in GENERATED else Validator
+    return kind(job_config, **{name: given[name] for name in names})
 
 
 def register(job_config: JobConfig) -> None:

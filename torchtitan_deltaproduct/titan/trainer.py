@@ -34,12 +34,12 @@ from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enabl
 from .. import events
 from ..config.job import JobConfig
 from ..errors import NonFiniteError
+from ..optimizers import clip_gradients, local
 from .checkpointer import CheckpointManager
 from .describe import describe, resumed
 from .feed import Feed, to_device, to_host
-from .local_parts import clip_gradients, local
 from .rendezvous import own_store
-from .spec import global_batch_size, register
+from .spec import register
 from .spikes import LossSpikes
 from .stopping import Stopping
 from .watchdog import Watchdog
@@ -69,7 +69,7 @@ class Trainer(stock.Trainer):
         self.feed = Feed(self.dataloader, self.gradient_accumulation_steps, self.device)
         self.checkpointer.states[DATALOADER] = self.feed
         self.tokens_ahead: float | None = None
-        self.samples_per_step = global_batch_size(job_config, dims.dp_replicate * dims.dp_shard)
+        self.samples_per_step = job_config.training.samples_per_step(dims.dp_replicate * dims.dp_shard)
         self.skipped_steps = self.skipped_in_a_row = 0
         self.validated_step = -1
         self.step_seconds: deque[float] = deque(maxlen=20)

@@ -18,7 +18,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 
 from ..config.job import JobConfig
-from ..data import GENERATED, build_validation_loader
+from ..data import build_validation_loader
 from ..data.loader import Batch
 from ..models.loss import IGNORE_INDEX
 from .metrics import MetricsProcessor
@@ -139,12 +139,3 @@ class Validator(HeldOutValidator):
 
     def describe(self) -> str:
         return self.loader.describe()
-
-
-def build_validator(job_config: JobConfig, **given) -> HeldOutValidator:
-    """The signature TrainSpec asks for; of what it gives, pipeline parallelism's part is not used."""
-    from .word_validator import WordValidator
-
-    names = ("dp_world_size", "dp_rank", "parallel_dims", "metrics_processor")
-    kind = WordValidator if job_config.data.kind in GENERATED else Validator
-    return kind(job_config, **{name: given[name] for name in names})

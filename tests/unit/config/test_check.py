@@ -5,10 +5,8 @@ import dataclasses
 import pytest
 
 from torchtitan_deltaproduct.config import Environment
-from torchtitan_deltaproduct.config.check import _RULES
-from torchtitan_deltaproduct.config.fields import schema
-from torchtitan_deltaproduct.config.ranges import RANGES
-from torchtitan_deltaproduct.config.unsupported import refusal
+from torchtitan_deltaproduct.config.check import RULES
+from torchtitan_deltaproduct.config.schema import schema, supported_keys
 
 DATA = '[data]\npaths = ["a"]\n'
 
@@ -40,24 +38,24 @@ def test_ranges(problems, option, good, bad):
         assert problems(DATA, f"--{option}={value}") == ""
     for value in bad:
         message = problems(DATA, f"--{option}={value}")
-        assert message.startswith(f"command line: --{option} ") and RANGES[option].text in message
+        assert message.startswith(f"command line: --{option} ") and schema()[option].record.allowed.text in message
 
 
 def test_every_default_is_in_range():
-    for key, allowed in RANGES.items():
-        default = schema()[key].default
-        assert default is None or allowed.allows(default), key
-        assert refusal(key) is None
+    for key, option in schema().items():
+        allowed = option.record.allowed
+        assert allowed is None or option.default is None or allowed.allows(option.default), key
 
 
 def test_every_number_has_a_range():
     """A number for which all values are right is rare: say so here."""
-    numbers = {k for k, o in schema().items() if {o.hint, *getattr(o.hint, "__args__", ())} & {int, float}}
-    assert {key for key in numbers if not refusal(key)} == {k for k in numbers if k in RANGES}
+    options = [schema()[key] for key in supported_keys()]
+    numbers = {o.key: o for o in options if {o.hint, *getattr(o.hint, "__args__", ())} & {int, float}}
+    assert len(numbers) > 50 and [key for key, option in numbers.items() if option.record.allowed is None] == []
 
 
 def test_rules_name_existing_keys():
-    assert {key for keys, _ in _RULES for key in keys} <= set(schema())
+    assert {key for keys, _ in RULES for key in keys.split()} <= set(schema())
 
 
 CONTRADICTIONS = [
@@ -184,3 +182,30 @@ def test_what_nothing_would_read_is_refused(problems, options, told):
 ])  # fmt: skip
 def test_what_is_read_is_not(problems, options):
     assert problems(DATA, *options) == ""
+
+
+FORMAL = "--data.kind=formal_language --training.seq_len=40 "
+GROUP = "--data.kind=group_word --data.group=S3 --training.seq_len=40 "
+
+
+@pytest.mark.parametrize(("good", "bad", "reason"), [
+    ("--data.paths=a --guard.hang_seconds=1799", "--data.paths=a --guard.hang_seconds=1800",
+     "collectives give up after 1800 s"),
+    ("--data.paths=a --guard.hang_seconds=0", "--data.paths=a --guard.hang_seconds=1801", "must be below that"),
+    ("--data.paths=a --checkpoint.keep_every=1000", "--data.paths=a --checkpoint.keep_every=250",
+     "must be a multiple of interval = 500"),
+    (FORMAL + "--data.max_length=40", FORMAL + "--data.max_length=41",
+     "rows of max_length = 41 tokens do not fit in training.seq_len = 40"),
+    (FORMAL + "--data.min_length=40", FORMAL + "--data.min_length=41", "max_length = 40 is below min_length = 41"),
+    (FORMAL + "--validation.lengths=40", FORMAL + "--validation.lengths=39",
+     "length L has rows of max_length = 40 to L tokens: 39 is too short"),
+    (GROUP + "--validation.lengths=9", GROUP + "--validation.lengths=9,9", "a length is listed twice"),
+    (GROUP + "--data.curriculum_start=40 --data.curriculum_steps=1", GROUP + "--data.curriculum_start=41 "
+     "--data.curriculum_steps=1", "starts above training.seq_len = 40, the length it leads to"),
+    (GROUP, GROUP + "--data.curriculum_start=9", "needs both curriculum_start (tokens) and curriculum_steps"),
+    (GROUP, "--data.kind=group_word", 'group_word needs [data] group, such as "S3"'),
+    (GROUP, GROUP + "--validation.paths=a", "generated data is validated on generated samples"),
+])  # fmt: skip
+def test_where_a_contradiction_begins(problems, good, bad, reason):
+    assert problems("", *good.split()) == ""
+    assert reason in problems("", *bad.split())

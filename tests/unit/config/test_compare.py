@@ -1,9 +1,11 @@
 """Which changes a resumed run may have, and the snapshot they are read from."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from tests.toy import TOML
 from torchtitan_deltaproduct.config import (
     compare_configs,
     read_snapshot,
@@ -11,18 +13,10 @@ from torchtitan_deltaproduct.config import (
     snapshot,
     write_snapshot,
 )
-from torchtitan_deltaproduct.config.compare import classify
-from torchtitan_deltaproduct.config.fields import schema
+from torchtitan_deltaproduct.config.schema import schema
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 
 DATA = '[data]\npaths = ["a", "b"]\n'
-
-
-@pytest.mark.parametrize(
-    "key", [*schema(), "derived.world_size", "derived.global_batch_size", "derived.mlp_size"]
-)
-def test_every_option_is_classified(key):
-    assert classify(key), f"{key}: put it in one of the tables of config/compare.py"
 
 
 def changes(load, *options, old_extra=None, new_extra=None, base=()):
@@ -86,6 +80,13 @@ def test_moved_data_is_the_same_data(load):
     assert changes(load, **other)["breaking"] == ["extra.data_identity"]
 
 
+def test_the_tokenizer_of_a_stream_decides_the_tokens(load):
+    stream = ["--data.kind=streaming", "--data.paths=", "--data.dataset=x", "--model.hf_assets_path"]
+    old, new = (snapshot(load(DATA, *stream, folder)) for folder in ("a", "b"))
+    assert [change.key for change in compare_configs(old, new).breaking] == ["model.hf_assets_path"]
+    assert changes(load, "--model.hf_assets_path=b")["notable"] == ["model.hf_assets_path"]
+
+
 def test_options_only_one_version_has(load):
     old = snapshot(load(DATA))
     new = json.loads(json.dumps(old))
@@ -95,6 +96,27 @@ def test_options_only_one_version_has(load):
     assert comparison.breaking == []
     assert {change.key for change in comparison.notable} == {"model.num_heads", "data.brand_new"}
     assert [change.key for change in comparison.harmless] == ["job.description"]
+
+
+def test_a_run_of_an_earlier_version_goes_on(load):
+    """With the config.json that revision 54fb8ae wrote, before options had records."""
+    saved = read_snapshot(Path(__file__).with_name("config_of_54fb8ae.json"))
+    config = load(TOML.format(folder="/new"))
+    same_data = {"world_size": 1, "data_identity": saved["extra"]["data_identity"]}
+    comparison = compare_configs(saved, snapshot(config, same_data))
+    assert comparison.breaking == []
+    changed = {change.key for change in comparison.notable if not change.key.startswith("versions.")}
+    changed = {key for key in changed if key in dict(flat(saved["config"]))}
+    assert changed == {"data.paths", "validation.paths", "training.mixed_precision_param"}
+    assert dict(flat(saved["config"])).keys() <= schema().keys()
+
+
+def flat(tree, prefix=""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def test_an_unclassified_change_is_breaking(load):

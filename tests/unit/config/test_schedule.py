@@ -1,4 +1,4 @@
-"""`lr_factor` against the schedule torchtitan builds."""
+"""`Schedule` against the schedule torchtitan builds."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config.job_config import LRScheduler
 
-from torchtitan_deltaproduct.config import lr_factor
+from torchtitan_deltaproduct.config import Schedule
 
 SETTINGS = itertools.product(
     [0, 1, 7, 40],  # warm-up
@@ -26,21 +26,14 @@ def test_equals_torchtitan(warmup, total, ratio, kind, least):
         warmup_steps=warmup, decay_ratio=ratio, decay_type=kind, min_lr_factor=least, total_steps=total
     )
     scheduler = build_lr_schedulers([optimizer], config, 10_000).schedulers[0]
-    curve = {
-        "warmup_steps": warmup,
-        "total_steps": total,
-        "decay_ratio": ratio,
-        "decay_type": kind,
-        "min_lr_factor": least,
-    }
+    schedule = Schedule.of(config, 10_000)
     # After the last step of a run the scheduler moves on once more.
-    assert lr_factor(0, **curve) == scheduler.get_last_lr()[0]
+    assert schedule(0) == scheduler.get_last_lr()[0]
     for step in range(1, total + 1):
         scheduler.step()
-        assert lr_factor(step, **curve) == scheduler.get_last_lr()[0]
+        assert schedule(step) == scheduler.get_last_lr()[0]
 
 
 def test_numbers():
-    curve = {"warmup_steps": 2, "total_steps": 10, "decay_ratio": 0.5, "min_lr_factor": 0.1}
-    linear = [round(lr_factor(step, **curve, decay_type="linear"), 3) for step in range(10)]
-    assert linear == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.82, 0.64, 0.46, 0.28]
+    schedule = Schedule(warmup_steps=2, total_steps=10, decay_ratio=0.5, decay_type="linear", min_lr_factor=0.1)
+    assert [round(schedule(step), 3) for step in range(10)] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.82, 0.64, 0.46, 0.28]

@@ -1,46 +1,30 @@
-"""No option is parsed and ignored: every key is honoured or refused, never both, never neither."""
+"""No option is parsed and ignored: each one is read by a run in the settings its record names, or refused by name."""
 
 import inspect
+import json
 import re
+import sys
 from importlib import import_module
 
 import pytest
-from torchtitan.config import job_config as titan
+from torch._functorch import config as functorch
 
-from tests.toy import REPO
-from torchtitan_deltaproduct.config.fields import schema, type_name
-from torchtitan_deltaproduct.config.unsupported import HONOURED, RULES, refusal, supported_keys
+from tests import toy as toys
+from torchtitan_deltaproduct.config import Environment, load_config
+from torchtitan_deltaproduct.config.inherited import HONOURED, REFUSED
+from torchtitan_deltaproduct.config.job import JobConfig
+from torchtitan_deltaproduct.config.schema import refusal, schema, supported_keys, type_name
 from torchtitan_deltaproduct.config.values import show
-
-DECLARED_BY_TORCHTITAN = [
-    key
-    for key, option in schema().items()
-    if any(
-        base.__module__ == titan.__name__ and option.name in base.__dict__.get("__annotations__", {})
-        for base in option.table_class.__mro__
-    )
-]
+from torchtitan_deltaproduct.models import DeltaProductArgs
+from torchtitan_deltaproduct.optimizers import clip_gradients
+from torchtitan_deltaproduct.options import value_of
+from torchtitan_deltaproduct.titan import trainer
 
 
-@pytest.mark.parametrize("key", DECLARED_BY_TORCHTITAN)
-def test_each_option_of_torchtitan_is_honoured_or_refused(key):
-    matched = [rule for rule in RULES if refusal(key) is rule]
-    assert (key in HONOURED) != bool(matched), f"{key}: put it in HONOURED or write a rule, not both"
-
-
-def test_nothing_honoured_that_does_not_exist():
-    assert set(schema()) >= HONOURED
-
-
-def test_every_rule_refuses_something():
-    assert {rule.pattern for rule in RULES} == {refusal(key).pattern for key in schema() if refusal(key)}
-
-
-def test_our_own_options_are_supported():
-    ours = set(schema()) - set(DECLARED_BY_TORCHTITAN)
-    assert (
-        {"data.paths", "training.max_skipped_steps", "model.num_householder"} <= ours <= set(supported_keys())
-    )
+def test_every_record_of_torchtitans_options_is_used():
+    """None is for an option that does not exist, or whose field has a record of its own."""
+    used = {id(option.record) for option in schema().values()}
+    assert [key for key, record in (HONOURED | REFUSED).items() if id(record) not in used] == []
 
 
 def another_value(option):
@@ -49,9 +33,11 @@ def another_value(option):
     if kind is bool:
         return not option.default
     if kind in (int, float):
-        return option.default + 1
+        allowed = option.record.allowed
+        values = [option.default + 1, option.default + 2, option.default / 2]
+        return next(value for value in values if allowed is None or allowed.allows(value))
     if kind is list:
-        return ["something"]
+        return [0.5] if "float" in type_name(option.hint) else [1] if "int" in type_name(option.hint) else ["something"]
     if choices := re.findall(r'"([^"]+)"', type_name(option.hint)):
         return next((choice for choice in choices if choice != option.default), None)
     return {"int": 7, "list of list of str": [["something"]]}.get(type_name(option.hint), "something")
@@ -72,31 +58,85 @@ def test_setting_a_refused_option_is_an_error_and_its_default_is_not(key, proble
         assert problems(f"{base}[{option.table}]\n{option.name} = {show(option.default)}\n") == ""
 
 
-# Where torchtitan's own code acts on an option; all others are read in this package.
-READ_BY_TORCHTITAN = {
-    "torchtitan.config.job_config": "job.print_config job.save_config_file",
-    "torchtitan.tools.profiling": "profiling.enable_profiling profiling.save_traces_folder profiling.profile_freq "
-    "profiling.profiler_active profiling.profiler_warmup profiling.enable_memory_snapshot "
-    "profiling.save_memory_snapshot_folder",
-    "torchtitan.components.metrics": "metrics.log_freq",
-    "torchtitan.components.checkpoint": "checkpoint.enable_first_step_checkpoint",
-    "torchtitan.train": "training.gc_freq training.gc_debug",
-    "torchtitan.distributed.activation_checkpoint": "activation_checkpoint.early_stop "
-    "activation_checkpoint.visualize_memory_budget_pareto activation_checkpoint.preserve_rng_state "
-    "activation_checkpoint.determinism_check",
-    "torchtitan.distributed.utils": "comm.init_timeout_seconds comm.save_traces_folder comm.save_traces_file_prefix "
-    "debug.deterministic debug.deterministic_warn_only",
+SETTINGS = {
+    "one rank in bfloat16, sharded": "--training.mixed_precision_param=bfloat16 --debug.deterministic",
+    "checkpointed": "--activation_checkpoint.mode=selective --model.intermediate_size=none "
+    "--checkpoint.last_save_model_only",
+    "compiled": "--compile.enable --compile.backend=eager --activation_checkpoint.mode=memory_budget "
+    "--activation_checkpoint.memory_budget=1 --model.use_short_conv=false",
+    "not saved": "--checkpoint.no-enable --validation.no-enable --activation_checkpoint.selective_ac_option=op",
+    "streaming": "--data.kind=streaming --data.paths= --data.dataset={text} --model.hf_assets_path={tokenizer} "
+    "--data.shuffle_buffer=2 --data.num_workers=1 --validation.no-enable --validation.paths=",
+    "streaming in file order": "--data.kind=streaming --data.paths= --data.dataset={text} "
+    "--model.hf_assets_path={tokenizer} --validation.no-enable --validation.paths=",
+    "group_word": "--data.kind=group_word --data.paths= --data.group=S3 --data.curriculum_start=8 "
+    "--data.curriculum_steps=2 --validation.paths= --validation.steps=-1",
+    "formal_language": "--data.kind=formal_language --data.paths= --validation.paths= --validation.steps=-1",
 }
-JUDGES = {"job.py", "ranges.py", "compare.py", "unsupported.py", "names.py", "check.py"}
+"""Small runs that between them are in every setting that the records name."""
+PROFILER = "save_traces_folder profile_freq profiler_active profiler_warmup save_memory_snapshot_folder"
+ELSEWHERE = {"job.config_file": "torchtitan_deltaproduct.config.load"}
+ELSEWHERE |= {f"profiling.{name}": "torchtitan.tools.profiling" for name in PROFILER.split()}
+"""Who reads the options that such a run does not come to: the profiler needs CUDA."""
+BYSTANDERS = ("dataclasses", "copy", "torchtitan_deltaproduct.options", "torchtitan_deltaproduct.config.snapshots")
+"""Modules that look at every option alike."""
 
 
-def test_each_option_has_a_reader():
-    """Outside of the files that only judge a config."""
-    package = REPO / "torchtitan_deltaproduct"
-    files = [path for path in package.rglob("*.py") if not (path.parent.name == "config" and path.name in JUDGES)]
-    ours = "\n".join(path.read_text(encoding="utf-8") for path in files)
-    stock = {key: module for module, keys in READ_BY_TORCHTITAN.items() for key in keys.split()}
-    for key in supported_keys():
-        source = inspect.getsource(import_module(stock[key])) if key in stock else ours
-        assert re.search(rf"\.{schema()[key].name}\b", source), f"{key} is read by nobody"
-    assert stock.keys() <= set(supported_keys())
+@pytest.fixture(scope="module")
+def reads(toy, tmp_path_factory):
+    """For each setting, its config and the keys that its run looked at, after the config was loaded and judged.
+
+    Takes 20 s, for eight runs of the real trainer: nothing less shows that an option is read.
+    """
+    folder, result, seen = tmp_path_factory.mktemp("reads"), {}, set()
+    (folder / "text.jsonl").write_text(json.dumps({"text": "def f(): return 1 " * 99}) + "\n")
+
+    def load(argv):
+        result[setting] = [load_config(argv, Environment()), seen]
+        seen.clear()
+        return result[setting][0]
+
+    def noting(table):
+        def note(self, name):
+            if sys._getframe(1).f_globals["__name__"] not in BYSTANDERS:
+                seen.add(f"{table}.{name}")
+            return object.__getattribute__(self, name)
+
+        return note
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toys, "load_config", load)
+        patch.setattr(trainer, "clip_gradients", lambda *given: clip_gradients(*given) * float("nan"))
+        patch.setattr(functorch, "activation_memory_budget", functorch.activation_memory_budget)
+        for table, cls in [(key, type(getattr(JobConfig(), key))) for key in JobConfig().to_dict()]:
+            patch.setattr(cls, "__getattribute__", noting(table), raising=False)
+        for number, (setting, options) in enumerate(SETTINGS.items()):
+            options = options.format(text=folder / "text.jsonl", tokenizer=toy.parent / "tokenizer")
+            with patch.context() as inner:
+                if setting != "compiled":  # torch.compile cannot look into `note`
+                    inner.setattr(DeltaProductArgs, "__getattribute__", noting("model"), raising=False)
+                toys.train(toy, folder / str(number), "--training.steps=3", *options.split(" "))
+            result[setting][1] = set(seen)
+    return result
+
+
+@pytest.mark.parametrize("key", supported_keys())
+def test_each_option_is_read_where_its_record_says(key, reads):
+    reader = schema()[key].record.reader
+    read_in = [setting for setting, (_, keys) in reads.items() if key in keys]
+    if key in ELSEWHERE:
+        assert not read_in and re.search(rf"\b{schema()[key].name}\b", inspect.getsource(import_module(ELSEWHERE[key])))
+        return
+    assert read_in, f"{key} is read by nobody"
+    if reader:
+        held = [setting for setting, (config, _) in reads.items() if reader.holds(config)]
+        assert set(read_in) & set(held) and len(held) < len(reads), f"{key} is read in {read_in}, should be in {held}"
+
+
+@pytest.mark.parametrize("key", [key for key in supported_keys() if schema()[key].record.reader])
+def test_an_option_is_refused_where_nobody_reads_it(key, problems, reads):
+    option, reader = schema()[key], schema()[key].record.reader
+    config = next(config for config, _ in reads.values() if not reader.holds(config))
+    options = {by: value_of(config, by) for by in ("data.kind", reader.by)} | {key: another_value(option)}
+    message = problems("", *(f"--{name}={show(value).strip(chr(34))}" for name, value in options.items()))
+    assert reader.otherwise.format(value_of(config, reader.by)) in message

@@ -11,8 +11,8 @@ from eval import state_tracking
 from eval.words.interpret import spectrum, view_layers
 from tests import toy
 from tests.unit.eval.words_toy import write_toml
-from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
 from torchtitan_deltaproduct.models import DeltaProductLM
+from torchtitan_deltaproduct.models.args import DeltaProductArgs
 
 
 def test_spectrum_of_planted_keys():

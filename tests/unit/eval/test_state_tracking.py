@@ -14,11 +14,11 @@ from eval.words.results import Criterion, RunResult, by_setting
 from tests import toy
 from tests.unit.eval.words_toy import PARITY, fake, flat, write_toml
 from torchtitan_deltaproduct.checkpoint.load import load_model
-from torchtitan_deltaproduct.config.architecture import DeltaProductArgs
 from torchtitan_deltaproduct.data.formal import FormalSource
 from torchtitan_deltaproduct.data.group_word import GroupWordSource
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.models import DeltaProductLM
+from torchtitan_deltaproduct.models.args import DeltaProductArgs
 
 
 @pytest.fixture(scope="module")

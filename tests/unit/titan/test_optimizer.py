@@ -5,7 +5,7 @@ import torch
 from torchtitan.config import LRScheduler
 
 from torchtitan_deltaproduct.config.job import Optimizer
-from torchtitan_deltaproduct.config.schedule import lr_factor
+from torchtitan_deltaproduct.config.schedule import Schedule
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
 from torchtitan_deltaproduct.titan import device
 from torchtitan_deltaproduct.titan.optimizer import build_lr_schedulers, build_optimizers
@@ -77,8 +77,8 @@ def test_a_restart_brings_back_moments_and_step_but_not_settings():
         containers[first].load_state_dict(saved[first])
         containers[second].load_state_dict(saved[second])
         groups = other.optimizers[0].param_groups
-        schedule = {"warmup_steps": 2, "total_steps": 10, "decay_ratio": None, "decay_type": "cosine"}
-        rate = 1e-3 * lr_factor(3, **schedule, min_lr_factor=0.0)
+        shape = {"decay_ratio": None, "decay_type": "cosine", "min_lr_factor": 0.0}
+        rate = 1e-3 * Schedule(warmup_steps=2, total_steps=10, **shape)(3)
         assert [g["lr"] for g in groups] == [rate, rate] == other_schedules.schedulers[0].get_last_lr()
         assert [(g["weight_decay"], g["betas"], g["foreach"]) for g in groups] == [
             (0.5, (0.9, 0.9), False), (0.0, (0.9, 0.9), False)

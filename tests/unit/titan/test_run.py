@@ -82,7 +82,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.parametrize("words", [
-    ["torchtitan_deltaproduct.train"], ["torchtitan_deltaproduct.config.plan"],
+    ["torchtitan_deltaproduct.train"], ["torchtitan_deltaproduct.plan"],
     ["launch.slurm", "--ranks-per-node", "1", "--dry-run"],
 ], ids=lambda words: words[0])  # fmt: skip
 def test_no_home_and_no_entry_in_passwd(toy, tmp_path, words):

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.dist.helper import run_distributed
-from torchtitan_deltaproduct.titan import local_parts
-from torchtitan_deltaproduct.titan.local_parts import clip_gradients, local
+from torchtitan_deltaproduct import optimizers
+from torchtitan_deltaproduct.optimizers import clip_gradients, local
 
 # torch.optim deletes the names of its modules.
 adam_module = importlib.import_module("torch.optim.adam")
@@ -57,7 +57,7 @@ def same_updates(mesh) -> None:
     for name in ("Adam", "AdamW"):
         for implementation in ({"fused": True}, {"foreach": True}, {"foreach": False}):
             runs = []
-            for module in (local_parts, torch.optim):
+            for module in (optimizers, torch.optim):
                 model, _ = sharded([mesh] * 3)
                 optimizer = getattr(module, name)(model.parameters(), lr=0.1, weight_decay=0.1, **implementation)
                 with mock.patch.object(adam_module, "adam", wraps=adam_module.adam) as update:

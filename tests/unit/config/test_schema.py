@@ -5,11 +5,19 @@ import sys
 
 import pytest
 
+from tests.toy import REPO
 from torchtitan_deltaproduct.config import load_config
-from torchtitan_deltaproduct.config.fields import first_sentence, schema, tables, type_name
-from torchtitan_deltaproduct.config.help import render_help
-from torchtitan_deltaproduct.config.names import ALIASES, suggest_key
-from torchtitan_deltaproduct.config.unsupported import refusal, supported_keys
+from torchtitan_deltaproduct.config.reference import render_help, render_page
+from torchtitan_deltaproduct.config.schema import (
+    aliases,
+    first_sentence,
+    refusal,
+    schema,
+    suggest_key,
+    supported_keys,
+    tables,
+    type_name,
+)  # fmt: skip
 
 
 def test_schema():
@@ -22,9 +30,7 @@ def test_schema():
     )
     assert schema()["optimizer.lr"].ours and not schema()["optimizer.eps"].ours
     assert schema()["optimizer.eps"].summary == "Epsilon value to use"
-    assert (
-        schema()["training.dataloader.num_workers"].summary == "Number of worker processes for data loading"
-    )
+    assert schema()["training.dataloader.num_workers"].summary == "Number of worker processes for data loading"
     assert tables()["training.dataloader"][0] == "num_workers"
 
 
@@ -58,6 +64,12 @@ def test_help_of_a_table():
     assert "[quantize.linear.mx]" in render_help("quantize")
 
 
+def test_the_reference_page_is_current():
+    """docs/config.md is made of the records; its first lines say how to make it anew."""
+    assert (REPO / "docs/config.md").read_text(encoding="utf-8") == render_page()
+    assert render_page().count("\n- **`") == len(supported_keys())
+
+
 def test_help_exits(capsys):
     with pytest.raises(SystemExit) as stop:
         load_config(["--training.steps", "x", "--help", "lr_scheduler"])
@@ -66,9 +78,9 @@ def test_help_exits(capsys):
 
 
 def test_aliases_lead_to_supported_options_and_are_none_themselves():
-    for key, names in ALIASES.items():
-        assert key in schema() and refusal(key) is None, key
-        assert set(names).isdisjoint(tables()[schema()[key].table]), key
+    assert len(aliases()) == sum(len(option.record.aliases) for option in schema().values()), "one name, two options"
+    for alias, key in aliases().items():
+        assert refusal(key) is None and alias not in tables()[schema()[key].table], key
 
 
 @pytest.mark.parametrize(
@@ -92,7 +104,7 @@ def test_suggestions(table, name, keys):
 
 def test_the_architecture_needs_no_torchtitan():
     program = (
-        "import sys; from torchtitan_deltaproduct.config.architecture import DeltaProductArgs; "
+        "import sys; from torchtitan_deltaproduct.models.args import DeltaProductArgs; "
         "sys.exit('torch' in sys.modules or 'torchtitan' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -1,4 +1,4 @@
-"""Clipping and Adam on the part of each tensor that this rank holds.
+"""The optimizers a run may name, and the clipping of gradients, on the part of each tensor that this rank holds.
 
     norm = clip_gradients(model.parameters(), max_norm=1.0)    # [] on the device; the host does not wait for it
     optimizer = AdamW(model.parameters(), lr=3e-4, fused=True)
@@ -6,10 +6,14 @@
 torch does both on DTensors, and looks up how each is sharded in every operation: on the host that takes more than twice
 as long. Neither needs it: an update is elementwise, and a norm is one sum over ranks. Parameters and moments stay
 DTensors in the optimizer's groups and state, which is what checkpoints are made of.
+
+A further optimizer is a line in `OPTIMIZERS`: config, trainer, memory and the sizes of checkpoints go by it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,3 +69,28 @@ class Adam(_OnLocalParts, torch.optim.Adam):
 
 class AdamW(_OnLocalParts, torch.optim.AdamW):
     """torch's; see the module docstring."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What `optimizer.name` stands for."""
+
+    algorithm: type[torch.optim.Optimizer]
+    arguments: Callable[[Any], dict]
+    """Its keyword arguments, from the `[optimizer]` table; `weight_decay` among them."""
+    moments: int
+    """Float32 numbers it keeps of every parameter."""
+
+
+def _of_adam(table: Any) -> dict:
+    return {
+        "lr": table.lr,
+        "betas": (table.beta1, table.beta2),
+        "eps": table.eps,
+        "weight_decay": table.weight_decay,
+        "fused": table.implementation == "fused",
+        "foreach": table.implementation == "foreach",
+    }
+
+
+OPTIMIZERS = {"AdamW": Kind(AdamW, _of_adam, moments=2), "Adam": Kind(Adam, _of_adam, moments=2)}

@@ -3,20 +3,20 @@
     parts = models.counts.parameters_by_part(config.model)
     rank_memory(config, 8, parts)      # {"weights": 106_800_000, ..., "loss": 984_612_864}
 
-Weights, gradients and Adam's two moments are float32 and divided by the shard degree: exact. Where a step adds up
-micro-batches, gradients are whole until the last one. Activations count what autograd keeps of each block in eager
-mode, 10 % more than a small model was seen to keep; `torch.compile` keeps less. The operator's work space, allocator
-fragmentation and communication buffers are left out: plan for 20 % more.
+Weights, gradients and the moments of the optimizer are float32 and divided by the shard degree: exact. Where a step
+adds up micro-batches, gradients are whole until the last one. Activations count what autograd keeps of each block in
+eager mode, 10 % more than a small model was seen to keep; `torch.compile` keeps less. The operator's work space,
+allocator fragmentation and communication buffers are left out: plan for 20 % more.
 """
 
 from collections.abc import Mapping
 
-from ..models.loss import peak_bytes
-from .architecture import DeltaProductArgs
-from .job import JobConfig
+from .config.job import JobConfig
+from .models.args import DeltaProductArgs
+from .models.loss import peak_bytes
+from .optimizers import OPTIMIZERS
 
 _FLOAT32 = 4
-_ADAM_MOMENTS = 2
 _SMALL = 0.05
 """Share of the card's memory that gathered weights may take for a whole step."""
 _CARD = 80 << 30
@@ -47,7 +47,7 @@ def rank_memory(config: JobConfig, world_size: int, parts: Mapping[str, int]) ->
         "weights": 0 if offloaded else _FLOAT32 * own,
         # Reduced ones are sharded; up to the last micro-batch a rank holds all of its own.
         "gradients": _FLOAT32 * (sum(parts.values()) if accumulates(config, world_size) else 0 if offloaded else own),
-        "optimizer state": 0 if offloaded else _ADAM_MOMENTS * _FLOAT32 * own,
+        "optimizer state": 0 if offloaded else OPTIMIZERS[config.optimizer.name].moments * _FLOAT32 * own,
         "gathered weights": _gathered_weights(config, world_size, parts) * width,
         "activations": int(tokens * activation_elements(config) * width),
         "loss": peak_bytes(tokens, config.model.vocab_size, config.model.hidden_size, width, _compiles_loss(config)),
@@ -60,7 +60,8 @@ def _compiles_loss(config: JobConfig) -> bool:
 
 def accumulates(config: JobConfig, world_size: int) -> bool:
     """Whether a step has more than one micro-batch."""
-    return config.training.global_batch_size > config.training.local_batch_size * world_size
+    training = config.training
+    return training.samples_per_step(world_size) > training.local_batch_size * world_size
 
 
 def reshard_after_forward(config: JobConfig, shards: int, parameters: int, card: int = _CARD) -> tuple[bool, str]:
@@ -89,16 +90,16 @@ def activation_width(config: JobConfig) -> int:
     return 4 if config.training.mixed_precision_param == "float32" else 2
 
 
-def checkpoint_bytes(parameters: int) -> int:
-    """A full checkpoint, all ranks together: weights and Adam's moments in float32."""
-    return (1 + _ADAM_MOMENTS) * _FLOAT32 * parameters
+def checkpoint_bytes(config: JobConfig, parameters: int) -> int:
+    """A full checkpoint, all ranks together: weights and the optimizer's moments in float32."""
+    return (1 + OPTIMIZERS[config.optimizer.name].moments) * _FLOAT32 * parameters
 
 
 def final_checkpoint_bytes(config: JobConfig, parameters: int) -> int:
     """The last checkpoint of the run, which may hold weights only."""
     checkpoint = config.checkpoint
     if not checkpoint.last_save_model_only:
-        return checkpoint_bytes(parameters)
+        return checkpoint_bytes(config, parameters)
     width = {"float32": 4, "bfloat16": 2, "float16": 2}[checkpoint.export_dtype]
     return width * parameters
 

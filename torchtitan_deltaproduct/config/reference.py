@@ -1,16 +1,15 @@
-"""The text of `--help`: every option a TOML may set, with its type, default and first doc sentence.
+"""The options in words: `--help`, and the reference page docs/config.md.
 
-    python -m torchtitan_deltaproduct.train --help              all tables
-    python -m torchtitan_deltaproduct.train --help training     one table
+    python -m torchtitan_deltaproduct.train --help              all tables, with types, defaults and first doc sentences
+    python -m torchtitan_deltaproduct.train --help training     one table, in full
+    python -m torchtitan_deltaproduct.config.reference > docs/config.md
 
 Options that this toolkit refuses are listed, with the reason, only where one table is asked for.
 """
 
 import os
 
-from .fields import schema, tables, type_name
-from .names import describe_table
-from .unsupported import refusal, supported_keys
+from .schema import Field, describe_table, refusal, schema, tables, type_name
 from .values import show
 
 _USAGE = """\
@@ -50,9 +49,46 @@ def _render_table(table: str, in_full: bool) -> str:
     for name in tables()[table]:
         key = f"{table}.{name}"
         option, rule = schema()[key], refusal(key)
-        if key in supported_keys():
+        if rule is None:
             lines.append(f"  {name}: {type_name(option.hint)} = {show(option.default)}")
             lines.append(f"      {option.doc if in_full else option.summary}".rstrip())
         elif in_full:
             lines.append(f"  {name}: refused: {rule.reason}; {rule.instead}")
     return "\n".join([f"[{table}]", *(line for line in lines if line.strip())]) if lines else ""
+
+
+_INTRODUCTION = """\
+# Every option of a TOML
+
+Made by `python -m torchtitan_deltaproduct.config.reference > docs/config.md` from the records of the options.
+
+On the command line an option is `--table.name value`. A change between two launches in one run folder is *breaking*
+(refused: the result would be no continuation), *notable* (allowed, and logged) or *harmless*. Torchtitan's options that
+are not listed are refused; `--help table` says why and what to use instead.
+"""
+
+
+def render_page() -> str:
+    """The reference page, in Markdown."""
+    parts = [_INTRODUCTION]
+    for table in tables():
+        options = [schema()[f"{table}.{name}"] for name in tables()[table]]
+        options = [option for option in options if option.record.refused is None]
+        if options:
+            parts.append(f"## [{table}]\n\n" + "\n".join(map(_describe, options)) + "\n")
+    return "\n".join(parts)
+
+
+def _describe(option: Field) -> str:
+    record = option.record
+    facts = [record.allowed.text] if record.allowed else []
+    facts += [record.reader.otherwise.format("another kind")] if record.reader else []
+    facts.append(f"a change is {record.resume.kind} ({record.resume.why})")
+    facts += [f"elsewhere called {', '.join(record.aliases)}"] if record.aliases else []
+    sentences = "; ".join(facts)
+    head = f"- **`{option.name}: {type_name(option.hint)} = {show(option.default)}`** {option.doc.rstrip('.')}."
+    return f"{head}\n  {sentences[:1].upper()}{sentences[1:]}."
+
+
+if __name__ == "__main__":
+    print(render_page(), end="")

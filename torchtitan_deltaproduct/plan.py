@@ -1,7 +1,7 @@
 """What a TOML will do: parameters, FLOPs, data and its epochs, memory, disk, learning rates. Needs no GPU.
 
-    python -m torchtitan_deltaproduct.config.plan x.toml --world-size 8 [--section.key value ...]
-    python -m torchtitan_deltaproduct.config.plan x.toml --world-size 8 --mfu 0.4 --device H100
+    python -m torchtitan_deltaproduct.plan x.toml --world-size 8 [--section.key value ...]
+    python -m torchtitan_deltaproduct.plan x.toml --world-size 8 --mfu 0.4 --device H100
 
 `--tokens-per-second N` (all ranks together), or `--mfu F` with `--device NAME` or `metrics.peak_flops`, adds
 the duration of the run. What is wrong with the data is said, and the rest is printed all the same: it may lie where
@@ -12,19 +12,20 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import ConfigError, DataError, UserError, exit_on_user_error
-from ..models import counts
-from .check import Environment
+from .checkpoint import retention
+from .config import Environment, JobConfig, load_config
+from .config.schedule import Schedule
+from .config.schema import schema
+from .config.values import nearest, shorten, show
+from .data.manifest import Manifest, read_manifest
+from .data.tokenizer import Tokenizer, tokenizer_sha256
 from .devices import PEAK_FLOPS, peak_flops
-from .fields import get_value, schema
-from .job import JobConfig
-from .load import load_config
+from .errors import ConfigError, DataError, UserError, exit_on_user_error
 from .memory import (
     accumulates,
     activation_width,
@@ -34,12 +35,9 @@ from .memory import (
     reshard_after_forward,
     shard_degree,
 )
-from .schedule import lr_factor
-from .snapshots import effective_global_batch_size
-from .values import nearest, shorten, show
-
-if TYPE_CHECKING:
-    from ..data.manifest import Manifest
+from .models import counts
+from .optimizers import OPTIMIZERS
+from .options import value_of
 
 SPARE = 1.2
 """Share of the counted memory that a device needs: the operator's work space, fragmentation, communication buffers."""
@@ -106,7 +104,7 @@ def model_rows(config: JobConfig) -> Rows:
 
 def compute_rows(config: JobConfig, world_size: int, seconds: float | None) -> Rows:
     training = config.training
-    sequences = effective_global_batch_size(config, world_size)
+    sequences = config.training.samples_per_step(world_size)
     micro_batches = sequences // (training.local_batch_size * world_size)
     tokens = sequences * training.seq_len
     flops = counts.training_flops_per_token(config.model)
@@ -139,13 +137,13 @@ def data_rows(config: JobConfig, world_size: int) -> Rows:
         manifest, row = _set_row("training", path, config)
         rows.append(row)
         windows.append(manifest.tokens // config.training.seq_len if manifest else 0)
-    samples = effective_global_batch_size(config, world_size) * config.training.steps
+    samples = config.training.samples_per_step(world_size) * config.training.steps
     if all(windows):
         shares = config.data.weights or windows
         for path, own, share in zip(config.data.paths, windows, shares, strict=True):
             epochs = samples * share / sum(shares) / own
-            told = f"of {path}: {own:,} windows of {config.training.seq_len:,} tokens"
-            rows.append(("epochs", f"{epochs:.3g}", told))
+            remark = f"of {path}: {own:,} windows of {config.training.seq_len:,} tokens"
+            rows.append(("epochs", f"{epochs:.3g}", remark))
     return rows + _validation_rows(config)
 
 
@@ -154,12 +152,8 @@ def _validation_rows(config: JobConfig) -> Rows:
     return [_set_row("validation", path, config)[1] for path in paths]
 
 
-def _set_row(name: str, path: str, config: JobConfig) -> tuple["Manifest | None", tuple[str, ...]]:
+def _set_row(name: str, path: str, config: JobConfig) -> tuple[Manifest | None, tuple[str, ...]]:
     """The manifest of a prepared folder, None if it cannot be trained on, and the row that tells of it."""
-    # Here, since this package is below `data`: nothing else of the config opens data.
-    from ..data.manifest import read_manifest
-    from ..data.tokenizer import tokenizer_sha256
-
     try:
         manifest = read_manifest(path)
         if tokenizer_sha256(Path(path, "tokenizer")) != manifest.tokenizer_sha256:
@@ -178,8 +172,6 @@ def _set_row(name: str, path: str, config: JobConfig) -> tuple["Manifest | None"
 
 
 def _tokenizer_rows(config: JobConfig) -> Rows:
-    from ..data.tokenizer import Tokenizer
-
     folder = config.model.hf_assets_path
     try:
         size = Tokenizer(folder).vocab_size
@@ -202,7 +194,7 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
         "gradients": "float32, all of them: reduced with the last micro-batch"
         if accumulates(config, world_size)
         else f"float32, 1/{shards} of them{offload}",
-        "optimizer state": f"{config.optimizer.name}, two moments{offload}",
+        "optimizer state": f"{config.optimizer.name}, {moments(config)}{offload}",
         "gathered weights": f"unsharded for use: {'embedding, head, two blocks' if reshard else 'all'} ({reason})",
         "activations": f"checkpointing {mode}; "
         + ("as if eager: torch.compile, which is on, keeps less" if compiled else "eager; torch.compile keeps less"),
@@ -220,11 +212,14 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
     ]
 
 
-def checkpoint_rows(config: JobConfig) -> Rows:
-    from ..checkpoint.folders import retention
+def moments(config: JobConfig) -> str:
+    number = OPTIMIZERS[config.optimizer.name].moments
+    return {1: "one moment", 2: "two moments"}.get(number, f"{number} moments")
 
+
+def checkpoint_rows(config: JobConfig) -> Rows:
     checkpoint, parameters = config.checkpoint, counts.total_parameters(config.model)
-    size = checkpoint_bytes(parameters)
+    size = checkpoint_bytes(config, parameters)
     if not checkpoint.enable:
         return [("checkpoints", "none", "checkpoint.enable = false: a run that stops is lost")]
     steps = {*range(checkpoint.interval, config.training.steps + 1, checkpoint.interval), config.training.steps}
@@ -234,7 +229,7 @@ def checkpoint_rows(config: JobConfig) -> Rows:
     last = ", the last of all weights only: it cannot be continued" if checkpoint.last_save_model_only else ""
     of_them = f", {milestones} of them milestones, every {checkpoint.keep_every:,} steps" if milestones else ""
     return [
-        ("one", amount(size, "B"), "weights and two moments in float32"),
+        ("one", amount(size, "B"), f"weights and {moments(config)} in float32"),
         ("written", f"{len(steps)}", f"every {checkpoint.interval} steps and at the end{last}"),
         ("kept", f"{kept}", f"{amount(kept * size, 'B')}{of_them}"),
         ("largest at once", amount(min(kept + 1, len(steps)) * size, "B"), "with the one being written"),
@@ -244,11 +239,10 @@ def checkpoint_rows(config: JobConfig) -> Rows:
 
 def schedule_rows(config: JobConfig) -> Rows:
     """The steps where the schedule turns."""
-    schedule, steps = config.lr_scheduler, config.training.steps
-    total = steps if schedule.total_steps is None else schedule.total_steps
+    steps = config.training.steps
+    schedule = Schedule.of(config.lr_scheduler, steps)
     rates = [config.optimizer.lr * factor for factor in lr_curve(config)]
-    warmup = schedule.warmup_steps
-    begin = warmup if schedule.decay_ratio is None else total - round(total * schedule.decay_ratio)
+    warmup, begin = schedule.warmup_steps, schedule.total_steps - schedule.decay_steps
     marks = {
         1: "first step",
         warmup: "end of the warm-up",
@@ -262,25 +256,15 @@ def schedule_rows(config: JobConfig) -> Rows:
 
 def lr_curve(config: JobConfig) -> list[float]:
     """The factor of every step of the run."""
-    schedule, steps = config.lr_scheduler, config.training.steps
-    return [
-        lr_factor(
-            step,
-            warmup_steps=schedule.warmup_steps,
-            total_steps=steps if schedule.total_steps is None else schedule.total_steps,
-            decay_ratio=schedule.decay_ratio,
-            decay_type=schedule.decay_type,
-            min_lr_factor=schedule.min_lr_factor,
-        )
-        for step in range(steps)
-    ]
+    schedule = Schedule.of(config.lr_scheduler, config.training.steps)
+    return [schedule(step) for step in range(config.training.steps)]
 
 
 def provenance_rows(config: JobConfig) -> Rows:
     """Each value that is not its default: where it was given, and the default."""
     rows = []
     for key, option in schema().items():
-        value = get_value(config, key)
+        value = value_of(config, key)
         if value != option.default and key != "job.config_file":
             source = config.provenance.get(key, "").replace(f"{config.job.config_file}:", "line ")
             rows.append((key, shorten(show(value), 48), f"{source}; default {show(option.default)}"))
@@ -318,7 +302,7 @@ def duration(seconds: float) -> str:
 
 
 def _duration(config: JobConfig, world_size: int, options: argparse.Namespace) -> float | None:
-    tokens = effective_global_batch_size(config, world_size) * config.training.seq_len * config.training.steps
+    tokens = config.training.samples_per_step(world_size) * config.training.seq_len * config.training.steps
     if options.tokens_per_second:
         return tokens / options.tokens_per_second
     if not options.mfu:
@@ -326,8 +310,8 @@ def _duration(config: JobConfig, world_size: int, options: argparse.Namespace) -
     peak = config.metrics.peak_flops or peak_flops(options.device or "")
     if not peak:
         near = nearest((options.device or "").upper(), PEAK_FLOPS)
-        told = f"nearest: {near}" if near else f"known: {', '.join(PEAK_FLOPS)}"
-        raise ConfigError(f"--mfu needs --device or metrics.peak_flops; --device {options.device}: {told}")
+        known = f"nearest: {near}" if near else f"known: {', '.join(PEAK_FLOPS)}"
+        raise ConfigError(f"--mfu needs --device or metrics.peak_flops; --device {options.device}: {known}")
     return tokens * counts.training_flops_per_token(config.model) / (options.mfu * peak * world_size)
 
 
@@ -355,7 +339,7 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and the rest: overrides."""
     parser = _Parser(
-        prog="python -m torchtitan_deltaproduct.config.plan",
+        prog="python -m torchtitan_deltaproduct.plan",
         usage="%(prog)s X.toml [options] [--section.key value ...]",
         description=__doc__,
         allow_abbrev=False,

@@ -8,17 +8,13 @@ import sys
 import pytest
 import torch
 
+from torchtitan_deltaproduct import plan
 from torchtitan_deltaproduct.checkpoint.folders import retention
-from torchtitan_deltaproduct.config import Environment, load_config, plan
-from torchtitan_deltaproduct.config.devices import PEAK_FLOPS, peak_flops
-from torchtitan_deltaproduct.config.memory import (
-    activation_elements,
-    checkpoint_bytes,
-    rank_memory,
-    reshard_after_forward,
-)
+from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.data.manifest import read_manifest
+from torchtitan_deltaproduct.devices import PEAK_FLOPS, peak_flops
 from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.memory import activation_elements, checkpoint_bytes, rank_memory, reshard_after_forward
 from torchtitan_deltaproduct.models import DeltaProductLM, counts
 from torchtitan_deltaproduct.titan import device
 
@@ -71,7 +67,7 @@ def test_memory_is_sharded(load):
     assert one["weights"] == 4 * sum(parts.values()) and one["optimizer state"] == 2 * one["weights"]
     assert eight["weights"] == -(-sum(parts.values()) // 8) * 4
     assert one["activations"] == eight["activations"]
-    assert checkpoint_bytes(sum(parts.values())) == one["weights"] + one["optimizer state"]
+    assert checkpoint_bytes(config, sum(parts.values())) == one["weights"] + one["optimizer state"]
     replicated = rank_memory(load(PAPER, "--parallelism.data_parallel_replicate_degree=2"), 8, parts)
     assert replicated["weights"] == -(-sum(parts.values()) // 4) * 4
 
@@ -108,9 +104,7 @@ def test_checkpointing_orders_activations(load):
     full, none = elements("mode=full"), elements("mode=none")
     per_op, every_second = elements("selective_ac_option=op"), elements("selective_ac_option=2")
     assert full < per_op < none and full < every_second < none
-    assert (
-        full <= elements("selective_ac_option=1") <= every_second < elements("selective_ac_option=4") <= none
-    )
+    assert full <= elements("selective_ac_option=1") <= every_second < elements("selective_ac_option=4") <= none
     budget = ["--compile.enable", "--activation_checkpoint.mode=memory_budget"]
     low = activation_elements(load(PAPER, *budget, "--activation_checkpoint.memory_budget=0"))
     high = activation_elements(load(PAPER, *budget, "--activation_checkpoint.memory_budget=1"))
@@ -190,9 +184,7 @@ def test_the_data_is_opened(toy, load):
     assert rows[0][2].startswith(told)
     assert rows[1][1] == f"{4 * 8 / windows:.3g}" and rows[2][:2] == ("validation", config.validation.paths[0])
     config.model.vocab_size = 300
-    assert rows_of(config, "Data", 2)[0][2] == (
-        "CANNOT BE USED: has token ids up to 319, but model.vocab_size = 300"
-    )
+    assert rows_of(config, "Data", 2)[0][2] == ("CANNOT BE USED: has token ids up to 319, but model.vocab_size = 300")
     config.data.paths = ["nowhere"]
     assert rows_of(config, "Data", 2)[0] == ("training", "nowhere", "CANNOT BE USED: There is no folder nowhere.")
 
@@ -259,12 +251,10 @@ def test_command_line(load, capsys):
             plan.main(arguments)
 
 
-@pytest.mark.parametrize(
-    ("argument", "code", "found"), [("x.toml", 0, "Learning rate"), ("y.toml", 2, "no such file")]
-)
+@pytest.mark.parametrize(("argument", "code", "found"), [("x.toml", 0, "Learning rate"), ("y.toml", 2, "no such file")])
 def test_as_a_module(load, tmp_path, argument, code, found):
     load(PAPER)
-    command = [sys.executable, "-m", "torchtitan_deltaproduct.config.plan", argument]
+    command = [sys.executable, "-m", "torchtitan_deltaproduct.plan", argument]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert found in done.stdout + done.stderr

@@ -1,0 +1,57 @@
+"""Is the data of a run there, undamaged, and such that the model has a row for every token?
+
+    identity = check_data(config)      # ["3f0a...", ...], a checksum of each training set; errors say what is wrong
+
+Called before any process group starts, by the launchers on the machine that submits and by every rank.
+"""
+
+from ..config.job import JobConfig
+from ..errors import ConfigError
+from . import GENERATED
+from .group_word import GENERATOR
+from .prepared import open_streams
+from .word_validation import build_word_validations
+
+
+def check_data(config: JobConfig) -> list[str] | None:
+    """Checksums of the prepared training sets, after a check that every token id has a row in the embedding.
+
+    Generated data has the version of its generator instead: the rest of what decides it is in `[data]`.
+
+    Raises:
+        DataError: a set is missing or damaged, or of another tokenizer or separator than the first. ConfigError:
+            `model.vocab_size` is too small for it, or generated data cannot be made as `[data]` says.
+    """
+    if config.data.kind in GENERATED:
+        return check_generated(config)
+    training = config.data.paths if config.data.kind == "prepared" else []
+    validation = config.validation.paths if config.validation.enable else []
+    paths = [*training, *validation]
+    streams = open_streams(paths, "data.paths") if paths else []
+    manifests = dict(zip(paths, (stream.manifest for stream in streams), strict=True))
+    for path, manifest in manifests.items():
+        if manifest.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"{path} has token ids up to {manifest.vocab_size - 1:,}, but model.vocab_size = "
+                f"{config.model.vocab_size:,} ({config.provenance.get('model.vocab_size', 'default')})\n"
+                f"set model.vocab_size to {manifest.vocab_size:,} or more (a multiple of 64 is fastest)"
+            )
+    return [manifests[path].content_sha256 for path in training] or None
+
+
+def check_generated(config: JobConfig) -> list[str]:
+    """The version of the generator, after making its sources: a wrong name of a group is found here."""
+    key = "data.group" if config.data.kind == "group_word" else "data.language"
+    origin = config.provenance.get(key, "default")
+    try:
+        lengths = {"seq_len": config.training.seq_len, "lengths": config.validation.lengths}
+        sets = build_word_validations(config.data, **lengths, local_batch_size=1, samples=1)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+    if sets[0].vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"{sets[0].source.name} ({origin}) has {sets[0].vocab_size:,} tokens, but model.vocab_size = "
+            f"{config.model.vocab_size:,} ({config.provenance.get('model.vocab_size', 'default')})\n"
+            f"set model.vocab_size to {sets[0].vocab_size:,}"
+        )
+    return [f"generator {GENERATOR}"]
