@@ -60,7 +60,7 @@ def test_libraries_open_their_files_as_utf8(tmp_path, charmap):
     assert now == "UTF-8" and before == (charmap or "ANSI_X3.4-1968") and names != "utf-8"
 
 
-@pytest.mark.parametrize("module", ["torchtitan_deltaproduct.config.plan", "torchtitan_deltaproduct.checkpoint.to_hf",
+@pytest.mark.parametrize("module", ["torchtitan_deltaproduct.plan", "torchtitan_deltaproduct.checkpoint.to_hf",
                                     "eval.generate", "eval.effective_rank"])  # fmt: skip
 def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path, module):
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")

@@ -29,7 +29,6 @@ from .schedule import Schedule
 from .schema import describe_key, describe_option, describe_table, schema, set_value, suggest_key, tables
 from .values import conform, nearest, parse_text
 
-
 MOST_NAMED = 4
 """TOML files that a message lists."""
 
