@@ -117,7 +117,7 @@ for pid in ("self", os.getppid()):
             continue
         if found:
             # In one write, or two ranks could share a line.
-            os.write(1, f"listens on {found.split(':')[0]}\n".encode())
+            os.write(1, f"listens on {found.split(':')[0]}; ".encode())
 dist.barrier()
 """
 
