@@ -36,12 +36,12 @@ from rich.table import Table
 
 from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
-from torchtitan_deltaproduct.data.groups import parse_group
-from torchtitan_deltaproduct.data.manifest import Manifest, Shard, write_manifest
-from torchtitan_deltaproduct.data.prepare import Settings, prepare
-from torchtitan_deltaproduct.data.tokenizer import copy_tokenizer, tokenizer_sha256
-from torchtitan_deltaproduct.data.train_tokenizer import train_tokenizer
-from torchtitan_deltaproduct.data.verified import remember, state
+from torchtitan_deltaproduct.data.generated.groups import parse_group
+from torchtitan_deltaproduct.data.shards.manifest import Manifest, Shard, write_manifest
+from torchtitan_deltaproduct.data.shards.verified import Verified
+from torchtitan_deltaproduct.data.text.prepare import Settings, prepare
+from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, tokenizer_sha256
+from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
 
 LEAST_RATIO, MOST_RESUME_RATIO, LEAST_WORDS = 20.0, 2.0, 5e6
 ROUNDS, CORPUS_BYTES = 5, 6_000_000
@@ -156,8 +156,7 @@ def make_sparse_set(folder: Path, tokenizer: str, seq_len: int) -> Path:
     manifest = Manifest("uint16", 4096, 0, digest, total, documents * 100, total, 0, 0, {}, shards)
     write_manifest(folder, manifest)
     # As after a first use: comparing 10^8 windows of zeros with checksums is not what is measured.
-    files = [f"{shard.name}{suffix}" for shard in shards for suffix in (".bin", ".idx")]
-    remember(folder, {name: ["0" * 64, *state(folder / name)] for name in files})
+    Verified(folder, manifest).trust()
     return folder
 
 

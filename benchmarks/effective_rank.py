@@ -4,10 +4,10 @@
     python -m benchmarks.effective_rank --head-dims 128 --threads 2
     python -m benchmarks.effective_rank --device cuda              # ours on the GPU, NumPy on the CPU
 
-The first table is the function alone, `eval.states.singular_values.effective_rank` on float32 states of a random
+The first table is the function alone, `evaluation.effective_rank.singular_values` on float32 states of a random
 recurrence, beside a Python loop of `np.linalg.svd(S)`, as scripts usually have it, the same with `compute_uv=False`,
 which is all that is needed, and `torch.linalg.svdvals` of the whole batch. The second is the whole measurement at every
-token of a small model: its states by `eval.states.states` and their ranks, beside decoding token by token with one
+token of a small model: states by `effective_rank.states` and their ranks, beside decoding token by token with one
 `np.linalg.svd(S)` for each token, layer and head. All of a row is measured in turn, each the best of `--repeats`; with
 one thread in CPU time, so that waiting for a core does not count. NumPy has one thread throughout: a second made it
 slower here.
@@ -25,8 +25,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from eval.states.singular_values import effective_rank
-from eval.states.states import walk
+from torchtitan_deltaproduct.evaluation.effective_rank.singular_values import effective_rank
+from torchtitan_deltaproduct.evaluation.effective_rank.states import walk
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
 from torchtitan_deltaproduct.models.decode import init_cache, step
 

@@ -51,7 +51,7 @@ def whole(folder: Path, length: int) -> None:
     import torch.nn.functional as F
 
     from torchtitan_deltaproduct.checkpoint.load import load_model
-    from torchtitan_deltaproduct.data.shards import TokenStream
+    from torchtitan_deltaproduct.data.shards.shards import TokenStream
 
     model, tokens = load_model(folder / "model").model, np.empty(length + 1, np.int64)
     TokenStream(folder / "data").read(-1, tokens)

@@ -21,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from eval.text.decoding import read_prompts
-from eval.text.sampling import Sampler, Sampling
+from torchtitan_deltaproduct.evaluation.generate.decoding import read_prompts
+from torchtitan_deltaproduct.evaluation.generate.sampling import Sampler, Sampling
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
 from torchtitan_deltaproduct.models.counts import state_bytes
 from torchtitan_deltaproduct.models.decode import step

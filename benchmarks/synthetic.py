@@ -1,6 +1,6 @@
 """A prepared set of random tokens, for benchmarks that need data of a given size and vocabulary but not its meaning.
 
-    write_random_set(Path("/tmp/random"), tokens=4_000_000, vocab_size=32_000)
+write_random_set(Path("/tmp/random"), tokens=4_000_000, vocab_size=32_000)
 """
 
 from pathlib import Path
@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models
 
-from torchtitan_deltaproduct.data.manifest import Manifest, write_manifest
-from torchtitan_deltaproduct.data.shards import ShardWriter, token_dtype
-from torchtitan_deltaproduct.data.tokenizer import tokenizer_sha256
+from torchtitan_deltaproduct.data.shards.manifest import Manifest, write_manifest
+from torchtitan_deltaproduct.data.shards.shards import ShardWriter, token_dtype
+from torchtitan_deltaproduct.data.text.tokenizer import tokenizer_sha256
 
 
 def write_random_set(folder: Path, tokens: int, vocab_size: int, document: int = 1000, seed: int = 0) -> Path:

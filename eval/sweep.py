@@ -1,159 +1,23 @@
-"""Every eval of every model on every dataset, from one TOML: runs what is missing, and collects what is there.
-
-    python -m eval.sweep eval/example_sweep.toml --dry-run        the list, and what is done already
-    python -m eval.sweep eval/example_sweep.toml                  one job after another
-    python -m eval.sweep eval/example_sweep.toml --slurm --gpus 1 --time 2:00:00       as an array, a task a job
-    python -m eval.sweep eval/example_sweep.toml --collect        results.csv, .jsonl, .md and pictures, nothing run
-
-The TOML names models, datasets and evals (eval/example_sweep.toml). A job that failed or was interrupted goes on where
-it was when the same command is given again. Exit code 0: all jobs are done; 1: some are not.
-"""
+"""`python -m eval.sweep`: models x datasets x evals from one TOML; how to call it: `evaluation/sweep/__init__.py`."""
 
 import argparse
-import shlex
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+from functools import partial
 
-from rich.console import Console
-from rich.table import Table
-
-from torchtitan_deltaproduct.arguments import path
-from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
-
-from .common.options import make_folder
-from .sweeps.collect import collect, markdown, pictures, write_results
-from .sweeps.plan import Job, Sweep, read_sweep
-
-TAIL = 8
-"""Lines of a failed job's log that are shown."""
+from torchtitan_deltaproduct.errors import exit_on_user_error
+from torchtitan_deltaproduct.evaluation import sweep
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
-    sweep = read_sweep(Path(options.file))
-    jobs = chosen(sweep, options.only)
-    if options.dry_run:
-        console.print(listing(jobs))
-        for job in jobs:
-            console.print(shlex.join(["python", *job.command[1:]]), soft_wrap=True, style="dim")
-        return 0
-    make_folder(sweep.out)
-    if options.slurm:
-        return submit(sweep, jobs, options, console)
-    if not options.collect:
-        run(jobs, console)
-    if options.only and not options.collect:
-        return 0 if all(job.is_done() for job in jobs) else 1
-    rows = collect(sweep)
-    write_results(sweep, rows)
-    console.print(markdown(sweep, rows), soft_wrap=True)
-    if rows:
-        pictures(sweep, rows, console)
-    console.print(f"written: {sweep.out}/results.csv, results.jsonl, results.md", soft_wrap=True)
-    return 0 if len(rows) == len(sweep.jobs) else 1
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.sweep", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("file", type=path, metavar="SWEEP.toml", help="models, datasets and evals; see eval/example_sweep.toml")
-    add("--dry-run", action="store_true", help="print the jobs and their commands, run nothing")
-    add("--collect", action="store_true", help="collect what is there, run nothing")
-    add("--only", nargs="+", default=[], metavar="JOB", help="only jobs of these names, or whose names begin so")
-    add("--slurm", action="store_true", help="submit what is missing as a SLURM array")
-    add("--site", type=path, metavar="FILE", help="site TOML of --slurm (see launch/site_example.toml)")
-    add("--gpus", type=int, default=0, help="of each task of --slurm (default: %(default)s)")
-    add("--time", default="", help="limit of each task of --slurm (default: the site's)")
-    add("--max-parallel", type=int, default=0, metavar="N", help="tasks of --slurm at a time (default: no limit)")
-    return parser.parse_args(arguments)
-
-
-def chosen(sweep: Sweep, only: list[str]) -> list[Job]:
-    """The jobs named, or all; raises ConfigError for a name that is none."""
-    for name in only:
-        if not any(job.name == name or job.name.startswith(f"{name}/") for job in sweep.jobs):
-            raise ConfigError(f"--only {name}: no such job; there are: {', '.join(job.name for job in sweep.jobs)}")
-    names = tuple(only)
-    return [
-        job
-        for job in sweep.jobs
-        if not names or any(job.name == name or job.name.startswith(f"{name}/") for name in names)
-    ]
-
-
-def listing(jobs: list[Job]) -> Table:
-    """A line a job: what it is, and whether it is done."""
-    table = Table()
-    for name in ("job", "weights", "state"):
-        table.add_column(name)
-    for job in jobs:
-        obstacle = job.obstacle()
-        state = f"not ready: {obstacle}" if obstacle else "done" if job.is_done() else "to run"
-        table.add_row(job.name, "" if obstacle else job.model.checkpoint, state)
-    return table
-
-
-def run(jobs: list[Job], console: Console) -> None:
-    """Runs what is missing, one after another; a job that fails does not keep the others from running."""
-    todo = [job for job in jobs if not job.is_done()]
-    console.print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} done already")
-    for number, job in enumerate(todo, start=1):
-        if obstacle := job.obstacle():
-            console.print(f"{number}/{len(todo)} {job.name}: not ready: {obstacle}", soft_wrap=True)
-            continue
-        console.print(f"{number}/{len(todo)} {job.name} ...", soft_wrap=True)
-        start = time.monotonic()
-        code = execute(job)
-        seconds = time.monotonic() - start
-        if code == 0:
-            job.finish()
-            console.print(f"{number}/{len(todo)} {job.name}: done in {seconds:.0f} s", soft_wrap=True)
-        else:
-            tail = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
-            console.print(f"{number}/{len(todo)} {job.name}: failed with exit code {code}; {job.folder}/log.txt ends:")
-            console.print("\n".join(f"    {line}" for line in tail), soft_wrap=True)
-
-
-def execute(job: Job) -> int:
-    """Runs one job's command, its output going to log.txt; ended together with this process."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    # Of another command or other weights; the folder is this job's, whatever it read then.
-    (job.folder / f"{job.eval}.json").unlink(missing_ok=True)
-    with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT)
-        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        try:
-            return process.wait()
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-
-
-def submit(sweep: Sweep, jobs: list[Job], options: argparse.Namespace, console: Console) -> int:
-    """Hands what is missing to SLURM, a task a job."""
+def submit(commands: list[list[str]], asked: sweep.Sweep, options: argparse.Namespace) -> str:
+    """Hands commands to SLURM as one array; returns its job id."""
     from launch.arrays import submit_array
     from launch.site import load_site
 
-    todo = [job for job in jobs if not job.is_done() and not job.obstacle()]
-    if not todo:
-        console.print("nothing to submit: every job is done, or its model is not ready")
-        return 0
     site, _ = load_site(options.site)
-    commands = [[sys.executable, "-m", "eval.sweep", str(sweep.file), "--only", job.name] for job in todo]
-    array = submit_array(commands, sweep.out / "slurm", site, name=sweep.file.stem, gpus=options.gpus,
-                         time=options.time, max_parallel=options.max_parallel)  # fmt: skip
-    # More tasks than the cluster takes at once are several arrays, `12,13`.
-    first = array.partition(",")[0]
-    console.print(f"job {array}: {len(todo)} tasks; tail -f {sweep.out}/slurm/{first}_0.out", soft_wrap=True)
-    console.print(f"when they are done: python -m eval.sweep {sweep.file} --collect", soft_wrap=True)
-    return 0
+    return submit_array(commands, asked.out / "slurm", site, name=asked.file.stem, gpus=options.gpus,
+                        time=options.time, max_parallel=options.max_parallel)  # fmt: skip
 
+
+main = partial(sweep.main, submit=submit)
 
 if __name__ == "__main__":
     exit_on_user_error(main)

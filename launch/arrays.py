@@ -82,8 +82,8 @@ def submit_array(
         except UserError as error:
             sent = f"\nsubmitted before it: {', '.join(numbers)}" if numbers else ""
             limit = f"{largest:,}" if largest < sys.maxsize else "not known here"
-            told = f"tasks of an array, by MaxArraySize of scontrol show config: at most {limit}"
-            raise UserError(f"{error}\n{told}{sent}") from None
+            reason = f"tasks of an array, by MaxArraySize of scontrol show config: at most {limit}"
+            raise UserError(f"{error}\n{reason}{sent}") from None
     return ",".join(numbers)
 
 

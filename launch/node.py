@@ -37,9 +37,9 @@ class Layout:
         ranks = [f"--nproc-per-node={self.ranks_per_node}", f"--max-restarts={self.max_restarts}"]
         if not self.endpoint:
             return ["--standalone", *ranks]
-        found = [f"--nnodes={self.nodes}", *ranks, "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
+        words = [f"--nnodes={self.nodes}", *ranks, "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}",
                  f"--rdzv-id={self.run_id}"]  # fmt: skip
-        return found if self.is_host is None else [*found, f"--rdzv-conf=is_host={str(self.is_host).lower()}"]
+        return words if self.is_host is None else [*words, f"--rdzv-conf=is_host={str(self.is_host).lower()}"]
 
 
 def main(arguments: list[str] | None = None) -> None:

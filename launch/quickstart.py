@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from torchtitan_deltaproduct.config import load_config
-from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.errors import UserError, exit_on_user_error
 from torchtitan_deltaproduct.events import read_metrics
 

@@ -73,11 +73,11 @@ def record(folder: Path, config: Path, overrides: list[str], command: list[str])
         "python": sys.executable,
         "versions": versions(),
     })  # fmt: skip
-    packages = {f"{found.metadata['Name']}=={found.version}" for found in metadata.distributions()}
+    packages = {f"{package.metadata['Name']}=={package.version}" for package in metadata.distributions()}
     lines = "".join(f"{line}\n" for line in sorted(packages, key=str.lower))
     (folder / "packages.txt").write_text(lines, encoding="utf-8")
-    told = git("log", "-1", "--format=%H %cI %s") + git("status", "--short")
-    (folder / "git.txt").write_text(told, encoding="utf-8")
+    revision = git("log", "-1", "--format=%H %cI %s") + git("status", "--short")
+    (folder / "git.txt").write_text(revision, encoding="utf-8")
     if changes := git("diff", "HEAD"):
         (folder / "git.diff").write_text(changes, encoding="utf-8")
 

@@ -67,12 +67,12 @@ def judge_stop(stop: dict[str, Any]) -> tuple[bool, str]:
     """The answer for a run that left word of its stop."""
     reason, detail = stop["reason"], stop.get("detail")
     at = "before training began" if stop["step"] is None else f"at step {stop['step']:,}"
-    told = f"{reason} {at}" + (f": {detail}" if detail else "")
+    ending = f"{reason} {at}" + (f": {detail}" if detail else "")
     if reason in ("signal", "walltime") and not stop.get("saved"):
-        told += ", without a new checkpoint"
+        ending += ", without a new checkpoint"
     if detail == "SIGINT":
-        return False, f"{told}; a person stopped it"
-    return reason in ("signal", "walltime", "hung", "lost_peer"), told
+        return False, f"{ending}; a person stopped it"
+    return reason in ("signal", "walltime", "hung", "lost_peer"), ending
 
 
 def judge_silence(events: list[dict[str, Any]], code: int) -> tuple[bool, str]:
@@ -84,13 +84,13 @@ def judge_silence(events: list[dict[str, Any]], code: int) -> tuple[bool, str]:
         how = f"ended with exit code {code}"
     if not launches:
         return code > 128, f"{how} before training began"
-    told = f"{how} after step {launches[-1]:,}, without a word"
+    ending = f"{how} after step {launches[-1]:,}, without a word"
     if code == 0:
-        return False, told
+        return False, ending
     newest = launches[-KILLS_WITHOUT_PROGRESS:]
     if len(newest) == KILLS_WITHOUT_PROGRESS and len(set(newest)) == 1:
-        return False, f"{told}; {KILLS_WITHOUT_PROGRESS} launches in a row came no further"
-    return True, told
+        return False, f"{ending}; {KILLS_WITHOUT_PROGRESS} launches in a row came no further"
+    return True, ending
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -51,8 +51,8 @@ def resources(
         # Not a pattern: with %% for % the job would start in /tmp.
         "chdir": workdir,
     }
-    found = [directive(f"--{option}={value}") for option, value in asked.items() if value]
-    return found + [directive(option) for option in site.extra]
+    lines = [directive(f"--{option}={value}") for option, value in asked.items() if value]
+    return lines + [directive(option) for option in site.extra]
 
 
 def directive(option: str) -> str:
@@ -75,8 +75,8 @@ def refuse_control_characters(values: dict[str, object]) -> None:
     """
     for name, value in values.items():
         for text in value if isinstance(value, list) else [value]:
-            if found := control_characters(str(text)):
-                raise ConfigError(f"{name} = {str(text)!r}: holds {found}, which a script cannot; choose another")
+            if hidden := control_characters(str(text)):
+                raise ConfigError(f"{name} = {str(text)!r}: holds {hidden}, which a script cannot; choose another")
 
 
 def of_site(site: Site) -> dict[str, object]:

@@ -91,8 +91,8 @@ def read_site(path: Path) -> Site:
         label = source.label(name, value)
         if name not in hints:
             guess = nearest(name, hints)
-            told = f"nearest: '{guess}'" if guess else f"there are: {', '.join(hints)}"
-            problems.append(Problem(f"{label}: no such key; {told}", source))
+            hint = f"nearest: '{guess}'" if guess else f"there are: {', '.join(hints)}"
+            problems.append(Problem(f"{label}: no such key; {hint}", source))
             continue
         try:
             values[name] = conform_table(value) if hints[name] == dict[str, str] else conform(value, hints[name])
@@ -134,8 +134,8 @@ def seconds_of(time: str) -> int:
 
 
 def _one_line(value: str) -> str:
-    found = control_characters(value)
-    return f"must be one line, without {found}" if found else ""
+    hidden = control_characters(value)
+    return f"must be one line, without {hidden}" if hidden else ""
 
 
 def _time(value: str) -> str:
@@ -209,7 +209,8 @@ def owned(word: str) -> str:
     if name in OWNED:
         return OWNED[name]
     # sbatch takes the beginning of an option for the option.
-    return next((told for option, told in OWNED.items() if len(option) > 1 and name and option.startswith(name)), "")
+    reasons = (why for option, why in OWNED.items() if len(option) > 1 and name and option.startswith(name))
+    return next(reasons, "")
 
 
 JUDGES: dict[str, Callable[[Any], str]] = {

@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
         job = job_in(new_folder(run))
         text = render(job, site)
         record(job.folder, toml, overrides, ["python", "-m", "launch.slurm", *words])
-    found = site_file or "none, so the cluster's defaults; see launch/site_example.toml"
-    print(f"site TOML: {found}", file=sys.stderr)
+    shown = site_file or "none, so the cluster's defaults; see launch/site_example.toml"
+    print(f"site TOML: {shown}", file=sys.stderr)
     what = "a copy, made now" if options.snapshot else "the checkout, as it is when the job starts"
     print(f"code: {job.code} ({what}), revision {versions().get('git', 'unknown')}", file=sys.stderr)
     if options.dry_run:

@@ -101,9 +101,9 @@ def remote_command(words: list[str]) -> str:
     """
     script = Path(__file__).with_name("multinode.sh").resolve()
     command = shlex.join(["bash", str(script), *words])
-    told = f'cd {shlex.quote(os.getcwd())} && echo {PID} $$ && eval "$(cat)" && exec {command} </dev/null'
+    line = f'cd {shlex.quote(os.getcwd())} && echo {PID} $$ && eval "$(cat)" && exec {command} </dev/null'
     # The login shell may be any; bash reads the rest.
-    return f"exec bash -c {shlex.quote(told)}"
+    return f"exec bash -c {shlex.quote(line)}"
 
 
 def remote_exports(names: list[str], rank: int, environment: Mapping[str, str]) -> str:
@@ -137,8 +137,8 @@ def wait(hosts: list[Host], grace: float, received: list[signal.Signals]) -> int
             failed = host.client.returncode
             if failed and not code:
                 code = failed
-                told = "cannot be reached" if failed == NOT_REACHED else f"ended with code {failed}"
-                print(f"{host.name} {told}", file=sys.stderr, flush=True)
+                ending = "cannot be reached" if failed == NOT_REACHED else f"ended with code {failed}"
+                print(f"{host.name} {ending}", file=sys.stderr, flush=True)
                 deadline = time.monotonic() + (0 if failed == NOT_REACHED else grace)
         if time.monotonic() >= deadline:
             deadline = float("inf")

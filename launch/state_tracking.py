@@ -241,10 +241,10 @@ class Display:
 def conclude(runs: list[Run], options: argparse.Namespace, console: Console) -> int:
     """Tests the runs, prints the tables and the verdict; returns the exit code."""
     # Only now: torch would take its time before the first line, and memory while the runs train.
-    from eval.state_tracking import evaluate, report
-    from eval.words.problems import problem_of
-    from eval.words.results import Criterion, by_setting
     from torchtitan_deltaproduct.checkpoint.load import load_model
+    from torchtitan_deltaproduct.evaluation.state_tracking import evaluate, report
+    from torchtitan_deltaproduct.evaluation.state_tracking.problems import problem_of
+    from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, by_setting
 
     results = []
     for run in runs:
@@ -275,8 +275,8 @@ def four_cells(settings: list, criterion) -> Table:
     for n in sorted({setting.runs[0].n_h for setting in settings}):
         cells = []
         for name in ranges:
-            found = [s for s in settings if (s.runs[0].n_h, s.runs[0].range) == (n, name)]
-            cells.append("\n".join(_cell(setting, criterion) for setting in found))
+            chosen = [s for s in settings if (s.runs[0].n_h, s.runs[0].range) == (n, name)]
+            cells.append("\n".join(_cell(setting, criterion) for setting in chosen))
         out.add_row(str(n), *cells)
     return out
 

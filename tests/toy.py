@@ -1,9 +1,9 @@
 """A tiny run for tests: real text (a package of the standard library), a tiny tokenizer and model, the real trainer.
 
-    config = write_toml(tmp_path, make_data(tmp_path))
-    train(config, run, "--training.steps", "6")                       # in this process
-    launch(config, run, "--training.steps", "6", ranks=2)             # torchrun, gloo
-    losses = {r["step"]: r["loss"] for r in records(run) if "loss" in r}
+config = write_toml(tmp_path, make_data(tmp_path))
+train(config, run, "--training.steps", "6")                       # in this process
+launch(config, run, "--training.steps", "6", ranks=2)             # torchrun, gloo
+losses = {r["step"]: r["loss"] for r in records(run) if "loss" in r}
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 from torchtitan_deltaproduct.checkpoint.safe_dcp import SafeReader
 from torchtitan_deltaproduct.config import load_config
-from torchtitan_deltaproduct.data import prepare, train_tokenizer
+from torchtitan_deltaproduct.data.text import prepare, train_tokenizer
 
 REPO = Path(__file__).resolve().parents[1]
 

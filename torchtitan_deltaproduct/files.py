@@ -1,6 +1,7 @@
-"""Reading small files that others may have put in our way: a pipe or a device is refused, never waited for.
+"""Files: written whole or not at all; read without waiting for a pipe that stands in the way.
 
-    text = read_text(run / "events.jsonl")
+write_atomically(run / "config.json", text)
+text = read_text(run / "events.jsonl")
 """
 
 import ctypes
@@ -54,6 +55,18 @@ def utf8_path(path: str | Path) -> Iterator[str]:
         yield f"/proc/self/fd/{handle}"
     finally:
         os.close(handle)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes through a temporary file, so that `path` is old, new or absent, never half; text as UTF-8."""
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def is_there(path: Path) -> bool:

@@ -22,10 +22,12 @@ from .config import Environment, JobConfig, load_config
 from .config.schedule import Schedule
 from .config.schema import schema
 from .config.values import nearest, shorten, show
-from .data.manifest import Manifest, read_manifest
-from .data.tokenizer import Tokenizer, tokenizer_sha256
+from .data.shards.manifest import Manifest, read_manifest
+from .data.shards.verified import file_states
+from .data.text.tokenizer import Tokenizer, tokenizer_sha256
 from .devices import PEAK_FLOPS, peak_flops
 from .errors import ConfigError, DataError, UserError, exit_on_user_error
+from .formats import amount, duration, sparkline
 from .memory import (
     accumulates,
     activation_width,
@@ -79,7 +81,7 @@ def sections(
     kind = {2: "bfloat16", 4: "float32"}[activation_width(config)]
     yield f"Memory of a rank (estimate, {kind} activations)", memory_rows(config, world_size, device_memory)
     yield "Checkpoints on disk", checkpoint_rows(config)
-    yield f"Learning rate  {sparkline(lr_curve(config))}", schedule_rows(config)
+    yield f"Learning rate  {sparkline(lr_curve(config), low=0.0)}", schedule_rows(config)
     yield "Values that are not defaults", provenance_rows(config)
 
 
@@ -156,6 +158,7 @@ def _set_row(name: str, path: str, config: JobConfig) -> tuple[Manifest | None, 
     """The manifest of a prepared folder, None if it cannot be trained on, and the row that tells of it."""
     try:
         manifest = read_manifest(path)
+        file_states(Path(path), manifest)
         if tokenizer_sha256(Path(path, "tokenizer")) != manifest.tokenizer_sha256:
             raise DataError(f"its tokenizer is not the one it was prepared with; copy {path} again")
         if manifest.vocab_size > config.model.vocab_size:
@@ -269,36 +272,6 @@ def provenance_rows(config: JobConfig) -> Rows:
             source = config.provenance.get(key, "").replace(f"{config.job.config_file}:", "line ")
             rows.append((key, shorten(show(value), 48), f"{source}; default {show(option.default)}"))
     return rows or [("none", "", "")]
-
-
-def sparkline(values: list[float], width: int = 60) -> str:
-    """A curve in one line of block characters, from 0 to its maximum."""
-    columns = min(width, len(values))
-    top = max(values) or 1.0
-    sampled = [values[column * (len(values) - 1) // max(1, columns - 1)] for column in range(columns)]
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value / top))] for value in sampled)
-
-
-def amount(value: float, unit: str) -> str:
-    """1.23e9 as `1.23 G` with its unit; bytes too are in powers of ten."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E", "Z"):
-        if abs(value) < 999.5 or prefix == "Z":
-            return f"{value:.3g} {prefix}{unit}".rstrip()
-        value /= 1000
-    raise AssertionError("unreachable")
-
-
-def duration(seconds: float) -> str:
-    """`3 d 4 h`, `2 h 5 min`, `41 s`: two units at most."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    shown, rest = [], round(seconds)
-    for name, size in units:
-        if rest >= size or shown:
-            shown.append(f"{rest // size} {name}")
-            rest %= size
-        if len(shown) == 2:
-            break
-    return " ".join(shown) or "0 s"
 
 
 def _duration(config: JobConfig, world_size: int, options: argparse.Namespace) -> float | None:

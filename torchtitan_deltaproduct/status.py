@@ -22,8 +22,8 @@ from .arguments import path
 from .errors import UserError, exit_on_user_error
 from .events import last_stop, read_events, read_metrics
 from .files import read_text
+from .formats import sparkline
 
-BLOCKS = "▁▂▃▄▅▆▇█"
 FRESH = 60.0
 """Seconds after which a heartbeat is no longer taken for a living run."""
 
@@ -134,16 +134,6 @@ def losses(steps: list[dict], width: int = 48) -> str:
     last = values[-20:]
     mean = sum(last) / len(last)
     return f"{sparkline(values, width)}  {mean:.4f} over the last {len(last)} steps, lowest {min(values):.4f}"
-
-
-def sparkline(values: list[float], width: int) -> str:
-    """`█▆▄▃▂▁`: means of up to `width` stretches of the values, low to high."""
-    width = min(width, len(values))
-    bounds = [i * len(values) // width for i in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
-    low, high = min(means), max(means)
-    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
 def validation(records: list[dict]) -> str:

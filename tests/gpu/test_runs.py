@@ -49,8 +49,8 @@ def test_killed_and_restarted(toy, run, tmp_path, mode):
 
 
 def test_evals_agree_with_the_cpu(toy, run, tmp_path):
-    from eval import effective_rank, length_extrapolation
-    from eval.common.json_file import read_results
+    from torchtitan_deltaproduct.evaluation import effective_rank, length_extrapolation
+    from torchtitan_deltaproduct.evaluation.files import read_results
 
     for device, dtype in (("cuda", "bfloat16"), ("cpu", "float32")):
         common = [str(run), "--data", str(toy.parent / "data/train"), "--device", device, "--dtype", dtype]
@@ -65,16 +65,16 @@ def test_evals_agree_with_the_cpu(toy, run, tmp_path):
 
 
 def test_ranks_of_the_same_states():
-    from eval.states.singular_values import effective_rank as rank
+    from torchtitan_deltaproduct.evaluation.effective_rank.singular_values import effective_rank as rank
 
     states = torch.randn(64, 64, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(rank(states.cuda()).cpu(), rank(states), rtol=1e-6, atol=1e-6)
 
 
 def test_greedy_text_is_the_argmax_of_full_forwards(run):
-    from eval.text.decoding import Settings, continue_prompts
-    from eval.text.sampling import Sampling
-    from eval.text.vocabulary import open_vocabulary
+    from torchtitan_deltaproduct.evaluation.generate.decoding import Settings, continue_prompts
+    from torchtitan_deltaproduct.evaluation.generate.sampling import Sampling
+    from torchtitan_deltaproduct.evaluation.generate.vocabulary import open_vocabulary
 
     loaded = load_model(run, device="cuda", dtype=torch.float32)
     vocabulary = open_vocabulary(loaded)

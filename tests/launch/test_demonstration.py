@@ -6,10 +6,10 @@ import subprocess
 
 import pytest
 
-from eval.words.results import Criterion, by_setting
 from launch import state_tracking
-from tests.unit.eval.words_toy import PARITY, flat, write_toml
+from tests.unit.evaluation.words_toy import PARITY, flat, write_toml
 from torchtitan_deltaproduct.errors import ConfigError, UserError
+from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, by_setting
 
 
 @pytest.fixture(scope="module")

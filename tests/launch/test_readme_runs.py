@@ -12,7 +12,7 @@ import pytest
 
 from tests import toy as toys
 from tests.launch.test_readme import COMMANDS
-from tests.unit.eval.words_toy import write_toml as write_words
+from tests.unit.evaluation.words_toy import write_toml as write_words
 from torchtitan_deltaproduct.config import Environment, load_config
 
 REPO = toys.REPO

@@ -1,4 +1,4 @@
-"""`benchmarks.training` runs, tells why a row is missing, and ends with its table."""
+"""`benchmarks.training` runs, tells why a row is missing, and ends with its table; `benchmarks.scale` measures."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from benchmarks import scale
 from benchmarks.training import Variant, kind_of, main, run, table_of
 from tests.toy import REPO
 
@@ -72,3 +73,10 @@ def test_ratios_are_to_the_row_of_fla_of_the_same_shape(capsys):
 )
 def test_kinds_of_kernels(kernel, kind):
     assert kind_of(kernel) == kind
+
+
+def test_scale_measures_a_set_of_its_own(tmp_path):
+    folder = scale.make_set(tmp_path / "set", 30)
+    numbers = scale.measure(folder, windows=40)
+    assert 0 < numbers["start"] < 5 and 0 < numbers["window"] < 0.5 and numbers["memory"] >= 0
+    assert 0 < scale.continue_seconds(tmp_path / "again", 3) < 5

@@ -11,9 +11,10 @@ import torch
 from torchtitan_deltaproduct import plan
 from torchtitan_deltaproduct.checkpoint.folders import retention
 from torchtitan_deltaproduct.config import Environment, load_config
-from torchtitan_deltaproduct.data.manifest import read_manifest
+from torchtitan_deltaproduct.data.shards.manifest import read_manifest
 from torchtitan_deltaproduct.devices import PEAK_FLOPS, peak_flops
 from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.formats import amount
 from torchtitan_deltaproduct.memory import activation_elements, checkpoint_bytes, rank_memory, reshard_after_forward
 from torchtitan_deltaproduct.models import DeltaProductLM, counts
 from torchtitan_deltaproduct.titan import device
@@ -47,9 +48,9 @@ def test_rows(load):
     assert compute["tokens per step"][0] == "524,288"
     assert compute["tokens in total"][0] == "19,000,197,120"
     disk = {row[0]: row[1:] for row in found["Checkpoints on disk"]}
-    assert disk["one"][0] == plan.amount(12 * parameters, "B")
+    assert disk["one"][0] == amount(12 * parameters, "B")
     assert disk["written"][0] == "73" and disk["kept"][0] == "3"
-    assert disk["largest at once"][0] == plan.amount(4 * 12 * parameters, "B")
+    assert disk["largest at once"][0] == amount(4 * 12 * parameters, "B")
     rates = {row[0]: row[1] for row in found["Learning rate"]}
     assert rates == {
         "step 1": "5.86e-07", "step 512": "0.0003", "step 513": "0.0003", "step 18,376": "0.000165",
@@ -155,14 +156,14 @@ def test_milestones_are_kept_and_counted(load):
     steps = [*range(500, 36_001, 500), 36_240]
     kept = retention(steps, 3, 5000)
     assert len(kept) == 10 and set(kept) == {*range(5000, 35_001, 5000), 35_500, 36_000, 36_240}
-    assert disk["kept"] == ("10", f"{plan.amount(10 * size, 'B')}, 7 of them milestones, every 5,000 steps")
-    assert disk["largest at once"][0] == plan.amount(11 * size, "B")
+    assert disk["kept"] == ("10", f"{amount(10 * size, 'B')}, 7 of them milestones, every 5,000 steps")
+    assert disk["largest at once"][0] == amount(11 * size, "B")
 
 
 def test_fits_or_does_not(load):
     memory = {row[0]: row[1:] for row in rows_of(load(PAPER), "Memory")}
     needed = 1.2 * sum(rank_memory(load(PAPER), 8, counts.parameters_by_part(load(PAPER).model)).values())
-    assert memory["sum"][1] == f"and 20 % for work space: {plan.amount(needed, 'B')}" and needed < 80e9
+    assert memory["sum"][1] == f"and 20 % for work space: {amount(needed, 'B')}" and needed < 80e9
     assert memory["fits 80 GB"][0] == f"{needed / (0.99 * 80 * 2**30):.0%}"
     memory = {row[0]: row[1:] for row in rows_of(load(PAPER), "Memory", device_memory=needed / 2**30)}
     assert any(name.startswith("does not fit") for name in memory)
@@ -214,19 +215,6 @@ def test_one_table_of_peaks(load):
     assert peak_flops("NVIDIA GeForce RTX 4090") == peak_flops("rtx4090") == 165e12
     assert peak_flops("NVIDIA L40") == 0.0 and peak_flops("NVIDIA L40S") == 362e12
     assert plan.PEAK_FLOPS is PEAK_FLOPS
-
-
-def test_small_helpers():
-    assert plan.sparkline([0.0, 1.0, 0.5]) == "▁█▅"
-    assert plan.sparkline([1.0]) == "█"
-    assert len(plan.sparkline([float(i) for i in range(1000)])) == 60
-    assert [plan.amount(v, "B") for v in (0, 999, 999.6, 1.234e9)] == ["0 B", "999 B", "1 kB", "1.23 GB"]
-    assert [plan.duration(s) for s in (0.2, 59.6, 3700, 100_000)] == [
-        "0 s",
-        "1 min 0 s",
-        "1 h 1 min",
-        "1 d 3 h",
-    ]
 
 
 def test_command_line(load, capsys):

@@ -88,12 +88,6 @@ def test_odd_files(tmp_path):
             status.report(path, NOW)
 
 
-def test_sparkline():
-    assert status.sparkline([0.0, 1.0, 2.0, 7.0], 4) == "▁▂▃█"
-    assert status.sparkline([5.0] * 9, 3) == "▁▁▁"
-    assert len(status.sparkline(list(range(1000)), 48)) == 48 and len(status.sparkline([1.0, 2.0], 48)) == 2
-
-
 @pytest.mark.parametrize(("seconds", "said"), [
     (42, "42 s"), (200, "3 min"), (19200, "5 h 20 min"), (183600, "2 d 3 h"),
 ])  # fmt: skip

@@ -130,18 +130,18 @@ def retention(complete: Iterable[int], keep_latest_k: int, keep_every: int = 0) 
     return kept
 
 
-def deletable(found: Iterable[CheckpointInfo], keep_latest_k: int, keep_every: int = 0) -> list[CheckpointInfo]:
+def deletable(checkpoints: Iterable[CheckpointInfo], keep_latest_k: int, keep_every: int = 0) -> list[CheckpointInfo]:
     """What retention deletes: complete folders not kept, and what cut-short saves older than the newest left.
 
     Never the last complete one, and nothing that this package did not write: a link to a folder was made by someone.
     """
-    found = list(found)
-    complete = [info for info in found if info.complete]
+    checkpoints = list(checkpoints)
+    complete = [info for info in checkpoints if info.complete]
     kept = retention((info.step for info in complete), keep_latest_k, keep_every)
     newest = max((info.step for info in complete), default=-1)
     return [
         info
-        for info in found
+        for info in checkpoints
         if not info.path.is_symlink()
         and (info.step not in kept if info.complete else info.step < newest and cut_short(info.path))
     ]

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 
 from ..arguments import path, text
-from ..data.tokenizer import copy_tokenizer, find_eos_id
+from ..data.text.tokenizer import copy_tokenizer, find_eos_id
 from ..errors import CheckpointError, exit_on_user_error
 from ..models import counts
 from ..models.args import DeltaProductArgs
@@ -50,16 +50,16 @@ def import_hf(source: str | Path, out: str | Path, eos: str = "") -> HfModel:
         raise CheckpointError(f"{source} is no Hugging Face folder: expected config.json and model.safetensors in it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already; choose another folder")
-    found = open_hf(source)
+    model = open_hf(source)
     check_tokenizer_files(source)
-    weights = found.weights()
-    eos_id = find_eos_id(source, eos) if eos else found.eos_id
+    weights = model.weights()
+    eos_id = find_eos_id(source, eos) if eos else model.eos_id
     unfinished = make_unfinished(out)
     step = unfinished / "checkpoint" / "step-0"
     try:
         if (source / "tokenizer.json").exists():
             copy_tokenizer(source, unfinished / "tokenizer", eos_id)
-        snapshot = _snapshot(found, eos_id)
+        snapshot = _snapshot(model, eos_id)
         (unfinished / "config.json").write_text(json.dumps(snapshot, indent=1) + "\n", encoding="utf-8")
         with warnings.catch_warnings():
             # It warns that no process group is there: one process writes all.
@@ -68,17 +68,17 @@ def import_hf(source: str | Path, out: str | Path, eos: str = "") -> HfModel:
         put_in_place(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return found
+    return model
 
 
-def _snapshot(found: HfModel, eos_id: int | None) -> dict:
+def _snapshot(model: HfModel, eos_id: int | None) -> dict:
     """What evals and a later training run look up: the architecture, the training length, separator and origin."""
-    length = found.config.get("max_position_embeddings")
-    config = dict(found.training.get("config", {}))
-    config |= {"model": asdict(found.args), "job": {"description": f"weights of {found.folder}"}}
+    length = model.config.get("max_position_embeddings")
+    config = dict(model.training.get("config", {}))
+    config |= {"model": asdict(model.args), "job": {"description": f"weights of {model.folder}"}}
     if length:
         config.setdefault("training", {"seq_len": length})
-    origin = {"folder": str(found.folder.resolve()), **{key: found.training.get(key) for key in ("run", "step")}}
+    origin = {"folder": str(model.folder.resolve()), **{key: model.training.get(key) for key in ("run", "step")}}
     return {"config": config, "derived": {}, "versions": {}, "extra": {"origin": origin, "eos_id": eos_id}}
 
 
@@ -102,10 +102,10 @@ def main(arguments: list[str] | None = None) -> None:
         "--eos", default="", type=text, metavar="TOKEN", help="separator of documents (default: as HF says)"
     )
     options = parser.parse_args(arguments)
-    found = import_hf(options.source, options.out, options.eos)
+    model = import_hf(options.source, options.out, options.eos)
     tokenizer = "with its tokenizer" if (Path(options.out) / "tokenizer").exists() else "it brings no tokenizer"
-    print(f"{options.out}: {counts.total_parameters(found.args):,} parameters, {tokenizer}\n")
-    print(f"To train from it:\n\n{model_table(found.args)}\n")
+    print(f"{options.out}: {counts.total_parameters(model.args):,} parameters, {tokenizer}\n")
+    print(f"To train from it:\n\n{model_table(model.args)}\n")
     print(f'[checkpoint]\ninitial_load_path = "{options.out}"')
 
 

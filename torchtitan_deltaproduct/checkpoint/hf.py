@@ -31,7 +31,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..data.tokenizer import COMPANIONS, named_eos_id
+from ..data.text.tokenizer import COMPANIONS, named_eos_id
 from ..errors import CheckpointError, DataError, UserError
 from ..files import exchange, is_plain_name, read_text, utf8_path
 from ..models import DeltaProductLM
@@ -236,21 +236,21 @@ def _replaced(out: Path) -> Path:
     return out.with_name(f".{out.name}.replaced")
 
 
-def check_shapes(where: Path, found: dict[str, torch.Size], args: DeltaProductArgs) -> None:
-    """Raises CheckpointError if a parameter of `args` is missing from `found` or has another shape there."""
+def check_shapes(where: Path, shapes: dict[str, torch.Size], args: DeltaProductArgs) -> None:
+    """Raises CheckpointError if a parameter of `args` is missing from `shapes` or has another shape there."""
     # Before a model is built, even on the meta device: what a folder says of itself may be absurd.
-    if args.num_hidden_layers > len(found) or total_parameters(args) > 2 * sum(map(math.prod, found.values())):
+    if args.num_hidden_layers > len(shapes) or total_parameters(args) > 2 * sum(map(math.prod, shapes.values())):
         raise CheckpointError(
             f"{where} does not hold the model that its config.json describes: {args.num_hidden_layers:,} layers, "
-            f"{total_parameters(args):,} parameters; there are {len(found):,} tensors"
+            f"{total_parameters(args):,} parameters; there are {len(shapes):,} tensors"
         )
     with torch.device("meta"):
         expected = DeltaProductLM(args).state_dict()
-    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong = [f"{name} is missing" for name in expected if name not in shapes]
     wrong += [
-        f"{name} is {list(found[name])}, expected {list(tensor.shape)}"
+        f"{name} is {list(shapes[name])}, expected {list(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in found and found[name] != tensor.shape
+        if name in shapes and shapes[name] != tensor.shape
     ]
     if wrong:
         shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")

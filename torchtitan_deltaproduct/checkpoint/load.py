@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ..arguments import path as expand
 from ..config.snapshots import read_snapshot
 from ..config.values import conform
-from ..data.tokenizer import find_eos_id, tokenizer_sha256
+from ..data.text.tokenizer import find_eos_id, tokenizer_sha256
 from ..errors import CheckpointError
 from ..models import DeltaProductLM
 from ..models.args import DeltaProductArgs
@@ -116,17 +116,17 @@ def load_model(
 def _load_hf(path: Path, step: int | None, device: torch.device | str, dtype: torch.dtype) -> LoadedModel:
     if step is not None:
         raise CheckpointError(f"{path} is a Hugging Face folder, which has no steps, and step {step} was asked for")
-    found = open_hf(path)
-    model = _build(found.args, found.weights(), device, dtype)
-    config = found.training.get("config", {})
-    length = config.get("training", {}).get("seq_len") or found.config.get("max_position_embeddings")
-    step = found.training.get("step")
+    exported = open_hf(path)
+    model = _build(exported.args, exported.weights(), device, dtype)
+    config = exported.training.get("config", {})
+    length = config.get("training", {}).get("seq_len") or exported.config.get("max_position_embeddings")
+    step = exported.training.get("step")
     for where, number in (("training.json: step", step), ("max_position_embeddings or seq_len", length)):
         if number is not None and (type(number) is not int or number < 0):
             raise CheckpointError(f"{path}: {where} is {number!r}, expected a whole number; take the entry out")
     check_tokenizer_files(path)
     tokenizer = path if (path / "tokenizer.json").exists() else None
-    return LoadedModel(model, config, step, path, str(path), tokenizer, length, found.eos_id)
+    return LoadedModel(model, config, step, path, str(path), tokenizer, length, exported.eos_id)
 
 
 def _build(
@@ -155,17 +155,18 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> CheckpointInfo
     if is_step or (path / MARKER).exists():
         return _one_step(path, int(number) if is_step else None, step)
     folder = path / _checkpoint_folder(path)
-    found = scan(folder if folder.is_dir() else path)
-    complete = [info for info in found if info.complete]
+    checkpoints = scan(folder if folder.is_dir() else path)
+    complete = [info for info in checkpoints if info.complete]
     if step is not None:
-        return _asked_step(path, found, step)
+        return _asked_step(path, checkpoints, step)
     if not complete:
-        why = f": the newest, step {found[-1].step}, is not usable: {found[-1].reason}" if found else ""
+        newest = checkpoints[-1] if checkpoints else None
+        why = f": the newest, step {newest.step}, is not usable: {newest.reason}" if newest else ""
         raise CheckpointError(
             f"{path} has no complete checkpoint{why}\n"
             f"expected {folder}/step-N as training saves it, or config.json and model.safetensors in {path}"
         )
-    for info in found:
+    for info in checkpoints:
         if info.step > complete[-1].step:
             logger.warning("%s: step %d is left out: %s", path, info.step, info.reason)
     return complete[-1]
@@ -180,12 +181,12 @@ def _one_step(path: Path, number: int | None, step: int | None) -> CheckpointInf
     return info
 
 
-def _asked_step(path: Path, found: list[CheckpointInfo], step: int) -> CheckpointInfo:
-    for info in found:
+def _asked_step(path: Path, checkpoints: list[CheckpointInfo], step: int) -> CheckpointInfo:
+    for info in checkpoints:
         if info.step == step and info.complete:
             return info
-    why = next((f": {info.reason}" for info in found if info.step == step), "")
-    have = ", ".join(str(info.step) for info in found if info.complete) or "none"
+    why = next((f": {info.reason}" for info in checkpoints if info.step == step), "")
+    have = ", ".join(str(info.step) for info in checkpoints if info.complete) or "none"
     raise CheckpointError(f"{path} has no complete step {step}{why}\ncomplete steps there: {have}")
 
 
@@ -250,8 +251,8 @@ def read_weights(folder: Path, args: DeltaProductArgs) -> dict[str, torch.Tensor
             dcp.load(state, storage_reader=SafeReader(str(folder)), planner=SafeLoadPlanner(), no_dist=True)
     except (CheckpointException, RuntimeError, ValueError, OSError, EOFError) as error:
         cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
-        said = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise CheckpointError(f"{folder} cannot be read: {said}; use another step of the run") from error
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise CheckpointError(f"{folder} cannot be read: {reason}; use another step of the run") from error
     return state
 
 

@@ -38,17 +38,17 @@ def checkpoint_folder(run: Path) -> tuple[Path, dict]:
     return (folder if folder.is_dir() else run), settings
 
 
-def listing(found: list[CheckpointInfo], settings: dict) -> Table:
+def listing(checkpoints: list[CheckpointInfo], settings: dict) -> Table:
     """One line a `step-N` folder, oldest first."""
     keep, every = settings.get("keep_latest_k", 3), settings.get("keep_every", 0)
-    kept = retention((info.step for info in found if info.complete), keep, every)
-    going = {info.step for info in deletable(found, keep, every)}
+    kept = retention((info.step for info in checkpoints if info.complete), keep, every)
+    going = {info.step for info in deletable(checkpoints, keep, every)}
     table = Table()
     for name in ("step", "size", "saved", "ranks"):
         table.add_column(name, justify="right")
     for name in ("by", "state", "kept because"):
         table.add_column(name)
-    for info in found:
+    for info in checkpoints:
         marker = info.marker
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(marker.time)) if marker else ""
         reason = info.reason.removeprefix(f"{info.path} ").removeprefix(f"{info.path}/")
@@ -68,14 +68,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     folder, settings = checkpoint_folder(Path(options.run))
-    found = scan(folder)
-    if not found:
+    checkpoints = scan(folder)
+    if not checkpoints:
         raise CheckpointError(f"{folder} holds no step-N; a run saves there every checkpoint.interval steps")
-    console.print(listing(found, settings))
-    complete = [info.step for info in found if info.complete]
-    over = "refuses to start over" if any(was_complete(info.path) for info in found) else "starts over"
+    console.print(listing(checkpoints, settings))
+    complete = [info.step for info in checkpoints if info.complete]
+    over = "refuses to start over" if any(was_complete(info.path) for info in checkpoints) else "starts over"
     newest = f"a restart goes on from step {complete[-1]:,}" if complete else f"none is usable: a restart {over}"
-    console.print(f"{len(complete)} of {len(found)} complete, {sum(i.size for i in found) / 1e6:,.1f} MB; {newest}")
+    size = sum(info.size for info in checkpoints) / 1e6
+    console.print(f"{len(complete)} of {len(checkpoints)} complete, {size:,.1f} MB; {newest}")
 
 
 if __name__ == "__main__":

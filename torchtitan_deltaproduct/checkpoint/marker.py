@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files import is_plain_name, is_there, read_text
+from ..files import is_plain_name, is_there, read_text, write_atomically
 
 MARKER, SAVING, INDEX = "complete.json", ".saving", ".metadata"
 """The commit marker, the sign that a save is under way, and DCP's index."""
@@ -53,12 +53,7 @@ def write_marker(folder: Path, marker: Marker) -> None:
     """Writes complete.json: whenever the machine stops, it is whole or absent."""
     files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(marker.files.items())}
     body = {"format": FORMAT, "version": VERSION, **vars(marker), "files": files}
-    unfinished = folder / f"{MARKER}.tmp"
-    with open(unfinished, "w", encoding="utf-8") as file:
-        json.dump(body, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, folder / MARKER)
+    write_atomically(folder / MARKER, json.dumps(body, indent=1))
     _sync_folder(folder)
     (folder / SAVING).unlink(missing_ok=True)
 
@@ -109,8 +104,8 @@ def wrong_sizes(folder: Path, marker: Marker) -> str:
         # A pipe or a device would be waited for when it is read.
         if not stat.S_ISREG(status.st_mode):
             return f"{name} is no file"
-        if (found := status.st_size) != size:
-            return f"{name} has {found:,} bytes of {size:,}"
+        if (now := status.st_size) != size:
+            return f"{name} has {now:,} bytes of {size:,}"
     return ""
 
 

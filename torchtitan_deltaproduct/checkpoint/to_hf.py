@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ..arguments import path, text
-from ..data.tokenizer import copy_tokenizer, load_tokenizer
+from ..data.text.tokenizer import copy_tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError, DataError, exit_on_user_error
 from ..files import utf8_path
 from ..models.hf_names import to_hf as under_fla_names
@@ -158,9 +158,9 @@ def verify(folder: Path, loaded: LoadedModel, state: dict[str, torch.Tensor]) ->
     """
     dtype = next(iter(state.values())).dtype
     written = load_model(folder, dtype=dtype).model
-    found = written.state_dict()
+    tensors = written.state_dict()
     for name, tensor in state.items():
-        if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor):
+        if tensors[name].dtype != tensor.dtype or not torch.equal(tensors[name], tensor):
             raise CheckpointError(f"the export reads back with another {name}; nothing was kept: check the disk")
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(loaded.model.args.vocab_size, (2, TOKENS), generator=generator)

@@ -27,10 +27,10 @@ def chosen(run: Path, step: int | None) -> list[CheckpointInfo]:
     if (run / MARKER).exists():
         return [inspect(run)]
     folder, _ = checkpoint_folder(run)
-    found = scan(folder)
-    asked = [info for info in found if step in (None, info.step)]
+    checkpoints = scan(folder)
+    asked = [info for info in checkpoints if step in (None, info.step)]
     if not asked:
-        have = ", ".join(str(info.step) for info in found) or "none"
+        have = ", ".join(str(info.step) for info in checkpoints) or "none"
         what = "no step-N" if step is None else f"no step-{step}"
         raise CheckpointError(f"{folder} has {what}; steps there: {have}")
     return asked[::-1]

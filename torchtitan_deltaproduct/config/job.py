@@ -112,7 +112,7 @@ class Data:
     """streaming: documents in a block that is shuffled; 0: file order. Resuming re-reads one block."""
     group: str = option("", OTHER_DATA, reader=GROUP_WORD)
     """group_word: `S5`, `A5`, `Z60`, `D4`, `A4_x_Z5`, `S5_only_swaps`, `S5_limit_to_3`, `S5_4_tokens`; see
-    data/groups.py."""
+    data/generated/groups.py."""
     curriculum_start: int = option(0, OTHER_LENGTHS, at_least_or(0, 1, "full length from the start"), reader=GROUP_WORD)
     """group_word: tokens of a word at step 0, from where the length grows linearly to `training.seq_len`;
     later positions have no label. 0: full length from the start."""
@@ -121,7 +121,7 @@ class Data:
     language: Literal["parity", "modular_arithmetic", "modular_arithmetic_brackets"] = option(
         "parity", OTHER_DATA, reader=LANGUAGE
     )
-    """formal_language: what to learn; see data/formal.py."""
+    """formal_language: what to learn; see data/generated/languages.py."""
     min_length: int = option(3, OTHER_DATA, COUNT, reader=LANGUAGE)
     """formal_language: fewest tokens of a row without padding, `=` included."""
     max_length: int = option(40, OTHER_DATA, COUNT, reader=LANGUAGE)

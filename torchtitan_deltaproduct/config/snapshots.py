@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from ..files import read_text
+from ..files import read_text, write_atomically
 
 if TYPE_CHECKING:
     from .job import JobConfig
@@ -61,14 +61,7 @@ def write_snapshot(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
     """Writes a snapshot; whenever the process dies, `path` is the old file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    # A name that is not UTF-8 is written as JSON escapes it.
-    with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as stream:
-        json.dump(content, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, path)
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_snapshot(path: str | os.PathLike) -> dict[str, Any] | None:

@@ -1,17 +1,17 @@
 """From text to the batches of a training step.
 
-    1 text           corpus/*.txt, *.jsonl(.gz), *.parquet, a dataset of `datasets`        text_sources.py
-         | prepare   "def f():\\n" -> 283 71 9 14, then 0, the separator             tokenizer.py, prepare.py
-    2 token shards   shards/00003.bin  ... 283 71 9 14 0 283 88 ...  (uint16)           shards.py, manifest.py
-         | order     global sample 4711 -> epoch 2, window 913 of data/code                           order.py
-    3 window         tokens [913*T - 1, 914*T) of the set, one read                                 packing.py
-         | loader    rank r takes samples first + r*LB + [0, LB)                        loader.py, prepared.py
+    1 text           corpus/*.txt, *.jsonl(.gz), *.parquet, a dataset of `datasets`            text/sources.py
+         | prepare   "def f():\\n" -> 283 71 9 14, then 0, the separator       text/tokenizer.py, text/prepare.py
+    2 token shards   shards/00003.bin  ... 283 71 9 14 0 283 88 ...  (uint16)     shards/shards.py, shards/manifest.py
+         | order     global sample 4711 -> epoch 2, window 913 of data/code                     shards/order.py
+    3 window         tokens [913*T - 1, 914*T) of the set, one read                                  packing.py
+         | loader    rank r takes samples first + r*LB + [0, LB)                  loader.py, shards/prepared.py
     4 batch          {"input": [LB, T], "document_starts": [LB, T]}, labels [LB, T]
 
-`kind = "streaming"` reaches 4 from 1 without shards (streaming.py); `group_word` and `formal_language` reach it from
-a seed alone (group_word.py, formal.py; held out in word_validation.py). Stages 2 to 4 are a pure function of
-(manifest, seed, global sample index): any step can be read directly, by any number of ranks. Every document
-ends with the separator, which also opens the next one: its first token is predicted from the separator.
+`kind = "streaming"` reaches 4 from 1 without shards (shards/streaming.py); `group_word` and `formal_language` reach it
+from a seed alone (generated/). `held_out.py` reads any of them for validation, each sample once. Stages 2 to 4 are a
+pure function of (manifest, seed, global sample index): any step can be read directly, by any number of ranks. Every
+document ends with the separator, which also opens the next one: its first token is predicted from the separator.
 
     loader = build_loader(config.data, seq_len=2048, local_batch_size=8, global_batch_size=64)
     inputs, labels = next(iter(loader))
@@ -27,14 +27,13 @@ from torchtitan_deltaproduct.errors import ConfigError
 
 if TYPE_CHECKING:
     from .loader import Loader
-    from .validation import ValidationLoader
 
 # Modules are imported when they are needed: `prepare` starts without torch, training without `datasets`.
 KINDS = {
-    "prepared": ".prepared",
-    "streaming": ".streaming",
-    "group_word": ".group_word",
-    "formal_language": ".formal",
+    "prepared": ".shards.prepared",
+    "streaming": ".shards.streaming",
+    "group_word": ".generated.group_words",
+    "formal_language": ".generated.languages",
 }
 GENERATED = ("group_word", "formal_language")
 """Kinds made from a seed: they read no files, have no tokenizer, and are validated on generated samples."""
@@ -87,32 +86,14 @@ def separator_id(data, tokenizer_path: str = "") -> int | None:
             separator is named.
     """
     if data.kind == "prepared":
-        from .manifest import read_manifest
+        from .shards.manifest import read_manifest
 
         return read_manifest(data.paths[0]).eos_id
     if data.kind == "streaming":
-        from .tokenizer import find_eos_id
+        from .text.tokenizer import find_eos_id
 
         if not tokenizer_path:
             raise ConfigError("model.hf_assets_path is empty: streaming needs a folder with tokenizer.json")
         # Tables that an earlier version wrote have no `eos`.
         return find_eos_id(tokenizer_path, getattr(data, "eos", ""), option="data.eos")
     return None
-
-
-def build_validation_loader(
-    paths: list[str],
-    *,
-    seq_len: int,
-    local_batch_size: int,
-    steps: int = -1,
-    dp_rank: int = 0,
-    dp_world_size: int = 1,
-    reset_state_at_documents: bool = False,
-) -> "ValidationLoader":
-    """A loader of the same windows in file order at every iteration; see `validation.ValidationLoader`."""
-    from .validation import ValidationLoader
-
-    return ValidationLoader(
-        paths, seq_len, local_batch_size, steps, dp_rank, dp_world_size, reset_state_at_documents
-    )

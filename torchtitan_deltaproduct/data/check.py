@@ -8,9 +8,9 @@ Called before any process group starts, by the launchers on the machine that sub
 from ..config.job import JobConfig
 from ..errors import ConfigError
 from . import GENERATED
-from .group_word import GENERATOR
-from .prepared import open_streams
-from .word_validation import build_word_validations
+from .generated.group_words import GENERATOR
+from .held_out import held_out_lengths
+from .shards.prepared import open_streams
 
 
 def check_data(config: JobConfig) -> list[str] | None:
@@ -45,13 +45,13 @@ def check_generated(config: JobConfig) -> list[str]:
     origin = config.provenance.get(key, "default")
     try:
         lengths = {"seq_len": config.training.seq_len, "lengths": config.validation.lengths}
-        sets = build_word_validations(config.data, **lengths, local_batch_size=1, samples=1)
+        sets = held_out_lengths(config.data, **lengths, local_batch_size=1, samples=1)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
-    if sets[0].vocab_size > config.model.vocab_size:
+    if sets[0].source.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"{sets[0].source.name} ({origin}) has {sets[0].vocab_size:,} tokens, but model.vocab_size = "
+            f"{sets[0].source.name} ({origin}) has {sets[0].source.vocab_size:,} tokens, but model.vocab_size = "
             f"{config.model.vocab_size:,} ({config.provenance.get('model.vocab_size', 'default')})\n"
-            f"set model.vocab_size to {sets[0].vocab_size:,}"
+            f"set model.vocab_size to {sets[0].source.vocab_size:,}"
         )
     return [f"generator {GENERATOR}"]

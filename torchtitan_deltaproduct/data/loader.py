@@ -9,17 +9,15 @@ micro-batches only cut it into slices. The state is the index of the next sample
 other ranks or workers.
 """
 
-import hashlib
 import json
 import signal
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
@@ -145,32 +143,23 @@ class Loader:
             self.sample += self.geometry.micro_batch
             yield item
 
-    def _dataloader(self) -> StatefulDataLoader:
+    def _dataloader(self) -> DataLoader:
         dataset = _MicroBatches(self.source, self.geometry)
         return self._wrap(dataset, sampler=_Positions(self.sample, self.geometry.micro_batch))
 
-    def _wrap(self, dataset, **options) -> StatefulDataLoader:
+    def _wrap(self, dataset, **options) -> DataLoader:
         if self.num_workers:
             options["prefetch_factor"] = self.prefetch_factor
-        # Its state counts batches of one rank and its workers; ours is the sample index, so it collects none.
         # A generator of its own: a loader made anew on restart must not draw from the global one.
-        with warnings.catch_warnings():
-            # torchdata 0.11 under torch 2.13: "'set_vital' is deprecated", nothing a user can act on.
-            warnings.simplefilter("ignore", UserWarning)
-            return StatefulDataLoader(
-                dataset,
-                batch_size=None,
-                collate_fn=_as_is,
-                num_workers=self.num_workers,
-                snapshot_every_n_steps=1 << 60,
-                worker_init_fn=ignore_stop_signals if self.num_workers else None,
-                generator=torch.Generator(),
-                **options,
-            )
-
-    def fingerprint(self) -> str:
-        """Changes whenever sample i would hold other tokens: other data, weights, seed, seq_len, ..."""
-        return hashlib.sha256(json.dumps(self.source.order(), sort_keys=True).encode()).hexdigest()[:16]
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=self.num_workers,
+            worker_init_fn=ignore_stop_signals if self.num_workers else None,
+            generator=torch.Generator(),
+            **options,
+        )
 
     def epochs(self) -> dict[str, float]:
         """Passes over each part of the data so far, fractions included."""
@@ -209,9 +198,9 @@ class Loader:
         saved, here = json.loads(str(state["order"])), self.source.order()
         changed = sorted(key for key in saved.keys() | here.keys() if saved.get(key) != here.get(key))
         if changed:
-            found = "; ".join(f"{key}: was {saved.get(key)}, is {here.get(key)}" for key in changed)
+            changes = "; ".join(f"{key}: was {saved.get(key)}, is {here.get(key)}" for key in changed)
             raise DataError(
-                f"The checkpoint was trained on another sequence of samples ({found}).\n"
+                f"The checkpoint was trained on another sequence of samples ({changes}).\n"
                 "Restore these settings, or start a new run from its weights (checkpoint.initial_load_path)."
             )
         self.sample = int(state["sample"])

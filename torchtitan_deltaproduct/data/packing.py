@@ -40,9 +40,7 @@ def all_windows(tokens: int, seq_len: int) -> int:
     return -(-tokens // seq_len)
 
 
-def read_window(
-    stream: Stream, window: int, inputs: np.ndarray, labels: np.ndarray, starts: np.ndarray | None
-) -> None:
+def read_window(stream: Stream, window: int, inputs: np.ndarray, labels: np.ndarray, starts: np.ndarray | None) -> None:
     """Fills one row of a batch.
 
     Args:

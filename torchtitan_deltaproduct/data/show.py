@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from torchtitan_deltaproduct.arguments import path
-from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
+from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 
-from .manifest import read_manifest
-from .shards import TokenStream
-from .tokenizer import load_tokenizer
-from .verified import file_sha256
+from .shards.manifest import read_manifest
+from .shards.shards import TokenStream
+from .shards.verified import SUFFIXES, compare, file_states
+from .text.tokenizer import load_tokenizer
 
 SHOWN_TOKENS = 200
 
@@ -28,29 +28,19 @@ def verify(folder: str | Path) -> int:
     """Compares every shard file with its checksum; returns the number of files.
 
     Raises:
-        DataError: names the files that differ.
+        DataError: names the files that are missing, have another size, or differ.
     """
     manifest = read_manifest(folder)
-    files = [
-        (Path(folder, shard.name + suffix), digest)
-        for shard in manifest.shards
-        for suffix, digest in ((".bin", shard.bin_sha256), (".idx", shard.idx_sha256))
-    ]
-    damaged = [str(path) for path, digest in files if file_sha256(path) != digest]
-    if damaged:
-        raise DataError(
-            f"{len(damaged)} of {len(files)} files differ from their checksums: {', '.join(damaged[:3])}\n"
-            "Copy them again, or make the folder again with prepare --overwrite."
-        )
+    file_states(Path(folder), manifest)
+    files = [(shard, suffix) for shard in range(len(manifest.shards)) for suffix in SUFFIXES]
+    compare(Path(folder), manifest, files)
     return len(files)
 
 
 def document(stream: TokenStream, number: int) -> np.ndarray:
     """Tokens of a document, counted from 0 over all shards, its separator included: [n] int64."""
     if not 0 <= number < stream.manifest.documents:
-        raise ConfigError(
-            f"--document is {number}: {stream.folder} has documents 0 to {stream.manifest.documents - 1}"
-        )
+        raise ConfigError(f"--document is {number}: {stream.folder} has documents 0 to {stream.manifest.documents - 1}")
     before = 0
     for base, shard in zip(stream.bounds, stream.manifest.shards, strict=False):
         if number < before + shard.documents:

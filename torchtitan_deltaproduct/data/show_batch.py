@@ -20,7 +20,7 @@ from torchtitan_deltaproduct.config.snapshots import read_snapshot
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, exit_on_user_error
 
 from . import build_loader
-from .tokenizer import load_tokenizer
+from .text.tokenizer import load_tokenizer
 
 
 def global_batch(run: Path, step: int):

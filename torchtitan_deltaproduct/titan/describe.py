@@ -5,6 +5,7 @@ import time
 from ..checkpoint import CheckpointInfo
 from ..devices import peak_flops
 from ..events import last_stop
+from ..formats import count
 from ..models import counts
 
 
@@ -70,14 +71,6 @@ def resumed(
         how = {"lost_peer": "lost a rank"}.get(stop["reason"], stop["reason"])
         parts.append(f"the last launch {how}: {stop['detail']}")
     return f"resumed step {step:,} of {steps:,} ({', '.join(parts)}); data at token {count(tokens)}"
-
-
-def count(number: int) -> str:
-    """`6.29 B`, `12.6 M`, `614,400`."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:,}"
 
 
 def _decay(schedule) -> str:

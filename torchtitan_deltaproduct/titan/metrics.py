@@ -29,6 +29,7 @@ from ..config.job import JobConfig
 from ..errors import ConfigError
 from ..events import parse_line, read_jsonl, read_metrics
 from ..files import utf8_path
+from ..formats import clock
 
 logger = logging.getLogger(__name__)
 
@@ -298,13 +299,6 @@ class MetricsProcessor(stock.MetricsProcessor):
         self.logger.close()
         if self.records is not None:
             self.records.close()
-
-
-def clock(seconds: float) -> str:
-    """`3725` -> `1:02:05`."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def build_metrics_processor(

@@ -26,7 +26,7 @@ from ..config.compare import compare_configs, refuse_breaking
 from ..config.snapshots import read_snapshot, snapshot, write_snapshot
 from ..data import separator_id
 from ..data.check import check_data
-from ..data.tokenizer import copy_tokenizer, same_tokenizer
+from ..data.text.tokenizer import copy_tokenizer, same_tokenizer
 from ..errors import CheckpointError, ConfigError, UserError
 from . import device
 from .lock import RunLock

@@ -18,7 +18,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 
 from ..config.job import JobConfig
-from ..data import build_validation_loader
+from ..data.held_out import held_out_text
 from ..data.loader import Batch
 from ..models.loss import IGNORE_INDEX
 from .metrics import MetricsProcessor
@@ -108,7 +108,7 @@ class Validator(HeldOutValidator):
     def __init__(self, job_config: JobConfig, **given) -> None:
         super().__init__(job_config, **given)
         config = job_config.validation
-        self.loader = build_validation_loader(
+        self.loader = held_out_text(
             config.paths,
             seq_len=config.seq_len or job_config.training.seq_len,
             local_batch_size=config.local_batch_size,
@@ -120,7 +120,7 @@ class Validator(HeldOutValidator):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         totals = torch.zeros(3, dtype=torch.float64)  # summed loss, tokens, bytes
-        token_bytes = self.loader.token_bytes
+        token_bytes = self.loader.source.token_bytes
         for batch, labels in self.batches(self.loader):
             loss = model(batch.pop("input"), **batch, labels=labels).item()
             valid = labels[labels != IGNORE_INDEX].cpu()

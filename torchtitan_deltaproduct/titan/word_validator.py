@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config.job import JobConfig
-from ..data.word_validation import WordValidation, build_word_validations
+from ..data.held_out import HeldOut, held_out_lengths
 from ..models.loss import IGNORE_INDEX
 from .validator import HeldOutValidator
 
@@ -42,7 +42,7 @@ class WordValidator(HeldOutValidator):
     def __init__(self, job_config: JobConfig, **given) -> None:
         super().__init__(job_config, **given)
         config = job_config.validation
-        self.loaders = build_word_validations(
+        self.loaders = held_out_lengths(
             job_config.data,
             seq_len=job_config.training.seq_len,
             lengths=config.lengths,
@@ -60,7 +60,7 @@ class WordValidator(HeldOutValidator):
             values |= {name + suffix: value for name, value in self.measure(model, loader).items()}
         return values
 
-    def measure(self, model: nn.Module, loader: WordValidation) -> dict[str, float]:
+    def measure(self, model: nn.Module, loader: HeldOut) -> dict[str, float]:
         """Loss and accuracies at one length, over all ranks.
 
         `token_accuracy`: share of scored positions answered right. `prefix_accuracy`: share of scored positions up to
@@ -74,8 +74,8 @@ class WordValidator(HeldOutValidator):
         loss, tokens, right, unbroken, rows, rows_right = self.sum_over_ranks(totals)
         values = {"loss": loss / tokens}
         if self.job_config.data.kind == "formal_language":
-            accuracy = right / tokens
-            values |= {"accuracy": accuracy, "scaled_accuracy": (accuracy - loader.chance) / (1 - loader.chance)}
+            accuracy, chance = right / tokens, loader.source.chance
+            values |= {"accuracy": accuracy, "scaled_accuracy": (accuracy - chance) / (1 - chance)}
         else:
             values |= {
                 "token_accuracy": right / tokens,

@@ -18,7 +18,7 @@ from tests.toy import train
 from torchtitan_deltaproduct import status
 from torchtitan_deltaproduct.checkpoint import from_hf, load_model, ls, to_hf, verify
 from torchtitan_deltaproduct.data import show, show_batch
-from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.errors import UserError
 
 pytestmark = pytest.mark.slow

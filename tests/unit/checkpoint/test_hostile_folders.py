@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.common.json_file import read_results
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.checkpoint import hf, load_model, ls, to_hf, verify
 from torchtitan_deltaproduct.checkpoint.from_hf import import_hf
 from torchtitan_deltaproduct.checkpoint.hf import make_unfinished, put_in_place, write_hf
 from torchtitan_deltaproduct.checkpoint.load import architecture
-from torchtitan_deltaproduct.data.manifest import read_manifest
-from torchtitan_deltaproduct.data.preparation import Settings, make_plan
-from torchtitan_deltaproduct.data.prepare import read_record
-from torchtitan_deltaproduct.data.verified import unknown
+from torchtitan_deltaproduct.data.shards.manifest import read_manifest
+from torchtitan_deltaproduct.data.text.plan import Settings, make_plan
+from torchtitan_deltaproduct.data.text.prepare import read_record
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
+from torchtitan_deltaproduct.evaluation.files import read_results
 from torchtitan_deltaproduct.titan.lock import RunLock
 
 
@@ -251,7 +250,7 @@ def test_names_that_no_folder_can_have_are_refused(folder, tmp_path, monkeypatch
 def test_pipes_in_the_place_of_notes_are_not_waited_for(tmp_path):
     for name in (".verified.json", "manifest.json", "about.json", "x.json"):
         os.mkfifo(tmp_path / name)
-    assert unknown(tmp_path, {"shard.bin": ""}) == ["shard.bin"] and read_record(tmp_path / "x.json") is None
+    assert read_record(tmp_path / "x.json") is None
     with pytest.raises(DataError, match="not a regular file"):
         read_results(tmp_path / "x.json")
     with pytest.raises(DataError, match="cannot be read as a folder of tokens"):
@@ -261,7 +260,7 @@ def test_pipes_in_the_place_of_notes_are_not_waited_for(tmp_path):
 def test_deep_json_is_damage(tmp_path):
     for name in (".verified.json", "manifest.json", "x.json"):
         (tmp_path / name).write_text("[" * 200_000)
-    assert unknown(tmp_path, {"shard.bin": ""}) == ["shard.bin"] and read_record(tmp_path / "x.json") is None
+    assert read_record(tmp_path / "x.json") is None
     for read in (read_manifest, lambda folder: read_results(folder / "x.json")):
         with pytest.raises(DataError, match="damaged|cannot be read"):
             read(tmp_path)

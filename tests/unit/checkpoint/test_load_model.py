@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import toy
-from tests.unit.eval.words_toy import write_toml
+from tests.unit.evaluation.words_toy import write_toml
 from torchtitan_deltaproduct.checkpoint.load import load_model
 from torchtitan_deltaproduct.checkpoint.marker import checksum, read_marker, write_marker
 from torchtitan_deltaproduct.errors import CheckpointError

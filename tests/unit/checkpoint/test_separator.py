@@ -6,18 +6,18 @@ import shutil
 import pytest
 from tokenizers import Tokenizer
 
-from eval import generate
-from eval.text.vocabulary import open_vocabulary
 from tests import toy as toys
 from torchtitan_deltaproduct.checkpoint import from_hf, to_hf
 from torchtitan_deltaproduct.checkpoint.load import load_model
 from torchtitan_deltaproduct.data import show_batch
-from torchtitan_deltaproduct.data.manifest import read_manifest
-from torchtitan_deltaproduct.data.prepare import main as prepare
-from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data.shards.manifest import read_manifest
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.data.show import document
-from torchtitan_deltaproduct.data.tokenizer import copy_tokenizer, find_eos_id, load_tokenizer
+from torchtitan_deltaproduct.data.text.prepare import main as prepare
+from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, find_eos_id, load_tokenizer
 from torchtitan_deltaproduct.errors import CheckpointError
+from torchtitan_deltaproduct.evaluation import generate
+from torchtitan_deltaproduct.evaluation.generate.vocabulary import open_vocabulary
 
 DOC = "<doc>"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchtitan_deltaproduct.data.manifest import Manifest, write_manifest
-from torchtitan_deltaproduct.data.shards import ShardWriter
-from torchtitan_deltaproduct.data.tokenizer import copy_tokenizer, tokenizer_sha256
-from torchtitan_deltaproduct.data.train_tokenizer import train_tokenizer
+from torchtitan_deltaproduct.data.shards.manifest import Manifest, write_manifest
+from torchtitan_deltaproduct.data.shards.shards import ShardWriter
+from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, tokenizer_sha256
+from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
 
 
 @dataclass

@@ -9,8 +9,8 @@ import torch
 from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
-from torchtitan_deltaproduct.data.formal import LANGUAGES, FormalSource
-from torchtitan_deltaproduct.data.word_validation import build_word_validation
+from torchtitan_deltaproduct.data.generated.languages import LANGUAGES, FormalSource
+from torchtitan_deltaproduct.data.held_out import held_out_sequences
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 NAMES = list(LANGUAGES)
@@ -131,13 +131,13 @@ def test_loader_on_ranks_and_resumed():
 
 def test_validation_at_other_lengths():
     data = Data(kind="formal_language", language="parity", seed=2)
-    held_out = build_word_validation(
+    held_out = held_out_sequences(
         data, seq_len=256, local_batch_size=4, samples=10, split="test", min_length=40, max_length=256
     )
     labels = torch.cat([labels for _, labels in held_out])
     assert labels.shape == (12, 256) and ((labels != -100).sum(dim=1).tolist()) == [1] * 10 + [0] * 2
     assert ((labels != -100).nonzero()[:, 1] >= 39).all()
-    assert (held_out.classes, held_out.chance, held_out.vocab_size) == (2, 0.5, 3)
+    assert (held_out.source.classes, held_out.source.chance, held_out.source.vocab_size) == (2, 0.5, 3)
 
 
 @pytest.mark.parametrize(

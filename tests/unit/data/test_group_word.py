@@ -7,9 +7,9 @@ import torch
 from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.counter import below, draws, stream_key
-from torchtitan_deltaproduct.data.group_word import Curriculum, GroupWordSource
-from torchtitan_deltaproduct.data.groups import parse_group
-from torchtitan_deltaproduct.data.word_validation import build_word_validation
+from torchtitan_deltaproduct.data.generated.group_words import Curriculum, GroupWordSource
+from torchtitan_deltaproduct.data.generated.groups import parse_group
+from torchtitan_deltaproduct.data.held_out import held_out_sequences
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 T, GLOBAL = 24, 16
@@ -132,7 +132,7 @@ def test_curriculum():
         length = min(24, 4 + 2 * (sample // GLOBAL))
         assert torch.equal(row[:length], whole[:length])
         assert (row[length:, 0] == 0).all() and (row[length:, 1] == -100).all()
-    assert growing.fingerprint() != full.fingerprint()
+    assert growing.state_dict()["order"] != full.state_dict()["order"]
     assert "from 4 tokens on over 10 steps" in growing.describe()
     with pytest.raises(ConfigError, match="curriculum_start = 25"):
         loader(curriculum_start=25, curriculum_steps=10)
@@ -169,7 +169,7 @@ def test_what_the_trainer_asks():
 def validation(rank=0, world=1, **options):
     data = Data(kind="group_word", group="S5", seed=5, curriculum_start=4, curriculum_steps=9)
     settings = {"seq_len": 64, "local_batch_size": 4, "samples": 21, **options}
-    return build_word_validation(data, dp_rank=rank, dp_world_size=world, **settings)
+    return held_out_sequences(data, dp_rank=rank, dp_world_size=world, **settings)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -179,7 +179,7 @@ def test_validation_covers_each_sample_once(world):
     for rank in range(world):
         one = validation(rank, world)
         batches = list(one)
-        assert len(batches) == len(one) == one.steps == -(-21 // (4 * world))
+        assert len(batches) == len(one) == -(-21 // (4 * world))
         assert torch.equal(batches[0][1], next(iter(one))[1])
         for inputs, answers in batches:
             assert inputs["input"].shape == answers.shape == (4, 64)
@@ -191,12 +191,13 @@ def test_validation_covers_each_sample_once(world):
 
 
 def test_validation_streams_and_errors():
-    assert (validation().vocab_size, validation().classes, validation().chance) == (120, 120, 1 / 120)
-    assert validation().fingerprint() == validation(1, 2).fingerprint() != validation(split="test").fingerprint()
+    source = validation().source
+    assert (source.vocab_size, source.classes, source.chance) == (120, 120, 1 / 120)
+    assert validation(1, 2).source.order() == source.order() != validation(split="test").source.order()
     assert "test data: 21 samples in 6 steps; group words: S5" in validation(split="test").describe()
     with pytest.raises(ConfigError, match="what the model learns from"):
         validation(split="train")
     with pytest.raises(ConfigError, match="at least 1"):
         validation(samples=0)
     with pytest.raises(ConfigError, match="'prepared'"):
-        build_word_validation(Data(), seq_len=8, local_batch_size=1, samples=1)
+        held_out_sequences(Data(), seq_len=8, local_batch_size=1, samples=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchtitan_deltaproduct.data import build_loader
-from torchtitan_deltaproduct.data.prepared import PreparedSource
+from torchtitan_deltaproduct.data.shards.prepared import PreparedSource
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import Config
@@ -78,9 +78,7 @@ def test_batches_are_the_windows_of_the_order(sets):
 def test_types_and_shapes(mixture):
     inputs, labels = next(iter(loader(mixture)))
     assert isinstance(inputs, dict) and list(inputs) == ["input", "document_starts"]
-    assert (
-        inputs["input"].dtype == labels.dtype == torch.int64 and inputs["document_starts"].dtype == torch.bool
-    )
+    assert inputs["input"].dtype == labels.dtype == torch.int64 and inputs["document_starts"].dtype == torch.bool
     assert inputs["input"].shape == inputs["document_starts"].shape == labels.shape == (2, T)
     assert inputs["input"].is_contiguous() and labels.is_contiguous()
 
@@ -154,7 +152,7 @@ def test_without_weights_every_window_comes_once_an_epoch(sets):
 
 def test_fingerprint_and_position_notice_what_changes_the_samples(sets, tmp_path):
     base = Config(paths=[sets["a"]])
-    state, prints = loader(base).state_dict(), {loader(base).fingerprint()}
+    state, prints = loader(base).state_dict(), {loader(base).state_dict()["order"]}
     changes = {
         "seed": 1,
         "shuffle": False,
@@ -164,16 +162,16 @@ def test_fingerprint_and_position_notice_what_changes_the_samples(sets, tmp_path
     }
     for key, value in changes.items():
         changed = loader(Config(**{**vars(base), key: value}))
-        prints.add(changed.fingerprint())
+        prints.add(changed.state_dict()["order"])
         if key != "weights":
             with pytest.raises(DataError, match=key if key != "paths" else "data"):
                 changed.load_state_dict(state)
-    prints.add(loader(base, seq_len=8).fingerprint())
+    prints.add(loader(base, seq_len=8).state_dict()["order"])
     assert len(prints) == 7
     # What only cuts the sequence differently, or where the folder lies, is the same data.
     moved = shutil.copytree(sets["a"], tmp_path / "moved")
     same = loader(Config(paths=[str(moved)], num_workers=1), local=8, rank=1, world=2)
-    assert same.fingerprint() == loader(base).fingerprint()
+    assert same.state_dict()["order"] == loader(base).state_dict()["order"]
     same.load_state_dict(state)
 
 

@@ -1,18 +1,22 @@
 """Damaged and mismatched folders are recognised, with a message that says what to do."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from torchtitan_deltaproduct.data import build_loader, build_validation_loader, verified
-from torchtitan_deltaproduct.data.manifest import read_manifest, write_manifest
-from torchtitan_deltaproduct.data.shards import TokenStream, token_dtype
+from torchtitan_deltaproduct.data import build_loader
+from torchtitan_deltaproduct.data.held_out import held_out_text
+from torchtitan_deltaproduct.data.shards import manifest, verified
+from torchtitan_deltaproduct.data.shards.manifest import read_manifest, write_manifest
+from torchtitan_deltaproduct.data.shards.shards import TokenStream, token_dtype
 from torchtitan_deltaproduct.data.show import document, verify
 from torchtitan_deltaproduct.data.show import main as show
-from torchtitan_deltaproduct.data.train_tokenizer import train_tokenizer
+from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import Config, make_corpus, make_set
@@ -46,7 +50,7 @@ def test_missing_shard(folder):
     [
         (lambda text: text.replace('"tokens": ', '"tokens": 1', 1), "checksum does not match"),
         (lambda text: text[: len(text) // 2], "is damaged"),
-        (lambda text: text.replace('"version": 1', '"version": 2'), "has version 2"),
+        (lambda text: text.replace('"version": 2', '"version": 3'), "has version 3"),
         (lambda text: "[]", "is damaged"),
         (lambda text: "{}", "is not a manifest"),
     ],
@@ -58,24 +62,64 @@ def test_changed_manifest(folder, damage, message):
         use(folder)
 
 
+def test_changed_table(folder):
+    table = folder / "shards.npy"
+    raw = bytearray(table.read_bytes())
+    raw[-1] ^= 1
+    table.write_bytes(raw)
+    (folder / "manifest.json").touch()
+    with pytest.raises(DataError, match=r"shards.npy was changed after it was written"):
+        use(folder)
+    table.unlink()
+    with pytest.raises(DataError, match=r"shards.npy cannot be read"):
+        use(folder)
+
+
 def flip(shard):
     raw = bytearray(shard.read_bytes())
     raw[10] ^= 1
     shard.write_bytes(raw)
 
 
+def read_all(folder):
+    """Every token and every document's beginning, as training and validation read them."""
+    loader, held_out = use(folder), held_out_text([str(folder)], seq_len=8, local_batch_size=4)
+    rows = loader.source.bounds[-1]
+    loader.source.batch(np.arange(rows))
+    for _ in held_out:
+        pass
+    stream = TokenStream(folder)
+    return stream.document_starts(0, stream.tokens)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
 @pytest.mark.parametrize("used", [False, True])
-def test_a_flipped_token_is_found_on_first_use_and_after_every_change(folder, used):
+def test_a_flipped_token_is_found_on_first_use_and_after_every_change(folder, used, suffix):
     assert verify(folder) == 6
     if used:
-        use(folder)
-    shard = next(folder.glob("shards/*.bin"))
+        read_all(folder)
+    shard = sorted(folder.glob(f"shards/*{suffix}"))[2]
     flip(shard)
-    for find in (use, verify, lambda path: build_validation_loader([path], seq_len=8, local_batch_size=1)):
+    # In a folder that was compared before, files written to in place are looked at when they are opened.
+    for find in (read_all, verify) if used else (read_all, verify, use):
         with pytest.raises(DataError, match=rf"1 of 6 files differ.*{shard.name}"):
             find(folder)
     flip(shard)
-    use(folder)
+    read_all(folder)
+
+
+def test_an_open_stream_sees_no_change_and_a_new_one_does(folder):
+    read_all(folder)
+    stream, tokens = TokenStream(folder), np.empty(9, dtype=np.int64)
+    shard = sorted(folder.glob("shards/*.bin"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"{shard.name} has [\d,]+ bytes; the manifest says [\d,]+ bytes"):
+        stream.read(0, tokens)
+    shard.unlink()
+    with pytest.raises(DataError, match="is missing"):
+        stream.read(0, tokens)
+    with pytest.raises(DataError, match="is missing"):
+        use(folder)
 
 
 def test_files_are_compared_once(folder, monkeypatch):
@@ -94,25 +138,57 @@ def test_files_are_compared_once(folder, monkeypatch):
     assert len(read) == 12
     shard = sorted(folder.glob("shards/*.bin"))[1]
     shard.write_bytes(shard.read_bytes())
-    use(folder), use(folder)
+    read_all(folder), read_all(folder)
     assert read[12:] == [shard.name]
 
 
+def test_a_start_looks_at_no_shard(folder, monkeypatch):
+    """The folder of the shards and the note tell; the manifest is read once for as long as it is the same file."""
+    use(folder)
+    looked, parsed = [], []
+    for module, name, log in ((os, "stat", looked), (os, "fstat", looked), (manifest.json, "loads", parsed)):
+        call = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, call=call, log=log, **k: log.append(str(a[0])) or call(*a, **k))
+    loader = use(folder)
+    held_out_text([str(folder)], seq_len=8, local_batch_size=4)
+    assert not [path for path in looked if path.endswith((".bin", ".idx"))]
+    assert not [text for text in parsed if "shards_sha256" in text]
+    next(iter(loader))
+    assert loader.source.streams[0]._files
+
+
+def test_prepared_folders_of_version_1(folder):
+    """The shards as a list in manifest.json, as it was before shards.npy: the same data, the same identity."""
+    expected, starts = read_manifest(folder), read_all(folder)
+    body = json.loads((folder / "manifest.json").read_text())
+    for name in ("manifest_sha256", "shards_sha256", "content_sha256"):
+        del body[name]
+    body |= {"version": 1, "shards": [vars(shard) for shard in expected.shards]}
+    body["manifest_sha256"] = manifest._checksum(body)
+    (folder / "manifest.json").write_text(json.dumps(body))
+    (folder / "shards.npy").unlink()
+    assert read_manifest(folder) == expected
+    assert read_manifest(folder).content_sha256 == expected.content_sha256
+    assert np.array_equal(read_all(folder), starts)
+
+
 def test_a_folder_that_cannot_be_written(folder, tmp_path, monkeypatch):
-    (folder / ".verified.json").unlink(missing_ok=True)
+    for note in folder.glob(".verified*"):
+        note.unlink()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(verified.os, "access", lambda *_: False)
     use(folder)
     (noted,) = (tmp_path / "cache/torchtitan_deltaproduct").iterdir()
-    assert noted.name.endswith(".verified.json") and not (folder / ".verified.json").exists()
+    assert ".verified-" in noted.name and not list(folder.glob(".verified*"))
+    read_all(folder)
 
 
 def test_an_id_outside_the_vocabulary_is_named(tmp_path, tokenizer):
     """A manifest that fits its files, made with another tokenizer than it says."""
     make_set(tmp_path / "x", tokenizer, [[30], [30]])
-    manifest = read_manifest(tmp_path / "x")
+    made = read_manifest(tmp_path / "x")
     highest = max(document(TokenStream(tmp_path / "x"), 1))
-    write_manifest(tmp_path / "x", replace(manifest, vocab_size=int(highest)))
+    write_manifest(tmp_path / "x", replace(made, vocab_size=int(highest)))
     loader = use(tmp_path / "x")
     said = rf"shards/0000\d.bin holds token {highest}; the vocabulary ends at {highest - 1}"
     with pytest.raises(DataError, match=said):
@@ -130,7 +206,7 @@ def test_wrong_tokenizer(folder, sets, tmp_path):
         use(folder)
     make_set(tmp_path / "c", other, [[50]])
     with pytest.raises(DataError, match="different tokenizers"):
-        build_validation_loader([sets["a"], str(tmp_path / "c")], seq_len=8, local_batch_size=1)
+        held_out_text([sets["a"], str(tmp_path / "c")], seq_len=8, local_batch_size=1)
 
 
 def test_missing_manifest_says_what_the_folder_is(tmp_path, sets):
@@ -145,10 +221,10 @@ def test_missing_manifest_says_what_the_folder_is(tmp_path, sets):
 
 
 def test_round_trip_and_content(folder, sets):
-    manifest = read_manifest(folder)
-    assert manifest == read_manifest(sets["a"])
-    assert manifest.content_sha256 != read_manifest(sets["b"]).content_sha256
-    assert json.loads((folder / "manifest.json").read_text())["tokens"] == manifest.tokens
+    copy = read_manifest(folder)
+    assert copy == read_manifest(sets["a"])
+    assert copy.content_sha256 != read_manifest(sets["b"]).content_sha256
+    assert json.loads((folder / "manifest.json").read_text())["tokens"] == copy.tokens
     assert [token_dtype(n) for n in (100, 65_536, 65_537)] == ["uint16", "uint16", "uint32"]
 
 

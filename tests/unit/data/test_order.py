@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from torchtitan_deltaproduct.data.order import PERIOD, Order, Permutation, quotas
+from torchtitan_deltaproduct.data.shards.order import PERIOD, Order, Permutation, quotas
 from torchtitan_deltaproduct.errors import ConfigError
 
 

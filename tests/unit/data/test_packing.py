@@ -1,10 +1,12 @@
 """Windows over shards against a list of all tokens."""
 
+import pickle
+
 import numpy as np
 import pytest
 
 from torchtitan_deltaproduct.data.packing import IGNORE, all_windows, full_windows, read_window
-from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
 
 from .conftest import make_set
 
@@ -55,10 +57,41 @@ def test_the_separator_opens_the_next_document(tmp_path, tokenizer):
 
 
 def test_more_shards_than_open_maps(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("torchtitan_deltaproduct.data.shards.MAX_OPEN_MAPS", 2)
+    monkeypatch.setattr("torchtitan_deltaproduct.data.shards.shards.most_descriptors", lambda: 2)
     documents = make_set(tmp_path, tokenizer, [[3]] * 9)
     stream, out = TokenStream(tmp_path), np.zeros(28, int)
     for _ in range(3):
         assert stream.read(-1, out) == 28
         assert out.tolist() == [0] + [token for document in documents for token in document]
-    assert len(stream._maps) == 2
+    assert len(stream._files) == 2
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 512])
+def test_beginnings_of_documents_are_found_by_search(tmp_path, tokenizer, monkeypatch, block):
+    """Equal lengths, random ones, and one long document at either end, where guessing by position is always wrong."""
+    monkeypatch.setattr("torchtitan_deltaproduct.data.shards.shards.INDEX_BLOCK", block)
+    rng = np.random.default_rng(0)
+    lengths = [[3] * 40, rng.integers(1, 30, 60).tolist(), [1] * 50 + [900], [900] + [1] * 50, [5]]
+    make_set(tmp_path, tokenizer, lengths)
+    ends = np.cumsum([length for shard in lengths for length in shard])
+    starts = np.concatenate([[0], ends[:-1]])
+    stream, total = pickle.loads(pickle.dumps(TokenStream(tmp_path))), int(ends[-1])
+    for first in range(0, total, 13):
+        for last in {first, first + 1, first + 20, total, total + 9}:
+            expected = starts[(starts >= first) & (starts < last)]
+            assert stream.document_starts(first, last).tolist() == expected.tolist(), (first, last)
+
+
+def test_a_search_reads_few_blocks(tmp_path, tokenizer, monkeypatch):
+    """Of 4,000 documents: two or so for random lengths, and for the worst as many as halving needs, twice."""
+    monkeypatch.setattr("torchtitan_deltaproduct.data.shards.shards.INDEX_BLOCK", 8)
+    rng = np.random.default_rng(0)
+    make_set(tmp_path, tokenizer, [rng.integers(1, 30, 4000).tolist(), [1] * 3999 + [40_000]])
+    stream, reads = TokenStream(tmp_path), []
+    read = stream._read
+    monkeypatch.setattr(stream, "_read", lambda *place: reads.append(place) or read(*place))
+    places = np.linspace(0, stream.tokens - 1, 200).astype(int).tolist()
+    for place in places:
+        stream.document_starts(place, place + 1)
+    counts = [sum(1 for shard, *_ in reads if shard == number) for number in (0, 1)]
+    assert counts[0] < 8 * 200 and max(counts) < 2 * 10 * 200

@@ -1,5 +1,6 @@
 """prepare: the same bytes for any number of workers and after any interruption; bad input named."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -15,18 +16,20 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from torchtitan_deltaproduct.data.manifest import read_manifest
-from torchtitan_deltaproduct.data.prepare import Settings, locked, main, prepare
-from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data.shards.manifest import read_manifest
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.data.show import document, verify
-from torchtitan_deltaproduct.data.tokenizer import load_tokenizer, token_bytes
+from torchtitan_deltaproduct.data.text.prepare import Settings, locked, main, prepare
+from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer, token_bytes
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import make_corpus, make_jsonl
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What is in a folder; the note of when its files were written is another each time."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".verified")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def texts_of(folder: Path) -> list[str]:
@@ -37,9 +40,7 @@ def texts_of(folder: Path) -> list[str]:
 
 
 def write_parquet(path: Path, texts: list, column: str = "text", rows: int = 10) -> Path:
-    pyarrow.parquet.write_table(
-        pyarrow.table({"id": range(len(texts)), column: texts}), path, row_group_size=rows
-    )
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), column: texts}), path, row_group_size=rows)
     return path
 
 
@@ -105,23 +106,17 @@ def uninterrupted(tmp_path_factory, tokenizer, corpus) -> dict[str, bytes]:
 
 
 def test_workers_do_not_change_a_byte(tmp_path, tokenizer, corpus, uninterrupted):
-    subprocess.run(
-        command(tmp_path / "out", tokenizer, corpus, "--workers", "3"), check=True, capture_output=True
-    )
+    subprocess.run(command(tmp_path / "out", tokenizer, corpus, "--workers", "3"), check=True, capture_output=True)
     assert files_of(tmp_path / "out") == uninterrupted
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_again_and_again_then_finished_gives_the_same_bytes(
-    tmp_path, tokenizer, corpus, uninterrupted, seed
-):
+def test_killed_again_and_again_then_finished_gives_the_same_bytes(tmp_path, tokenizer, corpus, uninterrupted, seed):
     """Killed at a random moment, once before and then after each further shard."""
     out, rng, seen, kills = tmp_path / "out", random.Random(seed), 0, 0
     while True:
         with open(tmp_path / "log", "a") as log:
-            process = subprocess.Popen(
-                command(out, tokenizer, corpus, "--workers", "2"), stdout=log, stderr=log
-            )
+            process = subprocess.Popen(command(out, tokenizer, corpus, "--workers", "2"), stdout=log, stderr=log)
             while process.poll() is None and kills and len(list(out.glob(".prepare/0*.json"))) <= seen:
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.5 if kills == 0 else 0.15))
@@ -136,7 +131,9 @@ def test_killed_again_and_again_then_finished_gives_the_same_bytes(
     assert files_of(out) == uninterrupted
 
 
-def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uninterrupted):
+@pytest.mark.parametrize("options", [[], ["--verify"]])
+def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uninterrupted, options):
+    """Those that were written to; with --verify those too that are as large, as old and the same file."""
     out = tmp_path / "out"
     process = subprocess.Popen(command(out, tokenizer, corpus, "--workers", "1"), stderr=subprocess.DEVNULL)
     while len(list(out.glob(".prepare/0*.json"))) < 2:
@@ -145,9 +142,12 @@ def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uni
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     shard = sorted(out.glob("train/shards/*.bin"))[0]
-    shard.write_bytes(b"\0" * shard.stat().st_size)
+    before = shard.stat()
+    shard.write_bytes(b"\0" * before.st_size)
+    if options:
+        os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     done = subprocess.run(
-        command(out, tokenizer, corpus),
+        command(out, tokenizer, corpus, *options),
         check=True,
         stderr=subprocess.PIPE,
         text=True,
@@ -155,6 +155,33 @@ def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uni
     )
     assert "is damaged and is made again" in done.stderr
     assert files_of(out) == uninterrupted
+
+
+def test_parts_on_several_machines(tmp_path, tokenizer, corpus, uninterrupted):
+    """Two at a time and one after them, then what is left: the same bytes as in one go."""
+    out = tmp_path / "out"
+    parts = [command(out, tokenizer, corpus, "--workers", "1", "--part", f"{number}/4") for number in (1, 2, 3)]
+    together = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for words in parts[:2]]
+    for process in together:
+        _, errors = process.communicate()
+        assert process.returncode == 0 and "of 4" not in errors and "/4 of" in errors, errors
+    whole = len(list(out.glob(".prepare/0*.json")))
+    assert 0 < whole < 9 and not list(out.rglob("manifest.json"))
+    subprocess.run(parts[2], check=True, capture_output=True)
+    assert len(list(out.glob(".prepare/0*.json"))) > whole
+    with locked(out, fcntl.LOCK_SH):
+        refused = subprocess.run(command(out, tokenizer, corpus), stderr=subprocess.PIPE, text=True)
+        assert refused.returncode == 2 and "Another prepare is writing" in refused.stderr
+    done = subprocess.run(command(out, tokenizer, corpus), check=True, stderr=subprocess.PIPE, text=True)
+    assert "shards are there already" in done.stderr and files_of(out) == uninterrupted
+    again = subprocess.run(parts[0], check=True, capture_output=True, text=True)
+    assert again.stdout.startswith("already prepared:")
+
+
+@pytest.mark.parametrize("part, more", [((0, 4), {}), ((5, 4), {}), ((1, 4), {"overwrite": True})])
+def test_a_part_that_is_none(tmp_path, tokenizer, corpus, part, more):
+    with pytest.raises(ConfigError, match=f"--part {part[0]}/4: expected I/N with 1 <= I <= N"):
+        prepare(Settings(str(tmp_path), tokenizer, [str(corpus)]), part=part, **more)
 
 
 def test_interrupt_stops_workers_and_keeps_shards(tmp_path, tokenizer, corpus):
@@ -235,9 +262,7 @@ def test_bad_records_are_named_counted_and_skipped(tmp_path, tokenizer, capsys):
 def test_too_many_bad_records_stop_and_a_higher_limit_continues(tmp_path, tokenizer):
     source, out = bad_input(tmp_path / "in"), tmp_path / "out"
     settings = Settings(str(out), tokenizer, [str(source)])
-    with pytest.raises(
-        DataError, match=r"More than 6 records cannot be read:\n  .*a.jsonl, line 2: invalid JSON"
-    ):
+    with pytest.raises(DataError, match=r"More than 6 records cannot be read:\n  .*a.jsonl, line 2: invalid JSON"):
         prepare(settings, workers=1, max_bad_records=6)
     assert not (out / "manifest.json").exists()
     assert prepare(settings, workers=1, max_bad_records=7)
@@ -262,9 +287,7 @@ def test_damaged_gzip_and_parquet_are_reported(tmp_path, tokenizer):
     (tmp_path / "a.jsonl.gz").write_bytes(cut[: len(cut) * 2 // 3])
     write_parquet(tmp_path / "b.parquet", ["one", None, "two"])
     out = tmp_path / "out"
-    prepare(
-        Settings(str(out), tokenizer, [str(tmp_path / "a.jsonl.gz"), str(tmp_path / "b.parquet")]), workers=1
-    )
+    prepare(Settings(str(out), tokenizer, [str(tmp_path / "a.jsonl.gz"), str(tmp_path / "b.parquet")]), workers=1)
     bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
     assert "damaged gzip, the rest is lost" in bad[0]["reason"]
     assert (bad[1]["position"], bad[1]["reason"]) == ("row 2", "field 'text' is NoneType, expected text")
@@ -345,17 +368,17 @@ def test_user_errors(tmp_path, tokenizer):
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path, tokenizer, monkeypatch):
-    from torchtitan_deltaproduct.data import tokenize_units
-    from torchtitan_deltaproduct.data.text_sources import plan_units
+    from torchtitan_deltaproduct.data.text import units
+    from torchtitan_deltaproduct.data.text.sources import plan_units
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    job = tokenize_units.Job(str(tmp_path), str(tmp_path), tokenizer, 0, "uint16", 0.0, "document")
-    monkeypatch.setattr(tokenize_units.ShardWriter, "add", full)
+    job = units.Job(str(tmp_path), str(tmp_path), tokenizer, 0, "uint16", 0.0, "document")
+    monkeypatch.setattr(units.ShardWriter, "add", full)
     worker = {"job": job, "limit": 0, "tokenizer": load_tokenizer(tokenizer)}
-    monkeypatch.setattr(tokenize_units, "_worker", worker)
+    monkeypatch.setattr(units, "_worker", worker)
     (unit,) = plan_units([make_corpus(tmp_path / "in", 2)], "text", 1 << 30)
     with pytest.raises(DataError, match=r"disk of .* is full; finished shards are kept"):
-        tokenize_units._run_unit(0, unit)
+        units._run_unit(0, unit)
     assert not list(tmp_path.rglob("*.tmp*"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.toy import train
-from tests.unit.eval.words_toy import write_toml
+from tests.unit.evaluation.words_toy import write_toml
 from torchtitan_deltaproduct.data import show_batch
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from torchtitan_deltaproduct.data import build_loader
-from torchtitan_deltaproduct.data.tokenizer import load_tokenizer
+from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import Config
@@ -85,9 +85,7 @@ def test_ranks_and_resume(rows, tokenizer, buffer):
 def test_shuffled_blocks_hold_every_document_once(rows, tokenizer):
     total = len(stream_by_hand(rows[1], tokenizer))
     epochs = []
-    labels = take(loader(rows, tokenizer, shuffle_buffer=200), 2 * total // (T * GLOBAL) + 1)[
-        ..., -1
-    ].flatten()
+    labels = take(loader(rows, tokenizer, shuffle_buffer=200), 2 * total // (T * GLOBAL) + 1)[..., -1].flatten()
     for epoch in range(2):
         text = load_tokenizer(tokenizer).decode(labels[epoch * total : (epoch + 1) * total].tolist())
         epochs.append(text.split("<|endoftext|>")[:-1])
@@ -194,7 +192,7 @@ def test_text_that_the_tokenizer_cannot_write_is_said(rows, tmp_path, caplog):
 
 def test_a_dataset_that_cannot_be_read_on_is_one_error(tokenizer, tmp_path, monkeypatch):
     """What `datasets` raises in the middle of a dataset of its own names the row it came to."""
-    from torchtitan_deltaproduct.data import text_streams
+    from torchtitan_deltaproduct.data.text import records
 
     class Broken:
         def load_state_dict(self, state): ...
@@ -210,6 +208,6 @@ def test_a_dataset_that_cannot_be_read_on_is_one_error(tokenizer, tmp_path, monk
             yield from (pyarrow.table({"text": ["fine " * 50]}) for _ in range(300))
             raise datasets.exceptions.DatasetGenerationError("an error while generating")
 
-    monkeypatch.setattr(text_streams, "open_dataset", lambda *_, **__: Broken())
+    monkeypatch.setattr(records, "open_dataset", lambda *_, **__: Broken())
     with pytest.raises(DataError, match="cannot be read on after row 300: an error while generating"):
         take(loader(("nobody/set", []), tokenizer), 1000)

@@ -15,17 +15,18 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from tests.toy import REPO
-from torchtitan_deltaproduct.data import build_loader, tokenize_units
-from torchtitan_deltaproduct.data.manifest import read_manifest
-from torchtitan_deltaproduct.data.preparation import make_plan
-from torchtitan_deltaproduct.data.prepare import Settings, main, prepare
-from torchtitan_deltaproduct.data.shards import TokenStream
+from torchtitan_deltaproduct.data import build_loader
+from torchtitan_deltaproduct.data.shards.manifest import read_manifest
+from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.data.show import document
-from torchtitan_deltaproduct.data.text_files import kind_of, list_files
-from torchtitan_deltaproduct.data.text_sources import Unit, plan_dataset_units, plan_units, read_unit
-from torchtitan_deltaproduct.data.text_streams import open_records
-from torchtitan_deltaproduct.data.tokenizer import load_tokenizer
-from torchtitan_deltaproduct.data.train_tokenizer import main as train_tokenizer
+from torchtitan_deltaproduct.data.text import units as tokenize_units
+from torchtitan_deltaproduct.data.text.files import kind_of, list_files
+from torchtitan_deltaproduct.data.text.plan import make_plan
+from torchtitan_deltaproduct.data.text.prepare import Settings, main, prepare
+from torchtitan_deltaproduct.data.text.records import open_records
+from torchtitan_deltaproduct.data.text.sources import Unit, plan_dataset_units, plan_units, read_unit
+from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer
+from torchtitan_deltaproduct.data.text.train_tokenizer import main as train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import Config, make_jsonl

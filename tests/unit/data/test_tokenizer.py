@@ -1,6 +1,7 @@
 """Separator, byte counts and training of tokenizers."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -8,18 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HfTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from torchtitan_deltaproduct.data.tokenizer import (
+from torchtitan_deltaproduct.data.text import tokenizer as tokenizer_module
+from torchtitan_deltaproduct.data.text.tokenizer import (
     copy_tokenizer,
     find_eos_id,
     load_tokenizer,
     same_tokenizer,
     token_bytes,
 )
-from torchtitan_deltaproduct.data.train_tokenizer import main as train_main
-from torchtitan_deltaproduct.data.train_tokenizer import train_tokenizer
+from torchtitan_deltaproduct.data.text.train_tokenizer import main as train_main
+from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import make_corpus, make_jsonl
@@ -145,3 +147,89 @@ def test_training_reuses_and_refuses(tmp_path, capsys):
         train_tokenizer([corpus], 256, str(tmp_path / "small"))
     assert train_main([corpus, "--vocab-size", "50000", "--out", str(tmp_path / "big")]) == 0
     assert "the text supports no more than" in capsys.readouterr().out
+
+
+def fast_tokenizer(pre_tokenizer, normalizer=None, model=None) -> HfTokenizer:
+    """A BPE over bytes with merges that cross letters, spaces and line breaks wherever the pre-tokenizer lets them."""
+    inner = HfTokenizer(model or models.BPE())
+    inner.pre_tokenizer, inner.normalizer = pre_tokenizer, normalizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet,
+                                  show_progress=False)  # fmt: skip
+    inner.train_from_iterator([long_text(0, 3000), long_text(1, 3000)], trainer)
+    return inner
+
+
+def long_text(seed: int, size: int) -> str:
+    """Words, numbers, signs, combining marks and every kind of space, in runs."""
+    rng, parts = random.Random(seed), []
+    words = [
+        "word",
+        "naïve",
+        "cafe\u0301",
+        "日本語",
+        "it's",
+        "a_b",
+        "x1",
+        "1234567",
+        "\u0301",
+        "🙂",
+        "...",
+        "<doc>",
+        "(",
+        "Σας",
+    ]
+    spaces = [" ", " ", " ", "\n", "\n", "  ", "\n\n", " \n", "\n ", "\t", "\r\n", "\u00a0", "\u2028", "\x1c", ""]
+    while sum(map(len, parts)) < size:
+        parts += [rng.choice(words), rng.choice(spaces)]
+    return "".join(parts)
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+@pytest.mark.parametrize(
+    "pre_tokenizer, normalizer, is_cut",
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), None, True),
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.NFC(), True),
+        (pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), BYTES]), None, True),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]), None, True),
+        (pre_tokenizers.WhitespaceSplit(), None, True),
+        # A space before the text, unless it has one: it is cut before spaces alone.
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), None, True),
+        (pre_tokenizers.Metaspace(), None, True),
+        (pre_tokenizers.Metaspace(split=False), None, False),
+        (pre_tokenizers.Split(Regex(r"(?m).+"), "isolated"), None, False),
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.Prepend("x"), False),
+        (None, None, False),
+    ],
+)
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch, pre_tokenizer, normalizer, is_cut):
+    fast_tokenizer(pre_tokenizer, normalizer).save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    for size in (1, 40, 300):
+        monkeypatch.setattr(tokenizer_module, "PIECE", size)
+        for seed in range(8):
+            text = long_text(10 + seed, 2000)
+            pieces = list(loaded.pieces(text))
+            assert "".join(pieces) == text and (len(pieces) > 5 if is_cut and size < 300 else True)
+            assert is_cut or len(pieces) == 1
+            whole = loaded.inner.encode(text, add_special_tokens=False).ids
+            assert loaded.encode_batch([text, "short"]) == [whole, loaded.inner.encode("short").ids]
+
+
+def test_an_added_token_that_reaches_over_a_space_forbids_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "PIECE", 40)
+    for number, token in enumerate((AddedToken("a\nb"), AddedToken("<doc>", rstrip=True), AddedToken("<doc>"))):
+        inner = fast_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False))
+        inner.add_tokens([token])
+        (tmp_path / str(number)).mkdir()
+        inner.save(str(tmp_path / f"{number}/tokenizer.json"))
+        loaded, text = load_tokenizer(tmp_path / str(number)), "x a\nb y <doc> z\n" * 200
+        assert (len(list(loaded.pieces(text))) > 1) == (number == 2)
+        assert loaded.encode_batch([text])[0] == loaded.inner.encode(text, add_special_tokens=False).ids

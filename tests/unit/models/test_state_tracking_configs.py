@@ -11,7 +11,7 @@ import torch
 from torchtitan_deltaproduct.config.check import Environment
 from torchtitan_deltaproduct.config.load import load_config
 from torchtitan_deltaproduct.data import build_loader
-from torchtitan_deltaproduct.data.word_validation import build_word_validations
+from torchtitan_deltaproduct.data.held_out import held_out_lengths
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM, counts
 
 FOLDER = Path(__file__).parents[3] / "train_configs" / "state_tracking"
@@ -46,7 +46,7 @@ def test_config(path):
 
     training, validation = config.training, config.validation
     loader = build_loader(config.data, seq_len=training.seq_len, local_batch_size=2, global_batch_size=2)
-    sets = build_word_validations(
+    sets = held_out_lengths(
         config.data, seq_len=training.seq_len, lengths=validation.lengths, local_batch_size=2, samples=2
     )
     assert loader.vocab_size == args.vocab_size and max(sets) >= 4 * training.seq_len

@@ -10,7 +10,7 @@ import pytest
 from tests.toy import records, train
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.events import read_jsonl
-from torchtitan_deltaproduct.titan.metrics import RecordFile, TensorBoard, clock, restore_history, set_repeated_aside
+from torchtitan_deltaproduct.titan.metrics import RecordFile, TensorBoard, restore_history, set_repeated_aside
 
 
 def write(path, steps, tail="", time=100.0):
@@ -83,10 +83,6 @@ def test_what_is_no_file_is_refused(tmp_path, make):
     make(tmp_path / "metrics.jsonl")
     with pytest.raises(ConfigError, match="is no file"):
         restore_history(tmp_path / "metrics.jsonl", 0, math.inf)
-
-
-def test_clock():
-    assert [clock(s) for s in (0, 59.9, 61, 3725, 90000)] == ["0:00:00", "0:00:59", "0:01:01", "1:02:05", "25:00:00"]
 
 
 def test_one_record_a_step_in_every_sink(toy, tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.toy import REPO
-from torchtitan_deltaproduct.data.group_word import GroupWordSource
+from torchtitan_deltaproduct.data.generated.group_words import GroupWordSource
 from torchtitan_deltaproduct.data.loader import Geometry, Loader
 from torchtitan_deltaproduct.titan.stopping import FLAGS, SIGNALS, Stopping
 

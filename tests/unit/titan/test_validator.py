@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from tests import toy as toys
 from torchtitan_deltaproduct.checkpoint.load import load_model
-from torchtitan_deltaproduct.data.prepare import Settings, prepare
+from torchtitan_deltaproduct.data.text.prepare import Settings, prepare
 from torchtitan_deltaproduct.errors import DataError
 
 T = 64
@@ -76,7 +76,7 @@ def test_some_windows_of_a_byte_level_set(toy, tmp_path):
     """Six windows, evenly spaced: their bytes are those of their own text."""
     toys.train(toy, tmp_path / "run", "--training.steps", "1", "--validation.steps", "3")
     inner = Tokenizer.from_file(str(toy.parent / "tokenizer/tokenizer.json"))
-    from torchtitan_deltaproduct.data.shards import TokenStream
+    from torchtitan_deltaproduct.data.shards.shards import TokenStream
 
     stream = TokenStream(toy.parent / "data/validation")
     ids = torch.empty(stream.tokens + 1, dtype=torch.int64).numpy()

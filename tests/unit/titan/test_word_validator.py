@@ -9,7 +9,7 @@ import torch
 from tests.dist.helper import run_distributed
 from tests.toy import arguments, assert_same_weights, learned, records, train, weights
 from torchtitan_deltaproduct.config import load_config
-from torchtitan_deltaproduct.data.word_validation import build_word_validation
+from torchtitan_deltaproduct.data.held_out import held_out_sequences
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
 from torchtitan_deltaproduct.titan.word_validator import count_right
@@ -91,7 +91,7 @@ def test_group_words_recomputed(words, tmp_path):
     config = load_config(arguments(words, run, ()))
     model = model_of(run, config, 6)
     for length, suffix in ((12, ""), (24, "_24")):
-        data = build_word_validation(config.data, seq_len=length, local_batch_size=10, samples=10)
+        data = held_out_sequences(config.data, seq_len=length, local_batch_size=10, samples=10)
         [(inputs, labels)] = list(data)
         with torch.no_grad():
             logits = model(inputs["input"])
@@ -116,7 +116,7 @@ def test_formal_language_recomputed(parity, tmp_path):
     config = load_config(arguments(parity, run, ()))
     model = model_of(run, config, 2)
     for length, low, high, suffix in ((10, 2, 8, ""), (20, 8, 20, "_20")):
-        [(inputs, labels)] = build_word_validation(
+        [(inputs, labels)] = held_out_sequences(
             config.data, seq_len=length, local_batch_size=10, samples=10, min_length=low, max_length=high
         )
         sizes = (inputs["input"] < 2).sum(1)

@@ -1,1 +1,0 @@
-"""What evals share: options, the texts they read, ranks, files of results, the look of pictures."""

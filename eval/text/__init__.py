@@ -1,1 +1,0 @@
-"""Text generation and scoring from cached states: decoding, sampling, and the model of lm-eval."""

@@ -1,0 +1,219 @@
+"""Accuracy on words: against an independent loop, in any segments, with planted answers; the table and the files."""
+
+import csv
+import json
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+
+from tests import toy
+from tests.unit.evaluation.words_toy import PARITY, fake, flat, write_toml
+from torchtitan_deltaproduct.checkpoint.load import load_model
+from torchtitan_deltaproduct.data.generated.group_words import GroupWordSource
+from torchtitan_deltaproduct.data.generated.languages import FormalSource
+from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
+from torchtitan_deltaproduct.evaluation import state_tracking
+from torchtitan_deltaproduct.evaluation.state_tracking.problems import count_words, model_reader, problem_of, wilson
+from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, by_setting
+from torchtitan_deltaproduct.models import DeltaProductLM
+from torchtitan_deltaproduct.models.args import DeltaProductArgs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("s3")
+    toy.train(write_toml(folder / "s3.toml"), folder / "run")
+    return folder / "run"
+
+
+def small_model(vocab=6, **fields):
+    torch.manual_seed(0)
+    model = DeltaProductLM(DeltaProductArgs(vocab_size=vocab, hidden_size=16, num_hidden_layers=2, num_heads=2,
+                                            head_dim=8, intermediate_size=32, **fields))  # fmt: skip
+    model.init_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(20)
+    return model.double()
+
+
+def perfect(source, wrong_at=()):
+    """A reader that knows the group and says something else at the positions given (from 0)."""
+    problem = source.problem
+
+    def read(tokens, cache):
+        state, position = cache or (np.zeros(len(tokens), dtype=np.int64), 0)
+        logits = torch.zeros(*tokens.shape, problem.vocab_size)
+        for t in range(tokens.shape[1]):
+            state = problem.group.table[state, tokens[:, t].numpy()].astype(np.int64)
+            said = (state + (position + t in wrong_at)) % problem.classes
+            logits[torch.arange(len(tokens)), t, torch.from_numpy(said)] = 1.0
+        return logits, (state, position + tokens.shape[1])
+
+    return read
+
+
+def test_accuracy_by_hand(run):
+    """Own products of permutations, one forward pass a word, one comparison at a time."""
+    loaded = load_model(run, dtype=torch.float64)
+    problem = problem_of(loaded.config, 20, seed=9)
+    counts = problem.count(model_reader(loaded.model), 30, rows=7, segment=6)
+    perms = list(permutations(range(3)))
+    words = GroupWordSource("S3", 20, 9, "test").batch(np.arange(30))[0]["input"].tolist()
+    correct, prefix = [0] * 20, [0] * 20
+    for word in words:
+        answers = loaded.model(torch.tensor([word]))[0].argmax(-1).tolist()
+        state, intact = (0, 1, 2), True
+        for t, (element, answer) in enumerate(zip(word, answers, strict=True)):
+            state = tuple(state[perms[element][i]] for i in range(3))
+            right = perms[answer] == state
+            intact = intact and right
+            correct[t] += right
+            prefix[t] += intact
+    assert counts.correct.tolist() == correct and counts.prefix.tolist() == prefix
+    assert counts.scored.tolist() == [30] * 20 and 0 < sum(correct) < 600
+    result = RunResult.of(loaded, problem, counts)
+    assert result.at_length.value == pytest.approx(sum(correct) / 600)
+    assert result.at_training.value == pytest.approx(sum(correct[:8]) / 240)
+    assert result.prefix(2).value == prefix[1] / 30
+    assert problem_of(loaded.config).length == 32 and problem_of(loaded.config).seed == 5
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_forget_gate": True, "use_output_gate": True}, {"use_short_conv": False}])
+def test_segments_change_nothing(fields):
+    model = small_model(**fields)
+    source = GroupWordSource("S3", 50, split="test")
+    inputs, labels = source.batch(np.arange(12))
+    right = model(inputs["input"]).argmax(-1) == labels
+    for rows, segment in [(12, 50), (5, 1), (3, 7), (100, 1000)]:
+        counts = count_words(model_reader(model), source, 12, rows, segment)
+        assert counts.correct.tolist() == right.sum(0).tolist()
+        assert counts.prefix.tolist() == right.cumprod(1).sum(0).tolist()
+
+
+def test_perfect_answers():
+    source = GroupWordSource("S5", 40, split="test")
+    counts = count_words(perfect(source), source, 50, rows=16, segment=9)
+    assert (counts.correct == 50).all() and (counts.prefix == 50).all() and (counts.accuracy() == 1).all()
+    low, high = wilson(counts.correct, counts.scored)
+    assert low == pytest.approx(np.full(40, 50 / (50 + 1.959964**2)), abs=1e-6) and (high == 1).all()
+
+
+def test_one_mistake_ends_the_prefix():
+    source = GroupWordSource("S3", 30, split="test")
+    counts = count_words(perfect(source, wrong_at={17}), source, 10, segment=8)
+    assert counts.correct.tolist() == [10] * 17 + [0] + [10] * 12
+    assert counts.prefix.tolist() == [10] * 17 + [0] * 13
+    assert counts.between(17, 19) == (20, 30)
+
+
+def test_positions_without_a_label_do_not_count():
+    source = GroupWordSource("S3_3_tokens_last", 12, split="test")
+
+    def silent(tokens, cache):
+        return torch.zeros(*tokens.shape, 6), None
+
+    counts = count_words(silent, source, 20, segment=5)
+    labelled = [0, 0, 20] * 4
+    assert counts.scored.tolist() == labelled
+    assert np.isnan(counts.accuracy()[[0, 1, 3, 4]]).all() and counts.prefix[:2].tolist() == [20, 20]
+
+
+def test_wilson():
+    """Against R: prop.test(8, 10, correct = FALSE), and the closed ends at 0 and n."""
+    low, high = wilson([8, 0, 10], [10, 10, 10])
+    assert low == pytest.approx([0.4901625, 0, 0.7224672], abs=1e-6)
+    assert high == pytest.approx([0.9433178, 0.2775328, 1], abs=1e-6)
+    assert low[1] == 0 and high[2] == 1
+    assert np.isnan(wilson(0, 0)).all()
+
+
+def test_parity_by_length():
+    """A reader that is right on rows of at most 20 tokens; answers come at the last bit."""
+
+    def read(tokens, cache):
+        total, position = cache or (torch.zeros(len(tokens), dtype=torch.long), 0)
+        ones = total[:, None] + (tokens == 1).cumsum(1)
+        past = torch.arange(position, position + tokens.shape[1]) >= 20
+        said = (ones + past) % 2
+        return torch.nn.functional.one_hot(said, 3).float(), (ones[:, -1], position + tokens.shape[1])
+
+    config = {"data": {"kind": "formal_language", "language": "parity", "min_length": 3, "max_length": 10, "seed": 1},
+              "training": {"seq_len": 16}}  # fmt: skip
+    problem = problem_of(config, 40)
+    counts = problem.count(read, 500, rows=64, segment=7)
+    assert counts.scored.sum() == 1000 and counts.scored[:2].sum() == 0 and counts.scored[:10].sum() == 500
+    assert (counts.accuracy()[2:20] == 1).all() and (counts.accuracy()[20:] == 0).all()
+    result = fake(problem, counts)
+    assert [b["value"] for b in result.buckets()] == [1, 1, 0, 0]
+    assert [b["scaled"] for b in result.buckets()] == [1, 1, -1, -1]
+    assert result.at_training.value == 1 and result.at_length.value == counts.correct[10:].sum() / 500
+    assert problem_of(config).length == 256
+    own = FormalSource("parity", 40, 11, 40, 1, "test").batch(np.arange(500))[1]
+    assert counts.scored[10:].tolist() == (own[:, 10:] >= 0).sum(0).tolist()
+
+
+def test_settings_and_seeds():
+    runs = [flat(0.2, n=1), flat(1.0, seed=1), flat(0.5, seed=2), flat(0.3, negative=False),
+            flat(0.99, seed=1, **{"optimizer.lr": 1})]  # fmt: skip
+    runs[1:3] = [flat(1.0, seed=1, **{"optimizer.lr": 2}), flat(0.5, seed=2, **{"optimizer.lr": 2})]
+    settings = by_setting(runs)
+    assert [(s.label, len(s.runs)) for s in settings] == [
+        ("n_h = 1, [-1, 1]", 1), ("n_h = 2, [-1, 1], lr 2", 2), ("n_h = 2, [-1, 1], lr 1", 1), ("n_h = 2, [0, 1]", 1),
+    ]  # fmt: skip
+    share = settings[1].share_solved(Criterion())
+    assert share.value == 0.5 and 0.09 < share.low < 0.1 and 0.9 < share.high < 0.91
+    assert settings[1].mean("at_length") == 0.75
+    assert [r.solved(Criterion()) for r in runs] == [False, True, False, False, True]
+    assert not flat(0.98).solved(Criterion())
+    assert flat(0.98).solved(Criterion(at_training=0.98))
+
+
+def test_command(run, tmp_path, capsys):
+    parity = write_toml(tmp_path / "parity.toml", PARITY, vocab=3)
+    toy.train(parity, tmp_path / "parity")
+    toy.train(write_toml(tmp_path / "s3.toml"), tmp_path / "other", "--data.seed", "6", "--checkpoint.interval", "1")
+    words = ["--words", "40", "--length", "24", "--segment", "5", "--seed", "3"]
+    runs = [
+        run,
+        run / "checkpoint/step-2",
+        tmp_path / "other",
+        tmp_path / "other/checkpoint/step-1",
+        tmp_path / "parity",
+    ]
+    state_tracking.main([*map(str, runs), *words, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    for text in ("n_h = 2, [-1, 1]", "mean of 2", "@ 24", "scaled", "17-24", "40 or 80 test words"):
+        assert text in said, said
+    content = json.loads((tmp_path / "out/state_tracking.json").read_text())
+    assert [s["differs"] for s in content["settings"]] == ["step 2", "step 1", ""]
+    s3 = content["settings"][0]
+    assert (s3["problem"], s3["seeds"], s3["runs"][0]["test_seed"]) == ("S3", 2, 3)
+    rows = list(csv.DictReader((tmp_path / "out/state_tracking.csv").open()))
+    first = [r for r in rows if r["problem"] == "S3"][:24]
+    assert [int(r["correct"]) for r in first] == s3["runs"][0]["correct"]
+    assert float(first[3]["accuracy"]) == pytest.approx(s3["runs"][0]["correct"][3] / 40, abs=1e-6)
+    assert (tmp_path / "out/state_tracking.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_go_to_the_run_by_default(run):
+    state_tracking.main([str(run / "checkpoint/step-2"), "--words", "4", "--length", "8"])
+    assert (run / "eval/state_tracking.json").exists()
+
+
+def test_errors(run, toy_lm_config, tmp_path):
+    with pytest.raises(ConfigError, match="at least 1"):
+        state_tracking.main([str(run), "--words", "0"])
+    with pytest.raises(ConfigError, match="numbered"):
+        state_tracking.main([str(run), "--length", str(2**24), "--out", str(tmp_path)])
+    with pytest.raises(CheckpointError, match="does not exist"):
+        state_tracking.main([str(tmp_path / "none")])
+    with pytest.raises(CheckpointError, match="group_word or formal_language"):
+        problem_of(toy_lm_config)
+
+
+@pytest.fixture
+def toy_lm_config():
+    return {"data": {"kind": "prepared", "seed": 0}, "training": {"seq_len": 8}}

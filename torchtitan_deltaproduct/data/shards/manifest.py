@@ -1,0 +1,223 @@
+"""manifest.json: what a prepared folder holds, written last, so that a folder without it is not a dataset.
+
+    data/code/train/manifest.json      counts, separator id, dtype, where the text came from, checksums
+                    shards.npy         a row for each shard: its name, counts and checksums
+                    tokenizer/         the tokenizer's files, so that the folder is complete in itself
+                    shards/00000.bin   token ids, little endian
+                    shards/00000.idx   int64: for each document the position after its separator
+
+    manifest = read_manifest("data/code/train"); manifest.tokens; manifest.shards[3].name
+The files carry checksums. `python -m torchtitan_deltaproduct.data.show FOLDER` prints what they say.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import read_text, write_atomically
+
+NAME, TABLE = "manifest.json", "shards.npy"
+FORMAT = "torchtitan-deltaproduct tokens"
+VERSION = 2
+"""Of what is written. Version 1 held the shards as a list in manifest.json; it is read as well."""
+
+
+@dataclass
+class Shard:
+    """One pair of files, `<name>.bin` and `<name>.idx`; a document never spans two shards."""
+
+    name: str
+    tokens: int
+    documents: int
+    bytes: int
+    """UTF-8 bytes of the text in it."""
+    bin_sha256: str
+    idx_sha256: str
+
+
+class ShardTable(Sequence):
+    """The shards of a folder as one array, for there may be many.
+
+    Attributes:
+        rows: [shards] with the fields of `Shard`: names as bytes, counts int64, checksums of 32 bytes.
+    """
+
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> "ShardTable":
+        width = max((len(shard.name.encode()) for shard in shards), default=1)
+        types = [("name", f"S{width}"), *((name, "<i8") for name in ("tokens", "documents", "bytes"))]
+        types += [(name, "V32") for name in ("bin_sha256", "idx_sha256")]
+        rows = np.empty(len(shards), dtype=types)
+        for number, shard in enumerate(shards):
+            name, *counts, bin_sha256, idx_sha256 = astuple(shard)
+            rows[number] = (name.encode(), *counts, bytes.fromhex(bin_sha256), bytes.fromhex(idx_sha256))
+        return cls(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Shard:
+        name, tokens, documents, text_bytes, bin_sha256, idx_sha256 = self.rows[index].item()
+        return Shard(name.decode(), tokens, documents, text_bytes, bin_sha256.hex(), idx_sha256.hex())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ShardTable) and self.rows.tobytes() == other.rows.tobytes()
+
+    @cached_property
+    def folders(self) -> list[str]:
+        """The folders that shards lie in, relative to the prepared folder, in sorted order."""
+        return sorted({os.path.dirname(name.decode()) for name in self.rows["name"].tolist()})
+
+
+@dataclass
+class Manifest:
+    dtype: str
+    """`uint16` or `uint32`: the smallest that holds every token id."""
+    vocab_size: int
+    """One more than the largest token id of the tokenizer."""
+    eos_id: int
+    """The separator after every document."""
+    tokenizer_sha256: str
+    """Of tokenizer/tokenizer.json."""
+    tokens: int
+    """Separators included."""
+    documents: int
+    bytes: int
+    """UTF-8 bytes of the text."""
+    empty_documents: int
+    """Documents without text; left out."""
+    bad_records: int
+    """Records that could not be read; left out."""
+    source: dict
+    """How the folder was made: inputs, options, and `plan`, their checksum."""
+    shards: ShardTable | Sequence[Shard] = field(default_factory=list)
+    """A sequence becomes a table."""
+    unknown_tokens: int = 0
+    """Tokens that stand for text which the vocabulary cannot write."""
+
+    def __post_init__(self):
+        if not isinstance(self.shards, ShardTable):
+            self.shards = ShardTable.of(self.shards)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in a shard."""
+        return np.dtype(self.dtype).itemsize
+
+    @cached_property
+    def content_sha256(self) -> str:
+        """Identifies tokens, their order and meaning, wherever the folder lies and however it was made."""
+        parts = [self.dtype, self.eos_id, self.tokenizer_sha256]
+        parts += [(s.tokens, s.bin_sha256, s.idx_sha256) for s in self.shards]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def write_manifest(folder: str | Path, manifest: Manifest) -> None:
+    """Writes shards.npy and, last, manifest.json, each atomically."""
+    table = io.BytesIO()
+    np.save(table, manifest.shards.rows)
+    body = {"format": FORMAT, "version": VERSION}
+    body |= {field.name: getattr(manifest, field.name) for field in fields(manifest) if field.name != "shards"}
+    body |= {"content_sha256": manifest.content_sha256, "shards": len(manifest.shards)}
+    body["shards_sha256"] = hashlib.sha256(table.getvalue()).hexdigest()
+    write_atomically(Path(folder, TABLE), table.getvalue())
+    write_atomically(Path(folder, NAME), json.dumps({**body, "manifest_sha256": _checksum(body)}, indent=1) + "\n")
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Reads and checks manifest.json and the table of shards; once in a process unless the file changes.
+
+    The shard files are not looked at: `verified` does that.
+
+    Raises:
+        DataError: it is missing, damaged, or of another version.
+    """
+    folder = Path(folder)
+    try:
+        status = os.stat(folder / NAME)
+    except OSError:
+        raise DataError(_missing(folder)) from None
+    return _read(folder, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _read(folder: Path, *_state: int) -> Manifest:
+    path = folder / NAME
+    try:
+        body = json.loads(read_text(path))
+        if not isinstance(body, dict):
+            raise ValueError("it is not a JSON object")
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read as a folder of tokens: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error}).\nRestore it from a copy or prepare again.") from None
+    if body.get("format") != FORMAT:
+        raise DataError(f"{path} is not a manifest of prepared tokens (no format = {FORMAT!r}).")
+    version = body.get("version")
+    if version not in (1, VERSION):
+        raise DataError(
+            f"{path} has version {version}; this program reads versions 1 and {VERSION}.\n"
+            "Prepare the data again, or use the release that wrote it."
+        )
+    if body.pop("manifest_sha256", None) != _checksum(body):
+        raise DataError(_changed(path))
+    del body["format"], body["version"]
+    if version == 1:
+        return Manifest(**{**body, "shards": [Shard(**shard) for shard in body["shards"]]})
+    content, digest = body.pop("content_sha256"), body.pop("shards_sha256")
+    manifest = Manifest(**{**body, "shards": _read_table(folder / TABLE, digest)})
+    manifest.content_sha256 = content
+    return manifest
+
+
+def _read_table(path: Path, digest: str) -> ShardTable:
+    try:
+        table = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}).\nRestore it from a copy or prepare again."
+        ) from None
+    if hashlib.sha256(table).hexdigest() != digest:
+        raise DataError(_changed(path))
+    # Mapped, so that the processes of a machine share it.
+    return ShardTable(np.load(path, mmap_mode="r").view(np.ndarray))
+
+
+def _changed(path: Path) -> str:
+    return (
+        f"{path} was changed after it was written: its checksum does not match.\n"
+        "Restore it from a copy or prepare again."
+    )
+
+
+def _checksum(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _missing(folder: Path) -> str:
+    if not folder.exists():
+        return (
+            f"There is no folder {folder}.\n"
+            f"Make it: python -m torchtitan_deltaproduct.data.prepare {folder} --input ... --tokenizer ..."
+        )
+    inner = [name for name in ("train", "validation") if (folder / name / NAME).is_file()]
+    if inner:
+        return f"{folder} has no {NAME}, but these have: {', '.join(str(folder / name) for name in inner)}"
+    work = (folder / ".prepare").exists() or (folder.parent / ".prepare").exists()
+    if work:
+        return (
+            f"{folder} has no {NAME}: its preparation did not finish.\n"
+            "Run the same prepare command again; it continues."
+        )
+    return f"{folder} has no {NAME}: it is not a folder made by torchtitan_deltaproduct.data.prepare."

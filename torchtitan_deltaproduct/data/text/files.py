@@ -1,0 +1,113 @@
+"""Which files there are, and what is in each by its name.
+
+for file in list_files(["corpus/", "more.jsonl.gz"]): ...
+kind_of("train.JSONL-00000-of-00002.gz")                  # ("json", True)
+"""
+
+import gzip
+import json
+import logging
+import os
+import re
+import zlib
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from torchtitan_deltaproduct.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".jl")
+SUFFIXES = dict.fromkeys(JSON_SUFFIXES, "json") | dict.fromkeys((".parquet", ".parq", ".pq"), "parquet")
+"""What is in a file, by the end of its name in lower case; all else is text."""
+UNREADABLE = (".zst", ".zstd", ".lz4", ".xz", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".arrow", ".feather")
+OF_MANY = re.compile(r"-\d+-of-\d+$")
+"""What `datasets` and others put behind the name of one file of several: `train.jsonl-00000-of-00002`."""
+UTF8_BOM = b"\xef\xbb\xbf"
+READ_ERRORS = (OSError, EOFError, zlib.error)
+"""What reading a damaged .gz can raise."""
+
+
+def kind_of(path: str | Path) -> tuple[str, bool]:
+    """What is in a file, by its name alone: `text`, `json`, `parquet` or `unreadable`; and whether it is a .gz."""
+    name = OF_MANY.sub("", Path(path).name.lower())
+    packed = name.endswith(".gz")
+    suffix = Path(OF_MANY.sub("", name.removesuffix(".gz"))).suffix
+    kind = SUFFIXES.get(suffix, "unreadable" if suffix in UNREADABLE else "text")
+    return "unreadable" if packed and kind == "parquet" else kind, packed
+
+
+def list_files(inputs: Iterable[str | Path]) -> list[Path]:
+    """The input files: folders are searched for everything that is not hidden, in sorted order.
+
+    Raises:
+        DataError: an input does not exist or is of a kind that cannot be read, or a folder is empty.
+    """
+    files = []
+    for given in map(Path, inputs):
+        if given.is_file():
+            below = [given]
+        elif given.is_dir():
+            below = _files_below(given)
+        else:
+            raise DataError(f"There is no file or folder {given}.\nCheck the path.")
+        if not below:
+            raise DataError(f"The folder {given} has no files in it.\nCheck the path.")
+        files += below
+    for file in files:
+        if kind_of(file)[0] == "unreadable":
+            raise DataError(
+                f"{file} is of a kind that is not read here.\n"
+                "Give text, JSON lines (also .gz) or Parquet; unpack archives first; of Arrow name the folder."
+            )
+    return files
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder unless it is there; DataError if there cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise DataError(f"{folder} cannot be made: {why}; choose another folder") from None
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files of a folder; links to folders are followed, and each folder is read once, whatever leads to it."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed: {error.strerror}")
+
+    files, seen, todo = [], set(), [str(folder)]
+    for start in todo:
+        for root, folders, names in os.walk(start, onerror=refuse):
+            status = os.stat(root)
+            if (status.st_dev, status.st_ino) in seen:
+                logger.warning("%s is a link to a folder that is read already: left out", root)
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            # What `os.walk` lists, but does not enter.
+            todo += [inner for name in folders if os.path.islink(inner := os.path.join(root, name))]
+            for path in (Path(root, name) for name in names if not name.startswith(".")):
+                if path.is_file():
+                    files.append(path)
+                else:
+                    logger.warning("%s is no file, or a link to none: left out", path)
+    return sorted(files)
+
+
+@cache
+def warn_of_json(file: Path, packed: bool) -> None:
+    """Says so once if a file that its name makes text begins like JSON lines."""
+    try:
+        with (gzip.open if packed else open)(file, "rb") as stream:
+            line = stream.readline(1 << 16).removeprefix(UTF8_BOM).strip()
+        is_json = line.startswith(b"{") and isinstance(json.loads(line), dict)
+    except (*READ_ERRORS, ValueError, RecursionError):
+        return
+    if is_json:
+        logger.warning("%s begins like JSON lines and is read as plain text; a name in %s makes it JSON lines",
+                       file, ", ".join(JSON_SUFFIXES))  # fmt: skip

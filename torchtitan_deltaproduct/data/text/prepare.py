@@ -1,0 +1,409 @@
+"""Turns text into token shards that training reads.
+
+    alias prepare="python -m torchtitan_deltaproduct.data.prepare"
+    prepare data/code --tokenizer data/tokenizer --input corpus/ --validation-fraction 0.02 --workers 8
+    prepare data/web --tokenizer data/tokenizer --input part-*.jsonl.gz --text-field content
+    prepare data/fineweb --tokenizer data/mistral --dataset HuggingFaceFW/fineweb:sample-10BT
+    prepare data/book --tokenizer data/tokenizer --input book.txt --validation-fraction 0.05 --split-by token
+    prepare data/web ... --part 3/16         # one of 16 machines on one file system; then, once, without --part
+
+The input is cut into units (sources.py); each becomes one shard. A run that was killed continues: shards that are
+finished and untouched since are kept (--verify: those with the right checksums). The result depends neither on the
+number of workers nor on interruptions, and manifest.json is written last. Records that cannot be read are left out,
+counted, and named in OUT/bad_records.jsonl.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from torchtitan_deltaproduct.arguments import path, text
+from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.files import read_text, write_atomically
+
+from ..shards.manifest import NAME, TABLE, Manifest, Shard, read_manifest, write_manifest
+from ..shards.verified import SUFFIXES, THREADS, Verified, file_sha256, file_states, state
+from .files import make_folder
+from .plan import WORK, Plan, Settings, log, make_plan
+from .sources import BadRecord
+from .tokenizer import MOST_UNKNOWN, copy_tokenizer
+from .units import Job, tokenize_units
+
+BAD_RECORDS = "bad_records.jsonl"
+
+
+def prepare(
+    settings: Settings,
+    workers: int = 0,
+    max_bad_records: int = 100,
+    overwrite: bool = False,
+    max_unknown: float = MOST_UNKNOWN,
+    verify: bool = False,
+    part: tuple[int, int] | None = None,
+) -> bool:
+    """Makes the prepared folder, or folders `train` and `validation` inside it.
+
+    Args:
+        settings: what to make.
+        workers: processes; 0 takes one for each CPU core.
+        max_bad_records: more than these stop the run with an error; finished shards are kept.
+        overwrite: removes another prepared dataset that is in the way.
+        max_unknown: a larger share of unknown tokens is an error; finished shards are kept.
+        verify: compares the shards of an interrupted run with their checksums, even if size, time and inode are right.
+        part: (i, n), the i-th of n shares of the shards, from 1, which is all that is made then: other processes,
+            on other machines too, make the others at the same time, and a last call without `part` the rest.
+
+    Returns:
+        False if the result was there already.
+
+    Raises:
+        DataError: the input, the tokenizer or the target cannot be used; ConfigError: the settings cannot.
+    """
+    if workers < 0 or max_bad_records < 0:
+        raise ConfigError("--workers and --max-bad-records must not be negative")
+    if not 0 <= max_unknown <= 1:
+        raise ConfigError(f"--max-unknown is {max_unknown}: expected a share of the tokens, 0 <= F <= 1")
+    if part and (overwrite or not 1 <= part[0] <= part[1]):
+        raise ConfigError(f"--part {part[0]}/{part[1]}: expected I/N with 1 <= I <= N, and without --overwrite")
+    plan, out = make_plan(settings), Path(settings.out)
+    with locked(out, fcntl.LOCK_SH if part else fcntl.LOCK_EX):
+        if not overwrite and finished(out, plan):
+            shutil.rmtree(out / WORK, ignore_errors=True)
+            return False
+        make_room(out, plan, overwrite, keep=settings.tokenizer, alone=not part)
+        workers = workers or len(os.sched_getaffinity(0))
+        if part:
+            make_part(out, plan, part, workers, max_bad_records, verify)
+            return True
+        done = finished_units(out, range(len(plan.units)), verify)
+        if done:
+            log(f"continuing: {len(done)} of {len(plan.units)} shards are there already")
+        records = tokenize_units(plan.job, plan.units, done, workers, max_bad_records)
+        records = hold_out_one(plan, records, workers, max_bad_records)
+        check_unknown(plan, records, max_unknown)
+        write_result(out, plan, records, settings.tokenizer)
+    return True
+
+
+def make_part(out: Path, plan: Plan, part: tuple[int, int], workers: int, max_bad_records: int, verify: bool) -> None:
+    """Makes every n-th shard from the i-th on, those apart that are there already."""
+    numbers = range(part[0] - 1, len(plan.units), part[1])
+    mark = out / WORK / f"part-{part[0]}-of-{part[1]}"
+    with locked(mark, fcntl.LOCK_EX):
+        done = finished_units(out, numbers, verify)
+        tokenize_units(plan.job, plan.units, done, workers, max_bad_records, numbers)
+    log(
+        f"part {part[0]}/{part[1]} of {out} is done: {len(numbers)} of {len(plan.units)} shards\n"
+        "when all parts are, the same command without --part finishes the folder"
+    )
+
+
+@contextmanager
+def locked(out: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Keeps a second prepare out of the folder; the lock ends with the process, however it ends.
+
+    Args:
+        out: the folder; made if need be.
+        how: LOCK_EX keeps all others out, LOCK_SH those that come with LOCK_EX.
+    """
+    make_folder(out)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"Another prepare is writing to {out}.\nWait for it, or choose another folder.") from None
+    except OSError as error:
+        log(f"warning: {out} cannot be locked ({error.strerror}); let no other prepare write to it")
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def folders(out: Path, plan: Plan) -> dict[str, Path]:
+    return {part: out / part for part in plan.job.parts}
+
+
+def finished(out: Path, plan: Plan) -> bool:
+    """Whether `out` holds the complete result of this plan; DataError if a shard of it is gone or cut short."""
+    targets = folders(out, plan).values()
+    if not all((folder / NAME).is_file() for folder in targets):
+        return False
+    manifests = {folder: read_manifest(folder) for folder in targets}
+    if any(manifest.source.get("plan") != plan.source["plan"] for manifest in manifests.values()):
+        return False
+    for folder, manifest in manifests.items():
+        file_states(folder, manifest)
+    return True
+
+
+def make_room(out: Path, plan: Plan, overwrite: bool, keep: str, alone: bool) -> None:
+    """Makes `out` ready for this plan: empty, or begun by the same plan; unless `alone`, others are writing to it."""
+    manifests = [folder for folder in (out, out / "train", out / "validation") if (folder / NAME).is_file()]
+    begun = out / WORK / "plan.json"
+    sources = [read_record(begun) or {}] if begun.is_file() else []
+    # To be overwritten, a dataset need not be readable.
+    sources += [{} if overwrite else read_manifest(folder).source for folder in manifests]
+    other = [source for source in sources if source.get("plan") != plan.source["plan"]]
+    if other and not overwrite:
+        raise DataError(
+            f"{out} holds a dataset made otherwise ({differences(other[0], plan.source)}).\n"
+            "Choose another folder, or replace it with --overwrite."
+        )
+    shards = [folder / "shards" for folder in folders(out, plan).values()]
+    strange = [folder for folder in shards if folder.exists() and not sources]
+    if strange:
+        raise DataError(f"{strange[0]} was not made by prepare.\nChoose another folder for the result.")
+    if other:
+        clear(out, keep)
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(begun, json.dumps(plan.source))
+    for folder in {out, out / WORK, *shards, *folders(out, plan).values()} if alone else ():
+        for leftover in folder.glob("*.tmp*"):
+            leftover.unlink()
+
+
+def differences(other: dict, ours: dict) -> str:
+    """The settings in which two sources differ, in words."""
+    names = (other.keys() | ours.keys()) - {"plan", "part"}
+    keys = sorted(key for key in names if other.get(key) != ours.get(key))
+    changes = [f"{key}: {other.get(key)} there, {ours.get(key)} here" for key in keys]
+    return "; ".join(changes) or "an input file has changed since"
+
+
+def clear(out: Path, keep: str) -> None:
+    """Removes what prepare wrote, manifests first."""
+    targets = [out, out / "train", out / "validation"]
+    for folder in targets:
+        (folder / NAME).unlink(missing_ok=True)
+        (folder / TABLE).unlink(missing_ok=True)
+        for note in folder.glob(".verified*"):
+            note.unlink()
+    for folder in targets:
+        shutil.rmtree(folder / "shards", ignore_errors=True)
+        if os.path.realpath(folder / "tokenizer") != os.path.realpath(keep):
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    (out / BAD_RECORDS).unlink(missing_ok=True)
+
+
+def finished_units(out: Path, numbers: range, verify: bool) -> dict[int, dict]:
+    """Records of those of some units that an earlier run finished and whose files are still what they were."""
+    paths = {number: out / WORK / f"{number:05d}.json" for number in numbers}
+    records = {number: read_record(path) for number, path in paths.items() if path.is_file()}
+    with ThreadPoolExecutor(THREADS) as pool:
+        kept = list(pool.map(lambda record: record is not None and intact(out, record, verify), records.values()))
+    for number, keep in zip(records, kept, strict=True):
+        if not keep:
+            log(f"warning: a shard of unit {number} is damaged and is made again")
+    return {number: record for (number, record), keep in zip(records.items(), kept, strict=True) if keep}
+
+
+def read_record(path: Path) -> dict | None:
+    """A JSON file of the working folder; None if it is damaged."""
+    try:
+        return json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def intact(out: Path, record: dict, verify: bool) -> bool:
+    """Whether the shards of a unit are those of its record: untouched since, or with the right checksums."""
+    for part, shard in record["shards"].items():
+        for place, suffix in enumerate(SUFFIXES if shard else ()):
+            path = out / part / (shard["name"] + suffix)
+            try:
+                now = state(os.stat(path))
+            except OSError:
+                return False
+            # An earlier version kept no states.
+            untouched = "states" in record and record["states"][part][place] == now
+            if (verify or not untouched) and file_sha256(path) != shard[f"{suffix[1:]}_sha256"]:
+                return False
+    return True
+
+
+def hold_out_one(plan: Plan, records: list[dict], workers: int, max_bad_records: int) -> list[dict]:
+    """The records, at least one document among them held out: of those to train on, the one with the smallest draw."""
+    job = plan.job
+    missing = job.validation_fraction and not any(record["shards"]["validation"] for record in records)
+    # What an interrupted run of an earlier version left says nothing of draws.
+    least = min((record.get("least", 1.0) for record in records), default=1.0)
+    if not missing or least == 1.0:
+        return records
+    log(f"no {job.split_by} was drawn at --validation-fraction {job.validation_fraction}: the nearest one is held out")
+    again = {number for number, record in enumerate(records) if record["least"] == least}
+    for number in again:
+        Path(job.work, f"{number:05d}.json").unlink(missing_ok=True)
+        for suffix in (".bin", ".idx"):
+            Path(job.out, "train", f"shards/{number:05d}{suffix}").unlink(missing_ok=True)
+    done = {number: record for number, record in enumerate(records) if number not in again}
+    return tokenize_units(replace(job, surely=least), plan.units, done, workers, max_bad_records)
+
+
+def check_unknown(plan: Plan, records: list[dict], limit: float) -> None:
+    """Raises DataError if the share of unknown tokens is above `limit`."""
+    unknown, shards = sum(record.get("unknown", 0) for record in records), shards_of(records)
+    tokens = sum(shard.tokens - shard.documents for shard in shards)
+    if unknown > limit * tokens:
+        raise DataError(
+            f"{unknown:,} of {tokens:,} tokens ({unknown / tokens:.1%}) are unknown: the tokenizer cannot write them.\n"
+            f"Use one that can, or allow more with --max-unknown (now {limit:g}); finished shards are kept."
+        )
+
+
+def shards_of(records: list[dict], part: str | None = None) -> list[Shard]:
+    """The shards of a part, or of all."""
+    shards = [shard for record in records for name, shard in record["shards"].items() if part in (None, name)]
+    return [Shard(**shard) for shard in shards if shard]
+
+
+def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> None:
+    """Tokenizer copies, the list of bad records and, last, the manifests; then the working folder goes."""
+    bad = [entry for record in records for entry in record["bad"]]
+    empty, unknown = (sum(record.get(key, 0) for record in records) for key in ("empty", "unknown"))
+    if spelled := sum(record.get("separators", 0) for record in records):
+        log(f"warning: {spelled} documents hold the separator inside, as it is an ordinary token of this tokenizer")
+    manifests = {}
+    for part, folder in folders(out, plan).items():
+        shards = shards_of(records, part)
+        if not shards:
+            which = f"The {part} set" if part else "The dataset"
+            raise DataError(
+                f"{which} has no documents: {empty} were empty and {len(bad)} records unreadable.\n"
+                + no_documents(part, plan.job, bad)
+            )
+        if os.path.realpath(tokenizer) != os.path.realpath(folder / "tokenizer"):
+            copy_tokenizer(tokenizer, folder / "tokenizer", plan.job.eos_id)
+        manifests[folder] = Manifest(
+            dtype=plan.job.dtype,
+            vocab_size=plan.vocab_size,
+            eos_id=plan.job.eos_id,
+            tokenizer_sha256=plan.tokenizer_sha256,
+            tokens=sum(shard.tokens for shard in shards),
+            documents=sum(shard.documents for shard in shards),
+            bytes=sum(shard.bytes for shard in shards),
+            empty_documents=empty,
+            bad_records=len(bad),
+            unknown_tokens=unknown,
+            source={**plan.source, "part": part},
+            shards=shards,
+        )
+    lines = [json.dumps(dict(zip(("file", "position", "reason"), entry, strict=True))) for entry in bad]
+    if bad:
+        write_atomically(out / BAD_RECORDS, "\n".join(lines) + "\n")
+    for folder, manifest in manifests.items():
+        write_manifest(folder, manifest)
+        Verified(folder, manifest).trust()
+    shutil.rmtree(out / WORK)
+
+
+def no_documents(part: str, job: Job, bad: list[list[str]]) -> str:
+    """What to do about a part without documents, or why there is none."""
+    if bad:
+        return "\n".join(str(BadRecord(*entry)) for entry in bad[:3])
+    if not part:
+        return "Give more input."
+    if job.validation_from is not None:
+        return f"Name other files with {'--validation-input' if part == 'validation' else '--input'}."
+    if job.split_by == "token":
+        return "No document is long enough to be cut: give more input, or another --validation-fraction."
+    return (
+        "One document cannot be on both sides: --split-by token holds out the end of each, --validation-input PATH "
+        "other files."
+    )
+
+
+def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
+    """What the folder holds and how to train on it."""
+    lines = []
+    for part in plan_parts:
+        manifest = read_manifest(out / part)
+        size = manifest.tokens * int(manifest.dtype.removeprefix("uint")) // 8
+        lines.append(
+            f"  {out / part}: {manifest.tokens:,} tokens in {manifest.documents:,} documents, "
+            f"{manifest.bytes / max(1, manifest.tokens - manifest.documents):.2f} bytes a token, "
+            f"{size / 1e6:.1f} MB in {len(manifest.shards)} shards"
+        )
+    if manifest.empty_documents or manifest.bad_records:
+        named = f" (named in {out / BAD_RECORDS}), such as" if manifest.bad_records else ""
+        lines.append(
+            f"  left out: {manifest.empty_documents} empty documents, {manifest.bad_records} unreadable records{named}"
+        )
+        lines += [f"    {record}" for record in first_bad(out)]
+    if manifest.unknown_tokens:
+        share = manifest.unknown_tokens / max(1, sum(read_manifest(out / part).tokens for part in plan_parts))
+        lines.append(f"  unknown: {manifest.unknown_tokens:,} tokens ({share:.1%}) that the vocabulary cannot write")
+    lines.append(f'  to train on it: [data] paths = ["{out / plan_parts[0]}"]')
+    return "\n".join(lines)
+
+
+def first_bad(out: Path) -> list[BadRecord]:
+    """The first three records that could not be read."""
+    try:
+        lines = read_text(out / BAD_RECORDS).splitlines()[:3]
+        return [BadRecord(*json.loads(line).values()) for line in lines]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return []
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="prepare", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("out", type=path, help="folder to make")
+    add("--input", nargs="+", default=[], type=path, metavar="PATH",
+        help="text, .jsonl(.gz) or .parquet files, or folders")  # fmt: skip
+    add("--dataset", default="", type=path, metavar="NAME[:CONFIG]",
+        help="instead of --input: a dataset of the hub or disk")  # fmt: skip
+    add("--split", default="train", type=text, help="split of --dataset")
+    add("--tokenizer", required=True, type=path, metavar="FOLDER", help="folder with tokenizer.json")
+    add("--text-field", default="text", type=text, metavar="NAME", help="JSON field or column that holds the text")
+    add("--eos", default="", type=text, metavar="TOKEN",
+        help="separator token; default: the tokenizer's end-of-text token")  # fmt: skip
+    add("--validation-fraction", type=float, default=0.0, metavar="F", help="share held out, one document at least")
+    add("--split-by", choices=("document", "file", "token"), default="document",
+        help="what is held out as a whole; token: of each document the end")  # fmt: skip
+    add("--validation-input", nargs="+", default=[], type=path, metavar="PATH",
+        help="files or folders to hold out, instead of a share")  # fmt: skip
+    add("--workers", type=int, default=0, help="processes; 0: one for each CPU core")
+    add("--max-bad-records", type=int, default=100, metavar="N", help="unreadable records to skip before stopping")
+    add("--max-unknown", type=float, default=MOST_UNKNOWN, metavar="F",
+        help="share of unknown tokens above which to stop (default: %(default)s)")  # fmt: skip
+    add("--shard-mb", type=int, default=0, metavar="MB", help="input for one shard; 0: 1 to 256, by input size")
+    add("--part", type=part_of, metavar="I/N", help="make this share of the shards only; then once without --part")
+    add("--verify", action="store_true", help="continuing: compare finished shards with checksums, not times alone")
+    add("--overwrite", action="store_true", help="replace another prepared dataset in OUT")
+    return parser.parse_args(arguments)
+
+
+def part_of(word: str) -> tuple[int, int]:
+    """`3/16` -> (3, 16)."""
+    number, _, parts = word.partition("/")
+    if not (number.isdecimal() and parts.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{word}: expected I/N, such as 3/16")
+    return int(number), int(parts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = vars(parse(arguments))
+    names = ("workers", "max_bad_records", "overwrite", "max_unknown", "verify", "part")
+    how = {name: options.pop(name) for name in names}
+    settings = Settings(**options)
+    try:
+        made = prepare(settings, **how)
+    except KeyboardInterrupt:
+        log("\ninterrupted; the same command continues from the finished shards")
+        return 130
+    if made and how["part"]:
+        return 0
+    parts = ("train", "validation") if settings.validation_fraction or settings.validation_input else ("",)
+    print(f"{'prepared' if made else 'already prepared:'} {settings.out}")
+    print(summary(Path(settings.out), parts))
+    return 0

@@ -1,0 +1,135 @@
+"""Trains a byte-level BPE tokenizer: any text can be encoded, and bits per byte are exact.
+
+    python -m torchtitan_deltaproduct.data.train_tokenizer corpus/ --vocab-size 4096 --out data/tokenizer
+
+The pre-tokenizer is GPT-2's; the only special token is `<|endoftext|>`, id 0, which separates documents. The
+same input gives the same tokenizer. A folder that holds the result already is left as it is.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from torchtitan_deltaproduct.arguments import path, text
+from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.files import read_text, write_atomically
+
+from .files import make_folder
+from .progress import Progress
+from .sources import BadRecord, Unit, plan_units, read_unit
+from .tokenizer import load_tokenizer
+
+EOS = "<|endoftext|>"
+RECORD = "training.json"
+
+
+def train_tokenizer(
+    inputs: list[str], vocab_size: int, out: str, text_field: str = "text", overwrite: bool = False
+) -> bool:
+    """Trains a tokenizer and writes its folder.
+
+    Args:
+        inputs: files and folders as `prepare` takes them.
+        vocab_size: entries of the vocabulary, 257 or more: 256 bytes and the separator.
+        out: folder to write tokenizer.json and tokenizer_config.json to.
+        text_field: JSON field or Parquet column that holds the text.
+        overwrite: replaces another tokenizer in `out`.
+
+    Returns:
+        False if the folder held this result already.
+    """
+    if vocab_size < 257:
+        raise ConfigError(f"--vocab-size is {vocab_size}: expected at least 257 (256 bytes and the separator)")
+    folder = Path(out)
+    make_folder(folder)
+    units = plan_units(inputs, text_field, unit_bytes=1 << 24)
+    record = {
+        "inputs": inputs,
+        "vocab_size": vocab_size,
+        "text_field": text_field,
+        "content": identity(units),
+    }
+    if (folder / "tokenizer.json").exists() and not overwrite:
+        try:
+            same = json.loads(read_text(folder / RECORD)) == record
+        except (OSError, ValueError, RecursionError):
+            same = False
+        if not same:
+            raise DataError(
+                f"{out} holds a tokenizer made from other input or settings.\n"
+                "Choose another folder, or replace it with --overwrite."
+            )
+        return False
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # Sorted: the library's list of the 256 characters has another order in each process.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    with Progress("read text", sum(unit.size for unit in units)) as progress:
+        tokenizer.train_from_iterator(texts(units, progress), trainer)
+    save(tokenizer, folder, record)
+    return True
+
+
+def texts(units: list[Unit], progress: Progress) -> Iterator[str]:
+    """The text of all documents; unreadable records are left out and counted on stderr."""
+    done = bad = 0
+    for unit in units:
+        for record in read_unit(unit):
+            if isinstance(record, BadRecord):
+                bad += 1
+                if bad <= 3:
+                    print(f"warning: left out {record}", file=sys.stderr)
+            else:
+                yield record.text
+        done += unit.size
+        progress.update(done)
+    if bad > 3:
+        print(f"warning: left out {bad} unreadable records in all", file=sys.stderr)
+
+
+def save(tokenizer: Tokenizer, folder: Path, record: dict) -> None:
+    """Writes the folder in the form that Hugging Face loads; tokenizer.json comes last."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": EOS,
+        "eos_token": EOS,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
+    write_atomically(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+
+
+def identity(units: list[Unit]) -> str:
+    """Checksum of the input files' names, sizes and times."""
+    names = sorted({name for unit in units for name in unit.paths})
+    stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
+    return hashlib.sha256(json.dumps([[asdict(unit) for unit in units], stats]).encode()).hexdigest()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="train_tokenizer", description=__doc__.split("\n")[0])
+    parser.add_argument("input", nargs="+", type=path, help="text, .jsonl(.gz) or .parquet files, or folders")
+    parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="entries of the vocabulary")
+    parser.add_argument("--text-field", default="text", type=text, metavar="NAME", help="JSON field or Parquet column")
+    parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer in the folder")
+    options = parser.parse_args(arguments)
+    made = train_tokenizer(options.input, options.vocab_size, options.out, options.text_field, options.overwrite)
+    size = load_tokenizer(options.out).vocab_size
+    print(f"{'trained' if made else 'already trained:'} {options.out}, {size:,} tokens")
+    if size < options.vocab_size:
+        print(f"note: the text supports no more than {size:,} of {options.vocab_size:,} tokens")
+    return 0

@@ -1,0 +1,167 @@
+"""The effective rank of the recurrent states of a model along long sequences, and what its transitions do.
+
+    python -m eval.effective_rank outputs/run --data data/code/validation                every 16th of 16,384 tokens
+    python -m eval.effective_rank DN DP2 DP3 --data data/a book.txt --sequences 32 --every 1
+    python -m eval.effective_rank outputs/run --data data/a --between-householders
+    python -m eval.effective_rank outputs/state_tracking/S3_n2/seed-1 --length 512       words of the run's own problem
+    python -m eval.effective_rank --from outputs/*/eval --out compared                   runs side by side
+    torchrun --nproc_per_node 8 -m eval.effective_rank outputs/run --data data/a
+
+MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder.
+DATA is a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]. Measured are the states of each
+layer and head (`singular_values`), the distribution of beta, and the eigenvalues of the transitions (`transitions`).
+Results go to `--out`, by default MODEL/eval: effective_rank.json, .csv, .npz and pictures; in effective_rank/ the
+tokens that were read and the measurements. The same command again continues where it was stopped.
+"""
+
+import argparse
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from torchtitan_deltaproduct.checkpoint.load import LoadedModel
+from torchtitan_deltaproduct.data.generated.languages import FormalSource
+from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.models import DeltaProductLM
+
+from ..files import digest, slugs
+from ..long import LongEvaluation, Progress
+from ..options import at_least
+from ..pieces import Measured, Tokens
+from ..state_tracking.problems import problem_of
+from .measure import measure
+from .results import Result, table
+
+
+class Words:
+    """Generated words of the problem a run was trained on, as sequences of `length` tokens; see `pieces.Sequences`."""
+
+    def __init__(self, loaded: LoadedModel, options: argparse.Namespace):
+        problem = problem_of(loaded.config, options.length, options.seed)
+        self.length, self.sequences, self.source = options.length, options.sequences, problem.sources[-1]
+        if problem.formal:
+            # Rows as long as they can be: their states after the end would be those of padding.
+            step, name = self.source.language.step, problem.name
+            self.source = FormalSource(name, self.length, self.length - step + 1, self.length, problem.seed, "test")
+        order = self.source.order()
+        self.about = {
+            "wanted": {"data": problem.name}, "source": order, "eos_id": None, "sha256": digest(order),
+            "kind": "words", "sequences": self.sequences, "length": self.length,
+        }  # fmt: skip
+
+    @lru_cache(maxsize=1)  # noqa: B019 (there is one for each run, as long as the program)
+    def _batch(self, first: int, last: int) -> np.ndarray:
+        return self.source.batch(np.arange(first, last))[0]["input"].numpy()
+
+    def read(self, first: int, last: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the words first .. last - 1."""
+        return self._batch(first, last)[:, start:stop]
+
+    def describe(self) -> str:
+        return f"{self.sequences:,} generated words of {self.length:,} tokens"
+
+
+class EffectiveRank(LongEvaluation):
+    name = "effective_rank"
+    summary = __doc__.split("\n")[0]
+    # Small singular values are what a narrower type would hide.
+    dtype, length, sequences, documents = "float32", 16_384, 8, "packed"
+    piece_tokens, suffix, needs_data = 1 << 16, ".npz", False
+    header = {
+        "definition": "effective rank exp(-sum p ln p), p = singular values over their sum (Roy & Vetterli 2007); of a "
+        "state of zeros 0; position p: the state after p tokens",
+        "spread": "std and quantiles over sequences; growth: mean at the end over that at the training length, less 1",
+    }
+    written = ".csv, .npz and .png; what they were made of is in {stem}/"
+    usage = "MODEL... [--data DATA...], or --from FOLDER..."
+
+    def add_options(self, add) -> None:
+        add("--every", type=int, default=16, metavar="K",
+            help="a state at each K-th token; 1: all (default: %(default)s)")  # fmt: skip
+        add("--between-householders", action="store_true",
+            help="also the states between the n_h steps of those tokens")  # fmt: skip
+        add("--reset", action=argparse.BooleanOptionalAction, default=None,
+            help="an empty state at each document start (default: as the model was trained)")  # fmt: skip
+
+    def check(self, options: argparse.Namespace) -> None:
+        at_least(options, 1, "every")
+        if options.every > options.length:
+            raise ConfigError(f"--every {options.every:,}: must be at most --length, {options.length:,}")
+
+    def reading(self, loaded: LoadedModel, options: argparse.Namespace) -> dict:
+        trained = bool(loaded.config.get("data", {}).get("reset_state_at_documents", False))
+        how = super().reading(loaded, options)
+        return {
+            "every": options.every, "between": options.between_householders,
+            "reset": trained if options.reset is None else options.reset,
+            **how, "batch": min(how["batch"], options.sequences),
+        }  # fmt: skip
+
+    def own_sequences(self, loaded: LoadedModel, options: argparse.Namespace) -> Words:
+        """Words of the run's own problem; ConfigError if it was not trained on words."""
+        if loaded.config.get("data", {}).get("kind") not in ("group_word", "formal_language"):
+            raise ConfigError(
+                f"{loaded.label} was not trained on generated words: name what it shall read with --data\n"
+                "expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]"
+            )
+        return Words(loaded, options)
+
+    def notes(self, case: Measured, options: argparse.Namespace) -> list[str]:
+        how = "emptied" if case.pieces.about["reset"] else "carried across them"
+        starts = "" if case.data["eos_id"] is None else f"; at document starts the states are {how}"
+        return [f"{case.data['wanted']['data']}: {case.data['said']}{starts}"]
+
+    def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict, progress: Progress) -> dict:
+        """The arrays of `measure.Numbers`."""
+        return measure(model, tokens, reading, progress).arrays()
+
+    def summarise(self, measured: list[Measured], options: argparse.Namespace | None) -> list[Result]:
+        names = list(dict.fromkeys(case.data["name"] for case in measured))
+        ordered = sorted(measured, key=lambda case: names.index(case.data["name"]))
+        return [Result(case.model, case.data, case.pieces) for case in ordered]
+
+    def columns(self, results: list[Result]) -> list[str]:
+        return ["model", "step", "train_length", "data", "layer", "position", "rank", "rank_std"]
+
+    def show(self, results: list[Result], stem: Path, options: argparse.Namespace, console: Console) -> None:
+        """A table and pictures of each dataset, numbers and pictures of each result.
+
+        Where there are several datasets or models, names of files go on with those of the one shown.
+        """
+        from . import figures
+
+        datasets = list(dict.fromkeys(result.data["name"] for result in results))
+        for data, data_slug in zip(datasets, slugs(datasets), strict=True):
+            chosen = [result for result in results if result.data["name"] == data]
+            shared = "_".join([stem.name, *([data_slug] if len(datasets) > 1 else [])])
+            console.print(table(chosen))
+            figures.comparison(chosen, stem.parent / shared)
+            for result, model_slug in zip(chosen, slugs([result.model["name"] for result in chosen]), strict=True):
+                own = "_".join([shared, *([model_slug] if len(chosen) > 1 else [])])
+                result.npz = f"{own}.npz"
+                result.write_npz(stem.parent / result.npz)
+                figures.of_one(result, stem.parent / own)
+                if not np.isfinite(result.rank).all():
+                    console.print(f"{result.model['name']}, {data}: states that are not finite", soft_wrap=True)
+
+    def compare(self, results: list[Result], stem: Path) -> None:
+        from .figures import comparison
+
+        comparison(results, stem)
+
+    def metrics(self, entry: dict) -> dict[str, float | None]:
+        """Mean over layers at the training length and at the end, and the mean growth between them."""
+        layers, positions = entry["layers"], entry["positions"]
+        ranks = {
+            f"rank at {positions[name]:,}": sum(layer[f"at_{name}"]["mean"] for layer in layers) / len(layers)
+            for name in ("training_length", "end")
+            if name in positions
+        }
+        growth = [layer["growth"] for layer in layers if layer["growth"] is not None]
+        return ranks | {"growth": sum(growth) / len(growth) if growth else None}
+
+
+evaluation = EffectiveRank()
+main, parse, SWEPT = evaluation.main, evaluation.parse, evaluation.swept

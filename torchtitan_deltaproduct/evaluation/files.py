@@ -1,0 +1,116 @@
+"""Results on disk: JSON, CSV and arrays, each complete or absent, and short names for what they are of.
+
+write_json(path, {"results": [{"loss": 3.2, "loss_se": float("nan")}]})        # NaN and infinity become null
+read_results(path)                         # [{"loss": 3.2, "loss_se": None}]
+write_csv(path, ["position", "loss"], [[1, 3.2], [2, float("nan")]])           # and here empty fields
+write_array(Path("x.npz"), {"rank": rank, "starts": starts})
+short_paths(["data/a/train", "data/b/train"])                                  # ["a/train", "b/train"]
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchtitan_deltaproduct.arguments import shown
+from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import read_text, write_atomically
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content` for people and programs to read."""
+    write_atomically(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for each number in it that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_results(path: Path, key: str = "results") -> list[dict[str, Any]]:
+    """The list of results in a file that an evaluation wrote; DataError if there is no such file, or it is damaged."""
+    if not path.exists():
+        raise DataError(f"There is no {path}: expected a folder in which {path.stem} left its results")
+    try:
+        results = json.loads(read_text(path))[key]
+        if not isinstance(results, list) or not results:
+            raise ValueError("no results")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({error!r})\nmake it again: run the eval once more") from None
+    return results
+
+
+def write_csv(path: Path, header: list[str], rows: Iterable[list], end: str = "\r\n") -> None:
+    """Writes a table; numbers with 6 digits after the point, empty where they are not finite."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator=end)
+    writer.writerow(header)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    write_atomically(path, table.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6f}" if math.isfinite(value) else ""
+    return value
+
+
+def write_array(path: Path, content: np.ndarray | dict[str, np.ndarray]) -> None:
+    """Writes one array as .npy, several as .npz."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    with open(temporary, "wb") as file:
+        if isinstance(content, dict):
+            np.savez(file, **content)
+        else:
+            np.save(file, content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def digest(content: dict) -> str:
+    """Eight hexadecimal digits that change with the content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def slug(name: str) -> str:
+    """A name for a folder: the last two parts of a path, with nothing but letters, digits, dots and lines."""
+    return re.sub(r"[^\w.-]+", "_", "_".join(Path(name).parts[-2:])).strip("._") or "data"
+
+
+def slugs(names: list[str]) -> list[str]:
+    """A `slug` for each of some names, with more of a path, or a number, where the last two parts are not enough."""
+    for candidates in ([slug(name) for name in names], [slug(name.replace("/", "_")) for name in names]):
+        if len(set(candidates)) == len(names):
+            return candidates
+    return [f"{name}_{number}" for number, name in enumerate(candidates, start=1)]
+
+
+def short_paths(paths: list[str]) -> list[str]:
+    """As few last parts of each path as tell them apart, two at least."""
+    parts = [Path(path).parts for path in paths]
+    for count in range(2, max(map(len, parts), default=2)):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(paths):
+            return names
+    return paths
+
+
+def short_names(models: list[tuple[Path, int | None]]) -> list[str]:
+    """What tells models apart: the path below the folder that all runs lie in, and the step where it is known."""
+    runs = [run.resolve() for run, _ in models]
+    common = os.path.commonpath([run.parent for run in runs])
+    steps = ["" if step is None else f" step {step}" for _, step in models]
+    return [shown(os.path.relpath(run, common)) + step for run, step in zip(runs, steps, strict=True)]

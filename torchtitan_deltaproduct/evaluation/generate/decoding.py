@@ -1,0 +1,165 @@
+"""Continuing prompts with a model's cached state: constant memory and time a token, whatever the length.
+
+    prompts = [vocabulary.encode("def main():"), vocabulary.encode("import ")]
+    for text in continue_prompts(loaded.model, vocabulary, prompts, Settings(tokens=50, stops=["\\n\\n"])):
+        print(text.text, text.reason)
+
+Prompts of any lengths go together, without padding: a recurrent state would remember it. They are read side by side
+in segments up to the end of the shortest, the others go on from there. A sequence that ends leaves the batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.models import DeltaProductLM
+from torchtitan_deltaproduct.models.decode import advance, init_cache, join, select, step
+from torchtitan_deltaproduct.models.mixer import MixerCache
+
+from .sampling import Sampler, Sampling
+from .text_stream import TextStream
+from .vocabulary import Vocabulary
+
+SEGMENT = 2048
+"""Tokens of a prompt read at a time."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """When a text ends, and how its tokens are chosen; ConfigError if a value is out of range.
+
+    Attributes:
+        tokens: the most to add to a prompt.
+        stops: strings that end a text; it is cut before the first of them.
+        sampling: how tokens are chosen.
+        stop_at_separator: whether the end of the document ends the text.
+        segment: tokens of a prompt read at a time; changes nothing beyond rounding.
+    """
+
+    tokens: int = 128
+    stops: tuple[str, ...] | list[str] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_at_separator: bool = True
+    segment: int = SEGMENT
+
+    def __post_init__(self):
+        for name in ("tokens", "segment"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be at least 1")
+
+
+@dataclass
+class Continuation:
+    """What follows a prompt.
+
+    Attributes:
+        stream: makes text of its tokens.
+        tokens: the ids added; a separator that ended the text is the last of them.
+        pieces: of `text`.
+        reason: it ended by `separator`, `stop` (a string) or `length`.
+    """
+
+    stream: TextStream = field(repr=False, compare=False)
+    tokens: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    reason: str = ""
+
+    @property
+    def text(self) -> str:
+        """What the tokens say, up to a stop string; special tokens that did not end the text are shown."""
+        return "".join(self.pieces)
+
+    def push(self, token: int, separator: int | None, most: int) -> str:
+        """Takes the next of at most `most` tokens and returns the text that is certain now; `separator` ends it."""
+        self.tokens.append(token)
+        piece = ""
+        if token == separator:
+            self.reason = "separator"
+        else:
+            piece = self.stream.push(token)
+            if not self.stream.stopped and len(self.tokens) == most:
+                self.reason = "length"
+        if self.reason:
+            piece += self.stream.finish()
+        # What was held back may have turned out to be a stop string only now.
+        if self.stream.stopped:
+            self.reason = "stop"
+        self.pieces.append(piece)
+        return piece
+
+
+def continue_prompts(
+    model: DeltaProductLM,
+    vocabulary: Vocabulary,
+    prompts: list[list[int]],
+    settings: Settings,
+    seeds: list[int] | None = None,
+    show: Callable[[int, str], None] | None = None,
+) -> list[Continuation]:
+    """Continues a batch of prompts.
+
+    Args:
+        model: the model.
+        vocabulary: of the prompts; no other tokens are said.
+        prompts: ids; an empty one begins with the separator, as a document does in training.
+        settings: what to say, and how much.
+        seeds: for each prompt, 0 by default: the same seed and prompt say the same in any batch.
+        show: called with the place of a prompt and each piece of its text, as soon as it is certain.
+
+    Raises:
+        CheckpointError: the model's logits are not finite.
+    """
+    prompts = [prompt or [vocabulary.separator] for prompt in prompts]
+    texts = [Continuation(TextStream(vocabulary.tokenizer, prompt, settings.stops)) for prompt in prompts]
+    separator = vocabulary.separator if settings.stop_at_separator else None
+    sampler = Sampler(settings.sampling, [0] * len(prompts) if seeds is None else seeds)
+    logits, cache = read_prompts(model, prompts, settings.segment)
+    active = list(range(len(prompts)))
+    while True:
+        tokens = sampler.choose(logits[:, : vocabulary.size], active)
+        for place, token in zip(active, tokens, strict=True):
+            piece = texts[place].push(token, separator, settings.tokens)
+            if show and piece:
+                show(place, piece)
+        kept = [i for i, place in enumerate(active) if not texts[place].reason]
+        if not kept:
+            return texts
+        if len(kept) < len(active):
+            cache = select(cache, torch.tensor(kept, device=logits.device))
+            active, tokens = [active[i] for i in kept], [tokens[i] for i in kept]
+        logits, cache = step(model, torch.tensor(tokens, device=logits.device), cache)
+
+
+@torch.no_grad()
+def read_prompts(
+    model: DeltaProductLM, prompts: list[list[int]], segment: int = SEGMENT
+) -> tuple[Tensor, list[MixerCache]]:
+    """Reads prompts of any lengths.
+
+    Args:
+        model: the model.
+        prompts: ids, at least one each.
+        segment: tokens read at a time; memory grows with it, not with the prompts.
+
+    Returns:
+        Logits [B, vocab] of what follows each prompt, and the cache after them.
+    """
+    device = model.tok_embeddings.weight.device
+    # Longest first: those that are still being read are always the first rows.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    cache, last, ended, start = init_cache(model, len(prompts)), [], [], 0
+    for length in sorted({len(prompt) for prompt in prompts}):
+        reading = [prompts[i] for i in order if len(prompts[i]) >= length]
+        hidden = None
+        for first in range(start, length, segment):
+            tokens = torch.tensor([prompt[first : min(first + segment, length)] for prompt in reading], device=device)
+            hidden, cache = advance(model, tokens, cache)
+        longer = sum(len(prompt) > length for prompt in reading)
+        last.insert(0, hidden[longer:, -1])
+        ended.insert(0, select(cache, slice(longer, None)))
+        cache, start = select(cache, slice(longer)), length
+    back = torch.tensor(order, device=device).argsort()
+    return model.head(torch.cat(last)[back]), select(join(ended), back)

@@ -1,0 +1,371 @@
+"""The frame of evaluations over long sequences: models x datasets, measured in pieces that survive a kill, reported.
+
+    class Loss(LongEvaluation):                                      # beside the defaults of its options:
+        def measure(self, model, tokens, reading, progress): ...     # some sequences -> arrays
+        def summarise(self, measured, options): ...                  # arrays -> results, which know their rows
+        def show(self, results, stem, options, console): ...         # tables and pictures
+    Loss().main(["outputs/run", "--data", "data/a"])
+
+    OUT/NAME.json, .csv, ...    results
+       /NAME/texts/             the tokens that were read (`texts`)
+       /NAME/MODEL-DATA-KEY/    what was measured of them (`pieces`)
+
+The same command again, after a kill or on another number of ranks, goes on with the pieces that are missing.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+from torchtitan_deltaproduct.arguments import path, shown
+from torchtitan_deltaproduct.checkpoint.load import LoadedModel
+from torchtitan_deltaproduct.data.text.tokenizer import tokenizer_sha256
+from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.formats import clock
+from torchtitan_deltaproduct.models import DeltaProductLM
+
+from .files import read_results, short_names, short_paths, write_array, write_csv, write_json
+from .options import MOST_ROWS, add_model_options, add_text_options, at_least, load_models, make_folder, output_folder
+from .pieces import Arrays, Measured, Pieces, Sequences, Tokens, describe, fingerprint
+from .ranks import Ranks
+from .swept import Swept, made_by
+from .texts import Wanted, open_texts
+
+SECONDS_BETWEEN_LINES = 10.0
+
+Progress = Callable[[int], None]
+"""Is told the number of tokens after each segment."""
+
+
+class LongEvaluation:
+    """An evaluation over long sequences. The attributes are its name and the defaults of its options.
+
+    Attributes:
+        name: of the command, `python -m eval.NAME`, and of its files.
+        summary: one line for --help.
+        dtype, length, sequences, documents: defaults of these options.
+        piece_tokens: tokens of an automatic piece on a CPU, which is what a killed run does again at most.
+        suffix, version: of the files of arrays and of their content.
+        header: what its JSON says before the results.
+        written: which other files there are, for its last line.
+        needs_data: without --data it cannot run; else `own_sequences` are read.
+        usage: what was expected of the command line, for its error.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    dtype: ClassVar[str] = "auto"
+    length: ClassVar[int] = 32_768
+    sequences: ClassVar[int] = 32
+    documents: ClassVar[str] = "auto"
+    piece_tokens: ClassVar[int] = 1 << 18
+    suffix: ClassVar[str] = ".npy"
+    version: ClassVar[int] = 1
+    header: ClassVar[dict[str, str]]
+    written: ClassVar[str]
+    needs_data: ClassVar[bool] = True
+    usage: ClassVar[str] = "MODEL... --data DATA..., or --from FOLDER alone"
+    from_help: ClassVar[str] = "results to show side by side; takes no models"
+
+    def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict[str, Any], progress: Progress) -> Arrays:
+        """Measures some sequences.
+
+        Args:
+            model: whole on its device.
+            tokens: the sequences.
+            reading: how they are read, see `reading`.
+            progress: to be told the tokens read.
+
+        Returns:
+            An array [sequences, length] (suffix .npy), or several by name (.npz).
+        """
+        raise NotImplementedError
+
+    def summarise(self, measured: list[Measured], options: argparse.Namespace | None) -> list[Any]:
+        """Results, each with `entry(folder)` for JSON and `rows()` for CSV; options None: the defaults."""
+        raise NotImplementedError
+
+    def show(self, results: list[Any], stem: Path, options: argparse.Namespace, console: Console) -> None:
+        """Prints tables and writes pictures and whatever else is not JSON or CSV; names begin with `stem`."""
+        raise NotImplementedError
+
+    def columns(self, results: list[Any]) -> list[str]:
+        """Names for the fields of `rows()`."""
+        raise NotImplementedError
+
+    def compare(self, results: list[Any], stem: Path) -> None:
+        """Writes pictures of several models on one dataset."""
+        raise NotImplementedError
+
+    def metrics(self, entry: dict[str, Any]) -> dict[str, float | None]:
+        """What of a result's JSON goes into the table of a sweep."""
+        raise NotImplementedError
+
+    def add_options(self, add: Callable[..., Any]) -> None:
+        """Adds options of its own; `add` is that of the parser."""
+
+    def check(self, options: argparse.Namespace) -> None:
+        """Raises ConfigError if an option of its own is out of range."""
+
+    def reading(self, loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+        """How a model reads sequences: `batch`, the sequences of a piece, and all that changes what is measured."""
+        return {"batch": options.batch or self.automatic_batch(loaded, options.length), "segment": options.segment}
+
+    def notes(self, case: Measured, options: argparse.Namespace) -> list[str]:
+        """What a reader of the results should know of a case before it is measured, a line each."""
+        return []
+
+    def compared(self, cases: list[Measured]) -> str:
+        """What a reader should know of some models on one dataset, or ""."""
+        return ""
+
+    def own_sequences(self, loaded: LoadedModel, options: argparse.Namespace) -> Sequences:
+        """What is read without --data."""
+        raise NotImplementedError
+
+    def automatic_batch(self, loaded: LoadedModel, length: int) -> int:
+        """Sequences read together: many for a GPU, which needs the work; on a CPU a piece ends soon."""
+        if loaded.model.tok_embeddings.weight.device.type == "cuda":
+            return MOST_ROWS
+        return max(1, min(MOST_ROWS, self.piece_tokens // length))
+
+    # What follows is the same for all.
+
+    def parse(self, arguments: list[str] | None) -> argparse.Namespace:
+        """The command line; ConfigError if it is wrong."""
+        parser = argparse.ArgumentParser(prog=f"python -m eval.{self.name}", description=self.summary)
+        add_model_options(parser, dtype=self.dtype, optional=True)
+        add_text_options(parser, length=self.length, sequences=self.sequences, documents=self.documents)
+        self.add_options(parser.add_argument)
+        parser.add_argument("--from", dest="source", nargs="+", default=[], type=path, metavar="FOLDER",
+                            help=self.from_help)  # fmt: skip
+        options = parser.parse_args(arguments)
+        lacking = self.needs_data and not options.source and not options.data
+        if bool(options.source) == bool(options.models) or (options.source and options.data) or lacking:
+            raise ConfigError(f"expected {self.usage}; python -m eval.{self.name} --help")
+        at_least(options, 1, "length", "sequences", "segment", "search_mb")
+        at_least(options, 0, "batch", "seed")
+        self.check(options)
+        return options
+
+    def main(self, arguments: list[str] | None = None) -> None:
+        """Runs the command line."""
+        options = self.parse(arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        with Ranks() as ranks:
+            width = None if sys.stdout.isatty() else 140
+            console = Console(width=width, highlight=False, markup=False, quiet=ranks.rank != 0)
+            if options.source:
+                options.made_by = made_by(words, [])
+                if ranks.rank == 0:
+                    self.show_again(options, console)
+                return
+            loaded = load_models(options)
+            options.made_by = made_by(words, loaded)
+            folder = output_folder(options, loaded)
+            cases = self.plan(loaded, options, folder / self.name, ranks, console)
+            ranks.first(lambda: refuse_other_data(folder / f"{self.name}.json", cases))
+            self.compute(cases, ranks, console)
+            ranks.wait()
+            if ranks.rank == 0:
+                for case in cases:
+                    case.pieces.tidy()
+                self.report(cases, folder / self.name, options, console)
+
+    def plan(
+        self, loaded: list[LoadedModel], options: argparse.Namespace, folder: Path, ranks: Ranks, console: Console
+    ) -> list[Measured]:
+        """Chooses the sequences of each dataset, checks that they fit each model, and says what they are."""
+        cases, names = [], short_names([(model.run, model.step) for model in loaded])
+        weights = ranks.first(lambda: [fingerprint(model.model) for model in loaded])
+        for data, data_name in datasets(options) or [("", "")]:
+            lines: list[str] = []
+            for model, name, checksum in zip(loaded, names, weights, strict=True):
+
+                def prepare(model=model, checksum=checksum, data=data) -> tuple[Sequences, Pieces]:
+                    sequences = texts_of(data, model, options, folder) if data else self.own_sequences(model, options)
+                    reading = self.reading(model, options)
+                    pieces = Pieces.open(folder, model, checksum, sequences, reading, self.suffix, self.version)
+                    return sequences, pieces
+
+                sequences, pieces = ranks.first(prepare)
+                about_data = {"name": data_name or sequences.about["wanted"]["data"], "said": sequences.describe()}
+                cases.append(Measured(describe(model, name), about_data | sequences.about, pieces, model, sequences))
+                for line in self.notes(cases[-1], options):
+                    if line not in lines:
+                        lines.append(line)
+                        console.print(line, soft_wrap=True)
+            if warning := self.compared(cases[-len(loaded) :]):
+                console.print(warning)
+        return cases
+
+    def compute(self, cases: list[Measured], ranks: Ranks, console: Console) -> None:
+        """Computes the pieces that are missing, this rank its share; says a line every 10 seconds."""
+        # One look, by one rank: the others might see what is being written meanwhile.
+        missing = ranks.first(lambda: [(i, piece) for i, case in enumerate(cases) for piece in case.pieces.missing()])
+        total = sum(cases[i].tokens(piece) for i, piece in missing)
+        there = sum(case.tokens(piece) for case in cases for piece in case.pieces.all) - total
+        if there and total:
+            console.print(f"continuing: {there:,} of {there + total:,} tokens were read before")
+        elif there:
+            console.print(f"all {there:,} tokens were read before")
+        mine = missing[ranks.rank :: ranks.world]
+        meter = Meter(sum(cases[i].tokens(piece) for i, piece in mine), ranks.world, console)
+        for i, piece in mine:
+            case = cases[i]
+            meter.name, tokens = case.name, Tokens(case.sequences, *piece)
+            arrays = self.measure(case.loaded.model, tokens, case.pieces.about, meter.advance)
+            write_array(case.pieces.path(piece), arrays)
+        if mine:
+            meter.finish()
+
+    def report(self, measured: list[Measured], stem: Path, options: argparse.Namespace, console: Console) -> None:
+        """Shows all results and writes them, `stem`.json last: where it is, everything is."""
+        results = self.summarise(measured, options)
+        self.show(results, stem, options, console)
+        write_csv(stem.with_suffix(".csv"), self.columns(results), (row for result in results for row in result.rows()))
+        entries = [result.entry(stem.parent) for result in results]
+        content = {"version": self.version, **self.header, "made_by": options.made_by, "results": entries}
+        write_json(stem.with_suffix(".json"), content)
+        others = self.written.format(stem=stem, raw=measured[0].pieces.folder.parent)
+        console.print(f"written: {stem}.json, {others}", soft_wrap=True)
+
+    @property
+    def swept(self) -> Swept:
+        """How a sweep runs it and reads its results."""
+
+        def metrics(folder: Path) -> dict[str, float | None]:
+            (entry,) = read_results(folder / f"{self.name}.json")
+            return self.metrics(entry)
+
+        def compare(files: list[Path], names: list[str], stem: Path) -> None:
+            self.compare(self.summarise(self.read(files, names), None), stem)
+
+        return Swept(self.name, metrics, self.parse, reads_data=True, compare=compare)
+
+    def show_again(self, options: argparse.Namespace, console: Console) -> None:
+        """Reports the measurements of earlier runs again, of several side by side."""
+        folders = [Path(source) for source in options.source]
+        if len(folders) > 1 and not options.out:
+            raise ConfigError(f"--from {' '.join(options.source)}: several results side by side need --out FOLDER")
+        measured = self.read([folder / f"{self.name}.json" for folder in folders])
+        target = make_folder(Path(options.out) if options.out else folders[0])
+        for line in dict.fromkeys(f"{case.data['wanted']['data']}: {case.data['said']}" for case in measured):
+            console.print(line, soft_wrap=True)
+        self.report(measured, target / self.name, options, console)
+
+    def read(self, files: list[Path], names: list[str] | None = None) -> list[Measured]:
+        """The measurements behind the NAME.json of earlier runs; DataError if they are not there, or damaged.
+
+        `names` are for the models; None: short ones, for they were named in different files.
+        """
+        entries = [(file.parent, entry) for file in files for entry in read_results(file)]
+        models = [entry["model"] for _, entry in entries]
+        names = names or short_names([(Path(model["path"]), model["step"]) for model in models])
+        measured = []
+        for (folder, entry), name in zip(entries, names, strict=True):
+            pieces = Pieces.at(folder / entry["raw"], self.suffix, self.version)
+            measured.append(Measured(entry["model"] | {"name": name}, entry["data"], pieces))
+        return measured
+
+
+@dataclass
+class Meter:
+    """Says now and then how far the reading is."""
+
+    total: int
+    ranks: int
+    console: Console
+    name: str = ""
+    done: int = 0
+    start: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self):
+        self.last_line = self.start
+        self.each = f" on each of {self.ranks} ranks" if self.ranks > 1 else ""
+
+    def advance(self, tokens: int) -> None:
+        self.done += tokens
+        now = time.monotonic()
+        if now - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            speed = self.done / (now - self.start)
+            left = clock((self.total - self.done) / speed)
+            line = f"{self.done:,} of {self.total:,} tokens, {speed:,.0f} tokens/s{self.each}, {left} left"
+            self.console.print(f"{self.name}: {line}", soft_wrap=True)
+
+    def finish(self) -> None:
+        seconds = time.monotonic() - self.start
+        speed = f"{self.total / seconds:,.0f} tokens/s{self.each}"
+        self.console.print(f"{self.total:,} tokens in {clock(seconds)}, {speed}")
+
+
+def datasets(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Each dataset of --data once, with a short name; ConfigError if one has no name."""
+    if "" in options.data:
+        # As a path it would be the current folder: more likely a shell variable is not set.
+        raise ConfigError("--data '': expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIG]")
+    paths = list(dict.fromkeys(data.rstrip("/") or "/" for data in options.data))
+    return list(zip(paths, map(shown, short_paths(paths)), strict=True))
+
+
+def texts_of(data: str, loaded: LoadedModel, options: argparse.Namespace, folder: Path) -> Sequences:
+    """The sequences of a dataset for a model, kept in `folder`/texts.
+
+    Raises:
+        DataError: there are none, or they are not of tokens that the model knows.
+    """
+    tokenizer = tokenizer_of(loaded, options)
+    wanted = Wanted(
+        data, options.length, options.sequences, options.documents, options.seed or 0, options.split,
+        options.text_field, options.eos, options.search_mb << 20,
+    )  # fmt: skip
+    eos_id = None if tokenizer is None else loaded.separator(tokenizer, options.eos)
+    texts = open_texts(wanted, tokenizer, folder / "texts", eos_id)
+    check_fit(loaded, tokenizer, texts)
+    return texts
+
+
+def tokenizer_of(loaded: LoadedModel, options: argparse.Namespace) -> Path | None:
+    """The folder of --tokenizer, or the model's own."""
+    return Path(options.tokenizer) if options.tokenizer else loaded.tokenizer
+
+
+def check_fit(loaded: LoadedModel, tokenizer: Path | None, texts: Sequences) -> None:
+    """Raises DataError if the tokens are not those that the model knows."""
+    data, largest = texts.about["wanted"]["data"], texts.about["largest_id"]
+    if tokenizer is not None and tokenizer_sha256(tokenizer) != texts.about["tokenizer_sha256"]:
+        raise DataError(
+            f"{data} was prepared with another tokenizer than {loaded.label} was trained with\n"
+            f"expected the tokenizer.json of {tokenizer}: prepare the text again with --tokenizer {tokenizer}"
+        )
+    if loaded.eos_id is not None and texts.about["eos_id"] != loaded.eos_id and not texts.about["wanted"]["eos"]:
+        raise DataError(
+            f"{data} has the separator {texts.about['eos_id']}, and {loaded.label} was trained with {loaded.eos_id}\n"
+            "prepare the text again with its separator (--eos)"
+        )
+    if largest >= loaded.model.args.vocab_size:
+        raise DataError(
+            f"{data} has a token {largest:,}; {loaded.label} knows those below {loaded.model.args.vocab_size:,}\n"
+            "prepare the text with the model's tokenizer"
+        )
+
+
+def refuse_other_data(file: Path, cases: list[Measured]) -> None:
+    """Raises ConfigError if the results in a file are on data that are not read now, and would be lost."""
+    try:
+        there = [entry["data"]["wanted"]["data"] for entry in read_results(file)] if file.exists() else []
+    except (DataError, KeyError, TypeError):
+        return
+    here = {case.data["wanted"]["data"] for case in cases}
+    if others := [data for data in dict.fromkeys(there) if data not in here]:
+        raise ConfigError(
+            f"{file} holds results on {', '.join(others)}, which those on {', '.join(sorted(here))} would overwrite\n"
+            "name another folder with --out, or all the data after --data"
+        )

@@ -1,0 +1,199 @@
+"""Counting right answers on generated words, position by position, in words far longer than memory.
+
+    problem = problem_of(loaded.config, length=128)                  # the test stream of the run's own problem
+    counts = problem.count(model_reader(loaded.model), words=1024)
+    counts.accuracy()                                                # [length]
+    wilson(counts.prefix, counts.words)                              # 95 % intervals of the prefix accuracy
+
+Words go through the model in segments from a cache, so that its memory does not grow with the length; the tokens
+themselves take 8 bytes each. No position before the first element is counted: there is no start token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchtitan_deltaproduct.data.counter import POSITION_BITS
+from torchtitan_deltaproduct.data.generated.group_words import GroupWordSource
+from torchtitan_deltaproduct.data.generated.languages import FormalSource
+from torchtitan_deltaproduct.data.packing import IGNORE
+from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
+from torchtitan_deltaproduct.models import DeltaProductLM
+from torchtitan_deltaproduct.models.decode import init_cache, prefill
+
+Z95 = 1.959963984540054
+"""Quantile of the normal distribution for two-sided 95 %."""
+MAX_TOKENS = 2**22
+"""Tokens of a batch of words that are held at once; a single longer word is its own batch."""
+
+# Tokens [B, T] and the cache (None at the start of the words) -> logits [B, T, vocab] and the next cache.
+Reader = Callable[[Tensor, object], tuple[Tensor, object]]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Right answers over words of one length L.
+
+    Attributes:
+        words: number of words.
+        scored: [L] int64, words with a label at each position.
+        correct: [L] int64, those of them whose label is predicted (arg max over the whole vocabulary).
+        prefix: [L] int64, words that are right at every labelled position up to this one.
+    """
+
+    words: int
+    scored: np.ndarray
+    correct: np.ndarray
+    prefix: np.ndarray
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.words + other.words,
+            self.scored + other.scored,
+            self.correct + other.correct,
+            self.prefix + other.prefix,
+        )
+
+    def accuracy(self) -> np.ndarray:
+        """[L] float64: share of right answers at each position; NaN where no word has a label."""
+        return np.divide(self.correct, self.scored, out=np.full(len(self.scored), np.nan), where=self.scored > 0)
+
+    def between(self, first: int, last: int) -> tuple[int, int]:
+        """Right answers and labels at positions first .. last, counted from 1."""
+        return int(self.correct[first - 1 : last].sum()), int(self.scored[first - 1 : last].sum())
+
+
+def wilson(successes, trials, z: float = Z95) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's score interval of a proportion (Wilson 1927), NaN without trials.
+
+    Args:
+        successes: count, may be fractional: for a mean of n values in [0, 1] give n times the mean. Their
+            variance is at most that of a coin of the same mean, so the interval is then conservative.
+        trials: count n.
+        z: quantile of the normal distribution; 1.96 for 95 %.
+
+    Returns:
+        Lower and upper end, in [0, 1].
+    """
+    n = np.asarray(trials, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = np.asarray(successes, dtype=np.float64) / n
+        center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    # At p = 0 and p = 1 one end is exact, and rounding must not move it past the estimate.
+    return np.minimum(np.maximum(center - half, 0), p), np.maximum(np.minimum(center + half, 1), p)
+
+
+def model_reader(model: DeltaProductLM) -> Reader:
+    """Reads with a model from its decoding cache."""
+    device = model.tok_embeddings.weight.device
+
+    def read(tokens: Tensor, cache) -> tuple[Tensor, object]:
+        return prefill(model, tokens.to(device), init_cache(model, len(tokens)) if cache is None else cache)
+
+    return read
+
+
+def count_words(read: Reader, source, words: int, rows: int = 64, segment: int = 256, progress=None) -> Counts:
+    """Reads words 0 .. words-1 of a source and counts.
+
+    Args:
+        read: see `Reader`.
+        source: `GroupWordSource` or `FormalSource`; its `seq_len` is the length of the words.
+        words: how many.
+        rows: words read at a time.
+        segment: tokens of a word read at a time; does not change the results beyond rounding.
+        progress: called with the number of tokens after each segment.
+    """
+    length = source.seq_len
+    rows = max(1, min(rows, MAX_TOKENS // length))
+    totals = np.zeros((3, length), dtype=np.int64)
+    for first in range(0, words, rows):
+        inputs, labels = source.batch(np.arange(first, min(first + rows, words)))
+        cache, intact = None, None
+        for start in range(0, length, segment):
+            piece = slice(start, start + segment)
+            logits, cache = read(inputs["input"][:, piece], cache)
+            answers = labels[:, piece].to(logits.device)
+            scored, right = answers != IGNORE, logits.argmax(-1) == answers
+            fine = (right | ~scored).cumprod(1).bool()
+            fine = fine if intact is None else fine & intact
+            intact = fine[:, -1:]
+            totals[:, piece] += torch.stack([scored, right, fine]).sum(1).cpu().numpy()
+            if progress:
+                progress(answers.numel())
+    return Counts(words, *totals)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The test stream of a run's problem, for words of up to `length` tokens.
+
+    Attributes:
+        name: such as `S3` or `parity`.
+        formal: a formal language (one answer a row, rows of many lengths), not a group.
+        train_length: longest word, in tokens, that the run was trained on.
+        length: longest word tested.
+        chance: accuracy of guessing.
+        sources: streams whose counts are summed.
+        seed: of the streams.
+    """
+
+    name: str
+    formal: bool
+    train_length: int
+    length: int
+    chance: float
+    sources: tuple
+    seed: int
+
+    def count(self, read: Reader, words: int, **options) -> Counts:
+        """Counts over `words` words of each source, padded to `length`; options of `count_words`."""
+        total = Counts(0, *np.zeros((3, self.length), dtype=np.int64))
+        for source in self.sources:
+            part = count_words(read, source, words, **options)
+            pad = (0, self.length - source.seq_len)
+            total += Counts(part.words, *(np.pad(x, pad) for x in (part.scored, part.correct, part.prefix)))
+        return total
+
+    def tokens(self, words: int) -> int:
+        """Tokens that `count` reads."""
+        return words * sum(source.seq_len for source in self.sources)
+
+
+def problem_of(config: dict, length: int = 0, seed: int | None = None, split: str = "test") -> Problem:
+    """The held-out words of the problem that a run was trained on.
+
+    Args:
+        config: the run's job config (`LoadedModel.config`).
+        length: tokens of the longest word; 0: four times the training length, for formal languages at least 256.
+        seed: of the stream; None: the run's own (streams of the same seed share no words).
+        split: `test` or `validation`.
+
+    Raises:
+        CheckpointError: the run was not trained on generated words. ConfigError: no words of that length.
+    """
+    if "data" not in config:
+        raise CheckpointError("the model's folder does not say what it was trained on: give its run, or our own export")
+    data, seq_len = config["data"], config["training"]["seq_len"]
+    seed = data["seed"] if seed is None else seed
+    if length >= 1 << POSITION_BITS:
+        raise ConfigError(f"words of {length:,} tokens: their elements are numbered up to {1 << POSITION_BITS:,}")
+    if data["kind"] == "group_word":
+        length = length or 4 * seq_len
+        source = GroupWordSource(data["group"], length, seed, split)
+        return Problem(data["group"], False, min(seq_len, length), length, source.chance, (source,), seed)
+    if data["kind"] == "formal_language":
+        name, longest = data["language"], data["max_length"]
+        length = length or max(256, 4 * longest)
+        sources = (FormalSource(name, min(longest, length), data["min_length"], min(longest, length), seed, split),)
+        if length > longest:
+            sources += (FormalSource(name, length, longest + 1, length, seed, split),)
+        return Problem(name, True, min(longest, length), length, sources[0].chance, sources, seed)
+    raise CheckpointError(
+        f"data.kind is {data['kind']!r}: state tracking needs a run on group_word or formal_language, see "
+        "train_configs/state_tracking"
+    )

@@ -1,0 +1,299 @@
+"""From counted words to results: one record a run, one a setting over its seeds, as table, JSON and CSV.
+
+    result = RunResult.of(loaded, problem, counts)
+    settings = by_setting([result, ...])                     # runs that differ in nothing but their seeds
+    Console().print(table(settings, Criterion())); write_json(path, settings, Criterion(), {})
+
+Accuracy "at L tokens" is the mean over all positions of words of L tokens. For formal languages, whose rows have one
+answer each, it is the accuracy of rows no longer than in training, and of longer ones; `scaled` then is
+(accuracy - chance) / (1 - chance), as in Grazzi et al. 2025.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from torchtitan_deltaproduct.checkpoint.load import LoadedModel
+from torchtitan_deltaproduct.models.args import DeltaProductArgs
+
+from .. import files
+from .problems import Counts, Problem, wilson
+
+# What tells settings apart, beside the problem: the whole model and how it was trained, but for its seeds.
+_TRAINED = {
+    "model": [f.name for f in fields(DeltaProductArgs) if f.name != "op_backend"],
+    "data": ["min_length", "max_length", "curriculum_start", "curriculum_steps"],
+    "training": ["seq_len", "steps", "max_norm"],
+    "optimizer": ["name", "lr", "beta1", "beta2", "weight_decay"],
+    "lr_scheduler": ["warmup_steps", "decay_type", "decay_ratio", "min_lr_factor", "total_steps"],
+}
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """When a run counts as having solved its problem (on scaled accuracy for formal languages)."""
+
+    at_training: float = 0.99
+    """Least accuracy at the training length."""
+    beyond: float = 0.9
+    """Least accuracy at the tested length."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A proportion with its 95 % interval (Wilson)."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, successes: float, trials: int) -> "Share":
+        low, high = wilson(successes, trials)
+        return cls(successes / trials if trials else float("nan"), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one checkpoint can do.
+
+    Attributes:
+        label: names the checkpoint.
+        problem: what was tested.
+        counts: over its words.
+        settings: dotted config keys that make the setting, such as `model.num_householder`.
+        seeds: (of the data, of the weights).
+        step: of the checkpoint.
+        steps: that the run was to make.
+    """
+
+    label: str
+    problem: Problem
+    counts: Counts
+    settings: dict
+    seeds: tuple[int, int]
+    step: int
+    steps: int
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, problem: Problem, counts: Counts) -> "RunResult":
+        config = loaded.config
+        settings = {
+            f"{table}.{key}": config[table][key]
+            for table, keys in _TRAINED.items()
+            for key in keys
+            if key in config.get(table, {})
+        }
+        settings["checkpoint.step"] = loaded.step
+        seeds = (config["data"]["seed"], config["debug"]["seed"])
+        return cls(loaded.label, problem, counts, settings, seeds, loaded.step, config["training"]["steps"])
+
+    @property
+    def n_h(self) -> int:
+        return self.settings["model.num_householder"]
+
+    @property
+    def range(self) -> str:
+        """Of the eigenvalues."""
+        return "[-1, 1]" if self.settings["model.allow_neg_eigval"] else "[0, 1]"
+
+    @property
+    def seed_name(self) -> str:
+        """`3`, or `data 3, weights 42` where the two differ."""
+        data, model = self.seeds
+        return str(data) if data == model else f"data {data}, weights {model}"
+
+    def token_accuracy(self, first: int, last: int) -> Share:
+        """Mean over the labels at positions first .. last; words, not tokens, count as independent."""
+        correct, scored = self.counts.between(first, last)
+        if self.problem.formal or not scored:
+            return Share.of(correct, scored)
+        return Share.of(self.counts.words * correct / scored, self.counts.words)
+
+    @property
+    def at_training(self) -> Share:
+        """Token accuracy at the training length."""
+        return self.token_accuracy(1, self.problem.train_length)
+
+    @property
+    def at_length(self) -> Share:
+        """Token accuracy at the tested length (formal languages: of rows longer than in training)."""
+        first = self.problem.train_length + 1 if self.problem.formal else 1
+        return self.token_accuracy(first, self.problem.length)
+
+    def prefix(self, position: int) -> Share:
+        """Share of words that are right at every position up to this one."""
+        return Share.of(int(self.counts.prefix[position - 1]), self.counts.words)
+
+    def scaled(self, accuracy: float) -> float:
+        """(accuracy - chance) / (1 - chance)."""
+        return (accuracy - self.problem.chance) / (1 - self.problem.chance)
+
+    def solved(self, criterion: Criterion) -> bool:
+        trained, beyond = self.at_training.value, self.at_length.value
+        if self.problem.formal:
+            trained, beyond = self.scaled(trained), self.scaled(beyond)
+        return trained >= criterion.at_training and beyond >= criterion.beyond
+
+    def buckets(self) -> list[dict]:
+        """Accuracy by length, in stretches as long as the training length: [1, T], [T + 1, 2 T], ..."""
+        rows, width = [], self.problem.train_length
+        for first in range(1, self.problem.length + 1, width):
+            last = min(first + width - 1, self.problem.length)
+            share = self.token_accuracy(first, last)
+            rows.append({"first": first, "last": last, **vars(share), "scaled": self.scaled(share.value)})
+        return rows
+
+    def to_dict(self, criterion: Criterion) -> dict:
+        """The record of a run; counts are complete, so that curves can be drawn again from it."""
+        problem, counts = self.problem, self.counts
+        record = {
+            "run": self.label, "step": self.step, "steps_planned": self.steps, "data_seed": self.seeds[0],
+            "model_seed": self.seeds[1], "test_seed": problem.seed, "train_length": problem.train_length,
+            "length": problem.length, "chance": problem.chance, "words": counts.words,
+            "accuracy_at_training_length": vars(self.at_training), "accuracy_at_length": vars(self.at_length),
+            "scaled_accuracy_at_length": self.scaled(self.at_length.value), "solved": self.solved(criterion),
+            "buckets": self.buckets(), "scored": counts.scored.tolist(), "correct": counts.correct.tolist(),
+        }  # fmt: skip
+        if not problem.formal:
+            record["prefix_accuracy_at_training_length"] = vars(self.prefix(problem.train_length))
+            record["prefix_accuracy_at_length"] = vars(self.prefix(problem.length))
+            record["prefix_correct"] = counts.prefix.tolist()
+        return record
+
+
+@dataclass
+class Setting:
+    """Runs that differ in nothing but their seeds; `differs` says what sets it apart within its n_h and range."""
+
+    runs: list[RunResult]
+    differs: str = ""
+
+    @property
+    def problem(self) -> Problem:
+        return self.runs[0].problem
+
+    @property
+    def label(self) -> str:
+        first = self.runs[0]
+        return f"n_h = {first.n_h}, {first.range}" + (f", {self.differs}" if self.differs else "")
+
+    @property
+    def kind(self) -> tuple:
+        """Problem, n_h and range ([-1, 1] first): what tables and pictures are ordered by."""
+        first = self.runs[0]
+        return (first.problem.name, first.n_h, not first.settings["model.allow_neg_eigval"])
+
+    def solved(self, criterion: Criterion) -> int:
+        """The number of seeds that solved it."""
+        return sum(run.solved(criterion) for run in self.runs)
+
+    def share_solved(self, criterion: Criterion) -> Share:
+        """Share of the seeds that solved it."""
+        return Share.of(self.solved(criterion), len(self.runs))
+
+    def values(self, name: str) -> list[float]:
+        """`at_training` or `at_length` of each seed."""
+        return [getattr(run, name).value for run in self.runs]
+
+    def mean(self, name: str) -> float:
+        """Mean over the seeds of `at_training` or `at_length`."""
+        return float(np.mean(self.values(name)))
+
+    def to_dict(self, criterion: Criterion) -> dict:
+        first = self.runs[0]
+        spread = {
+            f"accuracy_{key}": {"mean": self.mean(name), "min": min(self.values(name)), "max": max(self.values(name))}
+            for key, name in (("at_training_length", "at_training"), ("at_length", "at_length"))
+        }
+        return {
+            "problem": self.problem.name, "num_householder": first.n_h, "eigenvalue_range": first.range,
+            "differs": self.differs, "seeds": len(self.runs), "solved": self.solved(criterion),
+            "share_solved": vars(self.share_solved(criterion)), **spread, "settings": first.settings,
+            "runs": [run.to_dict(criterion) for run in self.runs],
+        }  # fmt: skip
+
+
+def by_setting(results: list[RunResult]) -> list[Setting]:
+    """Groups runs, in the order of `Setting.kind`, and says what differs beyond it."""
+    groups: dict[str, Setting] = {}
+    for result in results:
+        key = json.dumps([result.problem.name, result.problem.length, result.settings])
+        groups.setdefault(key, Setting([])).runs.append(result)
+    settings = sorted(groups.values(), key=lambda setting: setting.kind)
+    for setting in settings:
+        own, same = setting.runs[0], [other.runs[0] for other in settings if other.kind == setting.kind]
+        parts = [
+            f"{key.split('.')[1]} {value}"
+            for key, value in own.settings.items()
+            if any(other.settings.get(key) != value for other in same)
+        ]
+        if any(other.problem.length != own.problem.length for other in same):
+            parts.append(f"to {own.problem.length} tokens")
+        setting.differs = ", ".join(parts)
+    return settings
+
+
+def table(settings: list[Setting], criterion: Criterion) -> Table:
+    """One line a setting, and one a seed where there are several."""
+    out = Table(title="State tracking: token accuracy on held-out words", title_justify="left")
+    for name in ("problem", "setting", "seed"):
+        out.add_column(name)
+    for name in ("training length", "tested length", "whole words", "solved"):
+        out.add_column(name, justify="right")
+    for setting in settings:
+        names = (setting.problem.name, setting.label)
+        if len(setting.runs) > 1:
+            low, high = setting.problem.train_length, setting.problem.length
+            out.add_row(
+                *names, f"mean of {len(setting.runs)}", f"{setting.mean('at_training'):.1%} @ {low:,}",
+                f"{setting.mean('at_length'):.1%} @ {high:,}", "",
+                f"{setting.solved(criterion)} of {len(setting.runs)}", style="bold",
+            )  # fmt: skip
+            names = ("", "")
+        for run in setting.runs:
+            unfinished = f" (step {run.step:,} of {run.steps:,})" if run.step < run.steps else ""
+            solved = "[green]yes[/]" if run.solved(criterion) else "[red]no[/]"
+            out.add_row(*names, run.seed_name + unfinished, *_numbers(run), solved)
+        out.add_section()
+    return out
+
+
+def _numbers(run: RunResult) -> list[str]:
+    cells = []
+    for share, length in ((run.at_training, run.problem.train_length), (run.at_length, run.problem.length)):
+        scaled = f", scaled {run.scaled(share.value):.2f}" if run.problem.formal else ""
+        cells.append(f"{share.value:.1%} @ {length:,}{scaled}\n[dim]{share.low:.1%} to {share.high:.1%}[/]")
+    return [*cells, "" if run.problem.formal else f"{run.prefix(run.problem.length).value:.1%}"]
+
+
+def write_json(path: Path, settings: list[Setting], criterion: Criterion, made_by: dict) -> None:
+    """Everything: settings over their runs, runs with the counts of every position."""
+    files.write_json(path, {
+        "version": 1,
+        "criterion": vars(criterion),
+        "intervals": "Wilson, 95 %; words count as independent, the tokens of a word do not",
+        "made_by": made_by,
+        "settings": [setting.to_dict(criterion) for setting in settings],
+    })  # fmt: skip
+
+
+def write_csv(path: Path, settings: list[Setting]) -> None:
+    """One row a run and position that has a label, the position counted from 1."""
+    names = ["problem", "num_householder", "eigenvalue_range", "differs", "data_seed", "model_seed", "run", "position",
+             "scored", "correct", "accuracy", "accuracy_low", "accuracy_high", "prefix_accuracy", "prefix_low",
+             "prefix_high"]  # fmt: skip
+    rows = []
+    for setting, run in [(one, run) for one in settings for run in one.runs]:
+        counts = run.counts
+        shares = [counts.accuracy(), *wilson(counts.correct, counts.scored)]
+        if not run.problem.formal:
+            shares += [counts.prefix / counts.words, *wilson(counts.prefix, counts.words)]
+        head = [setting.problem.name, run.n_h, run.range, setting.differs, *run.seeds, run.label]
+        for i in np.flatnonzero(counts.scored):
+            numbers = [*(share[i] for share in shares), "", "", ""][:6]
+            rows.append([*head, i + 1, counts.scored[i], counts.correct[i], *numbers])
+    files.write_csv(path, names, rows)

@@ -1,0 +1,222 @@
+"""From a sweep's TOML to its jobs: one for each (eval, model, dataset), with the command that does it.
+
+    sweep = read_sweep(Path("eval/example_sweep.toml"))
+    for job in sweep.jobs: print(job.name, job.command)
+
+A job is done when the results in its folder say that they were made by this command, of these weights: a newer
+checkpoint, or another option, makes it due again.
+"""
+
+import importlib
+import os
+import pkgutil
+import re
+import sys
+import tomllib
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from torchtitan_deltaproduct import evaluation
+from torchtitan_deltaproduct.config.locate import locate
+from torchtitan_deltaproduct.config.values import nearest
+from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
+from torchtitan_deltaproduct.files import read_text
+
+from ..swept import Swept, checkpoint_of
+
+SET_BY_SWEEP = ("out", "output_path", "step", "from", "model_args", "model")
+NAME = re.compile(r"[\w.+-]+")
+
+
+@cache
+def evals() -> dict[str, Swept]:
+    """Every evaluation that can be swept, by name: the modules of this package with a `SWEPT`."""
+    names = [module.name for module in pkgutil.iter_modules(evaluation.__path__) if module.ispkg]
+    modules = {name: importlib.import_module(f"{evaluation.__name__}.{name}") for name in names if name != "sweep"}
+    return {name: module.SWEPT for name, module in modules.items() if hasattr(module, "SWEPT")}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the sweep: its name there, where it is, and the step asked for (None: the newest complete one)."""
+
+    name: str
+    path: str
+    step: int | None = None
+
+    @cached_property
+    def checkpoint(self) -> str:
+        """What its weights are; CheckpointError if there are none (yet)."""
+        return checkpoint_of(self.path, self.step)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One eval of one model, on one dataset or none.
+
+    Attributes:
+        name: `length_extrapolation/DP2/code`, also its folder below the sweep's.
+        eval: the eval.
+        model: the model.
+        data: name of the dataset; empty for evals without.
+        folder: for results and log.txt.
+        words: arguments of the eval's command.
+    """
+
+    name: str
+    eval: str
+    model: Model
+    data: str
+    folder: Path
+    words: list[str]
+
+    @property
+    def command(self) -> list[str]:
+        """What to run."""
+        return [sys.executable, "-m", f"eval.{self.eval}", *self.words]
+
+    def obstacle(self) -> str:
+        """Why it cannot run now, or ""."""
+        try:
+            _ = self.model.checkpoint
+        except CheckpointError as error:
+            return str(error).splitlines()[0]
+        return ""
+
+    def is_done(self) -> bool:
+        """Whether its results are there, by this command and of these weights."""
+        if self.obstacle():
+            return False
+        made_by = evals()[self.eval].made_by(self.folder)
+        return made_by == {"arguments": self.words, "checkpoints": [self.model.checkpoint]}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep.
+
+    Attributes:
+        file: its TOML.
+        out: the folder of everything it makes.
+        jobs: all of them, in the order of the file.
+    """
+
+    file: Path
+    out: Path
+    jobs: list[Job]
+
+
+def read_sweep(file: Path) -> Sweep:
+    """Reads and checks a sweep's TOML; see eval/example_sweep.toml.
+
+    Raises:
+        ConfigError: all that is wrong with it.
+    """
+    try:
+        text = read_text(file)
+        tree = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; expected a sweep, such as eval/example_sweep.toml") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start:,}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    reader = _Reader(file, locate(text))
+    out = Path(os.path.expanduser(tree.get("out") or file.with_suffix("")))
+    jobs = reader.jobs(tree, out)
+    if reader.problems:
+        raise ConfigError("\n".join(reader.problems))
+    return Sweep(file, out, jobs)
+
+
+class _Reader:
+    """Reads the tables and notes all that is wrong with them."""
+
+    def __init__(self, file: Path, lines: dict[tuple[str, ...], int]):
+        self.file, self.lines, self.problems = file, lines, []
+
+    def wrong(self, where: tuple[str, ...], what: str) -> None:
+        self.problems.append(f"{self.file}:{self.lines.get(where, 1)}: {what}")
+
+    def jobs(self, tree: dict[str, Any], out: Path) -> list[Job]:
+        for key in tree:
+            if key not in ("out", "models", "data", *evals()):
+                guess = nearest(key, ["out", "models", "data", *evals()])
+                expected = f"expected out, models, data, or an eval: {', '.join(evals())}"
+                self.wrong((key,), f"[{key}]: no such table; {f'nearest: {guess!r}' if guess else expected}")
+        models, data = self.models(tree.get("models")), self.data(tree.get("data", {}))
+        asked = {name: options for name, options in tree.items() if name in evals()}
+        if not asked:
+            self.wrong((), f"nothing to do: add a table for an eval: {', '.join(f'[{name}]' for name in evals())}")
+        jobs = []
+        for name, options in asked.items():
+            if isinstance(options, dict):
+                jobs += self.jobs_of(name, options, models, data, out)
+            else:
+                self.wrong((name,), f"{name}: expected a table [{name}]")
+        return jobs
+
+    def models(self, table: Any) -> dict[str, Model]:
+        if not isinstance(table, dict) or not table:
+            self.wrong(
+                ("models",), '[models]: expected names of models with their folders, such as DP2 = "outputs/DP2"'
+            )
+            return {}
+        models = {}
+        for name, value in table.items():
+            entry = {"path": value} if isinstance(value, str) else value
+            good = isinstance(entry, dict) and isinstance(entry.get("path"), str) and set(entry) <= {"path", "step"}
+            if not good or not isinstance(entry.get("step", 0), int) or not NAME.fullmatch(name):
+                names = "a name of letters, digits, '.', '_', '+' and '-'"
+                forms = '"FOLDER" or { path = "FOLDER", step = 500 }'
+                self.wrong(("models", name), f"[models] {name}: expected {forms}, and {names}")
+            else:
+                models[name] = Model(name, os.path.expanduser(entry["path"]), entry.get("step"))
+        return models
+
+    def data(self, table: Any) -> dict[str, str]:
+        if not isinstance(table, dict):
+            self.wrong(("data",), '[data]: expected names of datasets, such as code = "data/code/validation"')
+            return {}
+        for name, value in table.items():
+            if not isinstance(value, str) or not NAME.fullmatch(name):
+                self.wrong(("data", name), f"[data] {name}: expected what --data takes, as text")
+        return {name: os.path.expanduser(value) for name, value in table.items() if isinstance(value, str)}
+
+    def jobs_of(self, name: str, options: dict, models: dict[str, Model], data: dict[str, str], out: Path) -> list[Job]:
+        """The jobs of one eval's table."""
+        swept = evals()[name]
+        chosen = self.chosen(name, "models", options, list(models))
+        sets = self.chosen(name, "data", options, list(data)) if swept.reads_data else [""]
+        if swept.reads_data and not sets:
+            self.wrong((name,), f"[{name}]: reads datasets; name some in [data]")
+        if not swept.reads_data and "data" in options:
+            self.wrong((name, "data"), f"[{name}] data: this eval reads none")
+        for key in options:
+            if key in SET_BY_SWEEP:
+                self.wrong((name, key), f"[{name}] {key}: the sweep sets it; steps stand in [models]")
+        own = {key: value for key, value in options.items() if key not in (*SET_BY_SWEEP, "models", "data")}
+        if reason := swept.refusal(own, next(iter(data.values()), "")):
+            self.wrong((name,), f"[{name}]: {reason}")
+        jobs = []
+        for model in chosen:
+            for dataset in sets:
+                label = "/".join([name, model, *([dataset] if dataset else [])])
+                words = swept.words(models[model].path, models[model].step, data.get(dataset, ""), out / label, own)
+                jobs.append(Job(label, name, models[model], dataset, out / label, words))
+        return jobs
+
+    def chosen(self, eval_name: str, key: str, options: dict, known: list[str]) -> list[str]:
+        """The models or datasets that an eval's table names; all of them if it names none."""
+        asked = options.get(key, known)
+        if not isinstance(asked, list) or any(not isinstance(name, str) for name in asked):
+            self.wrong((eval_name, key), f"[{eval_name}] {key}: expected a list of names")
+            return []
+        for name in asked:
+            if name not in known:
+                guess = nearest(name, known)
+                hint = f"nearest: {guess!r}" if guess else f"there are: {', '.join(known) or 'none'}"
+                self.wrong((eval_name, key), f"[{eval_name}] {key}: {name!r} is not in [{key}]; {hint}")
+        return [name for name in asked if name in known]
