@@ -248,7 +248,7 @@ def test_names_that_no_folder_can_have_are_refused(folder, tmp_path, monkeypatch
 
 
 def test_pipes_in_the_place_of_notes_are_not_waited_for(tmp_path):
-    for name in (".verified.json", "manifest.json", "about.json", "x.json"):
+    for name in ("manifest.json", "x.json"):
         os.mkfifo(tmp_path / name)
     assert read_record(tmp_path / "x.json") is None
     with pytest.raises(DataError, match="not a regular file"):
@@ -258,7 +258,7 @@ def test_pipes_in_the_place_of_notes_are_not_waited_for(tmp_path):
 
 
 def test_deep_json_is_damage(tmp_path):
-    for name in (".verified.json", "manifest.json", "x.json"):
+    for name in ("manifest.json", "x.json"):
         (tmp_path / name).write_text("[" * 200_000)
     assert read_record(tmp_path / "x.json") is None
     for read in (read_manifest, lambda folder: read_results(folder / "x.json")):

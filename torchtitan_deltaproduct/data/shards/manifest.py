@@ -146,8 +146,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     try:
         status = os.stat(folder / NAME)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(_missing(folder)) from None
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read as a folder of tokens: {error.strerror}.") from None
     return _read(folder, status.st_size, status.st_mtime_ns, status.st_ino)
 
 

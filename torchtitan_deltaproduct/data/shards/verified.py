@@ -13,6 +13,7 @@ file that was written to in place is noticed when it is opened, and compared the
 
 import fcntl
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Callable
