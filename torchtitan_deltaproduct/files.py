@@ -9,6 +9,8 @@ import errno
 import os
 import stat
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -36,6 +38,23 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
         UnicodeDecodeError: it is not UTF-8, unless `errors` says what to do then.
     """
     return read_bytes(path).decode("utf-8-sig", errors)
+
+
+@contextmanager
+def utf8_path(path: str | Path) -> Iterator[str]:
+    """The path of a file or folder that is there, for a library that writes paths in UTF-8, which this one may not be.
+
+    Such a one is reached by its number, while the block runs.
+    """
+    name = str(path)
+    if os.fsencode(name) == name.encode(errors="replace"):
+        yield name
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{handle}"
+    finally:
+        os.close(handle)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -26,10 +26,24 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """x: [B, T, C]; positions: [B, T] index of each token in its document, None: a row is a document."""
+    def forward(self, x: Tensor, positions: Tensor | None = None, halo: Tensor | None = None) -> Tensor:
+        """Convolves along the sequence.
+
+        Args:
+            x: [B, T, C].
+            positions: [B, T] index of each token in its document, None: a row is a document.
+            halo: [B, W-1, C], the inputs before x if x is only a part of the row; None: zeros.
+
+        Returns:
+            [B, T, C].
+        """
         if short_conv.obstacle(x, self.weight.shape[2]) is None:
-            return short_conv.short_conv(x, self.weight[:, 0], positions)[0]
+            return short_conv.short_conv(x, self.weight[:, 0], positions, halo=halo)[0]
+        if halo is not None:
+            # The halo's own outputs are dropped, whatever document it belongs to.
+            before = halo.shape[1]
+            positions = None if positions is None else F.pad(positions, (before, 0), value=before)
+            return self(torch.cat([halo, x], 1), positions)[:, before:]
         by_hand = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         if by_hand and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
             return F.silu(_CpuConv.apply(x, self.weight, positions), inplace=not torch.is_grad_enabled())

@@ -39,6 +39,7 @@ from ..optimizers import clip_gradients, local
 from .checkpointer import CheckpointManager
 from .describe import describe, resumed
 from .feed import Feed, to_device, to_host
+from .parallelize import sequence_ranks
 from .rendezvous import own_store
 from .spec import register
 from .spikes import LossSpikes
@@ -76,7 +77,7 @@ class Trainer(stock.Trainer):
         self.drawn = draw
         dims, guard = self.parallel_dims, job_config.guard
         self.run_folder = Path(job_config.job.dump_folder)
-        self.feed = Feed(self.dataloader, self.gradient_accumulation_steps, self.device)
+        self.feed = Feed(self.dataloader, self.gradient_accumulation_steps, self.device, sequence_ranks(dims))
         self.checkpointer.states[DATALOADER] = self.feed
         self.tokens_ahead: float | None = None
         self.samples_per_step = job_config.training.samples_per_step(dims.dp_replicate * dims.dp_shard)

@@ -175,3 +175,13 @@ def test_goodput_is_the_share_of_the_time_since_the_first_launch(toy, tmp_path, 
     last = [r for r in records(run) if "loss" in r][-1]
     speed = max(r["tokens_per_second"] for r in records(run) if r["step"] > 5 and "loss" in r)
     assert math.isclose(last["goodput"], last["tokens"] / speed / (last["time"] - launch["time"] + 10), rel_tol=0.05)
+
+
+def test_tensorboard_that_cannot_begin_stops_no_run(tmp_path, caplog):
+    (tmp_path / "tb").touch()
+    board = TensorBoard(tmp_path / "tb", 4)
+    assert "tb cannot be written (" in caplog.text and board.writer is None
+    (tmp_path / "tb").unlink()
+    board.log({"loss": 1.0}, 4 + TensorBoard.RETRY)
+    board.close()
+    assert list((tmp_path / "tb").iterdir())
