@@ -1,6 +1,7 @@
 """Disks, files and ranks that fail under a run: training goes on, or goes back, and what it learns does not change."""
 
 import errno
+import json
 import multiprocessing
 import os
 import shutil
@@ -22,6 +23,7 @@ from tests.toy import (
     log_of,
     records,
     train,
+    wait_for,
     weights,
 )
 from torchtitan_deltaproduct.checkpoint import scan
@@ -125,6 +127,16 @@ def test_one_rank_cannot_write(toy, unbroken, tmp_path, mode):
     assert saved == [*expected, (6, "interval"), (8, "last step")]
     assert not (run / "checkpoint/step-2").exists()
     assert_close(run, unbroken)
+
+
+def test_of_the_ranks_that_are_left_behind_one_says_so(toy, tmp_path):
+    run = tmp_path / "run"
+    options = ("--training.steps", "100000", "--training.global_batch_size", "6", "--validation.no-enable")
+    process = launch(toy, run, *options, ranks=3, wait=False)
+    wait_for(run, "step     20/100000", 240)
+    os.kill(json.loads((run / "heartbeat.json").read_text())["pid"], signal.SIGKILL)
+    assert process.wait(timeout=120) != 0
+    assert [stop["reason"] for stop in of_kind(run, "stop")] == ["lost_peer"], log_of(run)[-3000:]
 
 
 def failing_plan(rank: int, argv: list[str], seen: str) -> None:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchtitan_deltaproduct import history, status
@@ -75,6 +75,7 @@ def test_of_very_many_validations_some_are_read(tmp_path):
     assert f"best of {len(found)} read" in status.validation(records, every=100)
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"")), max_size=12), st.booleans())
 def test_blocks_make_up_the_file(tmp_path_factory, lines, ended):
     path = tmp_path_factory.mktemp("file") / "x.jsonl"

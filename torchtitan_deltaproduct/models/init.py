@@ -1,9 +1,10 @@
 """Initial weights that depend on (seed, parameter name) and on nothing else.
 
-Each parameter is drawn whole on the CPU in float32 by its own generator, then copied; a sharded parameter
-(DTensor) takes its slice of the same draw. So one rank and many, FSDP and tensor parallelism, CPU and GPU
-start from equal weights, and a parameter added to the model moves none of the others. Only `normal_` and
-`uniform_` are used, which give the same numbers in torch 2.11 and 2.13 (`trunc_normal_` does not):
+Each parameter is drawn whole on the CPU in float32 by its own generator, then copied, and not kept; a sharded one
+(DTensor) takes its slice of the same draw, which costs as much: the CPU's generator cannot be moved on without drawing.
+So one rank and many, FSDP and tensor parallelism, CPU and GPU start from equal weights, and a parameter added to the
+model moves none of the others. Only `normal_` and `uniform_` are used, which give the same numbers in torch 2.11 and
+2.13 (`trunc_normal_` does not). Where a checkpoint is loaded nothing is drawn (`left_undrawn`):
 
     init_parameters(model, model.args, seed=42)
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import SavePlanner, default_planner
 from torch.distributed.checkpoint.api import CheckpointException
@@ -338,6 +338,7 @@ def test_deletable_over_random_folders(tmp_path_factory, kinds, keep, every):
     }
 
 
+@settings(deadline=None)
 @given(FOLDERS, st.integers(0, 4), st.sampled_from([0, 6]))
 def test_retention_of_a_launch_is_that_of_a_scan(tmp_path_factory, kinds, keep, every):
     root = tmp_path_factory.mktemp("run")
