@@ -131,7 +131,8 @@ def test_one_rank_cannot_write(toy, unbroken, tmp_path, mode):
 
 def test_of_the_ranks_that_are_left_behind_one_says_so(toy, tmp_path):
     run = tmp_path / "run"
-    options = ("--training.steps", "100000", "--training.global_batch_size", "6", "--validation.no-enable")
+    options = ("--training.steps", "100000", "--lr_scheduler.total_steps", "100000", "--validation.no-enable",
+               "--training.global_batch_size", "6", "--checkpoint.interval", "1000")  # fmt: skip
     process = launch(toy, run, *options, ranks=3, wait=False)
     wait_for(run, "step     20/100000", 240)
     os.kill(json.loads((run / "heartbeat.json").read_text())["pid"], signal.SIGKILL)
