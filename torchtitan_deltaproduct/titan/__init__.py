@@ -1,6 +1,7 @@
 """The seam to torchtitan 0.2.2: the only package that imports it (besides its config dataclasses).
 
-    device.py         which device to run on, and torchtitan's five bindings of it
+    device.py         which device to run on
+    patches.py        all that is changed inside torchtitan
     spec.py           the TrainSpec: one model, its arguments, and the builders below
     parallelize.py    activation checkpointing, torch.compile, FSDP2 / HSDP / DDP
     optimizer.py      the optimizer with decay and no-decay groups, and its schedule

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import _async_process_executor as process_executor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.stateful import Stateful
@@ -32,6 +31,7 @@ from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from ..checkpoint.staging import Stager
 from ..checkpoint.writer import About, MarkedWriter
 from ..errors import CheckpointError
+from ..torch_internals import forget_checkpoint_process
 from .stopping import deaf_children
 
 logger = logging.getLogger(__name__)
@@ -176,9 +176,8 @@ class CheckpointManager(stock.CheckpointManager):
         dist.all_reduce(lost, group=self.pg)
         if lost:
             logger.warning("the processes that write checkpoints are started again")
-            if process_executor._CHECKPOINT_PROCESS is not None:
-                process_executor._CHECKPOINT_PROCESS._save_process.terminate()
-            process_executor._CHECKPOINT_PROCESS, self.writer_lost = None, False
+            forget_checkpoint_process(terminate=True)
+            self.writer_lost = False
 
     def maybe_wait_for_staging(self) -> None:
         """Waits until the weights may change: an asynchronous save of either kind may still be copying them."""
@@ -374,7 +373,7 @@ class CheckpointManager(stock.CheckpointManager):
         if getattr(self, "enable", False) and hasattr(self, "deleter"):
             self.finish_running_save()
             # Told to end: left behind, the process that writes ends with a traceback when its pipe closes.
-            process_executor._CHECKPOINT_PROCESS = None
+            forget_checkpoint_process()
             self.deleter.shutdown()
         super().close()
 

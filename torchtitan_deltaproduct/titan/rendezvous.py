@@ -15,9 +15,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 
 import torch.distributed as dist
+
+from ..torch_internals import process_group_in
 
 POLL = 0.02
 """Seconds between looks at the store."""
@@ -45,12 +46,8 @@ def own_store(timeout: timedelta = timedelta(minutes=5)) -> Iterator[None]:
     else:
         named = dist.HashStore()
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    original = dist.init_process_group
-    dist.init_process_group = partial(original, store=named, rank=rank, world_size=ranks)
-    try:
+    with process_group_in(named, rank, ranks):
         yield
-    finally:
-        dist.init_process_group = original
 
 
 def agree(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:

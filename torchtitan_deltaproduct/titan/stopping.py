@@ -20,6 +20,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+from ..torch_internals import start_compile_workers
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -108,7 +110,5 @@ def deaf_children() -> Iterator[None]:
 
 def shield_compile_workers() -> None:
     """Starts Inductor's compile workers deaf to stop signals; call it before anything is compiled."""
-    from torch._inductor.async_compile import AsyncCompile
-
     with deaf_children():
-        AsyncCompile.warm_pool()
+        start_compile_workers()

@@ -12,7 +12,6 @@ and with the loss ranks exchange how many tokens that one has and whether to sto
 step, with a complete checkpoint.
 """
 
-import contextlib
 import gc
 import logging
 import math
@@ -27,7 +26,6 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule
 from torchtitan import train as stock
-from torchtitan.components.checkpoint import DATALOADER
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
 
@@ -38,6 +36,7 @@ from ..optimizers import clip_gradients, local
 from .checkpointer import CheckpointManager
 from .describe import describe, resumed
 from .feed import Feed, to_device, to_host
+from .patches import without_checkpoints_and_autocast
 from .rendezvous import own_store
 from .spec import register
 from .spikes import LossSpikes
@@ -45,11 +44,6 @@ from .stopping import Stopping
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-
-# The stock Trainer builds its checkpointer by this name, and its autocast context by that one: `parallelize` gives
-# mixed precision to fully_shard in every layout, and autocast would lower the float32 products of the operator.
-stock.CheckpointManager = CheckpointManager
-stock.dist_utils.maybe_enable_amp = lambda *args: contextlib.nullcontext()
 
 
 class Trainer(stock.Trainer):
@@ -63,11 +57,15 @@ class Trainer(stock.Trainer):
 
     def __init__(self, job_config: JobConfig, snapshot: dict | None = None, stopping: Stopping | None = None) -> None:
         register(job_config)
-        super().__init__(job_config)
+        with without_checkpoints_and_autocast(job_config):
+            super().__init__(job_config)
         dims, guard = self.parallel_dims, job_config.guard
         self.run_folder = Path(job_config.job.dump_folder)
         self.feed = Feed(self.dataloader, self.gradient_accumulation_steps, self.device)
-        self.checkpointer.states[DATALOADER] = self.feed
+        self.checkpointer = CheckpointManager(
+            self.feed, self.model_parts, self.optimizers, self.lr_schedulers, states={"train_state": self},
+            checkpoint_config=job_config.checkpoint, sd_adapter=None, base_folder=job_config.job.dump_folder,
+        )  # fmt: skip
         self.tokens_ahead: float | None = None
         self.samples_per_step = job_config.training.samples_per_step(dims.dp_replicate * dims.dp_shard)
         self.skipped_steps = self.skipped_in_a_row = 0

@@ -23,9 +23,8 @@ import threading
 import time
 from pathlib import Path
 
-import torch
-
 from .. import events
+from ..torch_internals import flight_records
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +100,12 @@ class Watchdog:
 
     def _act(self) -> None:
         silent = time.monotonic() - self.last
-        said = f"no sign of life for {silent:.0f} s after the {self.what} of step {self.step}"
+        message = f"no sign of life for {silent:.0f} s after the {self.what} of step {self.step}"
         path = self.run / "stacks" / f"rank-{self.rank}.txt"
         with contextlib.suppress(OSError):
-            write_stacks(path, f"rank {self.rank} on {socket.gethostname()}: {said}")
-        events.append(self.run, "stop", step=self.step, reason="hung", detail=said, saved=False, rank=self.rank)
-        print(f"[rank {self.rank}] {said}; stacks in {path}; exit code {EXIT_HUNG}", file=sys.stderr, flush=True)
+            write_stacks(path, f"rank {self.rank} on {socket.gethostname()}: {message}")
+        events.append(self.run, "stop", step=self.step, reason="hung", detail=message, saved=False, rank=self.rank)
+        print(f"[rank {self.rank}] {message}; stacks in {path}; exit code {EXIT_HUNG}", file=sys.stderr, flush=True)
         time.sleep(GRACE)
         os._exit(EXIT_HUNG)
 
@@ -142,16 +141,3 @@ def write_stacks(path: Path, title: str) -> None:
         faulthandler.dump_traceback(file, all_threads=True)
     for name, record in flight_records().items():
         path.with_suffix(f".{name}.json").write_bytes(record)
-
-
-def flight_records() -> dict[str, bytes]:
-    """What torch's flight recorders hold of this rank's collectives: recorder -> JSON, those of no use left out.
-
-    They record as many collectives as `comm.trace_buf_size` says.
-    """
-    found = {}
-    for name in ("nccl", "fr"):
-        # Private interfaces, called while the process goes down: their failure must not cost the stacks.
-        with contextlib.suppress(Exception):
-            found[name] = bytes(getattr(torch._C._distributed_c10d, f"_dump_{name}_trace_json")())
-    return {name: record for name, record in found.items() if b'"entries":[{' in record}
