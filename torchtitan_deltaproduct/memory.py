@@ -9,11 +9,14 @@ eager mode, 10 % more than a small model was seen to keep; `torch.compile` keeps
 allocator fragmentation and communication buffers are left out: plan for 20 % more.
 """
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 from .config.job import JobConfig
 from .models.args import DeltaProductArgs
 from .models.loss import peak_bytes
+from .ops.triton_backend import Geometry
 from .optimizers import OPTIMIZERS
 
 _FLOAT32 = 4
@@ -27,7 +30,7 @@ def shard_degree(config: JobConfig, world_size: int) -> int:
     """Ranks that share one copy of the weights."""
     parallelism = config.parallelism
     if parallelism.data_parallel_shard_degree > 0:
-        return parallelism.data_parallel_shard_degree
+        return parallelism.data_parallel_shard_degree * parallelism.context_parallel_degree
     return max(1, world_size // parallelism.data_parallel_replicate_degree)
 
 
@@ -41,7 +44,7 @@ def rank_memory(config: JobConfig, world_size: int, parts: Mapping[str, int]) ->
     """
     width = activation_width(config)
     own = -(-sum(parts.values()) // shard_degree(config, world_size))
-    tokens = config.training.local_batch_size * config.training.seq_len
+    tokens = config.training.local_batch_size * config.training.seq_len // config.parallelism.context_parallel_degree
     offloaded = config.training.enable_cpu_offload
     return {
         "weights": 0 if offloaded else _FLOAT32 * own,
@@ -54,14 +57,54 @@ def rank_memory(config: JobConfig, world_size: int, parts: Mapping[str, int]) ->
     }
 
 
+def exchange_bytes(config: JobConfig) -> dict[str, int]:
+    """What a rank sends to each other one that shares its sequences, in one layer; float32, the halo in activations.
+
+    Backends keep the maps of all ranks for the backward pass.
+    """
+    args, rows = config.model, config.training.local_batch_size
+    state = _FLOAT32 * rows * args.num_heads * args.head_dim
+    halo = rows * (args.conv_size - 1) * _widths(args)[0] * activation_width(config) if args.use_short_conv else 0
+    maps = state * (args.head_dim + args.head_v_dim)
+    return {"map, forward": maps, "gradient, backward": state * args.head_v_dim, "halo, each way": halo}
+
+
+def longest_sequence(config: JobConfig, world_size: int, parts: Mapping[str, int], room: float, step: int) -> int:
+    """Tokens of the longest sequence for which a rank needs at most `room` bytes: a multiple of `step`, or 0.
+
+    Beside `rank_memory`, the records that our kernels keep of the layers whose operator is not computed again.
+    """
+    args, ac = config.model, config.activation_checkpoint
+    geometry = Geometry(args.num_householder, args.head_dim, args.head_v_dim, args.use_forget_gate,
+                        config.data.reset_state_at_documents)  # fmt: skip
+    again = ac.mode == "full"
+    records = args.num_heads * geometry.width(True) / geometry.tokens * activation_width(config)
+    records *= 1 if again else args.num_hidden_layers
+
+    def needed(tokens: int) -> float:
+        longer = copy.copy(config)
+        longer.training = replace(config.training, seq_len=tokens)
+        own = config.training.local_batch_size * tokens / config.parallelism.context_parallel_degree
+        return sum(rank_memory(longer, world_size, parts).values()) + own * records
+
+    fits = [step << power for power in range(40) if needed(step << power) <= room]
+    if not fits:
+        return 0
+    low, high = fits[-1] // step, 2 * fits[-1] // step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needed(middle * step) <= room else (low, middle)
+    return low * step
+
+
 def _compiles_loss(config: JobConfig) -> bool:
     return config.compile.enable and "loss" in config.compile.components
 
 
 def accumulates(config: JobConfig, world_size: int) -> bool:
     """Whether a step has more than one micro-batch."""
-    training = config.training
-    return training.samples_per_step(world_size) > training.local_batch_size * world_size
+    ranks = config.data_ranks(world_size)
+    return config.training.samples_per_step(ranks) > config.training.local_batch_size * ranks
 
 
 def reshard_after_forward(config: JobConfig, shards: int, parameters: int, card: int = _CARD) -> tuple[bool, str]:

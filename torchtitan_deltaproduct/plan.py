@@ -32,7 +32,9 @@ from .memory import (
     accumulates,
     activation_width,
     checkpoint_bytes,
+    exchange_bytes,
     final_checkpoint_bytes,
+    longest_sequence,
     rank_memory,
     reshard_after_forward,
     shard_degree,
@@ -80,6 +82,8 @@ def sections(
     yield "Data", data_rows(config, world_size)
     kind = {2: "bfloat16", 4: "float32"}[activation_width(config)]
     yield f"Memory of a rank (estimate, {kind} activations)", memory_rows(config, world_size, device_memory)
+    if config.parallelism.context_parallel_degree > 1:
+        yield "Context parallelism", context_rows(config, world_size, device_memory)
     yield "Checkpoints on disk", checkpoint_rows(config)
     yield f"Learning rate  {sparkline(lr_curve(config), low=0.0)}", schedule_rows(config)
     yield "Values that are not defaults", provenance_rows(config)
@@ -106,15 +110,17 @@ def model_rows(config: JobConfig) -> Rows:
 
 def compute_rows(config: JobConfig, world_size: int, seconds: float | None) -> Rows:
     training = config.training
-    sequences = config.training.samples_per_step(world_size)
-    micro_batches = sequences // (training.local_batch_size * world_size)
+    readers = config.data_ranks(world_size)
+    sequences = training.samples_per_step(readers)
+    micro_batches = sequences // (training.local_batch_size * readers)
+    cut = f", cut among {world_size // readers} ranks each" if readers < world_size else ""
     tokens = sequences * training.seq_len
     flops = counts.training_flops_per_token(config.model)
     rows = [
         ("FLOPs per token", amount(flops, "FLOP"),
          f"forward {amount(counts.forward_flops_per_token(config.model), 'FLOP')}, backward twice that"),
         ("batch", f"{sequences:,} sequences",
-         f"{training.local_batch_size} local x {micro_batches} accumulated x {world_size} ranks"),
+         f"{training.local_batch_size} local x {micro_batches} accumulated x {readers} ranks{cut}"),
         ("tokens per step", f"{tokens:,}", f"{training.seq_len:,} a sequence"),
         ("tokens in total", f"{tokens * training.steps:,}",
          f"{training.steps:,} steps, {tokens * training.steps / counts.total_parameters(config.model):.1f} "
@@ -139,7 +145,7 @@ def data_rows(config: JobConfig, world_size: int) -> Rows:
         manifest, row = _set_row("training", path, config)
         rows.append(row)
         windows.append(manifest.tokens // config.training.seq_len if manifest else 0)
-    samples = config.training.samples_per_step(world_size) * config.training.steps
+    samples = config.training.samples_per_step(config.data_ranks(world_size)) * config.training.steps
     if all(windows):
         shares = config.data.weights or windows
         for path, own, share in zip(config.data.paths, windows, shares, strict=True):
@@ -215,6 +221,20 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
     ]
 
 
+def context_rows(config: JobConfig, world_size: int, device_memory: float) -> Rows:
+    """What the ranks that share a sequence send one another, what they keep, and how long a sequence can be."""
+    ranks, layers = config.parallelism.context_parallel_degree, config.model.num_hidden_layers
+    sent = exchange_bytes(config)
+    parts, room = counts.parameters_by_part(config.model), 0.99 * device_memory * 2**30 / SPARE
+    longest = longest_sequence(config, world_size, parts, room, 1024 * ranks)
+    return [
+        ("tokens a rank", f"{config.training.seq_len // ranks:,}", f"of {config.training.seq_len:,}, on {ranks} ranks"),
+        *((name, amount(size, "B"), "a layer to each rank, however long the sequence") for name, size in sent.items()),
+        ("maps kept", amount(ranks * layers * sent["map, forward"], "B"), "of all ranks and layers, until backward"),
+        ("longest sequence", f"{longest:,}" if longest else "none", f"tokens that fit {device_memory:g} GB (estimate)"),
+    ]
+
+
 def moments(config: JobConfig) -> str:
     number = OPTIMIZERS[config.optimizer.name].moments
     return {1: "one moment", 2: "two moments"}.get(number, f"{number} moments")
@@ -275,7 +295,8 @@ def provenance_rows(config: JobConfig) -> Rows:
 
 
 def _duration(config: JobConfig, world_size: int, options: argparse.Namespace) -> float | None:
-    tokens = config.training.samples_per_step(world_size) * config.training.seq_len * config.training.steps
+    training = config.training
+    tokens = training.samples_per_step(config.data_ranks(world_size)) * training.seq_len * training.steps
     if options.tokens_per_second:
         return tokens / options.tokens_per_second
     if not options.mfu:
@@ -291,7 +312,8 @@ def _duration(config: JobConfig, world_size: int, options: argparse.Namespace) -
 def _ranks_asked_for(config: JobConfig) -> int:
     """The smallest job the degrees of the TOML describe."""
     parallelism = config.parallelism
-    return parallelism.data_parallel_replicate_degree * max(1, parallelism.data_parallel_shard_degree)
+    degrees = parallelism.data_parallel_replicate_degree, max(1, parallelism.data_parallel_shard_degree)
+    return degrees[0] * degrees[1] * parallelism.context_parallel_degree
 
 
 def _table(rows: Rows) -> Table:

@@ -58,7 +58,10 @@ def start(toy, run, *options, **environment):
     ("--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "1"),
     (*COMPILE, "--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op",
      "--checkpoint.async_mode", "async_with_pinned_mem"),
-], ids=["fsdp-compile", "replicate", "fsdp-compile-ac-pinned"])  # fmt: skip
+    ("--parallelism.context_parallel_degree", "2"),
+    (*COMPILE, "--parallelism.context_parallel_degree", "2", "--activation_checkpoint.mode", "selective",
+     "--activation_checkpoint.selective_ac_option", "op"),
+], ids=["fsdp-compile", "replicate", "fsdp-compile-ac-pinned", "context", "context-compile-ac"])  # fmt: skip
 def test_two_ranks_learn_what_one_does(toy, one, tmp_path, options):
     run = tmp_path / "run"
     toys.launch(toy, run, *MODEL, *options, ranks=2)

@@ -1,4 +1,4 @@
-"""`benchmarks.training` runs, tells why a row is missing, and ends with its table; `benchmarks.scale` measures."""
+"""The benchmarks of training, of scale and of context parallelism run and print what they are to."""
 
 import json
 import math
@@ -73,6 +73,29 @@ def test_ratios_are_to_the_row_of_fla_of_the_same_shape(capsys):
 )
 def test_kinds_of_kernels(kernel, kind):
     assert kind_of(kernel) == kind
+
+
+@pytest.mark.slow
+def test_sequences_cut_among_two_ranks():
+    """Row `together` is the tokens of row `apart`, `long` twice as many; the loss is that of random words."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "benchmarks.context_parallel", "--device", "cpu", "--tokens", "512", "--steps", "2", "--eager"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=True)
+    lines = [line.replace("\u2502", " ").split() for line in done.stdout.splitlines()]
+    rows = {line[0]: line for line in lines if line and line[0] in ("apart", "together", "long")}
+    assert [rows[name][1:4] for name in ("apart", "together", "long")] == [
+        ["256", "128", "op"], ["256", "128", "op"], ["512", "256", "op"]
+    ]  # fmt: skip
+    assert all(math.isclose(float(row[-2]), math.log(320), rel_tol=0.05) for row in rows.values())
+    assert "overhead of context parallelism at 128 tokens a rank" in done.stdout
+
+
+def test_the_operator_as_a_shard():
+    command = [sys.executable, "-m", "benchmarks.context_parallel", "--operator", "--device", "cpu", "--steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=True)
+    lines = done.stdout.replace("\u2502", " ").splitlines()
+    rows = [line.split() for line in lines if "x 64" in line or "x 128" in line]
+    assert len(rows) == 8 and all(row[-1].endswith("x") and float(row[-1][:-1]) > 0.5 for row in rows)
 
 
 def test_scale_measures_a_set_of_its_own(tmp_path):

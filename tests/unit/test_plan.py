@@ -73,6 +73,26 @@ def test_memory_is_sharded(load):
     assert replicated["weights"] == -(-sum(parts.values()) // 4) * 4
 
 
+def test_sequences_on_several_ranks(load):
+    """Twice the tokens on twice the ranks is the same activations; weights are shared by all of them."""
+    parts = counts.parameters_by_part(load(PAPER).model)
+    one = rank_memory(load(PAPER), 8, parts)
+    cut = load(PAPER, "--parallelism.context_parallel_degree=2", "--training.seq_len=8192")
+    two = rank_memory(cut, 16, parts)
+    assert two["activations"] == one["activations"] and two["loss"] == one["loss"]
+    assert two["weights"] == -(-sum(parts.values()) // 16) * 4
+    fixed = load(PAPER, "--parallelism.context_parallel_degree=2", "--parallelism.data_parallel_shard_degree=4")
+    assert rank_memory(fixed, 8, parts)["weights"] == -(-sum(parts.values()) // 8) * 4
+    rows = {name: value for name, value, _ in plan.context_rows(cut, 16, 80)}
+    args = cut.model
+    state = 4 * cut.training.local_batch_size * args.num_heads * args.head_dim
+    assert rows["map, forward"] == plan.amount(state * (args.head_dim + args.head_v_dim), "B")
+    assert rows["gradient, backward"] == plan.amount(state * args.head_v_dim, "B")
+    longest = [int(plan.context_rows(cut, 16, memory)[-1][1].replace(",", "")) for memory in (80, 160)]
+    assert 1.8 * longest[0] < longest[1] < 2.5 * longest[0] and longest[0] % 2048 == 0
+    assert plan.context_rows(cut, 16, 1)[-1][1] == "none"
+
+
 def test_gradients_are_whole_while_micro_batches_are_added_up(load):
     parts = counts.parameters_by_part(load(PAPER).model)
     total = sum(parts.values())

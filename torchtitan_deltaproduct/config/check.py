@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..ops.triton_backend import ROWS
 from ..options import value_of
 from .job import GENERATED, GROUP_WORD, LANGUAGE, PREPARED, STREAMING, JobConfig
 from .problems import Problem, Source, quoted
@@ -130,7 +131,8 @@ def _warmup(c: JobConfig, e: Environment) -> str | None:
 
 
 def _global_batch(c: JobConfig, e: Environment) -> str | None:
-    whole, local, world = c.training.global_batch_size, c.training.local_batch_size, e.world_size
+    whole, local = c.training.global_batch_size, c.training.local_batch_size
+    world = None if e.world_size is None else c.data_ranks(e.world_size)
     if whole == -1:
         return None
     if whole % local:
@@ -145,11 +147,37 @@ def _global_batch(c: JobConfig, e: Environment) -> str | None:
 
 def _degrees(c: JobConfig, e: Environment) -> str | None:
     replicate, shard = c.parallelism.data_parallel_replicate_degree, c.parallelism.data_parallel_shard_degree
-    if e.world_size is None or replicate * shard == e.world_size or (shard == -1 and e.world_size % replicate == 0):
+    context = c.parallelism.context_parallel_degree
+    fixed = replicate * context
+    if e.world_size is None or fixed * shard == e.world_size or (shard == -1 and e.world_size % fixed == 0):
         return None
     if shard == -1:
-        return f"{e.world_size} ranks cannot be divided into {replicate} replicas"
-    return f"replicate x shard = {replicate * shard}, but the job has {e.world_size} ranks"
+        sharing = f", each of them {context} ranks to a sequence" if context > 1 else ""
+        return f"{e.world_size} ranks cannot be divided into {replicate} replicas{sharing}"
+    product = "replicate x shard x context" if context > 1 else "replicate x shard"
+    return f"{product} = {fixed * shard}, but the job has {e.world_size} ranks"
+
+
+def _cut(key: str) -> tuple[str, Judge]:
+    """Context parallelism: equal parts of whole chunks, each longer than what a convolution reads of the one before."""
+
+    def judge(c: JobConfig, e: Environment) -> str | None:
+        ranks, value = c.parallelism.context_parallel_degree, value_of(c, key)
+        # Rows of a chunk go to whole tokens; where n is no power of two, a part of the last chunk stays empty.
+        chunk = max(1, ROWS >> (c.model.num_householder - 1).bit_length())
+        least = -(-max(chunk, c.model.conv_size - 1) // chunk) * chunk
+        step = ranks * least
+        for length in value if isinstance(value, list) else [value]:
+            if ranks > 1 and length % step:
+                below = length // step * step
+                choices = f"{below:,} or {below + step:,}" if below else f"{step:,}"
+                return (
+                    f"{length:,} tokens cannot be cut for {ranks} ranks: a multiple of {ranks} x {least} tokens "
+                    f"(whole chunks) is needed; nearest: {choices}"
+                )
+        return None
+
+    return f"{key} parallelism.context_parallel_degree", judge
 
 
 def _repeated_paths(c: JobConfig, e: Environment) -> str | None:
@@ -209,7 +237,12 @@ RULES: list[tuple[str, Judge]] = [
      lambda c, e: c.lr_scheduler.total_steps is not None and c.lr_scheduler.total_steps < c.training.steps
      and f"the learning rate would leave its schedule after step {c.lr_scheduler.total_steps}; must cover the run"),
     ("training.global_batch_size training.local_batch_size", _global_batch),
-    ("parallelism.data_parallel_replicate_degree parallelism.data_parallel_shard_degree", _degrees),
+    ("parallelism.data_parallel_replicate_degree parallelism.data_parallel_shard_degree "
+     "parallelism.context_parallel_degree", _degrees),
+    *map(_cut, ("training.seq_len", "validation.seq_len", "validation.lengths")),
+    ("model.op_backend parallelism.context_parallel_degree",
+     lambda c, e: c.parallelism.context_parallel_degree > 1 and c.model.op_backend in ("fla", "recurrent")
+     and f'op_backend "{c.model.op_backend}" has no context parallelism: use "auto", "triton" or "chunk"'),
     _needs_cuda("training.enable_cpu_offload", True, "offloading to the CPU"),
     _needs_cuda("profiling.enable_profiling", True, "torchtitan's profiler"),
     _needs_cuda("profiling.enable_memory_snapshot", True, "a memory snapshot"),

@@ -75,6 +75,8 @@ HONOURED: dict[str, Option] = {key: option for keys, option in {
     "parallelism.data_parallel_shard_degree": record(
         OTHER_ROUNDING, at_least_or(-1, 1, "all remaining ranks"),
         aliases="dp_shard fsdp fsdp_degree data_parallel_degree"),
+    "parallelism.context_parallel_degree": record(
+        OTHER_ROUNDING, COUNT, aliases="cp cp_degree context_parallel_size sequence_parallel_degree"),
     "parallelism.fsdp_reshard_after_forward": record(OTHER_ROUNDING),
     "checkpoint.folder": record(SAVING, NOT_EMPTY, aliases="checkpoint_dir ckpt_dir save_dir"),
     "checkpoint.interval": record(
@@ -123,7 +125,7 @@ FSDP = "use parallelism.data_parallel_shard_degree (FSDP2)"
 DELETE = "delete the line"
 NO_TENSOR_PARALLEL = "tensor parallelism is not supported yet"
 NO_PIPELINE = "pipeline parallelism is not supported yet"
-NO_CONTEXT_PARALLEL = "context parallelism is not supported yet"
+NO_ATTENTION = "a recurrence cuts sequences in order, and has no attention"
 NO_EXPERTS = "the model has no experts"
 OWN_DATA = "torchtitan's data sets are not used"
 
@@ -147,8 +149,8 @@ REFUSED: dict[str, Option] = {
     "parallelism.pipeline_parallel_degree": refused(NO_PIPELINE, FSDP),
     "parallelism.pipeline_parallel_*": refused(NO_PIPELINE, DELETE),
     "parallelism.module_fqns_per_model_part": refused(NO_PIPELINE, DELETE),
-    "parallelism.context_parallel_degree": refused(NO_CONTEXT_PARALLEL, FSDP),
-    "parallelism.context_parallel_*": refused(NO_CONTEXT_PARALLEL, DELETE),
+    "parallelism.context_parallel_load_balancer": refused(NO_ATTENTION, DELETE),
+    "parallelism.context_parallel_rotate_method": refused(NO_ATTENTION, DELETE),
     "parallelism.expert_*": refused(NO_EXPERTS, DELETE),
     "checkpoint.enable_ft_dataloader_checkpoints": refused("torchft is not supported", DELETE),
     "checkpoint.initial_load_in_hf*": refused(

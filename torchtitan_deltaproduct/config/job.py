@@ -265,3 +265,7 @@ class JobConfig(titan.JobConfig):
     compile: Compile = field(default_factory=Compile)
     comm: Comm = field(default_factory=Comm)
     debug: Debug = field(default_factory=Debug)
+
+    def data_ranks(self, world_size: int) -> int:
+        """Ranks that read different sequences: those that share one under context parallelism count once."""
+        return max(1, world_size // self.parallelism.context_parallel_degree)

@@ -37,7 +37,7 @@ def snapshot(config: "JobConfig", extra: Mapping[str, Any] | None = None) -> dic
     world_size = int(extra.pop("world_size", os.environ.get("WORLD_SIZE", "1")))
     derived = {
         "world_size": world_size,
-        "global_batch_size": config.training.samples_per_step(world_size),
+        "global_batch_size": config.training.samples_per_step(config.data_ranks(world_size)),
         "mlp_size": config.model.mlp_size,
     }
     content = {"config": config.to_dict(), "derived": derived, "versions": versions(), "extra": extra}

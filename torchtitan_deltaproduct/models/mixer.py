@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import gated_delta_product, recurrent_step, short_conv
+from ..ops import SequenceRanks, gated_delta_product, recurrent_step, short_conv
+from ..ops.ranks import from_previous
 from .args import DeltaProductArgs
 from .conv import ShortConvolution
-from .norm import RMSNorm
 
 
 class MixerCache(NamedTuple):
@@ -61,11 +61,16 @@ class Decay(nn.Module):
 
 
 class DeltaProductMixer(nn.Module):
-    """Projections, short convolutions, the operator, per-head norm, output gate and output projection."""
+    """Projections, short convolutions, the operator, per-head norm, output gate and output projection.
+
+    Attributes:
+        ranks: who has the other parts of each row, under context parallelism; None: rows are whole.
+    """
 
     def __init__(self, args: DeltaProductArgs):
         super().__init__()
         self.args = args
+        self.ranks: SequenceRanks | None = None
         hidden, n, heads = args.hidden_size, args.num_householder, args.num_heads
         q_dim, v_dim = heads * args.head_dim, heads * args.head_v_dim
         self.q_proj = nn.Linear(hidden, q_dim, bias=False)
@@ -81,7 +86,7 @@ class DeltaProductMixer(nn.Module):
             self.decay = Decay(heads)
         if args.use_output_gate:
             self.g_proj = nn.Linear(hidden, v_dim, bias=False)
-        self.o_norm = RMSNorm(args.head_v_dim, args.norm_eps)
+        self.o_norm = nn.RMSNorm(args.head_v_dim, args.norm_eps)
         self.o_proj = nn.Linear(v_dim, hidden, bias=False)
 
     def forward(self, x: Tensor, decay: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
@@ -99,13 +104,15 @@ class DeltaProductMixer(nn.Module):
         unit_keys = args.use_short_conv and short_conv.obstacle(x, args.conv_size, args.head_dim) is None
         if unit_keys:
             # One kernel each: convolution, SiLU, and for q and k the norm per head.
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             (q, _), (k, ratio), (v, _) = short_conv.short_convs(
                 [
-                    (self.q_proj(x), self.q_conv1d.weight[:, 0], args.head_dim),
-                    (self.k_proj(x), self.k_conv1d.weight[:, 0], args.head_dim),
-                    (self.v_proj(x), self.v_conv1d.weight[:, 0], None),
+                    (q, self.q_conv1d.weight[:, 0], args.head_dim),
+                    (k, self.k_conv1d.weight[:, 0], args.head_dim),
+                    (v, self.v_conv1d.weight[:, 0], None),
                 ],
                 positions,
+                self._halos(q, k, v),
             )
             q, k, v, g, beta = self._operands(q, k, v, x, decay)
             beta = beta * ratio.view(beta.shape)
@@ -116,6 +123,7 @@ class DeltaProductMixer(nn.Module):
             positions=positions,
             use_qk_l2norm=not unit_keys,
             unit_keys=unit_keys,
+            ranks=self.ranks,
             backend=args.op_backend,
         )
         return self._output(o, x)
@@ -131,14 +139,22 @@ class DeltaProductMixer(nn.Module):
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.args.use_short_conv:
-            q, k, v = self.q_conv1d(q, positions), self.k_conv1d(k, positions), self.v_conv1d(v, positions)
+            before = self._halos(q, k, v) or (None,) * 3
+            q = self.q_conv1d(q, positions, before[0])
+            k = self.k_conv1d(k, positions, before[1])
+            v = self.v_conv1d(v, positions, before[2])
         else:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         return self._operands(q, k, v, x, decay)
 
-    def extend(
-        self, x: Tensor, cache: MixerCache, operator: Operator | None = None
-    ) -> tuple[Tensor, MixerCache]:
+    def _halos(self, *inputs: Tensor) -> list[Tensor] | None:
+        """What the convolutions of `inputs` [B, T, C] read of the previous rank, [B, W-1, C] each, in one message."""
+        if self.ranks is None:
+            return None
+        ends = torch.cat([x[:, 1 - self.args.conv_size :] for x in inputs], 2)
+        return list(from_previous(ends, self.ranks).split([x.shape[2] for x in inputs], 2))
+
+    def extend(self, x: Tensor, cache: MixerCache, operator: Operator | None = None) -> tuple[Tensor, MixerCache]:
         """Continues a sequence, x [B, T, hidden], and overwrites the state in place when T is 1.
 
         `operator` runs in the place of the model's own: for whoever looks at the states inside of it.

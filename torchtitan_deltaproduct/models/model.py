@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import SequenceRanks
 from .args import DeltaProductArgs
 from .block import Block
 from .init import init_parameters
 from .loss import linear_cross_entropy
-from .norm import RMSNorm
 
 
 class Head(nn.Linear):
@@ -55,11 +55,17 @@ class DeltaProductLM(nn.Module):
         self.loss_backend: str | None = None
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = nn.ModuleDict({str(i): Block(args) for i in range(args.num_hidden_layers)})
-        self.norm = RMSNorm(args.hidden_size, args.norm_eps)
+        self.norm = nn.RMSNorm(args.hidden_size, args.norm_eps)
         tied = args.tie_word_embeddings
         self.output = None if tied else Head(args.hidden_size, args.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, document_starts: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        document_starts: Tensor | None = None,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Next-token logits, or with `labels` the loss.
 
         Args:
@@ -67,11 +73,14 @@ class DeltaProductLM(nn.Module):
             document_starts: [B, T] bool, True at the first token of each document; every row starts one. The
                 recurrent and convolution states are reset there. None: each row is one document.
             labels: [B, T] int64, -100 where nothing is asked.
+            positions: [B, T] int32, in the place of document_starts: the index of each token in its document, which may
+                have begun on another rank (`spread_over`).
 
         Returns:
             [B, T, vocab] in the model's dtype; with `labels`, the summed cross-entropy, [] float32.
         """
-        positions = None if document_starts is None else document_positions(document_starts)
+        if document_starts is not None:
+            positions = document_positions(document_starts)
         x = self.tok_embeddings(tokens)
         for layer in self.layers.values():
             decay = layer.mixer.decay() if self.args.use_forget_gate else None
@@ -89,6 +98,11 @@ class DeltaProductLM(nn.Module):
         if self.output is None:
             return linear_cross_entropy(x, self.tok_embeddings.weight, labels, backend=self.loss_backend)
         return self.output(x, labels, self.loss_backend)
+
+    def spread_over(self, ranks: SequenceRanks) -> None:
+        """Context parallelism: from now on every rank of `ranks` is given its part of each row, in their order."""
+        for block in self.layers.values():
+            block.mixer.ranks = ranks
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Fills every parameter from `self.seed`, with the same values whether sharded or not.

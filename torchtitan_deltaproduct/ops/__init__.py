@@ -6,14 +6,20 @@
 `recurrent.py` is the definition, `segment.py` the chunkwise algebra, `interface.py` chooses the backend.
 """
 
-from torchtitan_deltaproduct.ops.custom_op import SAVE_FOR_SELECTIVE_AC
+from torchtitan_deltaproduct.ops import custom_op, ranks, shards
 from torchtitan_deltaproduct.ops.flops import flops_per_token
 from torchtitan_deltaproduct.ops.interface import BACKENDS, gated_delta_product
+from torchtitan_deltaproduct.ops.ranks import SequenceRanks
 from torchtitan_deltaproduct.ops.recurrent import recurrent_gated_delta_product, recurrent_step
+
+SAVE_FOR_SELECTIVE_AC = {custom_op.FORWARD, shards.MAP, shards.OUTPUT, ranks.GATHER}
+"""Ops whose outputs selective activation checkpointing should keep: o, what the backward needs, what ranks sent. With
+backend "triton" that is a record a chunk (`triton_backend.Geometry.width`), with "chunk" as many float32 as v has."""
 
 __all__ = [
     "BACKENDS",
     "SAVE_FOR_SELECTIVE_AC",
+    "SequenceRanks",
     "flops_per_token",
     "gated_delta_product",
     "recurrent_gated_delta_product",

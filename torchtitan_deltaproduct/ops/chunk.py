@@ -117,7 +117,7 @@ def _backward_segment(
     c = parts.prepare(tokens, rows)
     dreads = segment.to_chunks(do[:, tokens], parts.tokens, parts.dtype).mul_(parts.scale)
     dqueries, dkeys, dvalues, dgate, dbetas, dstate = segment.segment_backward(
-        c, dreads, errors[parts.chunks(tokens)], state, dstate, dg is not None
+        c, dreads, errors, state, dstate, dg is not None
     )
     if c.rstd is not None:
         k_rstd, q_rstd = c.rstd.split([dkeys.shape[1], parts.tokens], 1)
@@ -130,6 +130,13 @@ def _backward_segment(
     if dg is not None:
         segment.from_chunks(dgate, dg[:, tokens].unsqueeze(-1))
     return dstate
+
+
+def _from_entering(x: Tensor, entering: Tensor) -> Tensor:
+    """[N*B*H, R, V+K], of a pass from [0 | I] -> [N*B*H, R, V], as from the state that enters, [B, H, K, V]."""
+    dim, columns = entering.shape[2:]
+    entering = entering.flatten(0, 1).to(x.dtype).repeat(x.shape[0] // entering.shape[:2].numel(), 1, 1)
+    return torch.baddbmm(x[..., :columns], x[..., columns:], entering)
 
 
 def chunk_forward(
@@ -150,27 +157,29 @@ def chunk_forward(
 
     Args:
         q, k, v, g, beta, initial_state, scale, use_qk_l2norm: as in `gated_delta_product`; n = k's rows /
-        q's.
+            q's. An initial state of more columns than v, [B, H, K, D], runs as if v had zeros there: from [0 | I] it
+            ends as [Z | P], the affine map of the sequence.
         positions: [B, T] index of each token in its document, or None; the state is reset where it is 0, inside chunks
             by masks, except at the first token of a row.
         chunk_rows: R; by device if None.
         segment_rows: B * H * rows of a segment; by device if None.
 
     Returns:
-        o [B, T, H, V] in v's dtype, the final state [B, H, K, V], and for the backward `starts`, the states at the
-        starts of the segments [segments, B*H, K, V], and `errors`, the v - read of every row [chunks*B*H, R, V], both
-        in the compute dtype.
+        o [B, T, H, V] in v's dtype (D columns: in the compute dtype), the final state [B, H, K, V], and for the
+        backward `starts`, the states at the starts of the segments [segments, B*H, K, V], and `errors`, the v - read of
+        every row [chunks*B*H, R, V], both in the compute dtype.
     """
     batch, length, heads, dim = q.shape
-    o = v.new_empty(batch, length, heads, v.shape[3])
-    state = q.new_zeros(batch * heads, dim, v.shape[3], dtype=compute_dtype(q, k, v))
+    columns = v.shape[3] if initial_state is None else initial_state.shape[3]
+    state = q.new_zeros(batch * heads, dim, columns, dtype=compute_dtype(q, k, v))
     if initial_state is not None:
         state.copy_(initial_state.flatten(0, 1))
+    o = v.new_empty(batch, length, heads, columns, dtype=v.dtype if columns == v.shape[3] else state.dtype)
     starts = []
     with full_precision(q.device.type):
         parts = _Segments(q, k, v, g, beta, positions, scale, use_qk_l2norm, chunk_rows, segment_rows)
         chunks = -(-length // parts.tokens)
-        errors = state.new_empty(chunks * batch * heads, parts.tokens * parts.n, v.shape[3])
+        errors = state.new_empty(chunks * batch * heads, parts.tokens * parts.n, columns)
         for _, tokens, rows in parts.slices():
             starts.append(state)
             state = _forward_segment(parts, tokens, rows, state, o, errors)
@@ -191,6 +200,7 @@ def chunk_backward(
     *,
     scale: float,
     use_qk_l2norm: bool,
+    entering: Tensor | None = None,
     chunk_rows: int | None = None,
     segment_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
@@ -200,13 +210,17 @@ def chunk_backward(
         do: [B, T, H, V].
         dstate: [B, H, K, V] or None.
         starts, errors: as `chunk_forward` returned them, for the same `chunk_rows` and `segment_rows`.
+        entering: [B, H, K, V] for a forward pass from [0 | I]: the state that it turned out to start from.
     """
     dq, dk, dv, dg, dbeta = (None if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta))
-    carry = torch.zeros_like(starts[0])
+    carry = starts.new_zeros(*starts.shape[1:3], v.shape[3])
     if dstate is not None:
         carry.copy_(dstate.flatten(0, 1))
     with full_precision(q.device.type):
         parts = _Segments(q, k, v, g, beta, positions, scale, use_qk_l2norm, chunk_rows, segment_rows)
         for i, tokens, rows in reversed(list(parts.slices())):
-            carry = _backward_segment(parts, tokens, rows, do, starts[i], errors, carry, (dq, dk, dv, dg, dbeta))
+            state, error = starts[i], errors[parts.chunks(tokens)]
+            if entering is not None:
+                state, error = _from_entering(state, entering), _from_entering(error, entering)
+            carry = _backward_segment(parts, tokens, rows, do, state, error, carry, (dq, dk, dv, dg, dbeta))
     return dq, dk, dv, dg, dbeta, carry.view(q.shape[0], q.shape[2], *carry.shape[1:])

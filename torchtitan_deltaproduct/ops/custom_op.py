@@ -193,7 +193,3 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 FORWARD = torch.ops.deltaproduct.gated_delta_product.default
 BACKWARD = torch.ops.deltaproduct.gated_delta_product_backward.default
-
-SAVE_FOR_SELECTIVE_AC = {FORWARD}
-"""Ops whose outputs selective activation checkpointing should keep: o and what the backward needs. With backend
-"triton" that is a record a chunk (`triton_backend.Geometry.width`), with "chunk" as many float32 as v has elements."""

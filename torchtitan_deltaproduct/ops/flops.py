@@ -9,12 +9,10 @@ from typing import Any
 
 from torch.utils.flop_counter import register_flop_formula
 
-from torchtitan_deltaproduct.ops import custom_op
+from torchtitan_deltaproduct.ops import custom_op, shards
 
 
-def flops_per_token(
-    num_householder: int, heads: int, head_dim: int, head_v_dim: int, *, backward: bool = False
-) -> int:
+def flops_per_token(num_householder: int, heads: int, head_dim: int, head_v_dim: int, *, backward: bool = False) -> int:
     """FLOPs a token, a multiply-add counted as two.
 
     A micro-step reads `k^T S` (2KV) and adds `k (beta error)^T` (2KV); a token reads `S^T q` (2KV). Decay,
@@ -31,12 +29,12 @@ def flops_per_token(
     return 2 * forward if backward else forward
 
 
-@register_flop_formula(custom_op.FORWARD.overloadpacket)
+@register_flop_formula([custom_op.FORWARD.overloadpacket, shards.MAP.overloadpacket])
 def _forward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
     batch, length, heads, dim = q
     return batch * length * flops_per_token(k[1] // length, heads, dim, v[3])
 
 
-@register_flop_formula(custom_op.BACKWARD.overloadpacket)
+@register_flop_formula([custom_op.BACKWARD.overloadpacket, shards.BACKWARD.overloadpacket])
 def _backward_flops(_do: Any, _dstate: Any, q: tuple, k: tuple, v: tuple, *_: Any, **__: Any) -> int:
     return 2 * _forward_flops(q, k, v)

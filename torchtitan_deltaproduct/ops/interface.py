@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from torchtitan_deltaproduct.errors import ConfigError
-from torchtitan_deltaproduct.ops import custom_op, documents, fla_backend, triton_backend
+from torchtitan_deltaproduct.ops import custom_op, documents, fla_backend, shards, triton_backend
 from torchtitan_deltaproduct.ops.normalize import contractive_beta, normalise
+from torchtitan_deltaproduct.ops.ranks import SequenceRanks
 from torchtitan_deltaproduct.ops.recurrent import recurrent_gated_delta_product
 
 BACKENDS = ("auto", "recurrent", "chunk", "fla", "triton")
@@ -36,6 +37,7 @@ def gated_delta_product(
     positions: Tensor | None = None,
     use_qk_l2norm: bool = False,
     unit_keys: bool = False,
+    ranks: SequenceRanks | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """The gated DeltaProduct recurrence (arXiv 2502.10297; layouts of flash-linear-attention).
@@ -65,6 +67,9 @@ def gated_delta_product(
         use_qk_l2norm: normalise q and k per head, x * rsqrt(sum x^2 + 1e-6), in float32.
         unit_keys: q and k have unit length already and beta fits the rounded keys, as `ops.short_conv` makes them:
             nothing is normalised or checked.
+        ranks: who has the other parts of each row, which is cut among them; all of them call this. Documents are then
+            given by positions that count from the document's start, on whichever rank it is, and the row has no states
+            of its own. None: rows are whole.
         backend: "auto", "recurrent" (slow oracle), "chunk" (PyTorch, any device), "triton" (our kernels, CUDA) or
             "fla" (CUDA, 16-bit).
 
@@ -77,10 +82,14 @@ def gated_delta_product(
     """
     _check_shapes(q, k, v, g, beta, num_householder, initial_state, cu_seqlens, positions)
     states = initial_state is not None or output_final_state
+    if ranks is not None and (states or cu_seqlens is not None):
+        raise ValueError("a row that is cut among ranks takes positions, and neither cu_seqlens nor states")
     dtypes = tuple(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
     packed_states = positions is not None and states
     backend = resolve_backend(
-        backend, q.device.type, dtypes, g is not None, q.shape[3], v.shape[3], num_householder, packed_states
+        *(backend, q.device.type, dtypes, g is not None, q.shape[3], v.shape[3], num_householder),
+        packed_states=packed_states,
+        over_ranks=ranks is not None,
     )
     scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     if unit_keys:
@@ -99,6 +108,9 @@ def gated_delta_product(
                 use_qk_l2norm=use_qk_l2norm,
             )  # fmt: skip
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:6])
+        if ranks is not None:
+            options = {"n": num_householder, "scale": scale, "use_qk_l2norm": use_qk_l2norm}
+            return shards.run(q, k, v, g, beta, positions, ranks, **options, save=save, backend=backend), None
         options = (num_householder, scale, output_final_state, use_qk_l2norm, save, backend)
         return custom_op.FORWARD(*arguments, *options)[:2]
 
@@ -122,6 +134,7 @@ def resolve_backend(
     head_v_dim: int,
     num_householder: int,
     packed_states: bool = False,
+    over_ranks: bool = False,
 ) -> str:
     """Turns the request into "recurrent", "chunk", "fla" or "triton", and logs each distinct (backend, reason) once.
 
@@ -134,6 +147,7 @@ def resolve_backend(
         head_v_dim: V.
         num_householder: n.
         packed_states: whether rows of several documents come with states.
+        over_ranks: whether rows are cut among ranks.
 
     Raises:
         ConfigError: an unknown backend, or one asked for by name that cannot run here.
@@ -144,6 +158,8 @@ def resolve_backend(
         "triton": lambda: triton_backend.obstacle(device_type, dtypes, head_dim, head_v_dim, num_householder),
         "fla": lambda: fla_backend.obstacle(device_type, dtypes, gated, max(head_dim, head_v_dim), packed_states),
     }
+    if over_ranks:
+        obstacles |= dict.fromkeys(("fla", "recurrent"), lambda: "it has no context parallelism")
     if backend in obstacles and (obstacle := obstacles[backend]()):
         raise ConfigError(
             f'op backend "{backend}" cannot run: {obstacle}\nuse op_backend = "auto", which chooses what can run here'
@@ -185,9 +201,7 @@ def _check_shapes(
     if n < 1:
         raise ValueError(f"num_householder is {n}, expected at least 1")
     if q.dim() != 4 or v.dim() != 4:
-        raise ValueError(
-            f"q and v must be [B, T, H, K] and [B, T*n, H, V], found {list(q.shape)} and {list(v.shape)}"
-        )
+        raise ValueError(f"q and v must be [B, T, H, K] and [B, T*n, H, V], found {list(q.shape)} and {list(v.shape)}")
     batch, length, heads, dim = q.shape
     if length < 1:
         raise ValueError(f"q has no tokens: {list(q.shape)}")

@@ -190,8 +190,8 @@ def segment_forward(c: Chunks, values: Tensor, state: Tensor, errors: Tensor) ->
     Args:
         c: the prepared chunks.
         values: [NC*BH, R, V].
-        state: [BH, K, V] before the segment.
-        errors: [NC*BH, R, V], contiguous; E is written to it.
+        state: [BH, K, V] before the segment; or more columns, for which values are zero (`ops.shards`).
+        errors: [NC*BH, R, V], contiguous, with as many columns as the state; E is written to it.
 
     Returns:
         What the queries read [NC*BH, C, V], without the scale, and the state after the segment.
@@ -200,7 +200,11 @@ def segment_forward(c: Chunks, values: Tensor, state: Tensor, errors: Tensor) ->
     inverse = _inverse(c.scores[:, :rows] * c.beta.mT)
     readers, leave = _scaled(c.readers, c.decays.enter), _scaled(c.keys * c.beta, c.decays.leave)
     enter = torch.bmm(inverse, readers[:, :rows])
-    torch.bmm(inverse, values, out=errors)
+    if errors.shape == values.shape:
+        torch.bmm(inverse, values, out=errors)
+    else:
+        errors[..., : values.shape[2]] = torch.bmm(inverse, values)
+        errors[..., values.shape[2] :] = 0
     states = state.new_empty(errors.shape[0] + heads, *state.shape[1:])
     states[:heads] = state
     each = states.split(heads)
@@ -317,9 +321,7 @@ def _within(c: Chunks, key_scores: Tensor, query_scores: Tensor) -> Tensor:
     return before.tril_().sum(1)
 
 
-def _gate_gradient(
-    c: Chunks, within: Tensor, read: Tensor, written: Tensor, states: Tensor, dstates: Tensor
-) -> Tensor:
+def _gate_gradient(c: Chunks, within: Tensor, read: Tensor, written: Tensor, states: Tensor, dstates: Tensor) -> Tensor:
     """Gradient of g [NC*BH, C, 1].
 
     What enters the chunk has decayed by g_s when a token from s on reads it; what a row before s writes has decayed by

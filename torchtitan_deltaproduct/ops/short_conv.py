@@ -42,7 +42,12 @@ def obstacle(x: Tensor, width: int, head_dim: int | None = None) -> str | None:
 
 
 def short_conv(
-    x: Tensor, weight: Tensor, positions: Tensor | None = None, *, head_dim: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    positions: Tensor | None = None,
+    *,
+    head_dim: int | None = None,
+    halo: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """silu(sum_i weight_i x_{t-W+1+i}), with `head_dim` divided by its length per head.
 
@@ -52,6 +57,7 @@ def short_conv(
         positions: [B, T] integer, index of each token in its document, or None: a row is a document. A tap that
             reaches beyond the document reads zero.
         head_dim: channels a head; C is a multiple of it. None: no norm.
+        halo: [B, W-1, C] in x's dtype, the inputs before x if x is only a part of the row; None: zeros.
 
     Returns:
         y [B, T, C] in x's dtype and, with `head_dim`, |y exact|^2 / |y rounded|^2 [B, T, C / head_dim] float32 (1
@@ -60,11 +66,13 @@ def short_conv(
     Raises:
         ConfigError: the kernels cannot run this.
     """
-    return short_convs([(x, weight, head_dim)], positions)[0]
+    return short_convs([(x, weight, head_dim)], positions, None if halo is None else [halo])[0]
 
 
 def short_convs(
-    parts: list[tuple[Tensor, Tensor, int | None]], positions: Tensor | None = None
+    parts: list[tuple[Tensor, Tensor, int | None]],
+    positions: Tensor | None = None,
+    halos: list[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """`short_conv` of several (x, weight, head_dim) over the same tokens, as one op: the host pays for it once."""
     for x, weight, head_dim in parts:
@@ -72,31 +80,33 @@ def short_convs(
         if reason is not None:
             raise ConfigError(f"the fused short convolution cannot run: {reason}")
     xs, weights, head_dims = zip(*parts, strict=True)
-    out = FORWARD(list(xs), list(weights), positions, [head_dim or 0 for head_dim in head_dims])
+    out = FORWARD(list(xs), list(weights), positions, [head_dim or 0 for head_dim in head_dims], halos or [])
     pairs = zip(out[::2], out[1::2], head_dims, strict=True)
     return [(y, None if head_dim is None else ratio.detach()) for y, ratio, head_dim in pairs]
 
 
 @torch.library.custom_op("deltaproduct::short_convs", mutates_args=())
 def _forward(
-    xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int]
+    xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int], halos: list[Tensor]
 ) -> list[Tensor]:
     """y and ratio of each, one after the other; head_dim 0 stands for none, its ratio has no elements."""
     from torchtitan_deltaproduct.ops.triton import short_conv as kernels
 
     positions, results = None if positions is None else positions.contiguous(), []
     with torch.cuda.device_of(xs[0]):
-        for x, weight, head_dim in zip(xs, weights, head_dims, strict=True):
+        for x, weight, head_dim, halo in zip(xs, weights, head_dims, halos or [None] * len(xs), strict=True):
             y, ratio = outputs(x, head_dim)
-            x, weight = _unit_stride(x), weight.contiguous()
-            grid, options = launch(x, weight, positions, head_dim, kernels.FORWARD)
-            kernels.short_conv_forward[grid](x, weight, positions, y, ratio, *sizes(x), **options)
+            x, weight, halo = _unit_stride(x), weight.contiguous(), None if halo is None else halo.contiguous()
+            grid, options = launch(x, weight, positions, head_dim, halo, kernels.FORWARD)
+            kernels.short_conv_forward[grid](x, weight, positions, halo, y, ratio, *sizes(x), **options)
             results += [y, ratio]
     return results
 
 
 @_forward.register_fake
-def _(xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int]) -> list[Tensor]:
+def _(
+    xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int], halos: list[Tensor]
+) -> list[Tensor]:
     return [out for x, head_dim in zip(xs, head_dims, strict=True) for out in outputs(x, head_dim)]
 
 
@@ -108,29 +118,44 @@ def outputs(x: Tensor, head_dim: int | None) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("deltaproduct::short_convs_backward", mutates_args=())
 def _backward(
-    dys: list[Tensor], xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int]
+    dys: list[Tensor],
+    xs: list[Tensor],
+    weights: list[Tensor],
+    positions: Tensor | None,
+    head_dims: list[int],
+    halos: list[Tensor],
 ) -> list[Tensor]:
-    """dx [B, T, C] in x's dtype and dweight [C, W] float32 of each, one after the other."""
+    """dx [B, T, C] in x's dtype and dweight [C, W] float32 of each, one after the other; then dhalo of each halo."""
     from torchtitan_deltaproduct.ops.triton import short_conv as kernels
 
     positions, results = None if positions is None else positions.contiguous(), []
+    dhalos = [torch.empty_like(halo, memory_format=torch.contiguous_format) for halo in halos]
+    each = [(halo.contiguous(), dhalo) for halo, dhalo in zip(halos, dhalos, strict=True)] or [(None, None)] * len(xs)
     with torch.cuda.device_of(xs[0]):
-        for dy, x, weight, head_dim in zip(dys, xs, weights, head_dims, strict=True):
+        for dy, x, weight, head_dim, (halo, dhalo) in zip(dys, xs, weights, head_dims, each, strict=True):
             x, weight = _unit_stride(x), weight.contiguous()
-            grid, options = launch(x, weight, positions, head_dim, kernels.backward_config(weight.shape[1]))
+            grid, options = launch(x, weight, positions, head_dim, halo, kernels.backward_config(weight.shape[1]))
             dx = x.new_empty(x.shape)
             shares = x.new_empty((grid[1] * grid[2], weight.shape[1], weight.shape[0]), dtype=torch.float32)
-            kernels.short_conv_backward[grid](x, weight, positions, dy.contiguous(), dx, shares, *sizes(x), **options)
+            kernels.short_conv_backward[grid](
+                x, weight, positions, halo, dy.contiguous(), dx, dhalo, shares, *sizes(x), **options
+            )
             results += [dx, shares.sum(0).t().contiguous()]
-    return results
+    return results + dhalos
 
 
 @_backward.register_fake
 def _(
-    dys: list[Tensor], xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int]
+    dys: list[Tensor],
+    xs: list[Tensor],
+    weights: list[Tensor],
+    positions: Tensor | None,
+    head_dims: list[int],
+    halos: list[Tensor],
 ) -> list[Tensor]:
     pairs = zip(xs, weights, strict=True)
-    return [g for x, w in pairs for g in (x.new_empty(x.shape), x.new_empty(w.shape, dtype=torch.float32))]
+    grads = [g for x, w in pairs for g in (x.new_empty(x.shape), x.new_empty(w.shape, dtype=torch.float32))]
+    return grads + [halo.new_empty(halo.shape) for halo in halos]
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -143,7 +168,12 @@ def sizes(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def launch(
-    x: Tensor, weight: Tensor, positions: Tensor | None, head_dim: int | None, config: dict[str, int]
+    x: Tensor,
+    weight: Tensor,
+    positions: Tensor | None,
+    head_dim: int | None,
+    halo: Tensor | None,
+    config: dict[str, int],
 ) -> tuple[tuple[int, int, int], dict[str, int | float | bool]]:
     """The grid and the constants of either kernel."""
     import triton
@@ -152,6 +182,7 @@ def launch(
 
     assert weight.shape[0] == x.shape[2] and x.shape[2] % (head_dim or 1) == 0, (x.shape, weight.shape, head_dim)
     assert positions is None or positions.shape == x.shape[:2], (x.shape, positions.shape)
+    assert halo is None or halo.shape == (x.shape[0], weight.shape[1] - 1, x.shape[2]), (x.shape, halo.shape)
     head = head_dim or PLAIN_HEAD
     block = triton.next_power_of_2(head)
     heads = CHANNELS // block
@@ -166,21 +197,24 @@ def launch(
         "PADDED_TAPS": triton.next_power_of_2(weight.shape[1]),
         "NORMALISE": bool(head_dim),
         "DOCUMENTS": positions is not None,
+        "HALO": halo is not None,
     }
     return grid, constants | config
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    xs, weights, positions, ctx.head_dims = inputs
-    ctx.save_for_backward(*xs, *weights, positions)
+    xs, weights, positions, ctx.head_dims, halos = inputs
+    ctx.parts = len(xs)
+    ctx.save_for_backward(*xs, *weights, *halos, positions)
 
 
-def _autograd(ctx, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor], None, None]:
-    *tensors, positions = ctx.saved_tensors
-    xs, weights = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+def _autograd(ctx, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor], None, None, list[Tensor]]:
+    n, (*tensors, positions) = ctx.parts, ctx.saved_tensors
+    xs, weights, halos = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
     dys = [torch.zeros_like(x) if dy is None else dy for dy, x in zip(grads[::2], xs, strict=True)]
-    out = BACKWARD(dys, xs, weights, positions, ctx.head_dims)
-    return out[::2], [dw.to(w.dtype) for dw, w in zip(out[1::2], weights, strict=True)], None, None
+    out = BACKWARD(dys, xs, weights, positions, ctx.head_dims, halos)
+    dweights = [dw.to(w.dtype) for dw, w in zip(out[1 : 2 * n : 2], weights, strict=True)]
+    return out[: 2 * n : 2], dweights, None, None, out[2 * n :]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -305,6 +305,7 @@ def backward(
     n: int,
     scale: float,
     initial: bool,
+    responses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of q, k, v, g, beta (float32) and, with `initial`, of the initial state.
 
@@ -312,6 +313,7 @@ def backward(
         do: [B, T, H, V].
         dstate: [B, H, K, V] or None, gradient of the final state.
         records, factors, maps: of `forward` with `save`.
+        responses: what do sends back to the state before each segment, if known (`triton_shards`).
     """
     (batch, length, heads, dim), dim_v = q.shape, do.shape[3]
     geometry = Geometry(n, _native(dim), _native(dim_v), g is not None, positions is not None)
@@ -331,13 +333,14 @@ def backward(
     dstate_out = factors.new_empty(programs, geometry.V, geometry.K) if initial else None
     arriving, grid = dstate_in, (geometry.V // c.columns * programs, cut)
     if cut > 1:
-        response = factors.new_empty(programs, cut, geometry.V, geometry.K)
-        backward_kernel[grid](
-            q, k, records, factors, do, dv, dstates, None, response, scale, length, chunks, segment, heads,
-            **shared, MODE=1, HAS_IN=False, HAS_OUT=True,
-        )  # fmt: skip
-        arriving = torch.empty_like(response)
-        _combine(geometry, maps, response, dstate_in, arriving, dstate_out, cut, reverse=True, precision=precision)
+        if responses is None:
+            responses = factors.new_empty(programs, cut, geometry.V, geometry.K)
+            backward_kernel[grid](
+                q, k, records, factors, do, dv, dstates, None, responses, scale, length, chunks, segment, heads,
+                **shared, MODE=1, HAS_IN=False, HAS_OUT=True,
+            )  # fmt: skip
+        arriving = torch.empty_like(responses)
+        _combine(geometry, maps, responses, dstate_in, arriving, dstate_out, cut, reverse=True, precision=precision)
     backward_kernel[grid](
         q, k, records, factors, do, dv, dstates, arriving, dstate_out if cut == 1 else None, scale, length, chunks,
         segment, heads, **shared, MODE=0, HAS_IN=arriving is not None, HAS_OUT=initial and cut == 1,

@@ -29,7 +29,8 @@ def describe(trainer) -> list[str]:
         lines.append(trainer.validator.describe())
     lines += [
         f"step: {samples} sequences of {training.seq_len:,} = {tokens:,} tokens ({training.local_batch_size} a rank x "
-        f"{trainer.gradient_accumulation_steps} accumulated x {ranks} rank{'s' if ranks > 1 else ''})",
+        f"{trainer.gradient_accumulation_steps} accumulated x {ranks} rank{'s' if ranks > 1 else ''})"
+        + (f", each sequence cut in {dims.cp} parts of {training.seq_len // dims.cp:,}" if dims.cp > 1 else ""),
         f"schedule: {training.steps:,} steps = {tokens * training.steps:,} tokens; lr {config.optimizer.lr:g}, "
         f"{schedule.warmup_steps} steps of warm-up, then {_decay(schedule)} to {schedule.min_lr_factor:.0%}",
         f"activation checkpointing: {_checkpointing(config.activation_checkpoint)}; "

@@ -17,6 +17,8 @@ import torch
 
 from ..data.loader import Batch, Loader
 from ..models.loss import IGNORE_INDEX
+from ..models.model import document_positions
+from ..ops import SequenceRanks
 
 
 class Feed:
@@ -26,10 +28,13 @@ class Feed:
         loader: of this rank.
         micro_batches: of a global batch.
         device: where batches are to be.
+        ranks: that share each sequence; the loader reads whole ones, of which this keeps its own part.
     """
 
-    def __init__(self, loader: Loader, micro_batches: int, device: torch.device) -> None:
-        self.loader, self.micro_batches, self.device = loader, micro_batches, device
+    def __init__(
+        self, loader: Loader, micro_batches: int, device: torch.device, ranks: SequenceRanks | None = None
+    ) -> None:
+        self.loader, self.micro_batches, self.device, self.ranks = loader, micro_batches, device, ranks
         self.taken = copy.copy(loader)
         """The loader as it was when the last batch was taken."""
         self.batches = None
@@ -53,7 +58,7 @@ class Feed:
     def _read(self) -> None:
         start = time.perf_counter()
         self.batches = self.batches or iter(self.loader)
-        batches = [next(self.batches) for _ in range(self.micro_batches)]
+        batches = [own_part(next(self.batches), self.ranks) for _ in range(self.micro_batches)]
         self.labels = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batches)
         self.seconds = time.perf_counter() - start
         self.ahead = [
@@ -86,6 +91,25 @@ class Feed:
     def close(self) -> None:
         """Lets go of what was read ahead and of the processes that read."""
         self.batches, self.ahead, self.error = None, [], None
+
+
+def own_part(batch: Batch, ranks: SequenceRanks | None) -> Batch:
+    """The tokens, labels and document positions of this rank's part of each row; the batch as it is without `ranks`.
+
+    Args:
+        batch: tensors [B, T]; `document_starts` become `positions`, counted over the whole row.
+        ranks: T is a multiple of their number.
+    """
+    if ranks is None:
+        return batch
+    inputs, labels = batch
+    length = labels.shape[1] // ranks.size
+    own = slice(ranks.rank * length, (ranks.rank + 1) * length)
+    inputs = dict(inputs)
+    starts = inputs.pop("document_starts", None)
+    if starts is not None:
+        inputs["positions"] = document_positions(starts)
+    return {name: tensor[:, own].contiguous() for name, tensor in inputs.items()}, labels[:, own].contiguous()
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -232,8 +232,8 @@ class MetricsProcessor(stock.MetricsProcessor):
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """Adds speed and memory to one step's `values` and writes the record; the console line when it is due."""
         seconds = max(time.perf_counter() - self.time_last_log, 1e-9)
-        # The loader counts this rank's tokens; every data-parallel rank has as many.
-        ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+        # The loader counts this rank's tokens; every rank has as many.
+        ranks = self.parallel_dims.world_size
         speed = self.ntokens_since_last_log * ranks / seconds
         values = values | {
             "tokens_per_second": round(speed, 1),

@@ -5,13 +5,15 @@ The order is torchtitan's: checkpoint each block, compile each block, then shard
 mixed-precision policy and one gradient reduction, a plain sum: the trainer divides the loss by the global number of
 tokens, and a mean over ranks (DDP's and FSDP's default) would divide a second time.
 
-Tensor, pipeline and context parallelism have their place between the steps of `parallelize`.
+Context parallelism changes no weight and no module: blocks are told who has the other parts of a sequence, and weights
+are sharded over those ranks, too. Tensor and pipeline parallelism have their place between the steps of `parallelize`.
 """
 
 import itertools
 import logging
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -22,7 +24,7 @@ from torchtitan.tools import utils
 
 from ..config.job import JobConfig
 from ..memory import reshard_after_forward
-from ..ops import SAVE_FOR_SELECTIVE_AC
+from ..ops import SAVE_FOR_SELECTIVE_AC, SequenceRanks
 from .stopping import shield_compile_workers
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,9 @@ OPS_TO_SAVE = {
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
     """Applies what `job_config` asks for to `model` (on the meta device) and returns it."""
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
+    if ranks := sequence_ranks(parallel_dims):
+        model.spread_over(ranks)
+        logger.info("context parallelism: %d ranks to a sequence", ranks.size)
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
             model,
@@ -61,6 +66,14 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         shard(model, mesh, job_config)
     logger.info("data parallelism: %s", reason)
     return model
+
+
+def sequence_ranks(parallel_dims: ParallelDims) -> SequenceRanks | None:
+    """The ranks that share this rank's sequences, in the order of their parts; None: each has its own."""
+    if not parallel_dims.cp_enabled:
+        return None
+    group = parallel_dims.get_mesh("cp").get_group()
+    return SequenceRanks(group.group_name, dist.get_rank(group), dist.get_world_size(group))
 
 
 def set_up_compiler(lengths_vary: bool = False) -> None:
@@ -87,7 +100,7 @@ def set_up_compiler(lengths_vary: bool = False) -> None:
 
 def data_parallel_mesh(parallel_dims: ParallelDims, job_config: JobConfig) -> tuple[DeviceMesh | None, str]:
     """The mesh to shard over, and the reason; no mesh for one process in full precision."""
-    replicate, fsdp = parallel_dims.dp_replicate, parallel_dims.dp_shard
+    replicate, fsdp = parallel_dims.dp_replicate, parallel_dims.dp_shard * parallel_dims.cp
     param_dtype = job_config.training.mixed_precision_param
     if fsdp > 1 and replicate > 1:
         return parallel_dims.get_mesh(["dp_replicate", "fsdp"]), f"HSDP, {replicate} replicas of {fsdp} shards"

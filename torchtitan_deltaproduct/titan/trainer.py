@@ -36,6 +36,7 @@ from ..optimizers import clip_gradients, local
 from .checkpointer import CheckpointManager
 from .describe import describe, resumed
 from .feed import Feed, to_device, to_host
+from .parallelize import sequence_ranks
 from .patches import without_checkpoints_and_autocast
 from .rendezvous import own_store
 from .spec import register
@@ -61,7 +62,7 @@ class Trainer(stock.Trainer):
             super().__init__(job_config)
         dims, guard = self.parallel_dims, job_config.guard
         self.run_folder = Path(job_config.job.dump_folder)
-        self.feed = Feed(self.dataloader, self.gradient_accumulation_steps, self.device)
+        self.feed = Feed(self.dataloader, self.gradient_accumulation_steps, self.device, sequence_ranks(dims))
         self.checkpointer = CheckpointManager(
             self.feed, self.model_parts, self.optimizers, self.lr_schedulers, states={"train_state": self},
             checkpoint_config=job_config.checkpoint, sd_adapter=None, base_folder=job_config.job.dump_folder,

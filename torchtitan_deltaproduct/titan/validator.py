@@ -21,7 +21,9 @@ from ..config.job import JobConfig
 from ..data.held_out import held_out_text
 from ..data.loader import Batch
 from ..models.loss import IGNORE_INDEX
+from .feed import own_part
 from .metrics import MetricsProcessor
+from .parallelize import sequence_ranks
 
 
 class Interrupted(Exception):
@@ -41,7 +43,7 @@ class HeldOutValidator(BaseValidator):
     ) -> None:
         self.job_config = job_config
         self.dp_world_size, self.dp_rank = dp_world_size, dp_rank
-        self.parallel_dims = parallel_dims
+        self.parallel_dims, self.ranks = parallel_dims, sequence_ranks(parallel_dims)
         self.metrics = metrics_processor
         self.last: dict[str, float] = {}
         self.after_batch: Callable[[], str | None] = lambda: None
@@ -88,17 +90,17 @@ class HeldOutValidator(BaseValidator):
         return None
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yields each batch on the device, and looks after it whether the run has to stop."""
-        for inputs, labels in loader:
+        """Yields each batch, this rank's part, on the device, and looks after it whether the run has to stop."""
+        for inputs, labels in (own_part(batch, self.ranks) for batch in loader):
             yield {name: tensor.to(utils.device_type) for name, tensor in inputs.items()}, labels.to(utils.device_type)
             if reason := self.after_batch():
                 raise Interrupted(reason)
 
     def sum_over_ranks(self, totals: torch.Tensor) -> list[float]:
-        """totals: [n] float64 of this rank -> n sums over the ranks that read other data."""
-        if self.parallel_dims.dp_enabled:
+        """totals: [n] float64 of this rank's tokens -> n sums over all ranks."""
+        if self.parallel_dims.dp_cp_enabled:
             totals = totals.to(utils.device_type)
-            dist.all_reduce(totals, group=self.parallel_dims.get_mesh("batch").get_group())
+            dist.all_reduce(totals, group=self.parallel_dims.get_mesh("loss").get_group())
         return totals.tolist()
 
 

@@ -14,15 +14,18 @@ from torch import nn
 from ..config.job import JobConfig
 from ..data.held_out import HeldOut, held_out_lengths
 from ..models.loss import IGNORE_INDEX
+from ..ops import SequenceRanks
+from ..ops.ranks import gather
 from .validator import HeldOutValidator
 
 
-def count_right(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def count_right(logits: torch.Tensor, labels: torch.Tensor, ranks: SequenceRanks | None = None) -> torch.Tensor:
     """What the accuracies of a batch are made of.
 
     Args:
         logits: [B, T, vocab].
         labels: [B, T] int64, -100 where nothing is asked.
+        ranks: that have the other parts of the rows. The first of them counts whole rows, the others nothing.
 
     Returns:
         [5] float64 on the CPU: scored positions; right ones; those up to which all of the row are right; rows with
@@ -30,6 +33,10 @@ def count_right(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     scored = labels != IGNORE_INDEX
     wrong = scored & (logits.argmax(-1) != labels)
+    if ranks is not None:
+        parts = gather(torch.stack([scored, wrong]).byte(), ranks.size, ranks.group)
+        scored, wrong = parts.bool().permute(1, 2, 0, 3).flatten(2)
+        scored, wrong = scored & (ranks.rank == 0), wrong & (ranks.rank == 0)
     unbroken = scored & (wrong.cumsum(1) == 0)
     rows = scored.any(1)
     counts = [scored.sum(), (scored & ~wrong).sum(), unbroken.sum(), rows.sum(), (rows & ~wrong.any(1)).sum()]
@@ -70,7 +77,7 @@ class WordValidator(HeldOutValidator):
         for batch, labels in self.batches(loader):
             logits = model(batch.pop("input"), **batch).float()
             totals[0] += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-            totals[1:] += count_right(logits, labels)
+            totals[1:] += count_right(logits, labels, self.ranks)
         loss, tokens, right, unbroken, rows, rows_right = self.sum_over_ranks(totals)
         values = {"loss": loss / tokens}
         if self.job_config.data.kind == "formal_language":

@@ -116,6 +116,7 @@ def test_a_wrong_value_causes_no_contradictions(problems):
     assert "\n" not in problems(DATA + "[training]\nsteps = 0\n[lr_scheduler]\nwarmup_steps = 500\n")
 
 
+CONTEXT = "[parallelism]\ncontext_parallel_degree = {}\n"
 ON_A_CPU = Environment(world_size=1, cuda=False)
 
 
@@ -142,12 +143,34 @@ def test_what_needs_cuda(problems, text, reason):
         ("[parallelism]\ndata_parallel_replicate_degree = 3\n", 8, "cannot be divided into 3 replicas"),
         ("[training]\nglobal_batch_size = 40\n", 2, "local_batch_size x 2 ranks = 16; nearest: 32 or 48"),
         ("[training]\nglobal_batch_size = 8\n", 2, "nearest: 16"),
+        (CONTEXT.format(4), 6, "6 ranks cannot be divided into 1 replicas, each of them 4 ranks to a sequence"),
+        (CONTEXT.format(2) + "data_parallel_shard_degree = 2\n", 8, "x context = 4, but the job has 8 ranks"),
+        (CONTEXT.format(2) + "[training]\nglobal_batch_size = 8\n", 4, "local_batch_size x 2 ranks = 16; nearest: 16"),
         ("[checkpoint]\ncreate_seed_checkpoint = true\n", 2, "is made by one process, not by 2 ranks"),
     ],
 )  # fmt: skip
 def test_what_depends_on_the_number_of_ranks(problems, text, ranks, reason):
     assert reason in problems(DATA + text, environment=Environment(world_size=ranks))
     assert problems(DATA + text) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--training.seq_len=2080", "--model.num_householder=2"], "2,080 tokens cannot be cut for 4 ranks: a multiple "
+         "of 4 x 32 tokens (whole chunks) is needed; nearest: 2,048 or 2,176"),
+        (["--training.seq_len=64"], "nearest: 128"),
+        (["--training.seq_len=160", "--model.num_householder=1"], "a multiple of 4 x 64 tokens"),
+        (["--training.seq_len=128", "--model.conv_size=40"], "a multiple of 4 x 64 tokens"),
+        (["--validation.seq_len=100"], "100 tokens cannot be cut for 4 ranks"),
+        (["--model.op_backend=recurrent"], 'op_backend "recurrent" has no context parallelism'),
+        (["--parallelism.context_parallel_load_balancer=headtail2"], "a recurrence cuts sequences in order"),
+    ],
+)  # fmt: skip
+def test_sequences_that_cannot_be_cut(problems, options, reason):
+    four = CONTEXT.format(4)
+    assert problems(DATA + four) == ""
+    assert reason in problems(DATA + four, *options)
 
 
 def test_initial_load_path(problems, tmp_path):

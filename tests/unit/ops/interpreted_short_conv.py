@@ -118,7 +118,8 @@ def test_ratio_restores_the_length_of_rounded_keys():
 @pytest.mark.parametrize("head_dim", [None, 32])
 def test_custom_op(head_dim):
     x, weight, positions, dy = make(2, 9, 64, 4, documents=True)
-    torch.library.opcheck(FORWARD, ([x], [weight], positions, [head_dim or 0]))
+    for halos in ([], [torch.randn(2, 3, 64, requires_grad=True)]):
+        torch.library.opcheck(FORWARD, ([x], [weight], positions, [head_dim or 0], halos))
 
     def loss(x, weight):
         y, ratio = short_conv(x * 2, weight, positions, head_dim=head_dim)
@@ -153,3 +154,26 @@ def test_several_at_once_are_each_alone():
         alone = torch.autograd.grad(y, (x, weight), dy)
         found = torch.autograd.grad(together[i][0], (x, weight), dy, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("width", "head_dim", "cut"), [(4, None, 21), (4, 32, 3), (2, 96, 16), (8, 64, 7)])
+def test_halo(width, head_dim, cut, documents):
+    """A sequence in two parts, the second given what the first ends with, is the sequence: gradients, too."""
+    x, weight, positions, dy = make(2, 37, 2 * (head_dim or 64), width, documents)
+    parts = x[:, :cut], x[:, cut:]
+    places = (None, None) if positions is None else (positions[:, :cut], positions[:, cut:])
+    halos = torch.zeros_like(x[:, : width - 1]), x[:, cut - width + 1 : cut]
+    each = [
+        short_conv(part, weight, place, head_dim=head_dim, halo=halo)
+        for part, place, halo in zip(parts, places, halos, strict=True)
+    ]
+    found = torch.cat([y for y, _ in each], 1)
+    want = short_conv(x, weight, positions, head_dim=head_dim)[0]
+    for a, b in zip(
+        (found, *torch.autograd.grad(found, (x, weight), dy)),
+        (want, *torch.autograd.grad(want, (x, weight), dy)),
+        strict=True,
+    ):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()

@@ -13,7 +13,7 @@ def test_interpreted():
     run_interpreted("tests/unit/ops/interpreted_short_conv.py")
 
 
-def compiled(capability: int, width: int, head_dim: int | None, documents: bool):
+def compiled(capability: int, width: int, head_dim: int | None, documents: bool, with_halo: bool = False):
     """Both kernels for bfloat16 x, a slice of a wider tensor, and float32 weights."""
     channels = 6 * (head_dim or 128)
     x = torch.empty(2, 501, 3 * channels, dtype=torch.bfloat16, device="meta")[..., channels : 2 * channels]
@@ -21,20 +21,23 @@ def compiled(capability: int, width: int, head_dim: int | None, documents: bool)
     positions = torch.empty(2, 501, dtype=torch.int32, device="meta") if documents else None
     y, ratio = short_conv.outputs(x, head_dim)
     sizes = short_conv.sizes(x)
-    _, options = short_conv.launch(x, weight, positions, head_dim, kernels.FORWARD)
-    forward = compile_launch(kernels.short_conv_forward, capability, x, weight, positions, y, ratio, *sizes, **options)
-    _, options = short_conv.launch(x, weight, positions, head_dim, kernels.backward_config(width))
+    halo = torch.empty(2, width - 1, channels, dtype=torch.bfloat16, device="meta") if with_halo else None
+    _, options = short_conv.launch(x, weight, positions, head_dim, halo, kernels.FORWARD)
+    forward = compile_launch(
+        kernels.short_conv_forward, capability, x, weight, positions, halo, y, ratio, *sizes, **options
+    )
+    _, options = short_conv.launch(x, weight, positions, head_dim, halo, kernels.backward_config(width))
     backward = compile_launch(
-        kernels.short_conv_backward, capability, x, weight, positions, y, y, ratio, *sizes, **options
+        kernels.short_conv_backward, capability, x, weight, positions, halo, y, y, halo, ratio, *sizes, **options
     )
     return forward, backward
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("width", "head_dim"), [(2, 128), (4, None), (4, 64), (4, 128), (8, 128)])
-@pytest.mark.parametrize("documents", [False, True])
-def test_compiled_without_spills(capability, width, head_dim, documents):
-    forward, backward = compiled(capability, width, head_dim, documents)
+@pytest.mark.parametrize(("documents", "halo"), [(False, False), (True, False), (True, True)])
+def test_compiled_without_spills(capability, width, head_dim, documents, halo):
+    forward, backward = compiled(capability, width, head_dim, documents, halo)
     assert forward.spills == backward.spills == 0
     if width == 4:
         # Three blocks of 128 threads share the 65,536 registers of a multiprocessor.

@@ -5,7 +5,9 @@ import torch
 
 from torchtitan_deltaproduct.data.loader import Geometry, Loader
 from torchtitan_deltaproduct.errors import DataError
-from torchtitan_deltaproduct.titan.feed import Feed
+from torchtitan_deltaproduct.models.model import document_positions
+from torchtitan_deltaproduct.ops import SequenceRanks
+from torchtitan_deltaproduct.titan.feed import Feed, own_part
 
 
 class Counting:
@@ -78,3 +80,28 @@ def test_an_error_waits_for_the_step_it_belongs_to():
     assert feed.state_dict() == before and feed.labels == 0
     with pytest.raises(DataError, match="shard 3"):
         feed.take()
+
+
+def test_parts_of_rows_make_the_rows():
+    """Contiguous, in the order of the ranks; positions count from where a document began, on whichever rank."""
+    tokens, labels = torch.arange(48).view(2, 2, 12).unbind()
+    starts = torch.zeros(2, 12, dtype=torch.bool)
+    starts[0, 5] = starts[1, 4] = True
+    batch = {"input": tokens, "document_starts": starts}, labels
+    parts = [own_part(batch, SequenceRanks("unused", rank, 3)) for rank in range(3)]
+    assert torch.equal(torch.cat([inputs["input"] for inputs, _ in parts], 1), tokens)
+    assert torch.equal(torch.cat([own for _, own in parts], 1), labels)
+    assert torch.equal(torch.cat([inputs["positions"] for inputs, _ in parts], 1), document_positions(starts))
+    assert parts[2][0]["positions"].tolist() == [[3, 4, 5, 6], [4, 5, 6, 7]] and "document_starts" in batch[0]
+    assert all(inputs.keys() == {"input", "positions"} for inputs, _ in parts)
+    assert own_part(batch, None) is batch
+
+
+def test_labels_are_those_of_the_own_part():
+    def feed(ranks=None):
+        return Feed(Loader(Counting(), Geometry(4, 2, 12, 1, 2)), 3, torch.device("cpu"), ranks)
+
+    own = [feed(SequenceRanks("unused", rank, 2)) for rank in range(2)]
+    for one in own:
+        assert samples(one.take()) == [2, 3, 6, 7, 10, 11]
+    assert [one.labels for one in own] == [8, 8]

@@ -82,8 +82,8 @@ def _load_taps(
 
 
 @triton.jit
-def _load_history(x, start, end, inside, stride, TAPS: tl.constexpr):
-    """The TAPS-1 inputs before each row's piece, the latest first; zero before the sequence begins.
+def _load_history(x, halo, start, end, inside, stride, channels, TAPS: tl.constexpr, HALO: tl.constexpr):
+    """The TAPS-1 inputs before each row's piece, the latest first; before the sequence the halo's (HALO), else zero.
 
     x [R, BLOCK] points to the first token of each piece; start and end [R] are its distances from the sequence's ends.
     """
@@ -91,6 +91,9 @@ def _load_history(x, start, end, inside, stride, TAPS: tl.constexpr):
     for back in tl.static_range(1, TAPS):
         there = (start >= back) & (end + back > 0)
         value = tl.load(x - back * stride, mask=there[:, None] & inside, other=0.0)
+        if HALO:
+            before = (start < back)[:, None] & inside
+            value += tl.load(halo + (start + (TAPS - 1 - back))[:, None] * channels, mask=before, other=0.0)
         history = history + (value.to(tl.float32),)
     return history
 
@@ -219,6 +222,7 @@ def short_conv_forward(
     x,
     weight,
     positions,
+    halo,
     y,
     ratio,
     length,
@@ -233,11 +237,14 @@ def short_conv_forward(
     PADDED_TAPS: tl.constexpr,
     NORMALISE: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    HALO: tl.constexpr,
     STREAMS: tl.constexpr,
     STEPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """y [B, T, C] and, with NORMALISE, ratio [B, T, C / HEAD] of x, whose rows are x_row elements apart.
+
+    With HALO the inputs before the sequence are halo's, [B, TAPS - 1, C].
 
     Grid: (blocks of HEADS heads, blocks of STREAMS * STEPS tokens, B).
     """
@@ -253,7 +260,9 @@ def short_conv_forward(
     if DOCUMENTS:
         positions += batch * length + first
     end = length - first - start
-    history = _load_history(x, first + start, end, inside, x_row, TAPS)
+    if HALO:
+        halo += batch * ((TAPS - 1) * channels) + channel
+    history = _load_history(x, halo, first + start, end, inside, x_row, channels, TAPS, HALO)
     for step in range(0, STEPS, GROUP):
         group = _load_group(x, end, inside, x_row, GROUP)
         begins = _document_begins(positions, first + step, length, TAPS, STREAMS, STEPS, GROUP, DOCUMENTS)
@@ -291,10 +300,13 @@ def _backward_group(
     end,
     inside,
     channels,
+    dhalo,
+    begins_row,
     EPS: tl.constexpr,
     TAPS: tl.constexpr,
     NORMALISE: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    HALO: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """The part of every gradient that comes from a group of outputs; writes dx, finished TAPS-1 tokens before.
@@ -304,6 +316,7 @@ def _backward_group(
         sums: gradients of the taps so far.
         dx: [R, BLOCK] pointers to the group's first token.
         begun: tokens of the piece before the group.
+        dhalo: [R, BLOCK] pointers to the halo's gradient; begins_row [R, BLOCK], whether the piece begins the sequence.
 
     Returns:
         history, partial and sums for the next group.
@@ -332,6 +345,8 @@ def _backward_group(
         there = (begun + ahead >= TAPS - 1) & (end + (TAPS - 1) > ahead)
         done = grown[TAPS - 1].to(dx.dtype.element_ty)
         tl.store(dx + (ahead - (TAPS - 1)) * channels, done, mask=there[:, None] & inside)
+        if HALO:
+            tl.store(dhalo + (begun + ahead) * channels, done, mask=begins_row & (begun + ahead < TAPS - 1))
     return history, partial, sums
 
 
@@ -340,8 +355,10 @@ def short_conv_backward(
     x,
     weight,
     positions,
+    halo,
     dy,
     dx,
+    dhalo,
     dweight,
     length,
     channels,
@@ -355,11 +372,14 @@ def short_conv_backward(
     PADDED_TAPS: tl.constexpr,
     NORMALISE: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    HALO: tl.constexpr,
     STREAMS: tl.constexpr,
     STEPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """dx [B, T, C] of x and dy [B, T, C]; dweight [programs along T and B, TAPS, C], to be summed by the caller.
+
+    With HALO also dhalo [B, TAPS - 1, C].
 
     Grid as in the forward. A piece goes on for TAPS-1 tokens after its end, whose outputs depend on its inputs.
     """
@@ -374,7 +394,12 @@ def short_conv_backward(
     if DOCUMENTS:
         positions += batch * length + first
     end = length - first - start
-    history = _load_history(x, first + start, end, inside, x_row, TAPS)
+    if HALO:
+        halo += batch * ((TAPS - 1) * channels) + channel
+    history = _load_history(x, halo, first + start, end, inside, x_row, channels, TAPS, HALO)
+    if HALO:
+        dhalo += batch * ((TAPS - 1) * channels) + channel
+    begins_row = (first + start == 0)[:, None] & inside
     zero = tl.zeros([STREAMS * HEADS, BLOCK], tl.float32)
     partial, sums = (), (zero,)
     for _ in tl.static_range(1, TAPS):
@@ -386,12 +411,12 @@ def short_conv_backward(
         if begins:
             history, partial, sums = _backward_group(
                 *(xs, dys, history, partial, sums, taps, positions, start, dx, step, end, inside, channels),
-                *(EPS, TAPS, NORMALISE, DOCUMENTS, GROUP),
+                *(dhalo, begins_row, EPS, TAPS, NORMALISE, DOCUMENTS, HALO, GROUP),
             )
         else:
             history, partial, sums = _backward_group(
                 *(xs, dys, history, partial, sums, taps, positions, start, dx, step, end, inside, channels),
-                *(EPS, TAPS, NORMALISE, False, GROUP),
+                *(dhalo, begins_row, EPS, TAPS, NORMALISE, False, HALO, GROUP),
             )
         x += GROUP * x_row
         dy += GROUP * channels
@@ -403,7 +428,7 @@ def short_conv_backward(
     dys = _load_group(dy, end, inside, channels, TAPS - 1)
     _backward_group(
         *(xs, dys, history, partial, sums, taps, positions, start, dx, STEPS, end, inside, channels),
-        *(EPS, TAPS, NORMALISE, DOCUMENTS, TAPS - 1),
+        *(dhalo, begins_row, EPS, TAPS, NORMALISE, DOCUMENTS, False, TAPS - 1),
     )
 
     column = tl.arange(0, BLOCK)[None, :]
