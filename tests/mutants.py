@@ -7,6 +7,8 @@ Not part of the test suite. Each mutant is made in a temporary copy of the track
 on it. A mutant that survives asks for a test; a line that is not found any more, for a new mutant. Goal: 95 % caught.
 """
 
+# ruff: noqa: E501 (a mutant a line, to be read across)
+
 import argparse
 import os
 import shutil
@@ -31,10 +33,13 @@ class Mutant(NamedTuple):
     tests: str
 
 
-OPS, MODELS, DATA, CHECKPOINT, TITAN = (f"tests/unit/{room}/" for room in ("ops", "models", "data", "checkpoint", "titan"))
+OPS, MODELS, DATA, CHECKPOINT, TITAN = (
+    f"tests/unit/{room}/" for room in ("ops", "models", "data", "checkpoint", "titan")
+)
 PARITY, STEP = OPS + "test_parity.py", OPS + "test_custom_op.py"
 FOLDERS, MODEL = CHECKPOINT + "test_folders.py", MODELS + "test_model.py"
 RESUME, NON_FINITE = "tests/dist/test_resume.py", "tests/dist/test_non_finite.py"
+# fmt: off
 MUTANTS = [
     Mutant(*fields)
     for fields in [
@@ -114,6 +119,7 @@ MUTANTS = [
         ("config/schedule.py", "first_decaying = self.total_steps + 1 - decay", "first_decaying = self.total_steps - decay", "tests/unit/config/test_schedule.py"),
     ]
 ]
+# fmt: on
 
 
 def unfit(mutant: Mutant) -> str:
@@ -129,7 +135,9 @@ def run(mutant: Mutant, copy: Path) -> bool:
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests.split()]
     try:
-        done = subprocess.run(command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, timeout=600)
+        done = subprocess.run(
+            command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, timeout=600
+        )
     except subprocess.TimeoutExpired:
         return True
     finally:
@@ -164,7 +172,10 @@ def main() -> None:
             survivors += [] if caught else [mutant]
             verdict = "caught" if caught else "SURVIVED"
             seconds = time.monotonic() - start
-            print(f"{number:2d}/{len(chosen)} {verdict:8s} {seconds:4.0f} s  {mutant.file}: {mutant.new[:80]!r}", flush=True)
+            print(
+                f"{number:2d}/{len(chosen)} {verdict:8s} {seconds:4.0f} s  {mutant.file}: {mutant.new[:80]!r}",
+                flush=True,
+            )
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught")
 
 

@@ -36,6 +36,11 @@ class NonFiniteError(UserError):
     """Training that cannot go on: too many steps in a row were skipped, or the weights themselves are not finite."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def exit_on_user_error(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits: with its return value, with 2 after printing a `UserError`, or with 130 after Ctrl-C.
 

@@ -4,12 +4,16 @@ write_atomically(run / "config.json", text)
 text = read_text(run / "events.jsonl")
 """
 
+import contextlib
 import ctypes
 import errno
+import json
 import os
 import stat
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
@@ -40,14 +44,24 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes through a temporary file, so that `path` is old, new or absent, never half; text as UTF-8."""
-    if isinstance(content, str):
-        content = content.encode(errors="backslashreplace")
+    with replacing(path) as file:
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` when the block ends without an error."""
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     with open(temporary, "wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON for people and programs to read, atomically."""
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def is_there(path: Path) -> bool:
@@ -84,5 +98,5 @@ def control_characters(text: str) -> str:
 
     What is written into a script or a log must not hold any: after a line break a value would be a command.
     """
-    found = "".join(c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp"))
-    return found.encode("unicode_escape").decode()
+    hidden = "".join(c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp"))
+    return hidden.encode("unicode_escape").decode()

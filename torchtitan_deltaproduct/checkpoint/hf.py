@@ -6,7 +6,7 @@
        /training.json                  ours: step, and the settings of the run that made it
        /README.md                      ours: the model card
 
-    found = open_hf(Path("DP2")); model.load_state_dict(found.weights())
+    folder = open_hf(Path("DP2")); model.load_state_dict(folder.weights())
     write_hf(Path("DP2"), model.state_dict(), args, training={})
 
 `open_hf` also takes folders of fla and the layout of the paper's released checkpoints. Nothing is unpickled: weights
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..data.text.tokenizer import COMPANIONS, named_eos_id
 from ..errors import CheckpointError, DataError, UserError
-from ..files import exchange, is_plain_name, read_text
+from ..files import exchange, is_plain_name, read_text, write_json
 from ..models import DeltaProductLM
 from ..models.args import DeltaProductArgs
 from ..models.counts import total_parameters
@@ -151,7 +151,7 @@ def write_hf(
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     config = to_hf_config(args, **tokens) | {"dtype": dtype}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / TRAINING, training)
     save_torch_state_dict(to_hf(state, args), folder, max_shard_size=max_shard_size)
     # The library makes its files for their owner alone; they are to be read by whoever can read the others.
     mode = stat.S_IMODE((folder / CONFIG).stat().st_mode)

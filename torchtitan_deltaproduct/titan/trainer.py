@@ -265,11 +265,11 @@ class Trainer(stock.Trainer):
 
     def look_for_spike(self, loss: float) -> None:
         """Reports a loss far above the recent ones, with the samples it came from."""
-        found = self.spikes.observe(loss)
-        if found:
+        spike = self.spikes.observe(loss)
+        if spike:
             first, last = self.samples
             logger.warning("step %d: %s; samples %d to %d, shown by: python -m torchtitan_deltaproduct.data.show_batch "
-                           "%s --step %d", self.step, found, first, last, self.run_folder, self.step)  # fmt: skip
+                           "%s --step %d", self.step, spike, first, last, self.run_folder, self.step)  # fmt: skip
             if dist.get_rank() == 0:
                 events.append(self.run_folder, "loss_spike", step=self.step, loss=loss, samples=[first, last])
 

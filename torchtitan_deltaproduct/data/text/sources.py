@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.errors import ConfigError, DataError, first_line
 
 from .files import READ_ERRORS, SUFFIXES, UTF8_BOM, kind_of, list_files, warn_of_json
 
@@ -154,10 +154,9 @@ def open_dataset(name: str, config: str, split: str, streaming: bool):
             return datasets.load_dataset(kind, data_files=[name], split=split, streaming=streaming)
         return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"The dataset {name!r} (configuration {config or 'default'!r}, split {split!r}) "
-            f"cannot be opened: {first_line}\n"
+            f"cannot be opened: {first_line(error)}\n"
             "Check the name; offline, a hub dataset must have been downloaded before."
         ) from None
 

@@ -12,9 +12,9 @@ import json
 from rich.console import Console
 
 from ..files import finite, write_atomically, write_csv
-from .plan import Job, Sweep, evals
+from .plan import Sweep, SweepJob, evals
 
-Row = tuple[Job, dict[str, float | None]]
+Row = tuple[SweepJob, dict[str, float | None]]
 """A job that is done, and its metrics by name (None where there is none)."""
 
 
