@@ -2,3 +2,5 @@
 
 The code is in `torchtitan_deltaproduct/evaluation/`; importing `eval` imports nothing.
 """
+
+import torchtitan_deltaproduct  # noqa: F401  (for `begin_command`)

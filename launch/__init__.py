@@ -5,3 +5,5 @@
     requeue   whether a job that ended goes back into the queue
     arrays    evaluations as an array
 """
+
+import torchtitan_deltaproduct  # noqa: F401  (for `begin_command`)

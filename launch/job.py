@@ -54,8 +54,9 @@ def render(job: TrainingJob, site: Site) -> str:
         ConfigError: a value that would not stay on its line.
     """
     refuse_control_characters({
-        "the TOML's name": job.config, "an override": job.overrides, "job.dump_folder": job.run,
-        "the launch's folder": job.folder, "the current folder": job.workdir, "the code's folder": job.code,
+        # Folders after those they lie in: the first that holds one is to blame.
+        "the TOML's name": job.config.name, "an override": job.overrides, "the current folder": job.workdir,
+        "job.dump_folder": job.run, "the launch's folder": job.folder, "the code's folder": job.code,
         "--job-name": job.name, "--time": job.time, "--dependency": job.dependency, **of_site(site),
     })  # fmt: skip
     meeting = [rendezvous(site)] if job.nodes > 1 else []

@@ -8,8 +8,12 @@ Each message has one to three lines: what was found, what was expected, how to f
 """
 
 import atexit
+import contextlib
+import errno
+import locale
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -41,8 +45,23 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def begin_command() -> None:
+    """What holds while a command imports torch, for seconds, before `exit_on_user_error` takes over.
+
+    Ctrl-C ends it as it ends other programs, without a traceback; and libraries, torch for one, open their own UTF-8
+    files as such, not in the encoding of the locale.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with contextlib.suppress(locale.Error):
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+
+
 def exit_on_user_error(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits: with its return value, with 2 after printing a `UserError`, or with 130 after Ctrl-C.
+
+    A file that cannot be read or written, and an output that nobody reads on, end it with 1 and without a traceback;
+    that of a rank of a launch stays, for the log.
 
     Only rank 0 of a torchrun job prints, so that the message appears once. The others wait: torchrun ends all ranks
     as soon as one of them is gone, and it must not be before rank 0 has spoken.
@@ -55,8 +74,12 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         # A container's user may have neither HOME nor an entry in passwd; libraries would make a folder named ~.
         os.environ["HOME"] = home = tempfile.mkdtemp(prefix="torchtitan_deltaproduct-")
         atexit.register(shutil.rmtree, home, ignore_errors=True)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        # By `begin_command`.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
+        sys.stdout.flush()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -66,4 +89,16 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
+    except OSError as error:
+        output = error.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT) and error.filename is None
+        file = error.filename is not None or isinstance(error, FileNotFoundError)
+        if "RANK" in os.environ or not (output or file):
+            raise
+        if output:
+            # What is still to be written would fail at the exit too, and say so.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno != errno.EPIPE:
+            where = "standard output" if output else error.filename
+            print(f"error: {where}: {error.strerror}" if where else f"error: {error}", file=sys.stderr, flush=True)
+        code = 1
     sys.exit(code or 0)

@@ -4,7 +4,6 @@ write_atomically(run / "config.json", text)
 text = read_text(run / "events.jsonl")
 """
 
-import contextlib
 import ctypes
 import errno
 import json
@@ -12,6 +11,7 @@ import os
 import stat
 import unicodedata
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,13 +42,30 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     return read_bytes(path).decode("utf-8-sig", errors)
 
 
+@contextmanager
+def utf8_path(path: str | Path) -> Iterator[str]:
+    """The path of a file or folder that is there, for a library that writes paths in UTF-8, which this one may not be.
+
+    Such a one is reached by its number, while the block runs.
+    """
+    name = str(path)
+    if os.fsencode(name) == name.encode(errors="replace"):
+        yield name
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{handle}"
+    finally:
+        os.close(handle)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes through a temporary file, so that `path` is old, new or absent, never half; text as UTF-8."""
     with replacing(path) as file:
         file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
-@contextlib.contextmanager
+@contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `path` when the block ends without an error."""
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")

@@ -206,7 +206,7 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
         "optimizer state": f"{config.optimizer.name}, {moments(config)}{offload}",
         "gathered weights": f"unsharded for use: {'embedding, head, two blocks' if reshard else 'all'} ({reason})",
         "activations": f"checkpointing {mode}; "
-        + ("as if eager: torch.compile, which is on, keeps less" if compiled else "eager; torch.compile keeps less"),
+        + ("compiled, on our kernels" if compiled else "eager; torch.compile keeps less"),
         "loss": "logits of a chunk of tokens, gradients of the head and its input",
     }
     rows = [(name, amount(size, "B"), remarks[name]) for name, size in memory.items() if size]

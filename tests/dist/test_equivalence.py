@@ -118,7 +118,7 @@ def test_gradients_are_reduced_with_the_last_micro_batch(toy, reference, tmp_pat
 
 
 def test_four_ranks_hsdp(toy, reference, tmp_path):
-    options = ("--checkpoint.no-enable", "--training.local_batch_size", "1",
-               "--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "2")  # fmt: skip
+    degrees = ("--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "2")
+    options = ("--checkpoint.no-enable", "--training.local_batch_size", "1", *degrees)
     run_distributed(train_all, 4, ([arguments(toy, tmp_path / "hsdp", options)],))
     assert_close(tmp_path / "hsdp", reference / "plain")

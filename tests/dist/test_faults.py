@@ -116,7 +116,8 @@ def test_one_rank_cannot_write(toy, unbroken, tmp_path, mode):
     run = tmp_path / "run"
     run_distributed(failing_writes, 2, (arguments(toy, run, ("--checkpoint.async_mode", mode)), (2,)))
     failed = of_kind(run, "save_failed")
-    assert [(event["step"], event["rank"]) for event in failed] == [(2, 1)] and "Input/output error" in failed[0]["error"]
+    assert [(event["step"], event["rank"]) for event in failed] == [(2, 1)]
+    assert "Input/output error" in failed[0]["error"]
     saved = [(event["step"], event["reason"]) for event in of_kind(run, "save")]
     # A synchronous save is tried again at the next step; of an asynchronous one the next that is due learns.
     expected = [(3, "retry"), (4, "interval")] if mode == "disabled" else [(4, "interval")]

@@ -1,4 +1,4 @@
-"""Signals at every moment of a run, to one rank or to torchrun: a complete checkpoint, and a restart that changes nothing.
+"""Signals at every moment of a run, to a rank or torchrun: a complete checkpoint, and a restart that changes nothing.
 
     bash launch/test.sh tests/dist/test_signals.py              a few, under a minute
     bash launch/test.sh -m slow tests/dist/test_signals.py      the whole matrix, SIGKILL included, about 20 minutes

@@ -89,6 +89,14 @@ def test_a_value_that_would_be_a_command_is_refused_by_name(field, name, bad):
         render(replace(JOB, **{field: type(value)(f"{value}{bad}")}), Site())
 
 
+def test_the_folder_that_holds_it_is_blamed():
+    """All that lies in such a folder holds it too."""
+    run = Path("/work/line\nbreak")
+    folder = run / "launch/001"
+    with pytest.raises(ConfigError, match="^job.dump_folder = "):
+        render(replace(JOB, run=run, folder=folder, code=folder / "code", config=folder / "x.toml"), Site())
+
+
 @pytest.mark.parametrize("bad", BREAKS)
 def test_overrides_and_the_site_too(bad):
     with pytest.raises(ConfigError, match="^an override = "):

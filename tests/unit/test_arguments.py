@@ -1,6 +1,8 @@
 """Words of a command line, and what a command finds around it: no home, a locale that cannot write a name."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -40,3 +42,52 @@ def test_without_home_and_passwd_entry(tmp_path):
 def test_what_the_locale_cannot_write_is_escaped():
     done = run(["def main(): print('日'); print(os.fsdecode(b'\\xe9'))"], PYTHONIOENCODING="latin-1", HOME="/")
     assert done.returncode == 0 and done.stdout == b"\\u65e5\n\\udce9\n"
+
+
+@pytest.mark.parametrize("charmap", ["", "GBK", "ISO-8859-1"])
+def test_libraries_open_their_files_as_utf8(tmp_path, charmap):
+    """torch's own sources, read by the encoding of the locale, ended `plan` and training under GBK."""
+    variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    if charmap:
+        make = ["localedef", "-i", "zh_CN" if charmap == "GBK" else "de_DE", "-f", charmap, str(tmp_path / "here")]
+        if not shutil.which("localedef") or subprocess.run(make, capture_output=True).returncode:
+            pytest.skip("no locale of that encoding can be made here")
+        variables = {"LOCPATH": str(tmp_path), "LC_ALL": "here"}
+    said = ["import locale, sys", "before = locale.getencoding()",
+            "from torchtitan_deltaproduct.errors import begin_command", "begin_command()",
+            "def main(): print(before, open('/dev/null').encoding, sys.getfilesystemencoding())"]  # fmt: skip
+    before, now, names = run(said, HOME="/", **variables).stdout.decode().split()
+    assert now == "UTF-8" and before == (charmap or "ANSI_X3.4-1968") and names != "utf-8"
+
+
+@pytest.mark.parametrize("module", ["torchtitan_deltaproduct.plan", "torchtitan_deltaproduct.checkpoint.to_hf",
+                                    "eval.generate", "eval.effective_rank"])  # fmt: skip
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path, module):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", module, "x", "y"], cwd=REPO, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        # A suite in the background of a shell ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode in (-signal.SIGINT, 130) and "Traceback" not in done.stderr, done.stderr
+
+
+def test_ctrl_c_later_is_said():
+    done = run(["import signal", "signal.signal(signal.SIGINT, signal.SIG_DFL)",
+                "def main(): os.kill(os.getpid(), signal.SIGINT)"], HOME="/")  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, b"interrupted\n")
+
+
+@pytest.mark.parametrize(("lines", "told"), [
+    (["def main(): open('/nowhere/x')"], b"error: /nowhere/x: No such file or directory\n"),
+    (["def main(): open('/')"], b"error: /: Is a directory\n"),
+    (["def main(): raise FileNotFoundError('no such task')"], b"error: no such task\n"),
+    (["def main():", "    os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", "    print('x' * 99999)"],
+     b"error: standard output: No space left on device\n"),
+    (["def main():", "    read, write = os.pipe()", "    os.close(read)", "    os.dup2(write, 1); print('x')"], b""),
+])  # fmt: skip
+def test_files_that_cannot_be_used_leave_no_traceback(lines, told):
+    done = run(lines, HOME="/")
+    assert (done.returncode, done.stderr) == (1, told)
+    if b"/nowhere" in told:
+        assert b"Traceback" in run(lines, HOME="/", RANK="0").stderr

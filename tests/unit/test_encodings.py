@@ -1,10 +1,18 @@
 """Text is UTF-8 wherever a file or a process is read or written: the locale of a machine changes no run."""
 
 import ast
+import os
+import sysconfig
+from pathlib import Path
 
 import pytest
 
-from tests.toy import REPO
+from tests.toy import REPO, train
+from torchtitan_deltaproduct.checkpoint import load_model
+from torchtitan_deltaproduct.checkpoint.from_hf import import_hf
+from torchtitan_deltaproduct.checkpoint.to_hf import export
+from torchtitan_deltaproduct.data import train_tokenizer
+from torchtitan_deltaproduct.files import utf8_path
 
 FOLDERS = ("torchtitan_deltaproduct", "launch", "eval")
 PROGRAM = [path for name in FOLDERS for path in sorted((REPO / name).rglob("*.py"))]
@@ -39,3 +47,19 @@ LINES = ["open('x')", "p.read_text()", "run(c, text=True)", "open('x', 'w')", "p
 @pytest.mark.parametrize("line", LINES)
 def test_the_test_sees_it(line):
     assert unspecified(ast.parse(line)) == [1]
+
+
+def test_a_folder_whose_name_is_not_utf8(toy, tmp_path):
+    """Libraries that write every path in UTF-8 (TensorBoard, safetensors, tokenizers) get there all the same."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    train(toy, folder / "run", "--training.steps", "2")
+    assert list((folder / "run/tb").iterdir())
+    assert export(folder / "run", folder / "hf").logit_difference == 0
+    import_hf(folder / "hf", folder / "imported")
+    assert load_model(folder / "imported").step == 0
+    corpus = str(Path(sysconfig.get_paths()["stdlib"], "json"))
+    assert not train_tokenizer.main([corpus, "--out", str(folder / "tokenizer"), "--vocab-size", "300"])
+    with utf8_path(folder) as name:
+        assert name.isascii() and Path(name, "hf/config.json").exists()
+    with utf8_path(tmp_path) as name:
+        assert name == str(tmp_path)

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import glob
 import json
+import logging
 import math
 import os
 import shutil
@@ -32,11 +33,14 @@ from torch import Tensor
 
 from ..data.text.tokenizer import COMPANIONS, named_eos_id
 from ..errors import CheckpointError, DataError, UserError
-from ..files import exchange, is_plain_name, read_text, write_json
+from ..files import exchange, is_plain_name, read_text, utf8_path, write_json
 from ..models import DeltaProductLM
 from ..models.args import DeltaProductArgs
 from ..models.counts import total_parameters
 from ..models.hf_names import from_hf, from_hf_config, to_hf, to_hf_config
+from .marker import checksum
+
+logger = logging.getLogger(__name__)
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 TRAINING = "training.json"
@@ -49,7 +53,8 @@ class HfModel:
     Attributes:
         args: the architecture.
         config: config.json.
-        training: training.json, `{"step": 500, "run": "outputs/run", "config": {...}}`; {} in folders of others.
+        training: training.json, `{"step": 500, "run": "outputs/run", "config": {...}, "sha256": {...}}`; {} in folders
+            of others.
     """
 
     folder: Path
@@ -88,7 +93,15 @@ class HfModel:
                 raise CheckpointError(f"{self.folder}: {name} is {tensor.dtype}; expected floating-point weights")
             if not tensor.isfinite().all():
                 raise CheckpointError(f"{self.folder}: {name} holds values that are not finite; export another step")
+        self._check_sums()
         return state
+
+    def _check_sums(self) -> None:
+        """Warns of weights or a config.json that are not those `write_hf` wrote: they may be edited, or damaged."""
+        for name, digest in self.training.get("sha256", {}).items():
+            path = own_file(self.folder, name)
+            if path.exists() and checksum(path)[1] != digest:
+                logger.warning("%s is not what was written (its checksum differs): edited, or damaged", path)
 
 
 def open_hf(folder: Path) -> HfModel:
@@ -112,6 +125,8 @@ def open_hf(folder: Path) -> HfModel:
     tables = training.get("config", {})
     if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
         raise CheckpointError(f"{folder / TRAINING}: config is not the tables of a run; copy it again")
+    if not isinstance(training.get("sha256", {}), dict):
+        raise CheckpointError(f"{folder / TRAINING}: sha256 is no table of files; copy it again")
     return HfModel(folder, args, config, training)
 
 
@@ -144,19 +159,20 @@ def write_hf(
         folder: to write into.
         state: under our names, in the dtype to be written.
         args: the architecture.
-        training: content of training.json.
+        training: content of training.json, to which the checksums of config.json and the weights are added.
         max_shard_size: of one file of weights, as `5GB`; larger models get several and an index.
         tokens: `max_position_embeddings`, `bos_token_id`, `eos_token_id`, `pad_token_id` of config.json.
     """
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     config = to_hf_config(args, **tokens) | {"dtype": dtype}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_json(folder / TRAINING, training)
     save_torch_state_dict(to_hf(state, args), folder, max_shard_size=max_shard_size)
     # The library makes its files for their owner alone; they are to be read by whoever can read the others.
     mode = stat.S_IMODE((folder / CONFIG).stat().st_mode)
     for path in folder.glob("*.safetensors*"):
         path.chmod(mode)
+    sums = {path.name: checksum(path)[1] for path in sorted([*folder.glob("*.safetensors"), folder / CONFIG])}
+    write_json(folder / TRAINING, training | {"sha256": sums})
 
 
 def make_unfinished(out: Path) -> Path:
@@ -165,7 +181,7 @@ def make_unfinished(out: Path) -> Path:
     Raises:
         CheckpointError: there cannot be a folder there.
     """
-    out, host = out.resolve(), socket.gethostname()
+    out, host = Path(os.path.realpath(out)), socket.gethostname()
     unfinished = out.with_name(f".{out.name}.unfinished-{host}-{os.getpid()}")
     for left in out.parent.glob(f".{glob.escape(out.name)}.unfinished-{host}-*"):
         # Of a process of this machine that was killed, or of an earlier one with this one's number.
@@ -188,7 +204,7 @@ def put_in_place(unfinished: Path, out: Path) -> None:
     Raises:
         CheckpointError: it cannot be.
     """
-    out = out.resolve()
+    out = Path(os.path.realpath(out))
     try:
         if out.is_dir() and any(out.iterdir()):
             _exchange(unfinished, out)
@@ -250,7 +266,7 @@ def own_file(folder: Path, name: str) -> Path:
     if not is_plain_name(name):
         raise CheckpointError(f"{folder} names {name!r}, which is no file of it; copy it again")
     if path.is_symlink():
-        target, home = path.resolve(), folder.resolve()
+        target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
         # snapshots/REVISION/model.safetensors -> ../../blobs/SHA
         in_cache = home.parent.name == "snapshots" and target.parent == home.parents[1] / "blobs"
         if target.parent != home and not in_cache:
@@ -308,7 +324,7 @@ def _read_tensors(folder: Path, args: DeltaProductArgs) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in paths:
         try:
-            with safe_open(path, framework="pt") as file:
+            with utf8_path(path) as name, safe_open(name, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is cut short or damaged ({error}); copy it again") from None

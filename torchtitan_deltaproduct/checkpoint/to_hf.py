@@ -21,6 +21,7 @@ import torch
 from ..arguments import path, text
 from ..data.text.tokenizer import copy_tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError, DataError, exit_on_user_error
+from ..files import utf8_path
 from ..models.hf_names import to_hf as under_fla_names
 from .folders import is_hf_folder
 from .hf import make_unfinished, put_in_place, write_hf
@@ -181,9 +182,10 @@ def _open_with_fla(folder: Path, expected: dict[str, torch.Tensor]) -> str:
     except Exception as error:  # a broken installation raises nearly anything
         return f"not opened with fla's class, which cannot be imported here ({type(error).__name__}: {error})"
     transformers_logging.disable_progress_bar()
-    theirs, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True, local_files_only=True
-    )
+    with utf8_path(folder) as name:
+        theirs, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto", output_loading_info=True, local_files_only=True
+        )
     wrong = [f"{kind}: {', '.join(sorted(map(str, keys))[:4])}" for kind, keys in report.items() if keys]
     parameters = dict(theirs.named_parameters())
     wrong += [

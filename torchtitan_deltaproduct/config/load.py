@@ -29,6 +29,9 @@ from .schedule import Schedule
 from .schema import describe_key, describe_option, describe_table, schema, set_value, suggest_key, tables
 from .values import conform, nearest, parse_text
 
+MOST_NAMED = 4
+"""TOML files that a message lists."""
+
 
 def load_config(argv: list[str], environment: Environment | None = None) -> JobConfig:
     """Builds the job config of a command line.
@@ -267,11 +270,12 @@ def _read(file: str, problems: list[Problem]) -> str:
 
 
 def _files_found(wanted: str = "") -> str:
-    """`; nearest: ...` or `; there are: ...`, of the TOML files in train_configs/."""
+    """`; nearest: ...` or `; there are: ...`, of the TOML files in train_configs/, a few of many."""
     files = sorted(glob.glob("train_configs/**/*.toml", recursive=True))
     stems = {os.path.basename(file): file for file in files}
     if wanted and (guess := nearest(os.path.basename(wanted), stems)):
         return f"; nearest: {stems[guess]}"
     if files:
-        return "; there are: " + ", ".join(files)
+        more = f", and {len(files) - MOST_NAMED} more in train_configs/" if len(files) > MOST_NAMED else ""
+        return "; there are: " + ", ".join(files[:MOST_NAMED]) + more
     return f"; train_configs/ under {os.getcwd()} has no TOML files"

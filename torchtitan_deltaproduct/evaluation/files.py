@@ -22,7 +22,7 @@ import numpy as np
 
 from torchtitan_deltaproduct.arguments import shown
 from torchtitan_deltaproduct.errors import DataError
-from torchtitan_deltaproduct.files import replacing, write_atomically
+from torchtitan_deltaproduct.files import read_text, replacing, write_atomically
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -44,10 +44,10 @@ def read_results(path: Path, key: str = "results") -> list[dict[str, Any]]:
     if not path.exists():
         raise DataError(f"There is no {path}: expected a folder in which {path.stem} left its results")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))[key]
+        results = json.loads(read_text(path))[key]
         if not isinstance(results, list) or not results:
             raise ValueError("no results")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error!r})\nmake it again: run the eval once more") from None
     return results
 

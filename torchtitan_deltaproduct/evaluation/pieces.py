@@ -26,6 +26,7 @@ import torch
 from torchtitan_deltaproduct.arguments import shown
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import read_text
 from torchtitan_deltaproduct.models import DeltaProductLM
 
 from .files import digest, slug, write_json
@@ -120,10 +121,10 @@ class Pieces:
     def at(cls, folder: Path, suffix: str, version: int) -> "Pieces":
         """A folder of measurements, whatever it belongs to; DataError if it is not one."""
         try:
-            pieces = cls(folder, json.loads((folder / "about.json").read_text(encoding="utf-8")), suffix)
+            pieces = cls(folder, json.loads(read_text(folder / "about.json")), suffix)
             if pieces.about["version"] != version or not pieces.all or pieces.about["length"] < 1:
                 raise ValueError(f"version {pieces.about['version']}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{folder} does not hold measurements of this eval ({error!r})") from None
         return pieces
 

@@ -17,6 +17,7 @@ from typing import Any
 from torchtitan_deltaproduct.checkpoint.folders import is_hf_folder
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel, find_checkpoint
 from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.files import read_text
 
 
 def checkpoint_of(path: str | Path, step: int | None = None) -> str:
@@ -90,6 +91,6 @@ class Swept:
     def made_by(self, folder: Path) -> dict[str, Any]:
         """`made_by` of the results in a folder; {} if there are none."""
         try:
-            return json.loads((folder / f"{self.name}.json").read_text(encoding="utf-8"))["made_by"]
-        except (OSError, ValueError, KeyError, TypeError):
+            return json.loads(read_text(folder / f"{self.name}.json"))["made_by"]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return {}

@@ -31,6 +31,7 @@ from torchtitan_deltaproduct.data.text.files import list_files
 from torchtitan_deltaproduct.data.text.sources import check_no_split
 from torchtitan_deltaproduct.data.text.tokenizer import find_eos_id, tokenizer_sha256
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import read_text
 
 from .files import digest, slug, write_array, write_json
 from .sample import Seen, Wanted, is_dataset, prepare_sample
@@ -142,10 +143,10 @@ def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int
 def _read(folder: Path) -> Texts | None:
     """What an earlier run chose; None if it did not finish, or the file was damaged since."""
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        about = json.loads(read_text(folder / "about.json"))
         shape = np.load(folder / "tokens.npy", mmap_mode="r").shape
         return Texts(folder, about) if shape == (about["sequences"], about["length"] + 1) else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 

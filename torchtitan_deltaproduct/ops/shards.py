@@ -63,8 +63,7 @@ class _Shard(torch.autograd.Function):
         maps = gather(shard, size, group)
         entering = unless_new(ENTERING(maps, rank), positions)
         o, records = OUTPUT(q, k, v, g, beta, positions, entering, *made, *options, save)
-        if backend == "triton":
-            made[0] = records
+        made = (records, *made[1:]) if backend == "triton" else made
         # The backward of our kernels does not read v.
         v = None if backend == "triton" else v
         ctx.save_for_backward(q, k, v, g, beta, positions, entering, maps, *made)

@@ -72,8 +72,8 @@ class Geometry:
         return 5 if self.decay else 1
 
     def width(self, save: bool) -> int:
-        """Numbers in a chunk's record: T and P; and for the backward D and the state before."""
-        prepared = (ROWS + self.padded_tokens) * ROWS
+        """Numbers in a chunk's record: T, P, enter . q with decays; and for the backward D and the state before."""
+        prepared = (ROWS + self.padded_tokens) * ROWS + self.decay * self.padded_tokens * self.K
         return prepared + self.V * (ROWS + self.K) if save else prepared
 
     def constants(self) -> dict[str, int]:

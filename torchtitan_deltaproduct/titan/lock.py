@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..files import read_text
+from ..files import is_there, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class RunLock:
         self.run = Path(run)
         self.folder = self.run / FOLDER
         self.path: Path | None = None
-        self.is_new = not self.run.exists()
+        self.is_new = not is_there(self.run)
         self.released = threading.Event()
 
     def __enter__(self) -> "RunLock":

@@ -28,6 +28,7 @@ from torchtitan.tools import utils
 from ..config.job import JobConfig
 from ..errors import ConfigError
 from ..events import parse_line, read_jsonl, read_metrics
+from ..files import utf8_path
 from ..formats import clock
 
 logger = logging.getLogger(__name__)
@@ -147,24 +148,34 @@ class TensorBoard(stock.BaseLogger):
     """Steps between tries."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        self.folder, self.retry_at = folder, 0
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+        self.folder, self.retry_at, self.writer = folder, 0, None
+        self.purge_step = step + 1 if step else 0
+        self.kept_open = contextlib.ExitStack()
+        self.log({}, step)
 
     def log(self, metrics: dict, step: int) -> None:
         if self.writer is None and step < self.retry_at:
             return
         try:
-            self.writer = self.writer or SummaryWriter(str(self.folder))
+            self.writer = self.writer or self.open()
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
         except OSError as error:
             logger.warning("TensorBoard's files in %s cannot be written (%s)", self.folder, error)
             self.writer, self.retry_at = None, step + self.RETRY
 
+    def open(self) -> SummaryWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        writer = SummaryWriter(self.kept_open.enter_context(utf8_path(self.folder)), purge_step=self.purge_step)
+        # Only the first one hides what is there.
+        self.purge_step = None
+        return writer
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             if self.writer is not None:
                 self.writer.close()
+        self.kept_open.close()
 
 
 def wandb_logger(job_config: JobConfig, folder: Path) -> stock.BaseLogger:

@@ -16,7 +16,12 @@ from torchtitan_deltaproduct.checkpoint import hf, load_model, ls, to_hf, verify
 from torchtitan_deltaproduct.checkpoint.from_hf import import_hf
 from torchtitan_deltaproduct.checkpoint.hf import make_unfinished, put_in_place, write_hf
 from torchtitan_deltaproduct.checkpoint.load import architecture
-from torchtitan_deltaproduct.errors import CheckpointError
+from torchtitan_deltaproduct.data.shards.manifest import read_manifest
+from torchtitan_deltaproduct.data.text.plan import Settings, make_plan
+from torchtitan_deltaproduct.data.text.prepare import read_record
+from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
+from torchtitan_deltaproduct.evaluation.files import read_results
+from torchtitan_deltaproduct.titan.lock import RunLock
 
 
 @pytest.fixture
@@ -221,3 +226,61 @@ def test_check_shapes_builds_nothing_for_a_folder_that_is_too_small(monkeypatch)
     model.args.num_hidden_layers = 10**9
     with pytest.raises(CheckpointError, match="1,000,000,000 layers"):
         hf.check_shapes("here", found, model.args)
+
+
+NAMES = ["a" * 300, "loop", "file/x"]
+"""Too long for a file system, a link to itself, and below a file."""
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: name[:6])
+def test_names_that_no_folder_can_have_are_refused(folder, tmp_path, monkeypatch, name):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError):
+        read_manifest(name)
+    with pytest.raises((DataError, OSError), match=name[:9]):
+        make_plan(Settings(name, "tokenizer", [name]))
+    with pytest.raises(ConfigError, match="the run folder .* cannot be written"):
+        RunLock(name).__enter__()
+    with pytest.raises((CheckpointError, OSError), match=name[:9]):
+        put_in_place(make_unfinished(Path(name)), Path(name))
+
+
+def test_pipes_in_the_place_of_notes_are_not_waited_for(tmp_path):
+    for name in ("manifest.json", "x.json"):
+        os.mkfifo(tmp_path / name)
+    assert read_record(tmp_path / "x.json") is None
+    with pytest.raises(DataError, match="not a regular file"):
+        read_results(tmp_path / "x.json")
+    with pytest.raises(DataError, match="cannot be read as a folder of tokens"):
+        read_manifest(tmp_path)
+
+
+def test_deep_json_is_damage(tmp_path):
+    for name in ("manifest.json", "x.json"):
+        (tmp_path / name).write_text("[" * 200_000)
+    assert read_record(tmp_path / "x.json") is None
+    for read in (read_manifest, lambda folder: read_results(folder / "x.json")):
+        with pytest.raises(DataError, match="damaged|cannot be read"):
+            read(tmp_path)
+
+
+def test_a_flipped_bit_of_an_export_is_noticed(folder, caplog):
+    """A weight that is another, but finite, fits every shape: the folder may have been edited, so it is said."""
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for place in (len(whole) - 2, len(whole) - 4000):
+        weights.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        caplog.clear()
+        load_model(folder)
+        assert "model.safetensors is not what was written" in caplog.text
+    weights.write_bytes(whole)
+    caplog.clear()
+    load_model(folder)
+    assert not caplog.records
+    change(folder, norm_eps=2e-6)
+    assert load_model(folder).model.args.norm_eps == 2e-6 and "config.json is not what was written" in caplog.text
+    change(folder, "training.json", sha256=3)
+    with pytest.raises(CheckpointError, match="sha256 is no table"):
+        load_model(folder)

@@ -219,6 +219,11 @@ def test_missing_file(tmp_path, monkeypatch):
         load_config([])
     with pytest.raises(ConfigError, match="a folder, not a TOML file"):
         load_config(["--job.config_file", "train_configs"])
+    # Of many, a few are named.
+    for n in range(30):
+        (tmp_path / f"train_configs/{n:02d}.toml").touch()
+    with pytest.raises(ConfigError, match="there are: train_configs/00.toml, .*03.toml, and 27 more"):
+        load_config(["--job.config_file", "/elsewhere/of_mine.toml"])
 
 
 def test_not_utf8_and_byte_order_mark(tmp_path, load):

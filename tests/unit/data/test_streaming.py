@@ -3,6 +3,7 @@
 import json
 import random
 
+import pyarrow
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -199,8 +200,12 @@ def test_a_dataset_that_cannot_be_read_on_is_one_error(tokenizer, tmp_path, monk
         def state_dict(self):
             return {}
 
+        def with_format(self, name):
+            assert name == "arrow"
+            return self
+
         def __iter__(self):
-            yield from ({"text": "fine " * 50} for _ in range(300))
+            yield from (pyarrow.table({"text": ["fine " * 50]}) for _ in range(300))
             raise datasets.exceptions.DatasetGenerationError("an error while generating")
 
     monkeypatch.setattr(records, "open_dataset", lambda *_, **__: Broken())

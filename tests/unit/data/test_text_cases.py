@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, models
 
@@ -16,9 +19,12 @@ from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.data.show import document
+from torchtitan_deltaproduct.data.text import units as tokenize_units
 from torchtitan_deltaproduct.data.text.files import kind_of, list_files
+from torchtitan_deltaproduct.data.text.plan import make_plan
 from torchtitan_deltaproduct.data.text.prepare import Settings, main, prepare
-from torchtitan_deltaproduct.data.text.sources import plan_units, read_unit
+from torchtitan_deltaproduct.data.text.records import open_records
+from torchtitan_deltaproduct.data.text.sources import Unit, plan_dataset_units, plan_units, read_unit
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer
 from torchtitan_deltaproduct.data.text.train_tokenizer import main as train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
@@ -299,3 +305,115 @@ def test_flipped_bits_of_parquet_are_messages(tmp_path, tokenizer, byte, flipped
     (tmp_path / "x.parquet").write_bytes(content)
     with pytest.raises(DataError, match="Parquet"):
         made(tmp_path / "out", tokenizer, tmp_path / "x.parquet")
+
+
+TEXTS = ["a text", "another", "a third", "日本"]
+
+
+def not_utf8(kind):
+    """The texts and one that is none, in an Arrow array of a type of text."""
+    raw = pa.array([*(text.encode() for text in TEXTS), b"\xff"], pa.large_binary() if "large" in str(kind) else None)
+    return pa.Array.from_buffers(kind, len(raw), raw.buffers())
+
+
+@pytest.mark.parametrize("column", [
+    not_utf8(pa.string()), not_utf8(pa.large_string()), not_utf8(pa.string()).dictionary_encode(),
+    pa.array([*(text.encode() for text in TEXTS), b"\xff"]), pa.array([*TEXTS, None], pa.string_view()),
+], ids=lambda column: str(column.type)[:10])  # fmt: skip
+def test_every_type_of_text(tmp_path, column):
+    """Of Parquet, of a saved dataset, and of that as a stream: a text that is not UTF-8 is one bad record."""
+    datasets = pytest.importorskip("datasets")
+    table = pa.table({"text": column})
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    found = [list(read_unit(unit)) for unit in plan_units([tmp_path / "a.parquet"], "text", 1 << 20)]
+    if not pa.types.is_dictionary(column.type) and column.type != pa.string_view():
+        datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+        found += [list(read_unit(unit)) for unit in plan_dataset_units(str(tmp_path / "saved"), "", "train", "text")]
+        found.append(list(open_records(str(tmp_path / "saved"), "", "train", "text")))
+    for *documents, bad in found:
+        assert [document.text for document in documents] == TEXTS
+        assert bad.position == "row 5" and ("invalid UTF-8" in bad.reason or "NoneType" in bad.reason)
+
+
+@pytest.mark.parametrize(("columns", "told"), [
+    ({"text": pa.array([2**62], pa.timestamp("us"))}, r"Column 'text' of .* holds timestamp\[us\], expected text"),
+    ({"text": pa.array([["a"]])}, "holds list<"), ({"text": pa.array([{"a": "b"}])}, "holds struct<"),
+    ({"text": pa.array([1.5]).dictionary_encode()}, "holds "),
+    ([("text", pa.array(["a"])), ("text", pa.array(["b"]))], "has 2 columns 'text'"),
+    ({"doc": pa.array([{"text": "a"}])}, "has no column 'text'; it has: doc"),
+])  # fmt: skip
+def test_a_column_that_is_no_text_is_refused(tmp_path, columns, told):
+    pairs = list(columns.items()) if isinstance(columns, dict) else columns
+    table = pa.table([column for _, column in pairs], names=[name for name, _ in pairs])
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=told):
+        plan_units([tmp_path / "a.parquet"], "text", 1 << 20)
+
+
+def test_damage_of_a_saved_dataset(tmp_path, tokenizer):
+    """Flipped bits of its files are bad records or one message; offsets that lead out of the file are not followed."""
+    datasets = pytest.importorskip("datasets")
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": [f"row {n} " * 5 for n in range(300)]}).save_to_disk(str(saved))
+    name = next(saved.glob("*.arrow"))
+    whole, rng, lost = name.read_bytes(), random.Random(0), 0
+    offsets = whole.index(np.arange(0, 1200, 30, dtype=np.int32)[1:4].tobytes())
+    for place in [offsets, offsets + 400, *(rng.randrange(len(whole)) for _ in range(30))]:
+        content = bytearray(whole)
+        content[place] ^= 1 << rng.randrange(8)
+        if place < offsets + 800:
+            content[offsets + 3] = 0x7F
+        name.write_bytes(content)
+        try:
+            (unit,) = plan_dataset_units(str(saved), "", "train", "text")
+            lost += any("damaged" in getattr(record, "reason", "") for record in read_unit(unit))
+        except DataError:
+            continue
+    assert lost > 3
+    (saved / "state.json").write_text((saved / "state.json").read_text().replace("_format_type", "_format"))
+    with pytest.raises(DataError, match="cannot be opened: '_format_type'"):
+        made(tmp_path / "out", tokenizer, dataset=str(saved))
+
+
+def test_a_saved_dataset_that_has_changed_is_made_again(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    for texts in (["one", "two"], ["uno", "due"]):
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "saved"))
+        settings = Settings(str(tmp_path / "out"), tokenizer, [], dataset=str(tmp_path / "saved"))
+        if texts[0] == "uno":
+            with pytest.raises(DataError, match="an input file has changed since"):
+                prepare(settings, workers=1)
+        else:
+            assert prepare(settings, workers=1) and not prepare(settings, workers=1)
+
+
+def test_what_is_not_to_be_read_is_said(tmp_path, tokenizer, monkeypatch):
+    """A folder that may not be listed, and a file that may not be read (root may, so both are played)."""
+    (tmp_path / "in/sub").mkdir(parents=True)
+    (tmp_path / "in/a.txt").write_text("text")
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda top, **more: walk(f"{top}/sub/gone", **more))
+    with pytest.raises(DataError, match="in/sub/gone cannot be listed: No such file or directory"):
+        list_files([tmp_path / "in"])
+    monkeypatch.undo()
+    job = make_plan(Settings(str(tmp_path / "out"), tokenizer, [str(tmp_path / "in")])).job
+    monkeypatch.setattr(tokenize_units, "_worker", {"job": job, "tokenizer": load_tokenizer(tokenizer), "limit": 0})
+    with pytest.raises(DataError, match="gone.txt: No such file or directory; finished shards are kept"):
+        tokenize_units._run_unit(0, Unit("text", (str(tmp_path / "gone.txt"),), 0, -1, 1, ""))
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ({"split_by": "token"}, "--split-by token says how to hold out --validation-fraction, which is 0"),
+    ({"split_by": "file", "validation_input": ["b.txt"]}, "--split-by file says how"),
+    ({"eos": "<|nothing|>"}, "no token '<|nothing|>'"),
+])  # fmt: skip
+def test_an_option_that_nothing_would_read_is_refused(tmp_path, tokenizer, options, told):
+    (tmp_path / "a.txt").write_text("text"), (tmp_path / "b.txt").write_text("")
+    with pytest.raises((ConfigError, DataError), match=re.escape(told)):
+        made(tmp_path / "out", tokenizer, tmp_path / "a.txt", **options)
+
+
+def test_held_out_files_without_text(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("text"), (tmp_path / "b.txt").write_text("")
+    with pytest.raises(DataError, match="(?s)The validation set has no documents: 1 were empty.*Name other files with"):
+        made(tmp_path / "out", tokenizer, tmp_path / "a.txt", validation_input=[str(tmp_path / "b.txt")])

@@ -136,3 +136,13 @@ def test_tensorboard_comes_back(tmp_path, monkeypatch, caplog):
     board.log({"loss": 1.0}, 1 + TensorBoard.RETRY)
     assert board.writer is not None
     board.close()
+
+
+def test_tensorboard_that_cannot_begin_stops_no_run(tmp_path, caplog):
+    (tmp_path / "tb").touch()
+    board = TensorBoard(tmp_path / "tb", 4)
+    assert "tb cannot be written (" in caplog.text and board.writer is None
+    (tmp_path / "tb").unlink()
+    board.log({"loss": 1.0}, 4 + TensorBoard.RETRY)
+    board.close()
+    assert list((tmp_path / "tb").iterdir())

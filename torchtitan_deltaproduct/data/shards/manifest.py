@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from torchtitan_deltaproduct.errors import DataError
-from torchtitan_deltaproduct.files import write_atomically, write_json
+from torchtitan_deltaproduct.files import read_text, write_atomically, write_json
 
 NAME, TABLE = "manifest.json", "shards.npy"
 FORMAT = "torchtitan-deltaproduct tokens"
@@ -146,8 +146,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     try:
         status = os.stat(folder / NAME)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(_missing(folder)) from None
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read as a folder of tokens: {error.strerror}.") from None
     return _read(folder, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -155,10 +157,12 @@ def read_manifest(folder: str | Path) -> Manifest:
 def _read(folder: Path, *_state: int) -> Manifest:
     path = folder / NAME
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(read_text(path))
         if not isinstance(body, dict):
             raise ValueError("it is not a JSON object")
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read as a folder of tokens: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}).\nRestore it from a copy or prepare again.") from None
     if body.get("format") != FORMAT:
         raise DataError(f"{path} is not a manifest of prepared tokens (no format = {FORMAT!r}).")

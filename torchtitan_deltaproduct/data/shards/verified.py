@@ -13,6 +13,7 @@ file that was written to in place is noticed when it is opened, and compared the
 
 import fcntl
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from torchtitan_deltaproduct.errors import DataError
-from torchtitan_deltaproduct.files import write_atomically
+from torchtitan_deltaproduct.files import read_bytes, write_atomically
 
 from .manifest import Manifest
 
@@ -114,8 +115,8 @@ class Verified:
     def _read_note(self) -> np.ndarray:
         shape = (len(self.manifest.shards.folders) + 2 * len(self.manifest.shards), 3)
         try:
-            note = np.load(self._note_path())
-        except (OSError, ValueError, EOFError):
+            note = np.load(io.BytesIO(read_bytes(self._note_path())))
+        except Exception:  # of a damaged file it raises nearly anything
             note = None
         fits = note is not None and note.shape == shape and note.dtype == np.int64
         return note if fits else np.full(shape, -1, dtype=np.int64)

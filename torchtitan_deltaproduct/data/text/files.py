@@ -75,9 +75,13 @@ def make_folder(folder: Path) -> None:
 
 def _files_below(folder: Path) -> list[Path]:
     """The files of a folder; links to folders are followed, and each folder is read once, whatever leads to it."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed: {error.strerror}")
+
     files, seen, todo = [], set(), [str(folder)]
     for start in todo:
-        for root, folders, names in os.walk(start):
+        for root, folders, names in os.walk(start, onerror=refuse):
             status = os.stat(root)
             if (status.st_dev, status.st_ino) in seen:
                 logger.warning("%s is a link to a folder that is read already: left out", root)

@@ -52,6 +52,8 @@ class Settings:
             raise ConfigError("Give either --input PATH... or --dataset NAME, not both and not neither.")
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(f"--validation-fraction is {self.validation_fraction}: expected 0 <= F < 1")
+        if self.split_by != "document" and not self.validation_fraction:
+            raise ConfigError(f"--split-by {self.split_by} says how to hold out --validation-fraction, which is 0")
         if self.shard_mb < 0:
             raise ConfigError(f"--shard-mb is {self.shard_mb}: expected 0 (automatic) or more")
 
@@ -70,7 +72,9 @@ class Plan:
 def make_plan(settings: Settings) -> Plan:
     """Cuts the input into units and computes the checksum that identifies the result."""
     inputs = [*settings.input, *settings.validation_input]
-    inside = [path for path in inputs if Path(path).resolve() in Path(settings.out, "x").resolve().parents]
+    # `Path.resolve` raises where a link leads to itself.
+    above = Path(os.path.realpath(settings.out), "x").parents
+    inside = [path for path in inputs if Path(os.path.realpath(path)) in above]
     if inside:
         raise DataError(f"{settings.out} lies in its own input {inside[0]}.\nChoose a folder outside of it.")
     tokenizer = load_tokenizer(settings.tokenizer)
@@ -94,6 +98,9 @@ def make_plan(settings: Settings) -> Plan:
         del source["validation_input"]
     source |= {"tokenizer_sha256": digest, "eos_id": eos_id}
     names = {name for unit in units if unit.kind != "dataset" for name in unit.paths}
+    if name := settings.dataset.partition(":")[0]:
+        # Of a dataset on disk; what a hub has under a name is taken to stay.
+        names |= {str(file) for file in (Path(name), *Path(name).rglob("*")) if file.is_file()}
     stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in sorted(names)]
     identity = json.dumps([source, [asdict(unit) for unit in units], stats], sort_keys=True)
     source["plan"] = hashlib.sha256(identity.encode()).hexdigest()

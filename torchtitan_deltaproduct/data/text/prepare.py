@@ -26,7 +26,7 @@ from pathlib import Path
 
 from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
-from torchtitan_deltaproduct.files import write_atomically
+from torchtitan_deltaproduct.files import read_text, write_atomically
 
 from ..shards.manifest import NAME, TABLE, Manifest, Shard, read_manifest, write_manifest
 from ..shards.verified import SUFFIXES, THREADS, Verified, file_sha256, file_states, state
@@ -34,7 +34,7 @@ from .files import make_folder
 from .plan import WORK, Plan, Settings, log, make_plan
 from .sources import BadRecord
 from .tokenizer import MOST_UNKNOWN, copy_tokenizer
-from .units import tokenize_units
+from .units import Job, tokenize_units
 
 BAD_RECORDS = "bad_records.jsonl"
 
@@ -188,7 +188,7 @@ def clear(out: Path, keep: str) -> None:
             note.unlink()
     for folder in targets:
         shutil.rmtree(folder / "shards", ignore_errors=True)
-        if (folder / "tokenizer").resolve() != Path(keep).resolve():
+        if os.path.realpath(folder / "tokenizer") != os.path.realpath(keep):
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     shutil.rmtree(out / WORK, ignore_errors=True)
     (out / BAD_RECORDS).unlink(missing_ok=True)
@@ -209,8 +209,8 @@ def finished_units(out: Path, numbers: range, verify: bool) -> dict[int, dict]:
 def read_record(path: Path) -> dict | None:
     """A JSON file of the working folder; None if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        return json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -278,9 +278,9 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
             which = f"The {part} set" if part else "The dataset"
             raise DataError(
                 f"{which} has no documents: {empty} were empty and {len(bad)} records unreadable.\n"
-                + no_documents(part, plan.job.split_by, bad)
+                + no_documents(part, plan.job, bad)
             )
-        if Path(tokenizer).resolve() != (folder / "tokenizer").resolve():
+        if os.path.realpath(tokenizer) != os.path.realpath(folder / "tokenizer"):
             copy_tokenizer(tokenizer, folder / "tokenizer", plan.job.eos_id)
         manifests[folder] = Manifest(
             dtype=plan.job.dtype,
@@ -305,13 +305,15 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
     shutil.rmtree(out / WORK)
 
 
-def no_documents(part: str, split_by: str, bad: list[list[str]]) -> str:
+def no_documents(part: str, job: Job, bad: list[list[str]]) -> str:
     """What to do about a part without documents, or why there is none."""
     if bad:
         return "\n".join(str(BadRecord(*entry)) for entry in bad[:3])
     if not part:
         return "Give more input."
-    if split_by == "token":
+    if job.validation_from is not None:
+        return f"Name other files with {'--validation-input' if part == 'validation' else '--input'}."
+    if job.split_by == "token":
         return "No document is long enough to be cut: give more input, or another --validation-fraction."
     return (
         "One document cannot be on both sides: --split-by token holds out the end of each, --validation-input PATH "
@@ -346,9 +348,9 @@ def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
 def first_bad(out: Path) -> list[BadRecord]:
     """The first three records that could not be read."""
     try:
-        lines = (out / BAD_RECORDS).read_text(encoding="utf-8").splitlines()[:3]
+        lines = read_text(out / BAD_RECORDS).splitlines()[:3]
         return [BadRecord(*json.loads(line).values()) for line in lines]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return []
 
 

@@ -17,8 +17,10 @@ from .sources import (
     BadRecord,
     Document,
     Unit,
+    check_column,
     check_no_split,
     checked_rows,
+    column_values,
     is_saved_dataset,
     lines_of,
     no_field,
@@ -87,7 +89,8 @@ class DatasetRecords:
 
     def __init__(self, name: str, config: str, split: str, field: str):
         self.name, self.field, self.row = name, field, 0
-        self.dataset = open_dataset(name, config, split, streaming=True)
+        # As Arrow tables: a text that is not UTF-8 is then a bad record, and not the end.
+        self.dataset = open_dataset(name, config, split, streaming=True).with_format("arrow")
 
     def state_dict(self) -> dict:
         return {"dataset": self.dataset.state_dict(), "row": self.row}
@@ -101,13 +104,13 @@ class DatasetRecords:
         import pyarrow
 
         try:
-            for row in self.dataset:
-                if self.field not in row:
-                    raise DataError(no_field(f"dataset {self.name}", self.field, list(row)))
-                (record,) = checked_rows([row[self.field]], self.name, self.row, self.field)
-                self.row += 1
-                yield record
-        except (OSError, UnicodeDecodeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+            for table in self.dataset:
+                check_column(f"dataset {self.name}", self.field, table.schema)
+                values = column_values(table.column(self.field))
+                for record in checked_rows(values, self.name, self.row, self.field):
+                    self.row += 1
+                    yield record
+        except (OSError, ValueError, IndexError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"dataset {self.name} cannot be read on after row {self.row}: {error}") from None
 
 

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from torchtitan_deltaproduct.errors import ConfigError, DataError, first_line
+from torchtitan_deltaproduct.errors import ConfigError, DataError, UserError, first_line
 
 from .files import READ_ERRORS, SUFFIXES, UTF8_BOM, kind_of, list_files, warn_of_json
 
@@ -95,8 +95,7 @@ def plan_units(inputs: Iterable[str | Path], field: str, unit_bytes: int) -> lis
 def plan_dataset_units(name: str, config: str, split: str, field: str, unit_rows: int = 20_000) -> list[Unit]:
     """Cuts a dataset of the hub, or a local one that `datasets` can read, into ranges of rows."""
     dataset = open_dataset(name, config, split, streaming=False)
-    if field not in dataset.column_names:
-        raise DataError(no_field(f"dataset {name}", field, dataset.column_names))
+    check_column(f"dataset {name}", field, dataset.data.schema)
     row_bytes = max(1, (dataset.data.nbytes if dataset.data is not None else 0) // max(1, len(dataset)))
     return [
         Unit("dataset", (name, config, split), a, b, (b - a) * row_bytes, field)
@@ -153,7 +152,9 @@ def open_dataset(name: str, config: str, split: str, streaming: bool):
             check_no_split(name, "train", config)
             return datasets.load_dataset(kind, data_files=[name], split=split, streaming=streaming)
         return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged folder of `save_to_disk` raises nearly anything
         raise DataError(
             f"The dataset {name!r} (configuration {config or 'default'!r}, split {split!r}) "
             f"cannot be opened: {first_line(error)}\n"
@@ -172,9 +173,7 @@ def _text_unit(texts: list[tuple[str, int]]) -> list[Unit]:
 
 def _parquet_units(file: Path, field: str, unit_bytes: int) -> list[Unit]:
     parquet = _open_parquet(str(file))
-    column_names = parquet.schema_arrow.names
-    if field not in column_names:
-        raise DataError(no_field(str(file), field, column_names))
+    check_column(str(file), field, parquet.schema_arrow)
     metadata = parquet.metadata
     groups = [metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups)]
     units, start = [], 0
@@ -201,6 +200,31 @@ def _open_parquet(name: str):
 
 def no_field(where: str, field: str, columns: list[str]) -> str:
     return f"{where} has no column {field!r}; it has: {', '.join(columns)}.\nName one with --text-field."
+
+
+def check_column(where: str, field: str, schema) -> None:
+    """Raises DataError unless an Arrow schema has one column of that name, and its values can be text."""
+    from pyarrow import types
+
+    if field not in schema.names:
+        raise DataError(no_field(where, field, schema.names))
+    if schema.names.count(field) > 1:
+        raise DataError(f"{where} has {schema.names.count(field)} columns {field!r}: which one is not known.")
+    kind = found = schema.field(field).type
+    kind = getattr(kind, "storage_type", kind)
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    # A column of nulls may be that of a file in which no row has a text.
+    if not (kind in _text_types() or types.is_null(kind) or types.is_fixed_size_binary(kind)):
+        raise DataError(f"Column {field!r} of {where} holds {found}, expected text.\nName another with --text-field.")
+
+
+@lru_cache(maxsize=1)
+def _text_types() -> dict:
+    """Arrow's types of text, and the type of the bytes of each."""
+    import pyarrow as pa
+
+    kinds = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    return kinds | {kind: kind for kind in kinds.values()}
 
 
 def _read_texts(unit: Unit) -> Iterator[Document | BadRecord]:
@@ -313,32 +337,45 @@ def _read_parquet(unit: Unit) -> Iterator[Document | BadRecord]:
     try:
         for batch in batches:
             # Of the column `doc.text` and a field `text` of `doc`, which come together, it is the column.
-            values = _column_values(batch.column(unit.field))
+            values = column_values(batch.column(unit.field))
             yield from checked_rows(values, name, row, unit.field)
             row += len(values)
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError, IndexError) as error:
         yield BadRecord(name, f"row {row + 1}", f"damaged Parquet, the rest of the row groups is lost ({error})")
 
 
-def _column_values(column) -> list:
-    """Python values of an Arrow column; where a string is not UTF-8, all strings stay bytes."""
+def column_values(column) -> list[bytes | None]:
+    """The bytes of the texts in an Arrow column, which need not be UTF-8.
+
+    Raises:
+        pyarrow.ArrowInvalid, IndexError: the column is damaged.
+    """
     import pyarrow
 
+    if isinstance(column, pyarrow.ChunkedArray):
+        return [value for chunk in column.iterchunks() for value in column_values(chunk)]
+    column = getattr(column, "storage", column)
     if pyarrow.types.is_dictionary(column.type):
-        values = _column_values(column.dictionary)
+        values = column_values(column.dictionary)
         return [None if index is None else values[index] for index in column.indices.to_pylist()]
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [scalar.as_buffer().to_pybytes() if scalar.is_valid else None for scalar in column]
+    column = column.cast(_text_types().get(column.type, column.type))
+    # Nothing else looks at the offsets of a file that is mapped into memory.
+    column.validate(full=True)
+    return column.to_pylist()
 
 
 def _read_dataset(unit: Unit) -> Iterator[Document | BadRecord]:
-    name, config, split = unit.paths
-    dataset = _cached_dataset(name, config, split)
-    for row in range(unit.start, unit.stop, ROWS_AT_ONCE):
-        values = dataset[row : min(row + ROWS_AT_ONCE, unit.stop)][unit.field]
-        yield from checked_rows(values, name, row, unit.field)
+    import pyarrow
+
+    rows = _cached_dataset(*unit.paths).with_format("arrow")
+    for first in range(unit.start, unit.stop, ROWS_AT_ONCE):
+        stop = min(first + ROWS_AT_ONCE, unit.stop)
+        try:
+            values = column_values(rows[first:stop][unit.field])
+        except (OSError, pyarrow.ArrowException, IndexError) as error:
+            yield BadRecord(unit.paths[0], f"row {first + 1}", f"damaged, rows to {stop} are lost ({error})")
+            continue
+        yield from checked_rows(values, unit.paths[0], first, unit.field)
 
 
 @lru_cache(maxsize=1)

@@ -290,7 +290,7 @@ def _read_names(file: Path) -> dict:
         return {}
     try:
         names = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON ({error}); copy the tokenizer again") from None
     if not isinstance(names, dict):
         raise DataError(f"{file} holds a JSON {type(names).__name__}; expected an object with eos_token")

@@ -19,11 +19,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
-from torchtitan_deltaproduct.files import write_atomically, write_json
+from torchtitan_deltaproduct.files import read_text, write_atomically, write_json
 
 from .files import make_folder
 from .progress import Progress
 from .sources import BadRecord, Unit, plan_units, read_unit
+from .tokenizer import load_tokenizer
 
 EOS = "<|endoftext|>"
 RECORD = "training.json"
@@ -57,8 +58,8 @@ def train_tokenizer(
     }
     if (folder / "tokenizer.json").exists() and not overwrite:
         try:
-            same = json.loads((folder / RECORD).read_text(encoding="utf-8")) == record
-        except (FileNotFoundError, ValueError):
+            same = json.loads(read_text(folder / RECORD)) == record
+        except (OSError, ValueError, RecursionError):
             same = False
         if not same:
             raise DataError(
@@ -127,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer in the folder")
     options = parser.parse_args(arguments)
     made = train_tokenizer(options.input, options.vocab_size, options.out, options.text_field, options.overwrite)
-    size = Tokenizer.from_file(str(Path(options.out, "tokenizer.json"))).get_vocab_size()
+    size = load_tokenizer(options.out).vocab_size
     print(f"{'trained' if made else 'already trained:'} {options.out}, {size:,} tokens")
     if size < options.vocab_size:
         print(f"note: the text supports no more than {size:,} of {options.vocab_size:,} tokens")

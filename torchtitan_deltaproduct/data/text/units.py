@@ -218,7 +218,7 @@ def _run_unit(number: int, unit: Unit) -> dict:
         return tokenize_unit(job, number, unit, _worker["tokenizer"], _worker["limit"], report)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise DataError(f"{error.filename or job.out}: {error.strerror}; finished shards are kept.") from None
         raise DataError(
             f"The disk of {job.out} is full; finished shards are kept.\nFree space and run the same command again."
         ) from None

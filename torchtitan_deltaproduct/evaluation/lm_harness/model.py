@@ -118,6 +118,9 @@ class DeltaProductHarness(TemplateLM):
 
         Where the two merge into a token, a cut would score another text than the continuation, or none, which would
         have the probability 1.
+
+        Raises:
+            DataError: the tokenizer makes nothing of a continuation that is not empty.
         """
         if context == "":
             before, scored = [self.eot_token_id], self.tok_encode(continuation, add_special_tokens=False)

@@ -11,6 +11,8 @@ import json
 
 from rich.console import Console
 
+from torchtitan_deltaproduct.errors import DataError
+
 from ..files import finite, write_atomically, write_csv
 from .plan import Sweep, SweepJob, evals
 
@@ -20,7 +22,15 @@ Row = tuple[SweepJob, dict[str, float | None]]
 
 def collect(sweep: Sweep) -> list[Row]:
     """The rows of all jobs that are done; DataError if results that should be there are damaged."""
-    return [(job, finite(evals()[job.eval].metrics(job.folder))) for job in sweep.jobs if job.is_done()]
+    return [(job, finite(metrics_of(job))) for job in sweep.jobs if job.is_done()]
+
+
+def metrics_of(job: SweepJob) -> dict[str, float | None]:
+    """What a job found; DataError if its files do not say."""
+    try:
+        return evals()[job.eval].metrics(job.folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise DataError(f"{job.folder} holds damaged results ({error!r}); delete it and run it again") from None
 
 
 def write_results(sweep: Sweep, rows: list[Row]) -> None:

@@ -22,6 +22,7 @@ from torchtitan_deltaproduct import evaluation
 from torchtitan_deltaproduct.config.locate import locate
 from torchtitan_deltaproduct.config.values import nearest
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
+from torchtitan_deltaproduct.files import read_text
 
 from ..swept import Swept, checkpoint_of
 
@@ -114,7 +115,7 @@ def read_sweep(file: Path) -> Sweep:
         ConfigError: all that is wrong with it.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file)
         tree = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; expected a sweep, such as eval/example_sweep.toml") from None

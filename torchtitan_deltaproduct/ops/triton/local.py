@@ -42,7 +42,7 @@ def local_kernel(
     token = (b * length + c * C) * H + h
     first_row = (b * length + c * C) * (N * H) + h
     DECAY: tl.constexpr = GATED or PACKED
-    D = records + at * WIDTH + R * (R + CP)
+    D = records + at * WIDTH + R * (R + CP) + (CP * K if DECAY else 0)
     factors += at * (5 * R if DECAY else R)
     row_v = r[:, None] * (H * V) + cv[None, :]
 

@@ -40,7 +40,8 @@ def prepare_kernel(
         beta: [B, length * N, H].
         g: [B, length, H] or None.
         positions: [B, length] int32, index of each token in its document; None: a row is one document.
-        records: [B*H, chunks, WIDTH]: this writes P^T [R, CP] after the place of T [R, R].
+        records: [B*H, chunks, WIDTH]: this writes P^T [R, CP] after the place of T [R, R], and, with gate or documents,
+            enter . q [CP, K] after it.
         triangles: [B*H, chunks, R, R] float32 output, A in blocks of 16 on and below the diagonal.
         factors: [B*H, chunks, 5, R] float32 output: beta, enter, leave, G and across. enter_i is the decay from the
             chunk's start to row i, leave_j from row j to its end, across (one number, R times) from start to end, each
@@ -76,7 +77,7 @@ def prepare_kernel(
         total = tl.sum(gates, 0)
         A = A * tl.exp2(tl.where(below, G[:, None] - G[None, :], 0.0))
         P = P * tl.exp2(tl.where(seen, G_t[None, :] - G[:, None], 0.0))
-    enter = tl.exp2(G)
+    enter, enter_t = tl.exp2(G), tl.exp2(G_t)
     if GATED:
         leave, across = tl.exp2(total - G), tl.exp2(total)
     else:
@@ -91,6 +92,7 @@ def prepare_kernel(
         below = below & ((r // N)[None, :] >= start[:, None])
         seen = seen & ((r // N)[:, None] >= start_t[None, :])
         enter = tl.where((start < 0) | (c * C + start <= 0), enter, 0.0)
+        enter_t = tl.where((start_t < 0) | (c * C + start_t <= 0), enter_t, 0.0)
         leave = tl.where(r // N >= last_start, leave, 0.0)
         across = tl.where((last_start < 0) | (c * C + last_start <= 0), across, 0.0)
 
@@ -101,6 +103,8 @@ def prepare_kernel(
     tl.store(records + R * R + r[:, None] * CP + t[None, :], tl.where(seen, P, 0.0).to(out))
     tl.store(factors + r, betas)
     if GATED or PACKED:
+        entering = (queries.to(tl.float32) * enter_t[:, None]).to(out)
+        tl.store(records + R * (R + CP) + t[:, None] * K + ck[None, :], entering)
         tl.store(factors + R + r, enter)
         tl.store(factors + 2 * R + r, leave)
         tl.store(factors + 3 * R + r, G)

@@ -58,7 +58,7 @@ def forward_kernel(
     ck = tl.arange(0, K)
     cv = i_v * BV + tl.arange(0, BV)
     dt = k.dtype.element_ty
-    SAVED: tl.constexpr = R * (R + CP)
+    SAVED: tl.constexpr = R * (R + CP) + (CP * K if DECAY else 0)
     FACTORS: tl.constexpr = 5 * R if DECAY else R
     S = tl.zeros([BV, K], tl.float32)
     if HAS_IN:
@@ -97,11 +97,12 @@ def forward_kernel(
         Dt = tl.dot(X.to(dt), tl.trans(solved), Dt, input_precision=PREC)
         Db = Dt.to(dt)
         if MODE == 0:
-            queries = tl.load(q + token * K + query, mask=valid_t[:, None], other=0.0)
+            if DECAY:
+                queries = tl.load(record + R * (R + CP) + t[:, None] * K + ck[None, :])
+            else:
+                queries = tl.load(q + token * K + query, mask=valid_t[:, None], other=0.0)
             scores = tl.load(record + R * R + r[:, None] * CP + t[None, :])
             out = tl.dot(Sb, tl.trans(queries), input_precision=PREC)
-            if DECAY:
-                out = out * tl.load(factor + R + t * N, mask=valid_t, other=0.0)[None, :]
             out = tl.dot(Db, scores, out, input_precision=PREC) * scale
         # With decays the stores hide the last product, without them they have room before it (measured).
         if MODE == 0 and not DECAY:
@@ -171,12 +172,15 @@ def backward_kernel(
             ahead = factors + (i_bh * chunks + tl.maximum(c - 1, 0)) * FACTORS
             leave_ahead, across_ahead = tl.load(ahead + 2 * R + r), tl.load(ahead + 4 * R)
         keys = tl.load(k + first_row * K + row, mask=valid[:, None], other=0.0)
-        queries = tl.load(q + token * K + query, mask=valid_t[:, None], other=0.0)
+        if DECAY:
+            queries = tl.load(record + R * (R + CP) + t[:, None] * K + ck[None, :])
+        else:
+            queries = tl.load(q + token * K + query, mask=valid_t[:, None], other=0.0)
         solved = tl.load(record + r[:, None] * R + r[None, :])
         scores = tl.load(record + R * R + r[:, None] * CP + t[None, :])
         dreads = tl.load(do + token * V + reading, mask=valid_t[None, :], other=0.0)
         if DECAY:
-            enter, enter_t = tl.load(factor + R + r), tl.load(factor + R + t * N, mask=valid_t, other=0.0)
+            enter = tl.load(factor + R + r)
         dSb = dS.to(dt)
         dD = tl.dot(dSb, tl.trans(keys), input_precision=PREC)
         if DECAY:
@@ -192,7 +196,6 @@ def backward_kernel(
             dX = dX * enter[None, :]
             dS = dS * across
             leave, across = leave_ahead, across_ahead
-            dreads = (dreads * enter_t[None, :]).to(dt)
         dS = tl.dot(dreads, queries, dS, input_precision=PREC)
         dS = tl.dot((-dX).to(dt), keys, dS, input_precision=PREC)
     if HAS_OUT:
