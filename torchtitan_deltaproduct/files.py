@@ -111,9 +111,9 @@ def is_plain_name(name: object) -> bool:
 
 
 def control_characters(text: str) -> str:
-    """The characters of a text that end a line or are not to be seen, escaped; "" if there are none.
+    """The invisible characters of a text (line breaks, control codes, lone surrogates), escaped; "" if there are none.
 
-    What is written into a script or a log must not hold any: after a line break a value would be a command.
+    A value that is written into a script or a log must hold none: what follows a line break would be a command.
     """
     hidden = "".join(c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp"))
     return hidden.encode("unicode_escape").decode()

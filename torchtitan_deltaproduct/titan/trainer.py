@@ -364,7 +364,7 @@ class Trainer(stock.Trainer):
 
 
 def reduce_gradients(model_parts: list[nn.Module], now: bool) -> None:
-    """Whether the next backward pass reduces gradients over ranks, or adds to what this rank holds of them."""
+    """Makes the next backward pass reduce gradients over ranks (`now`), or only add to the sum that this rank holds."""
     for model in model_parts:
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(now)

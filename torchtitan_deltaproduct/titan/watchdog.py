@@ -67,15 +67,15 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, step: int, what: str, first: bool = False) -> None:
-        """Says that the run is alive: it has just ended `what` at `step`.
+        """Notes that the run is alive: it has just finished `what` at `step`.
 
         Args:
             step: optimizer steps begun.
             what: `step`, `validation batch`, `save`, ...
-            first: what follows may take long, until a `step` has ended.
+            first: whether the longer limit of the start holds from now until a `step` has ended.
         """
         self.step, self.what = step, what
-        # A validation before the first step does not end the patience with it.
+        # Only a step ends the longer limit of the start: a validation before the first step says nothing of that step.
         if first or what == "step":
             self.factor = FIRST_STEP if first else 1.0
         self.last = time.monotonic()
