@@ -20,8 +20,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from ..torch_internals import start_compile_workers
-
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -110,5 +108,8 @@ def deaf_children() -> Iterator[None]:
 
 def shield_compile_workers() -> None:
     """Starts Inductor's compile workers deaf to stop signals; call it before anything is compiled."""
+    # Signals are listened to before torch is imported, which takes seconds: this module must not import it.
+    from ..torch_internals import start_compile_workers
+
     with deaf_children():
         start_compile_workers()
