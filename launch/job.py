@@ -1,6 +1,6 @@
 """The sbatch file of a training job: a function of the job and of the site, meant to be read.
 
-    text = render(Job(...), site)
+    text = render(TrainingJob(...), site)
 
 In the job, one torchrun a node finds the others at the first node, hands signals on to its ranks and waits for them to
 save; then `launch.requeue` decides whether the job goes back into the queue.
@@ -16,7 +16,7 @@ from .site import Site
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One training job."""
 
     config: Path
@@ -47,7 +47,7 @@ class Job:
         return " x ".join(f"{count} {what}{'s' * (count > 1)}" for count, what in counts)
 
 
-def render(job: Job, site: Site) -> str:
+def render(job: TrainingJob, site: Site) -> str:
     """The sbatch file; see tests/launch/job.sbatch for one.
 
     Raises:
@@ -64,7 +64,7 @@ def render(job: Job, site: Site) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def head(job: Job, site: Site) -> str:
+def head(job: TrainingJob, site: Site) -> str:
     """What it is, how to stop it, and what SLURM is asked for."""
     asked = resources(
         site, name=job.name, nodes=job.nodes, ranks=job.ranks_per_node, gpus=job.gpus_per_node, time=job.time,
@@ -109,7 +109,7 @@ endpoint="$first:$((20000 + SLURM_JOB_ID % 10000))"
 meeting="$(od -An -N16 -tx8 /dev/urandom | tr -d ' \\n')\""""
 
 
-def train(job: Job, site: Site) -> str:
+def train(job: TrainingJob, site: Site) -> str:
     """One torchrun a node, and what came of it."""
     meeting = ('"$endpoint"', '"$meeting"') if job.nodes > 1 else ("", "")
     layout = Layout(job.nodes, job.ranks_per_node, job.max_restarts, *meeting)
@@ -155,7 +155,7 @@ def override_lines(overrides: list[str]) -> list[str]:
     return lines
 
 
-def requeue(job: Job, site: Site) -> str:
+def requeue(job: TrainingJob, site: Site) -> str:
     """The end of the script: back into the queue, or not."""
     # In the container as well: outside it there may be no Python of ours.
     task = f"srun --nodes=1 --ntasks=1 {site.container} " if site.container else ""

@@ -12,7 +12,6 @@
 """
 
 import getpass
-import json
 import os
 import platform
 import shlex
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from torchtitan_deltaproduct.config.snapshots import REVISION, versions
 from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.files import write_json
 
 from .sbatch import ROOT, ask
 
@@ -107,7 +107,3 @@ def git(*command: str) -> str:
     except FileNotFoundError:
         return ""
     return done.stdout if done.returncode == 0 else ""
-
-
-def write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -80,7 +80,7 @@ def refuse_control_characters(values: dict[str, object]) -> None:
 
 
 def of_site(site: Site) -> dict[str, object]:
-    """What a script takes from the site TOML, but for its own shell lines."""
+    """The values of the site TOML that go into a script, by name; not `setup`, whose lines are shell themselves."""
     taken = {f"{field.name} of the site TOML": getattr(site, field.name) for field in fields(site)}
     del taken["setup of the site TOML"]
     return taken | {"env of the site TOML": list(site.env.values())}

@@ -179,7 +179,7 @@ OWNED = {
     **dict.fromkeys(("qos", "q"), 'the key "qos"'),
     **dict.fromkeys(("constraint", "C"), 'the key "constraint"'),
 }
-"""Options of sbatch that a job has from elsewhere: sbatch would follow what `extra` says of them, and the job not."""
+"""Options of sbatch -> what sets them. Repeated in `extra` they would win over it, and the job would not know."""
 
 
 WITHOUT_VALUE = "HIOQVhksv"
@@ -198,7 +198,7 @@ def _options(value: list[str]) -> str:
 
 
 def owned(word: str) -> str:
-    """How to say what an option of sbatch says that is not to be repeated in `extra`; "" for any other option."""
+    """What sets this option of sbatch, so that `extra` must not; "" for an option that may stand in `extra`."""
     if not word.startswith("--"):
         # -HN4 is -H and -N4: every letter counts up to the first that takes the rest as its value.
         letters = word[1:]

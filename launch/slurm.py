@@ -20,7 +20,7 @@ from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.config.snapshots import versions
 from torchtitan_deltaproduct.errors import ConfigError, DataError, UserError, exit_on_user_error
 
-from .job import Job, render
+from .job import TrainingJob, render
 from .record import CODE, new_folder, next_folder, record
 from .sbatch import ROOT, ask, require_sbatch, submit
 from .site import Site, load_site, seconds_of
@@ -39,8 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     warn_of_data(config)
     run, toml = Path(config.job.dump_folder).absolute(), Path(options.config)
 
-    def job_in(folder: Path) -> Job:
-        return Job(
+    def job_in(folder: Path) -> TrainingJob:
+        return TrainingJob(
             folder / toml.name, overrides, run, folder, Path.cwd(), folder / CODE if options.snapshot else ROOT,
             options.nodes, ranks, gpus, options.job_name or toml.stem, options.time, options.dependency,
             options.max_requeues, options.max_restarts,

@@ -198,7 +198,7 @@ class Display:
     """Progress of the runs: bars on a terminal, a line a run every 15 seconds elsewhere."""
 
     def __init__(self, runs: list[Run], console: Console):
-        self.console, self.said = console, time.monotonic()
+        self.console, self.last_report = console, time.monotonic()
         self.bars = None
         if console.is_terminal and runs:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -219,9 +219,9 @@ class Display:
 
     def update(self, active: list[Run]) -> None:
         """Shows where the active runs are."""
-        if not self.bars and time.monotonic() - self.said < SECONDS_BETWEEN_LINES:
+        if not self.bars and time.monotonic() - self.last_report < SECONDS_BETWEEN_LINES:
             return
-        self.said = time.monotonic()
+        self.last_report = time.monotonic()
         for run in active:
             (step, note), total = run.where(), run.config.training.steps
             if self.bars:

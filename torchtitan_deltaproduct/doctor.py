@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import exit_on_user_error
+from .errors import exit_on_user_error, first_line
 
 TESTED = {
     "torch": ("2.11", "2.13"),
@@ -146,8 +146,8 @@ def compiler() -> Finding:
     try:
         value = torch.compile(lambda x: (x * 2).sin().sum())(torch.ones(64, device=device))
     except Exception as error:  # whatever the compiler, the driver or the cache come up with
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        return Finding(BAD, "compiler", f"torch.compile on {device}: {said}", "set compile.enable = false, or mend it")
+        text = f"torch.compile on {device}: {first_line(error)}"
+        return Finding(BAD, "compiler", text, "set compile.enable = false, or mend it")
     seconds = time.monotonic() - start
     if abs(float(value) - 64 * 0.9092974) > 1e-2:
         text = f"torch.compile on {device} computes {float(value):.4f} for 58.1950"
@@ -243,8 +243,8 @@ def slurm() -> Finding:
         return Finding(NOTE, "slurm", "sbatch is not here: start runs with launch/local.sh or launch/multinode.sh")
     done = subprocess.run(["scontrol", "ping"], capture_output=True, encoding="utf-8", errors="replace", timeout=30)
     if done.returncode:
-        said = ((done.stdout + done.stderr).strip().splitlines() or ["no answer"])[0]
-        return Finding(NOTE, "slurm", f"sbatch is here, its controller does not answer: {said}",
+        answer = ((done.stdout + done.stderr).strip().splitlines() or ["no answer"])[0]
+        return Finding(NOTE, "slurm", f"sbatch is here, its controller does not answer: {answer}",
                        "log in to a node of the cluster, or set SLURM_CONF")  # fmt: skip
     job, end = os.environ.get("SLURM_JOB_ID"), end_time()
     until = f", until {time.strftime('%Y-%m-%d %H:%M', time.localtime(end))}" if end else ""
@@ -281,8 +281,7 @@ def guarded(check: Callable[[], Finding]) -> Finding:
         return check()
     except Exception as error:  # a broken installation raises nearly anything
         name = getattr(check, "__name__", "check").replace("<lambda>", "output")
-        said = (str(error).splitlines() or [""])[0]
-        return Finding(BAD, name, f"{type(error).__name__}: {said}", "pip install -e . -c constraints.txt")
+        return Finding(BAD, name, f"{type(error).__name__}: {first_line(error)}", "pip install -e . -c constraints.txt")
 
 
 if __name__ == "__main__":

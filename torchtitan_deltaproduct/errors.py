@@ -40,6 +40,11 @@ class NonFiniteError(UserError):
     """Training that cannot go on: too many steps in a row were skipped, or the weights themselves are not finite."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def begin_command() -> None:
     """What holds while a command imports torch, for seconds, before `exit_on_user_error` takes over.
 

@@ -6,12 +6,14 @@ text = read_text(run / "events.jsonl")
 
 import ctypes
 import errno
+import json
 import os
 import stat
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
@@ -59,14 +61,24 @@ def utf8_path(path: str | Path) -> Iterator[str]:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes through a temporary file, so that `path` is old, new or absent, never half; text as UTF-8."""
-    if isinstance(content, str):
-        content = content.encode(errors="backslashreplace")
+    with replacing(path) as file:
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` when the block ends without an error."""
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     with open(temporary, "wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON for people and programs to read, atomically."""
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def is_there(path: Path) -> bool:
@@ -99,9 +111,9 @@ def is_plain_name(name: object) -> bool:
 
 
 def control_characters(text: str) -> str:
-    """The characters of a text that end a line or are not to be seen, escaped; "" if there are none.
+    """The invisible characters of a text (line breaks, control codes, lone surrogates), escaped; "" if there are none.
 
-    What is written into a script or a log must not hold any: after a line break a value would be a command.
+    A value that is written into a script or a log must hold none: what follows a line break would be a command.
     """
-    found = "".join(c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp"))
-    return found.encode("unicode_escape").decode()
+    hidden = "".join(c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp"))
+    return hidden.encode("unicode_escape").decode()

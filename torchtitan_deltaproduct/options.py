@@ -29,7 +29,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Resume:
-    """What it means that a run goes on with another value than it was saved with.
+    """What a change of an option means for a run that is resumed with it.
 
     Breaking: the result would be no continuation (another model, other data, another batch). Notable: allowed, and
     worth a line in the log. Harmless: changes nothing that is learned.

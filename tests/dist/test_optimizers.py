@@ -54,7 +54,7 @@ def same_clipping(meshes: list) -> None:
 
 
 def same_updates(mesh) -> None:
-    for name in ("Adam", "AdamW"):
+    for name in optimizers.OPTIMIZERS:
         for implementation in ({"fused": True}, {"foreach": True}, {"foreach": False}):
             runs = []
             for module in (optimizers, torch.optim):

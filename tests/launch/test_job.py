@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.job import Job, render
+from launch.job import TrainingJob, render
 from launch.site import Site, read_site
 from tests.toy import REPO
 from torchtitan_deltaproduct.errors import ConfigError
 
 GOLDEN = Path(__file__).with_name("job.sbatch")
-JOB = Job(
+JOB = TrainingJob(
     config=Path("/runs/392M/launch/003/dp.toml"),
     overrides=["--optimizer.lr", "1e-4", "--compile.enable", "--data.paths", "['/data/a b', '/data/c']"],
     run=Path("/runs/392M"), folder=Path("/runs/392M/launch/003"), workdir=Path("/home/me/torchtitan-deltaproduct"),
@@ -107,8 +107,8 @@ def test_overrides_and_the_site_too(bad):
 
 
 def test_every_text_of_a_job_is_looked_at():
-    """A field that is added to Job is checked too, or fails here."""
-    texts = [field.name for field in fields(Job) if not isinstance(getattr(JOB, field.name), int)]
+    """A field that is added to TrainingJob is checked too, or fails here."""
+    texts = [field.name for field in fields(TrainingJob) if not isinstance(getattr(JOB, field.name), int)]
     for field in texts:
         value = getattr(JOB, field)
         with pytest.raises(ConfigError, match="holds"):

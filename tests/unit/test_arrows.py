@@ -12,7 +12,7 @@ from tests.toy import REPO
 
 PACKAGE = "torchtitan_deltaproduct"
 LAYERS = [
-    {"errors", "files", "events", "arguments", "devices", "formats", "options", "optimizers"},
+    {"errors", "files", "events", "arguments", "devices", "formats", "options", "optimizers", "torch_internals"},
     {"ops"},
     {"models"},
     {"config"},

@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from ..arguments import path, text
 from ..data.text.tokenizer import copy_tokenizer, find_eos_id
 from ..errors import CheckpointError, exit_on_user_error
+from ..files import write_json
 from ..models import counts
 from ..models.args import DeltaProductArgs
 from .folders import is_hf_folder
@@ -60,7 +61,7 @@ def import_hf(source: str | Path, out: str | Path, eos: str = "") -> HfModel:
         if (source / "tokenizer.json").exists():
             copy_tokenizer(source, unfinished / "tokenizer", eos_id)
         snapshot = _snapshot(model, eos_id)
-        (unfinished / "config.json").write_text(json.dumps(snapshot, indent=1) + "\n", encoding="utf-8")
+        write_json(unfinished / "config.json", snapshot)
         with warnings.catch_warnings():
             # It warns that no process group is there: one process writes all.
             warnings.simplefilter("ignore")

@@ -6,7 +6,7 @@
        /training.json                  ours: step, and the settings of the run that made it
        /README.md                      ours: the model card
 
-    found = open_hf(Path("DP2")); model.load_state_dict(found.weights())
+    folder = open_hf(Path("DP2")); model.load_state_dict(folder.weights())
     write_hf(Path("DP2"), model.state_dict(), args, training={})
 
 `open_hf` also takes folders of fla and the layout of the paper's released checkpoints. Nothing is unpickled: weights
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..data.text.tokenizer import COMPANIONS, named_eos_id
 from ..errors import CheckpointError, DataError, UserError
-from ..files import exchange, is_plain_name, read_text, utf8_path
+from ..files import exchange, is_plain_name, read_text, utf8_path, write_json
 from ..models import DeltaProductLM
 from ..models.args import DeltaProductArgs
 from ..models.counts import total_parameters
@@ -172,8 +172,7 @@ def write_hf(
     for path in folder.glob("*.safetensors*"):
         path.chmod(mode)
     sums = {path.name: checksum(path)[1] for path in sorted([*folder.glob("*.safetensors"), folder / CONFIG])}
-    content = json.dumps(training | {"sha256": sums}, indent=1)
-    (folder / TRAINING).write_text(content + "\n", encoding="utf-8")
+    write_json(folder / TRAINING, training | {"sha256": sums})
 
 
 def make_unfinished(out: Path) -> Path:

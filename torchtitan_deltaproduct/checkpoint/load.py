@@ -26,7 +26,7 @@ from ..arguments import path as expand
 from ..config.snapshots import read_snapshot
 from ..config.values import conform
 from ..data.text.tokenizer import find_eos_id, tokenizer_sha256
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from ..models import DeltaProductLM
 from ..models.args import DeltaProductArgs
 from .folders import CheckpointInfo, inspect, is_hf_folder, scan
@@ -251,8 +251,7 @@ def read_weights(folder: Path, args: DeltaProductArgs) -> dict[str, torch.Tensor
             dcp.load(state, storage_reader=SafeReader(str(folder)), planner=SafeLoadPlanner(), no_dist=True)
     except (CheckpointException, RuntimeError, ValueError, OSError, EOFError) as error:
         cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise CheckpointError(f"{folder} cannot be read: {reason}; use another step of the run") from error
+        raise CheckpointError(f"{folder} cannot be read: {first_line(cause)}; use another step of the run") from error
     return state
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.cuda import _pin_memory_utils
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
+
+from ..torch_internals import pin, shared_memory, unpin
 
 ALIGNMENT = 64
 """Bytes: tensors begin at multiples of it."""
@@ -99,14 +100,14 @@ class Stager(AsyncStager):
         if size <= self.block.numel():
             return
         self._unpin()
-        storage = torch.UntypedStorage._new_shared(size) if self.shared else torch.UntypedStorage(size)
+        storage = shared_memory(size) if self.shared else torch.UntypedStorage(size)
         self.block = torch.empty(0, dtype=torch.uint8).set_(storage)
         if self.stream is not None:
-            _pin_memory_utils.pin_memory(self.block.data_ptr(), size)
+            pin(self.block.data_ptr(), size)
 
     def _unpin(self) -> None:
         if self.stream is not None and self.block.numel():
-            _pin_memory_utils.unpin_memory(self.block.data_ptr())
+            unpin(self.block.data_ptr())
 
     def synchronize_staging(self) -> None:
         """Part of torch's protocol: a copy is complete when `stage`, or its future, returns."""

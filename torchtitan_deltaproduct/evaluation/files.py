@@ -22,7 +22,7 @@ import numpy as np
 
 from torchtitan_deltaproduct.arguments import shown
 from torchtitan_deltaproduct.errors import DataError
-from torchtitan_deltaproduct.files import read_text, write_atomically
+from torchtitan_deltaproduct.files import read_text, replacing, write_atomically
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -69,15 +69,11 @@ def _cell(value: Any) -> Any:
 
 def write_array(path: Path, content: np.ndarray | dict[str, np.ndarray]) -> None:
     """Writes one array as .npy, several as .npz."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         if isinstance(content, dict):
             np.savez(file, **content)
         else:
             np.save(file, content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def digest(content: dict) -> str:

@@ -29,7 +29,7 @@ from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import read_text
 from torchtitan_deltaproduct.models import DeltaProductLM
 
-from .files import digest, slug, write_atomically
+from .files import digest, slug, write_json
 
 Arrays = np.ndarray | dict[str, np.ndarray]
 
@@ -114,7 +114,7 @@ class Pieces:
                 )
         else:
             target.mkdir(parents=True, exist_ok=True)
-            write_atomically(target / "about.json", json.dumps(about, indent=1) + "\n")
+            write_json(target / "about.json", about)
         return cls(target, about, suffix)
 
     @classmethod

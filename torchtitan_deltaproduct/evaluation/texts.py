@@ -33,7 +33,7 @@ from torchtitan_deltaproduct.data.text.tokenizer import find_eos_id, tokenizer_s
 from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import read_text
 
-from .files import digest, slug, write_array, write_atomically
+from .files import digest, slug, write_array, write_json
 from .sample import Seen, Wanted, is_dataset, prepare_sample
 
 VERSION = 1
@@ -136,7 +136,7 @@ def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int
         "tokenizer_sha256": tokenizer_id, "length": wanted.length, **facts,
         "sha256": file_sha256(target / "tokens.npy"),
     }  # fmt: skip
-    write_atomically(target / "about.json", json.dumps(about, indent=1) + "\n")
+    write_json(target / "about.json", about)
     return Texts(target, about)
 
 

@@ -1,7 +1,7 @@
 """One block of the model: pre-norm mixer and pre-norm SwiGLU, each added to the residual stream.
 
-    block = Block(DeltaProductArgs(hidden_size=256, num_heads=4, head_dim=64))
-    y = block(x)                                    # [B, T, 256]; compiles with fullgraph=True
+block = Block(DeltaProductArgs(hidden_size=256, num_heads=4, head_dim=64))
+y = block(x)                                    # [B, T, 256]; compiles with fullgraph=True
 """
 
 import torch.nn.functional as F
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .args import DeltaProductArgs
 from .mixer import DeltaProductMixer, MixerCache, Operator
-from .norm import RMSNorm
 
 
 class SwiGLU(nn.Module):
@@ -30,9 +29,9 @@ class Block(nn.Module):
 
     def __init__(self, args: DeltaProductArgs):
         super().__init__()
-        self.mixer_norm = RMSNorm(args.hidden_size, args.norm_eps)
+        self.mixer_norm = nn.RMSNorm(args.hidden_size, args.norm_eps)
         self.mixer = DeltaProductMixer(args)
-        self.mlp_norm = RMSNorm(args.hidden_size, args.norm_eps)
+        self.mlp_norm = nn.RMSNorm(args.hidden_size, args.norm_eps)
         self.mlp = SwiGLU(args.hidden_size, args.mlp_size)
 
     def forward(
@@ -45,9 +44,7 @@ class Block(nn.Module):
         x = x + self.mixer(self.mixer_norm(x), decay, positions)
         return x + self.mlp(self.mlp_norm(x))
 
-    def extend(
-        self, x: Tensor, cache: MixerCache, operator: Operator | None = None
-    ) -> tuple[Tensor, MixerCache]:
+    def extend(self, x: Tensor, cache: MixerCache, operator: Operator | None = None) -> tuple[Tensor, MixerCache]:
         """Continues a sequence from `cache`: the decoding twin of `forward`; `operator` as the mixer takes it."""
         mixed, cache = self.mixer.extend(self.mixer_norm(x), cache, operator)
         x = x + mixed

@@ -7,9 +7,8 @@ of a document the values before it count as zero; when decoding, the last W-1 in
     y = conv(x)                                     # x, y: [B, T, 512]
     y, cache = conv.extend(x, cache)                # cache: [B, 512, 3]
 
-`sum_of_taps` is the definition. On CUDA it is one kernel each way (`ops.short_conv`), which also normalises q and k.
-Eager float32 on the CPU takes `_CpuConv`, the same sum with its backward written out: 5 times faster than `F.conv1d`
-there, 3 times faster than autograd of the sum.
+`sum_of_taps` is the definition, and what runs on the CPU, where it is faster than `F.conv1d`. On CUDA it is one kernel
+each way (`ops.short_conv`), which also normalises q and k.
 """
 
 import torch
@@ -39,15 +38,7 @@ class ShortConvolution(nn.Module):
         """
         if short_conv.obstacle(x, self.weight.shape[2]) is None:
             return short_conv.short_conv(x, self.weight[:, 0], positions, halo=halo)[0]
-        if halo is not None:
-            # The halo's own outputs are dropped, whatever document it belongs to.
-            before = halo.shape[1]
-            positions = None if positions is None else F.pad(positions, (before, 0), value=before)
-            return self(torch.cat([halo, x], 1), positions)[:, before:]
-        by_hand = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-        if by_hand and x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
-            return F.silu(_CpuConv.apply(x, self.weight, positions), inplace=not torch.is_grad_enabled())
-        padded = F.pad(x, (0, 0, self.weight.shape[2] - 1, 0))
+        padded = F.pad(x, (0, 0, self.weight.shape[2] - 1, 0)) if halo is None else torch.cat([halo, x], 1)
         return F.silu(sum_of_taps(padded, self.weight, positions)).to(x.dtype)
 
     def extend(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,47 +88,3 @@ def sum_of_taps(padded: Tensor, weight: Tensor, positions: Tensor | None = None)
         start = width - 1 - back
         y = torch.addcmul(y, padded[:, start : start + length], tap)
     return y
-
-
-class _CpuConv(torch.autograd.Function):
-    """`sum_of_taps` on zero history, one batch row at a time so that a row stays in the cache of a core."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, positions: Tensor | None) -> Tensor:
-        taps, length = weight[:, 0].t().contiguous(), x.shape[1]
-        width = min(taps.shape[0], length)
-        ctx.save_for_backward(x, taps)
-        ctx.crossing = None if positions is None else [_crossing(row, width) for row in positions]
-        y = torch.empty_like(x)
-        for b, (row, out) in enumerate(zip(x, y, strict=True)):
-            torch.mul(row, taps[-1], out=out)
-            for back in range(1, width):
-                out[back:].addcmul_(row[:-back], taps[-1 - back])
-            if ctx.crossing is not None:
-                for back, at in enumerate(ctx.crossing[b], start=1):
-                    out[at] -= row[at - back] * taps[-1 - back]
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, taps = ctx.saved_tensors
-        width = min(taps.shape[0], x.shape[1])
-        dx, dtaps, ones = torch.empty_like(x), torch.zeros_like(taps), x.new_ones(x.shape[1])
-        for b, (row, grad, out) in enumerate(zip(x, dy, dx, strict=True)):
-            torch.mul(grad, taps[-1], out=out)
-            dtaps[-1].addmv_((grad * row).t(), ones)
-            for back in range(1, width):
-                out[:-back].addcmul_(grad[back:], taps[-1 - back])
-                dtaps[-1 - back].addmv_((grad[back:] * row[:-back]).t(), ones[back:])
-            if ctx.crossing is not None:
-                for back, at in enumerate(ctx.crossing[b], start=1):
-                    out.index_add_(0, at - back, grad[at] * taps[-1 - back], alpha=-1)
-                    dtaps[-1 - back] -= (grad[at] * row[at - back]).sum(0)
-        return dx, dtaps.t().unsqueeze(1), None
-
-
-def _crossing(positions: Tensor, width: int) -> list[Tensor]:
-    """For each distance 1 .. width-1, the tokens of a row whose tap there falls into an earlier document."""
-    reach = torch.arange(positions.shape[0], device=positions.device)
-    return [((positions < back) & (reach >= back)).nonzero().squeeze(1) for back in range(1, width)]

@@ -58,19 +58,19 @@ def check_formulas(model: nn.Module, args: DeltaProductArgs) -> None:
     Raises:
         ConfigError: they do not agree; names the parameter, or the part whose sizes differ.
     """
-    found, uncounted = dict.fromkeys(PARTS, 0), []
+    sizes, uncounted = dict.fromkeys(PARTS, 0), []
     for name, parameter in model.named_parameters():
         name = plain_name(name)
         part = next((part for part, names in PARTS.items() if re.fullmatch(names, name)), None)
         if part is None:
             uncounted.append(f"{name} {list(parameter.shape)}")
         else:
-            found[part] += parameter.numel()
+            sizes[part] += parameter.numel()
     wrong = [f"{name} is in none of them" for name in uncounted]
     wrong += [
-        f"{part}: {found[part]:,} in the model, {count:,} by the formula"
+        f"{part}: {sizes[part]:,} in the model, {count:,} by the formula"
         for part, count in parameters_by_part(args).items()
-        if found[part] != count
+        if sizes[part] != count
     ]
     if wrong:
         shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")

@@ -20,7 +20,6 @@ from ..ops import SequenceRanks, gated_delta_product, recurrent_step, short_conv
 from ..ops.ranks import from_previous
 from .args import DeltaProductArgs
 from .conv import ShortConvolution
-from .norm import RMSNorm
 
 
 class MixerCache(NamedTuple):
@@ -87,7 +86,7 @@ class DeltaProductMixer(nn.Module):
             self.decay = Decay(heads)
         if args.use_output_gate:
             self.g_proj = nn.Linear(hidden, v_dim, bias=False)
-        self.o_norm = RMSNorm(args.head_v_dim, args.norm_eps)
+        self.o_norm = nn.RMSNorm(args.head_v_dim, args.norm_eps)
         self.o_proj = nn.Linear(v_dim, hidden, bias=False)
 
     def forward(self, x: Tensor, decay: Tensor | None = None, positions: Tensor | None = None) -> Tensor:

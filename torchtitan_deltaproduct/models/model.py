@@ -20,7 +20,6 @@ from .args import DeltaProductArgs
 from .block import Block
 from .init import init_parameters
 from .loss import linear_cross_entropy
-from .norm import RMSNorm
 
 
 class Head(nn.Linear):
@@ -56,7 +55,7 @@ class DeltaProductLM(nn.Module):
         self.loss_backend: str | None = None
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = nn.ModuleDict({str(i): Block(args) for i in range(args.num_hidden_layers)})
-        self.norm = RMSNorm(args.hidden_size, args.norm_eps)
+        self.norm = nn.RMSNorm(args.hidden_size, args.norm_eps)
         tied = args.tie_word_embeddings
         self.output = None if tied else Head(args.hidden_size, args.vocab_size, bias=False)
 

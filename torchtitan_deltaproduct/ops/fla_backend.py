@@ -122,8 +122,8 @@ def forward(
             None if bounds is None else bounds.cpu(),
             None,
         )
-    saved = ctx.saved_tensors
-    return o.to(v.dtype).view(shape), final, saved[_SOLVED], saved[_GATES]
+    solved, gates = _solved_and_gates(ctx.saved_tensors, *saved_shapes(k, g, False))
+    return o.to(v.dtype).view(shape), final, solved, gates
 
 
 def backward(
@@ -189,5 +189,24 @@ class _Context(SimpleNamespace):
         self.saved_tensors = tensors
 
 
-_GATES, _SOLVED = 5, 7
-"""Where fla's forward saves them; `tests/gpu/test_op.py` would fail if a release moved them."""
+WRITTEN_FOR = "0.6"
+"""Version of flash-linear-attention whose forward saves the gates and the solved triangles at these places."""
+_GATES, _SOLVED, _SAVED = 5, 7, 11
+
+
+def _solved_and_gates(
+    saved: tuple[Tensor | None, ...], solved: tuple[int, ...], gates: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """The two tensors of what fla saved, after a look at whether they are these.
+
+    Raises:
+        RuntimeError: another number of tensors, or other shapes, than WRITTEN_FOR has.
+    """
+    shapes = [(0,) if x is None else tuple(x.shape) for x in saved]
+    if len(shapes) != _SAVED or shapes[_SOLVED] != solved or shapes[_GATES] != gates:
+        raise RuntimeError(
+            f"flash-linear-attention saves tensors of shapes {shapes}\n"
+            f"expected {_SAVED}, with {solved} at place {_SOLVED} and {gates} at {_GATES}\n"
+            f"ops/fla_backend.py was written for {WRITTEN_FOR}: install that, or set model.op_backend to another"
+        )
+    return saved[_SOLVED], saved[_GATES]

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint import _async_process_executor as process_executor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.stateful import Stateful
@@ -43,7 +42,8 @@ from ..checkpoint.marker import SAVING, ours, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from ..checkpoint.staging import Stager
 from ..checkpoint.writer import About, MarkedWriter, planner_for
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
+from ..torch_internals import forget_checkpoint_process
 from .stopping import deaf_children
 
 logger = logging.getLogger(__name__)
@@ -193,9 +193,8 @@ class CheckpointManager(stock.CheckpointManager):
         dist.all_reduce(lost, group=self.pg)
         if lost:
             logger.warning("the processes that write checkpoints are started again")
-            if process_executor._CHECKPOINT_PROCESS is not None:
-                process_executor._CHECKPOINT_PROCESS._save_process.terminate()
-            process_executor._CHECKPOINT_PROCESS, self.writer_lost = None, False
+            forget_checkpoint_process(terminate=True)
+            self.writer_lost = False
 
     def maybe_wait_for_staging(self) -> None:
         """Waits until the weights may change: an asynchronous save of either kind may still be copying them."""
@@ -242,11 +241,11 @@ class CheckpointManager(stock.CheckpointManager):
         self.failed_saves += 1
         failures = getattr(error, "failures", None) or {dist.get_rank(): (error, None)}
         rank, (cause, _) = next(iter(failures.items()))
-        said = (str(cause).splitlines() or [type(cause).__name__])[0]
+        reason = first_line(cause)
         if dist.get_rank() == 0:
             logger.warning("step %d was not saved, on rank %d: %s (%d failed so far)",
-                           step, rank, said, self.failed_saves)  # fmt: skip
-            events.append(self.run, "save_failed", step=step, rank=rank, error=said)
+                           step, rank, reason, self.failed_saves)  # fmt: skip
+            events.append(self.run, "save_failed", step=step, rank=rank, error=reason)
             try:
                 delete(Path(self._create_checkpoint_id(step)))
             except OSError as left:
@@ -254,9 +253,9 @@ class CheckpointManager(stock.CheckpointManager):
 
     def _is_saved(self, step: int) -> bool:
         """Whether this very step is complete already (rank 0 looks for all)."""
-        found = [inspect(Path(self._create_checkpoint_id(step)), step).complete if dist.get_rank() == 0 else False]
-        dist.broadcast_object_list(found, src=0)
-        return found[0]
+        complete = [inspect(Path(self._create_checkpoint_id(step)), step).complete if dist.get_rank() == 0 else False]
+        dist.broadcast_object_list(complete, src=0)
+        return complete[0]
 
     @torch.no_grad()
     def load(self, step: int = -1) -> CheckpointInfo | None:
@@ -319,16 +318,16 @@ class CheckpointManager(stock.CheckpointManager):
 
     def _initial(self) -> CheckpointInfo:
         """What `initial_load_path` names, as rank 0 sees it: it may be a run that is still saving."""
-        found: list[CheckpointInfo | CheckpointError | None] = [None]
+        outcome: list[CheckpointInfo | CheckpointError | None] = [None]
         if dist.get_rank() == 0:
             try:
-                found = [initial_checkpoint(Path(self.initial_load_path))]
+                outcome = [initial_checkpoint(Path(self.initial_load_path))]
             except CheckpointError as error:
-                found = [error]
-        dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], CheckpointError):
-            raise found[0]
-        return found[0]
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], CheckpointError):
+            raise outcome[0]
+        return outcome[0]
 
     def _set_newer_aside(self, step: int) -> None:
         """After `load_step`: later steps belong to a past that is being written anew, and must not be resumed from."""
@@ -346,10 +345,10 @@ class CheckpointManager(stock.CheckpointManager):
         """What is wrong with the files of a checkpoint, each rank reading its share; the same on all."""
         if not self.verify_on_load:
             return []
-        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         mine = wrong_checksums(info.path, info.marker, dist.get_rank(), dist.get_world_size())
-        dist.all_gather_object(found, mine)
-        return [problem for of_rank in found for problem in of_rank]
+        dist.all_gather_object(by_rank, mine)
+        return [problem for problems in by_rank for problem in problems]
 
     def _no_such_step(self, asked: int, reason: str) -> str:
         have = [", ".join(str(i.step) for i in scan(self.folder) if i.complete) if dist.get_rank() == 0 else ""]
@@ -366,9 +365,8 @@ class CheckpointManager(stock.CheckpointManager):
             dcp.load(states, storage_reader=SafeReader(str(info.path)), planner=SafeLoadPlanner())
         except (CheckpointException, RuntimeError, ValueError) as error:
             cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
-            said = (str(cause).splitlines() or [type(cause).__name__])[0]
             raise CheckpointError(
-                f"{info.path} does not fit this run: {said}\n"
+                f"{info.path} does not fit this run: {first_line(cause)}\n"
                 "expected the same [model] and optimizer as when it was saved (see its config.json)"
             ) from error
         if stock.MODEL in self.states:
@@ -403,7 +401,7 @@ class CheckpointManager(stock.CheckpointManager):
         if getattr(self, "enable", False) and hasattr(self, "deleter"):
             self.finish_running_save()
             # Told to end: left behind, the process that writes ends with a traceback when its pipe closes.
-            process_executor._CHECKPOINT_PROCESS = None
+            forget_checkpoint_process()
             self.deleter.shutdown()
         super().close()
 

@@ -1,15 +1,12 @@
 """Which device a run uses, and how torchtitan learns of it.
 
-The rule: CUDA if a device is visible, else CPU with gloo. torchtitan 0.2.2 falls back to "cuda" on a machine without
-an accelerator, and binds the name by value in five modules; `install` rebinds those and its lookup of peak FLOP/s,
-which calls `lspci` and scores an unknown device as an A100.
+The rule: CUDA if a device is visible, else CPU with gloo.
 
     device_type, reason = select_device()
     install(device_type, peak_flops=0.0)
 """
 
 import contextlib
-import logging
 import os
 import types
 from pathlib import Path
@@ -17,8 +14,8 @@ from pathlib import Path
 import torch
 
 from ..devices import peak_flops
+from . import patches
 
-logger = logging.getLogger(__name__)
 
 def select_device() -> tuple[str, str]:
     """Returns the device type to run on and the reason, for the log."""
@@ -68,15 +65,5 @@ class CpuModule(types.ModuleType):
 
 def install(device_type: str, peak: float = 0.0) -> None:
     """Makes torchtitan use `device_type` everywhere, and `peak` FLOP/s for MFU (0.0: look it up by device name)."""
-    from torchtitan.components import metrics
-    from torchtitan.distributed import parallel_dims
-    from torchtitan.distributed import utils as dist_utils
-    from torchtitan.tools import profiling, utils
-
     module = CpuModule() if device_type == "cpu" else getattr(torch, device_type)
-    for holder in (utils, parallel_dims, dist_utils, metrics, profiling):
-        if hasattr(holder, "device_type"):
-            holder.device_type = device_type
-        if hasattr(holder, "device_module"):
-            holder.device_module = module
-    utils.get_peak_flops = lambda name: peak or peak_flops(name)
+    patches.bind_device(device_type, module, lambda name: peak or peak_flops(name))

@@ -22,7 +22,7 @@ from ..ops import SequenceRanks
 
 
 class Feed:
-    """See the module docstring. It takes the loader's place in a checkpoint.
+    """Hands out this rank's batches; in a checkpoint it stands for the loader.
 
     Args:
         loader: of this rank.

@@ -23,6 +23,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..torch_internals import process_group_in
 
 T = TypeVar("T")
 FIRST_POLL, LAST_POLL = 0.02, 0.5
@@ -46,8 +47,8 @@ def own_store(timeout: timedelta = timedelta(minutes=5)) -> Iterator[dist.Store 
     global _store
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    original = dist.init_process_group
-    if dist.is_initialized() or isinstance(original, partial) or (ranks > 1 and not with_torchrun):
+    within_another = isinstance(dist.init_process_group, partial)
+    if dist.is_initialized() or within_another or (ranks > 1 and not with_torchrun):
         yield None
         return
     if with_torchrun:
@@ -57,12 +58,9 @@ def own_store(timeout: timedelta = timedelta(minutes=5)) -> Iterator[dist.Store 
     else:
         named = dist.HashStore()
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group = partial(original, store=named, rank=rank, world_size=ranks)
     _store = named
-    try:
+    with process_group_in(named, rank, ranks):
         yield named
-    finally:
-        dist.init_process_group = original
 
 
 def from_rank_0(function: Callable[[], T], store: dist.Store | None) -> T:

@@ -7,8 +7,8 @@ itself, so `register` makes the spec for one job config.
 from dataclasses import asdict, dataclass, field
 
 from torch import nn
-from torchtitan.protocols import train_spec as registry
 from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.protocols.train_spec import TrainSpec
 
 from ..config.job import JobConfig
 from ..data import GENERATED, build_loader
@@ -17,6 +17,7 @@ from ..models.args import DeltaProductArgs
 from .metrics import build_metrics_processor
 from .optimizer import build_lr_schedulers, build_optimizers
 from .parallelize import parallelize
+from .patches import add_train_spec
 from .validator import HeldOutValidator, Validator
 from .word_validator import WordValidator
 
@@ -65,7 +66,7 @@ def build_validator(job_config: JobConfig, **given) -> HeldOutValidator:
 
 def register(job_config: JobConfig) -> None:
     """Makes `job_config.model` the model torchtitan builds."""
-    spec = registry.TrainSpec(
+    spec = TrainSpec(
         model_cls=build_model,
         model_args={job_config.model.flavor: ModelArgs()},
         parallelize_fn=parallelize,
@@ -79,5 +80,4 @@ def register(job_config: JobConfig) -> None:
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics_processor,
     )
-    registry._extra_train_specs.pop(job_config.model.name, None)
-    registry.register_train_spec(job_config.model.name, spec)
+    add_train_spec(job_config.model.name, spec)

@@ -1,7 +1,7 @@
 """Loss spikes: a step whose loss stands far above the recent ones.
 
     spikes = LossSpikes(threshold=8.0)
-    if found := spikes.observe(loss): logger.warning("step %d: %s", step, found)
+    if spike := spikes.observe(loss): logger.warning("step %d: %s", step, spike)
 
 Far is measured from the median of the last steps in units of their spread (1.4826 times the median absolute deviation,
 which is the standard deviation for normal noise), so that one spike does not hide the next. Only a warning: whether to
@@ -30,18 +30,18 @@ class LossSpikes:
 
     def observe(self, loss: float) -> str:
         """Takes in the finite loss of a step (nats a token); says in words how far it stands out, or ""."""
-        said = ""
+        spike = ""
         if self.threshold > 0 and len(self.losses) >= LEAST:
             median = statistics.median(self.losses)
             spread = max(1.4826 * statistics.median(abs(x - median) for x in self.losses), SMALLEST)
             deviations = (loss - median) / spread
             if deviations > self.threshold:
-                said = (
+                spike = (
                     f"loss {loss:.4f} is {deviations:.1f} deviations above {median:.4f}, "
                     f"the median of the last {len(self.losses)} steps"
                 )
         self.losses.append(loss)
-        return said
+        return spike
 
     def state_dict(self) -> dict[str, list[float]]:
         return {"losses": list(self.losses)}

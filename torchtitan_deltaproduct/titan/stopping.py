@@ -108,7 +108,8 @@ def deaf_children() -> Iterator[None]:
 
 def shield_compile_workers() -> None:
     """Starts Inductor's compile workers deaf to stop signals; call it before anything is compiled."""
-    from torch._inductor.async_compile import AsyncCompile
+    # Signals are listened to before torch is imported, which takes seconds: this module must not import it.
+    from ..torch_internals import start_compile_workers
 
     with deaf_children():
-        AsyncCompile.warm_pool()
+        start_compile_workers()

@@ -27,7 +27,6 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule
 from torchtitan import train as stock
-from torchtitan.components.checkpoint import DATALOADER
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
 
@@ -40,6 +39,7 @@ from .checkpointer import CheckpointManager
 from .describe import describe, resumed
 from .feed import Feed, to_device, to_host
 from .parallelize import sequence_ranks
+from .patches import without_checkpoints_and_autocast
 from .rendezvous import own_store
 from .spec import register
 from .spikes import LossSpikes
@@ -47,11 +47,6 @@ from .stopping import Stopping
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-
-# The stock Trainer builds its checkpointer by this name, and its autocast context by that one: `parallelize` gives
-# mixed precision to fully_shard in every layout, and autocast would lower the float32 products of the operator.
-stock.CheckpointManager = CheckpointManager
-stock.dist_utils.maybe_enable_amp = lambda *args: contextlib.nullcontext()
 
 
 class Trainer(stock.Trainer):
@@ -72,13 +67,16 @@ class Trainer(stock.Trainer):
         draw: bool = True,
     ) -> None:
         register(job_config)
-        with contextlib.nullcontext() if draw else left_undrawn():
+        with without_checkpoints_and_autocast(job_config), contextlib.nullcontext() if draw else left_undrawn():
             super().__init__(job_config)
         self.drawn = draw
         dims, guard = self.parallel_dims, job_config.guard
         self.run_folder = Path(job_config.job.dump_folder)
         self.feed = Feed(self.dataloader, self.gradient_accumulation_steps, self.device, sequence_ranks(dims))
-        self.checkpointer.states[DATALOADER] = self.feed
+        self.checkpointer = CheckpointManager(
+            self.feed, self.model_parts, self.optimizers, self.lr_schedulers, states={"train_state": self},
+            checkpoint_config=job_config.checkpoint, sd_adapter=None, base_folder=job_config.job.dump_folder,
+        )  # fmt: skip
         self.tokens_ahead: float | None = None
         self.samples_per_step = job_config.training.samples_per_step(dims.dp_replicate * dims.dp_shard)
         self.skipped_steps = self.skipped_in_a_row = 0
@@ -283,11 +281,11 @@ class Trainer(stock.Trainer):
 
     def look_for_spike(self, loss: float) -> None:
         """Reports a loss far above the recent ones, with the samples it came from."""
-        found = self.spikes.observe(loss)
-        if found:
+        spike = self.spikes.observe(loss)
+        if spike:
             first, last = self.samples
             logger.warning("step %d: %s; samples %d to %d, shown by: python -m torchtitan_deltaproduct.data.show_batch "
-                           "%s --step %d", self.step, found, first, last, self.run_folder, self.step)  # fmt: skip
+                           "%s --step %d", self.step, spike, first, last, self.run_folder, self.step)  # fmt: skip
             if dist.get_rank() == 0:
                 events.append(self.run_folder, "loss_spike", step=self.step, loss=loss, samples=[first, last])
 
@@ -382,7 +380,7 @@ class Trainer(stock.Trainer):
 
 
 def reduce_gradients(model_parts: list[nn.Module], now: bool) -> None:
-    """Whether the next backward pass reduces gradients over ranks, or adds to what this rank holds of them."""
+    """Makes the next backward pass reduce gradients over ranks (`now`), or only add to the sum that this rank holds."""
     for model in model_parts:
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(now)

@@ -23,9 +23,8 @@ import threading
 import time
 from pathlib import Path
 
-import torch
-
 from .. import events
+from ..torch_internals import flight_records
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +67,15 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, step: int, what: str, first: bool = False) -> None:
-        """Says that the run is alive: it has just ended `what` at `step`.
+        """Notes that the run is alive: it has just finished `what` at `step`.
 
         Args:
             step: optimizer steps begun.
             what: `step`, `validation batch`, `save`, ...
-            first: what follows may take long, until a `step` has ended.
+            first: whether the longer limit of the start holds from now until a `step` has ended.
         """
         self.step, self.what = step, what
-        # A validation before the first step does not end the patience with it.
+        # Only a step ends the longer limit of the start: a validation before the first step says nothing of that step.
         factor = self.factor
         if first or what == "step":
             self.factor = FIRST_STEP if first else 1.0
@@ -105,12 +104,12 @@ class Watchdog:
 
     def _act(self) -> None:
         silent = time.monotonic() - self.last
-        said = f"no sign of life for {silent:.0f} s after the {self.what} of step {self.step}"
+        message = f"no sign of life for {silent:.0f} s after the {self.what} of step {self.step}"
         path = self.run / "stacks" / f"rank-{self.rank}.txt"
         with contextlib.suppress(OSError):
-            write_stacks(path, f"rank {self.rank} on {socket.gethostname()}: {said}")
-        events.append(self.run, "stop", step=self.step, reason="hung", detail=said, saved=False, rank=self.rank)
-        print(f"[rank {self.rank}] {said}; stacks in {path}; exit code {EXIT_HUNG}", file=sys.stderr, flush=True)
+            write_stacks(path, f"rank {self.rank} on {socket.gethostname()}: {message}")
+        events.append(self.run, "stop", step=self.step, reason="hung", detail=message, saved=False, rank=self.rank)
+        print(f"[rank {self.rank}] {message}; stacks in {path}; exit code {EXIT_HUNG}", file=sys.stderr, flush=True)
         time.sleep(GRACE)
         os._exit(EXIT_HUNG)
 
@@ -146,16 +145,3 @@ def write_stacks(path: Path, title: str) -> None:
         faulthandler.dump_traceback(file, all_threads=True)
     for name, record in flight_records().items():
         path.with_suffix(f".{name}.json").write_bytes(record)
-
-
-def flight_records() -> dict[str, bytes]:
-    """What torch's flight recorders hold of this rank's collectives: recorder -> JSON, those of no use left out.
-
-    They record as many collectives as `comm.trace_buf_size` says.
-    """
-    found = {}
-    for name in ("nccl", "fr"):
-        # Private interfaces, called while the process goes down: their failure must not cost the stacks.
-        with contextlib.suppress(Exception):
-            found[name] = bytes(getattr(torch._C._distributed_c10d, f"_dump_{name}_trace_json")())
-    return {name: record for name, record in found.items() if b'"entries":[{' in record}

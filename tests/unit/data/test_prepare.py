@@ -374,7 +374,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path, tokenizer, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    job = units.Job(str(tmp_path), str(tmp_path), tokenizer, 0, "uint16", 0.0, "document")
+    job = units.Preparation(str(tmp_path), str(tmp_path), tokenizer, 0, "uint16", 0.0, "document")
     monkeypatch.setattr(units.ShardWriter, "add", full)
     worker = {"job": job, "limit": 0, "tokenizer": load_tokenizer(tokenizer)}
     monkeypatch.setattr(units, "_worker", worker)

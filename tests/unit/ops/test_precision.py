@@ -6,12 +6,10 @@ import torch
 
 from tests.unit.ops.test_parity import make, run
 from torchtitan_deltaproduct.ops import gated_delta_product
-from torchtitan_deltaproduct.ops.normalize import ROUNDING, contractive_beta, l2norm
+from torchtitan_deltaproduct.ops.normalize import ROUNDING, contractive_beta, l2norm, normalise
 
 
-def repeated_key_growth(
-    n, *, length=4096, normalise=True, backend="auto", device="cpu", dim=64, seed=0
-) -> float:
+def repeated_key_growth(n, *, length=4096, normalise=True, backend="auto", device="cpu", dim=64, seed=0) -> float:
     """|S| after `length` tokens of one bfloat16 key at beta = 2 without writes, over |S| before.
 
     Each micro-step is a reflection, so the true ratio is 1. The key is the one of many random ones whose
@@ -66,6 +64,27 @@ def test_contractive_beta_leaves_other_keys_alone():
     assert torch.allclose(contractive_beta(k, beta).flatten(), torch.tensor([2.0, 2 / 1.00390625, 2.0]))
 
 
+def test_keys_normalised_outside_the_op_are_contractive_too():
+    """What the kernels are given: the rounded key times the corrected beta has eigenvalue 1 - 2, not beyond."""
+    torch.manual_seed(0)
+    k, beta = torch.randn(1, 2048, 1, 64).bfloat16(), torch.full((1, 2048, 1), 2.0)
+    q, unit, corrected = normalise(k, k, beta, True)
+    square = unit.float().square().sum(-1)
+    assert torch.equal(q, unit) and (beta * square).max() > 2.002
+    assert (corrected * square - 2).abs().max() < 1e-5
+
+
+def test_gradient_of_the_normalisation_outside_the_op():
+    torch.manual_seed(0)
+    k = torch.randn(1, 16, 2, 8, requires_grad=True)
+    _, unit, _ = normalise(k, k, torch.ones(1, 16, 2), True)
+    weights = torch.randn(unit.shape)
+    (ours,) = torch.autograd.grad((unit * weights).sum(), k)
+    exact = k.detach().double().requires_grad_()
+    (theirs,) = torch.autograd.grad((l2norm(exact) * weights).sum(), exact)
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["chunk", "recurrent"])
 def test_autocast_lowers_nothing(backend):
     args = make(40, 2, dtype=torch.float32)
@@ -101,15 +120,11 @@ def test_uninitialised_memory_is_not_read(bounds):
     """Fresh memory is filled with NaN: a buffer read before it is written would show."""
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     args = make(41, 2, dtype=torch.float32)
-    expected = run(args, 2, "chunk", cu_seqlens=cu_seqlens) + run(
-        args, 2, "chunk", False, cu_seqlens=cu_seqlens
-    )
+    expected = run(args, 2, "chunk", cu_seqlens=cu_seqlens) + run(args, 2, "chunk", False, cu_seqlens=cu_seqlens)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
-        poisoned = run(args, 2, "chunk", cu_seqlens=cu_seqlens) + run(
-            args, 2, "chunk", False, cu_seqlens=cu_seqlens
-        )
+        poisoned = run(args, 2, "chunk", cu_seqlens=cu_seqlens) + run(args, 2, "chunk", False, cu_seqlens=cu_seqlens)
     finally:
         torch.use_deterministic_algorithms(False)
     for (name, a), (_, b) in zip(poisoned, expected, strict=True):

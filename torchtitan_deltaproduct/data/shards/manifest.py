@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from torchtitan_deltaproduct.errors import DataError
-from torchtitan_deltaproduct.files import read_text, write_atomically
+from torchtitan_deltaproduct.files import read_text, write_atomically, write_json
 
 NAME, TABLE = "manifest.json", "shards.npy"
 FORMAT = "torchtitan-deltaproduct tokens"
@@ -132,7 +132,7 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     body |= {"content_sha256": manifest.content_sha256, "shards": len(manifest.shards)}
     body["shards_sha256"] = hashlib.sha256(table.getvalue()).hexdigest()
     write_atomically(Path(folder, TABLE), table.getvalue())
-    write_atomically(Path(folder, NAME), json.dumps({**body, "manifest_sha256": _checksum(body)}, indent=1) + "\n")
+    write_json(Path(folder, NAME), {**body, "manifest_sha256": _checksum(body)})
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -17,7 +17,7 @@ from ..shards.shards import token_dtype
 from .files import list_files
 from .sources import Unit, check_no_split, plan_dataset_units, plan_units
 from .tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
-from .units import Job
+from .units import Preparation
 
 WORK = ".prepare"
 """Folder of what an unfinished result needs to go on."""
@@ -63,7 +63,7 @@ class Plan:
     """What to do, and `source`, the part of it that identifies the result and goes into the manifest."""
 
     units: list[Unit]
-    job: Job
+    job: Preparation
     source: dict
     vocab_size: int
     tokenizer_sha256: str
@@ -104,7 +104,7 @@ def make_plan(settings: Settings) -> Plan:
     stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in sorted(names)]
     identity = json.dumps([source, [asdict(unit) for unit in units], stats], sort_keys=True)
     source["plan"] = hashlib.sha256(identity.encode()).hexdigest()
-    job = Job(
+    job = Preparation(
         out=settings.out,
         work=str(Path(settings.out, WORK)),
         tokenizer=settings.tokenizer,

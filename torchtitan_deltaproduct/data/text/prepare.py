@@ -34,7 +34,7 @@ from .files import make_folder
 from .plan import WORK, Plan, Settings, log, make_plan
 from .sources import BadRecord
 from .tokenizer import MOST_UNKNOWN, copy_tokenizer
-from .units import Job, tokenize_units
+from .units import Preparation, tokenize_units
 
 BAD_RECORDS = "bad_records.jsonl"
 
@@ -305,7 +305,7 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
     shutil.rmtree(out / WORK)
 
 
-def no_documents(part: str, job: Job, bad: list[list[str]]) -> str:
+def no_documents(part: str, job: Preparation, bad: list[list[str]]) -> str:
     """What to do about a part without documents, or why there is none."""
     if bad:
         return "\n".join(str(BadRecord(*entry)) for entry in bad[:3])

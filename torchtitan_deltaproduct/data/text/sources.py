@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from torchtitan_deltaproduct.errors import ConfigError, DataError, UserError
+from torchtitan_deltaproduct.errors import ConfigError, DataError, UserError, first_line
 
 from .files import READ_ERRORS, SUFFIXES, UTF8_BOM, kind_of, list_files, warn_of_json
 
@@ -155,10 +155,9 @@ def open_dataset(name: str, config: str, split: str, streaming: bool):
     except UserError:
         raise
     except Exception as error:  # a damaged folder of `save_to_disk` raises nearly anything
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"The dataset {name!r} (configuration {config or 'default'!r}, split {split!r}) "
-            f"cannot be opened: {first_line}\n"
+            f"cannot be opened: {first_line(error)}\n"
             "Check the name; offline, a hub dataset must have been downloaded before."
         ) from None
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
-from torchtitan_deltaproduct.files import read_text, write_atomically
+from torchtitan_deltaproduct.files import read_text, write_atomically, write_json
 
 from .files import make_folder
 from .progress import Progress
@@ -107,8 +107,8 @@ def save(tokenizer: Tokenizer, folder: Path, record: dict) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer.json").unlink(missing_ok=True)
-    write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
-    write_atomically(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / RECORD, record)
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
 

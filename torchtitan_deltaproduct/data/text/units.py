@@ -37,7 +37,7 @@ QUEUED = 4
 
 
 @dataclass(frozen=True)
-class Job:
+class Preparation:
     """What is the same for all units.
 
     Attributes:
@@ -102,7 +102,7 @@ class Stopped(Exception):
 
 
 def tokenize_units(
-    job: Job,
+    job: Preparation,
     units: list[Unit],
     done: dict[int, dict],
     workers: int,
@@ -191,7 +191,7 @@ class _Board:
 _worker: dict = {}
 
 
-def _start_worker(job: Job, max_bad_records: int, messages, stop) -> None:
+def _start_worker(job: Preparation, max_bad_records: int, messages, stop) -> None:
     # Ctrl-C reaches every process of the terminal; the parent decides, through `stop`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The processes are the parallelism; threads inside them would only compete.
@@ -225,7 +225,7 @@ def _run_unit(number: int, unit: Unit) -> dict:
 
 
 def tokenize_unit(
-    job: Job, number: int, unit: Unit, tokenizer, max_bad_records: int, report: Callable[[int, int], None]
+    job: Preparation, number: int, unit: Unit, tokenizer, max_bad_records: int, report: Callable[[int, int], None]
 ) -> dict:
     """Tokenises one unit into a shard for each part, and writes its record.
 

@@ -26,7 +26,7 @@ from torchtitan_deltaproduct.errors import ConfigError
 
 from ..options import make_folder
 from .collect import collect, markdown, pictures, write_results
-from .plan import Job, Sweep, read_sweep
+from .plan import Sweep, SweepJob, read_sweep
 
 TAIL = 8
 """Lines of a failed job's log that are shown."""
@@ -80,7 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def chosen(sweep: Sweep, only: list[str]) -> list[Job]:
+def chosen(sweep: Sweep, only: list[str]) -> list[SweepJob]:
     """The jobs named, or all; raises ConfigError for a name that is none."""
     for name in only:
         if not any(f"{job.name}/".startswith(f"{name}/") for job in sweep.jobs):
@@ -88,7 +88,7 @@ def chosen(sweep: Sweep, only: list[str]) -> list[Job]:
     return [job for job in sweep.jobs if not only or any(f"{job.name}/".startswith(f"{name}/") for name in only)]
 
 
-def listing(jobs: list[Job]) -> Table:
+def listing(jobs: list[SweepJob]) -> Table:
     """A line a job: what it is, and whether it is done."""
     table = Table()
     for name in ("job", "weights", "state"):
@@ -100,7 +100,7 @@ def listing(jobs: list[Job]) -> Table:
     return table
 
 
-def run(jobs: list[Job], console: Console) -> None:
+def run(jobs: list[SweepJob], console: Console) -> None:
     """Runs what is missing, one after another; a job that fails does not keep the others from running."""
     todo = [job for job in jobs if not job.is_done()]
     console.print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} done already")
@@ -120,7 +120,7 @@ def run(jobs: list[Job], console: Console) -> None:
             console.print("\n".join(f"    {line}" for line in tail), soft_wrap=True)
 
 
-def execute(job: Job) -> int:
+def execute(job: SweepJob) -> int:
     """Runs one job's command, its output going to log.txt; ended together with this process."""
     job.folder.mkdir(parents=True, exist_ok=True)
     # Of another command or other weights; the folder is this job's, whatever it read then.
@@ -137,7 +137,7 @@ def execute(job: Job) -> int:
                 process.wait()
 
 
-def hand_over(sweep: Sweep, jobs: list[Job], options: argparse.Namespace, submit: Submit, console: Console) -> int:
+def hand_over(sweep: Sweep, jobs: list[SweepJob], options: argparse.Namespace, submit: Submit, console: Console) -> int:
     """Gives what is missing to SLURM, a task a job."""
     todo = [job for job in jobs if not job.is_done() and not job.obstacle()]
     if not todo:

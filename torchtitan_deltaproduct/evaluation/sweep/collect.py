@@ -14,9 +14,9 @@ from rich.console import Console
 from torchtitan_deltaproduct.errors import DataError
 
 from ..files import finite, write_atomically, write_csv
-from .plan import Job, Sweep, evals
+from .plan import Sweep, SweepJob, evals
 
-Row = tuple[Job, dict[str, float | None]]
+Row = tuple[SweepJob, dict[str, float | None]]
 """A job that is done, and its metrics by name (None where there is none)."""
 
 
@@ -25,7 +25,7 @@ def collect(sweep: Sweep) -> list[Row]:
     return [(job, finite(metrics_of(job))) for job in sweep.jobs if job.is_done()]
 
 
-def metrics_of(job: Job) -> dict[str, float | None]:
+def metrics_of(job: SweepJob) -> dict[str, float | None]:
     """What a job found; DataError if its files do not say."""
     try:
         return evals()[job.eval].metrics(job.folder)

@@ -53,7 +53,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One eval of one model, on one dataset or none.
 
     Attributes:
@@ -105,7 +105,7 @@ class Sweep:
 
     file: Path
     out: Path
-    jobs: list[Job]
+    jobs: list[SweepJob]
 
 
 def read_sweep(file: Path) -> Sweep:
@@ -140,7 +140,7 @@ class _Reader:
     def wrong(self, where: tuple[str, ...], what: str) -> None:
         self.problems.append(f"{self.file}:{self.lines.get(where, 1)}: {what}")
 
-    def jobs(self, tree: dict[str, Any], out: Path) -> list[Job]:
+    def jobs(self, tree: dict[str, Any], out: Path) -> list[SweepJob]:
         for key in tree:
             if key not in ("out", "models", "data", *evals()):
                 guess = nearest(key, ["out", "models", "data", *evals()])
@@ -185,7 +185,9 @@ class _Reader:
                 self.wrong(("data", name), f"[data] {name}: expected what --data takes, as text")
         return {name: os.path.expanduser(value) for name, value in table.items() if isinstance(value, str)}
 
-    def jobs_of(self, name: str, options: dict, models: dict[str, Model], data: dict[str, str], out: Path) -> list[Job]:
+    def jobs_of(
+        self, name: str, options: dict, models: dict[str, Model], data: dict[str, str], out: Path
+    ) -> list[SweepJob]:
         """The jobs of one eval's table."""
         swept = evals()[name]
         chosen = self.chosen(name, "models", options, list(models))
@@ -205,7 +207,7 @@ class _Reader:
             for dataset in sets:
                 label = "/".join([name, model, *([dataset] if dataset else [])])
                 words = swept.words(models[model].path, models[model].step, data.get(dataset, ""), out / label, own)
-                jobs.append(Job(label, name, models[model], dataset, out / label, words))
+                jobs.append(SweepJob(label, name, models[model], dataset, out / label, words))
         return jobs
 
     def chosen(self, eval_name: str, key: str, options: dict, known: list[str]) -> list[str]:

@@ -1,0 +1,99 @@
+"""Every private part of torch that this project touches, so that a new torch means reading one file.
+
+Written for torch 2.11 to 2.13, the range that pyproject.toml allows. Each function looks for the part it needs and
+raises an error that names this file where it is not there.
+
+    forget_checkpoint_process(terminate=True)
+    storage = shared_memory(1 << 30); pin(storage.data_ptr(), 1 << 30)
+
+torch's `_foreach_*` functions, `DTensor._spec` and the class `pickle._Unpickler` have no public names either; they are
+used where they are needed.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WRITTEN_FOR = "torch 2.11 to 2.13"
+
+
+def part(holder: Any, name: str) -> Any:
+    """`holder.name`.
+
+    Raises:
+        RuntimeError: this torch has no such part.
+    """
+    if not hasattr(holder, name):
+        raise RuntimeError(
+            f"torch {torch.__version__} has no {getattr(holder, '__name__', holder)}.{name}; "
+            f"torch_internals.py was written for {WRITTEN_FOR}: install one of these, or adapt it"
+        )
+    return getattr(holder, name)
+
+
+@contextlib.contextmanager
+def process_group_in(store: dist.Store, rank: int, world_size: int) -> Iterator[None]:
+    """Within it, `torch.distributed.init_process_group` takes this store, whoever calls it."""
+    original = part(dist, "init_process_group")
+    dist.init_process_group = partial(original, store=store, rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.init_process_group = original
+
+
+def forget_checkpoint_process(terminate: bool = False) -> None:
+    """Lets go of the process that writes asynchronous checkpoints; the next save starts a new one.
+
+    Args:
+        terminate: end it first. Otherwise it ends by itself once nobody refers to it.
+    """
+    from torch.distributed.checkpoint import _async_process_executor as executor
+
+    process = part(executor, "_CHECKPOINT_PROCESS")
+    if terminate and process is not None:
+        part(process, "_save_process").terminate()
+    executor._CHECKPOINT_PROCESS = None
+
+
+def start_compile_workers() -> None:
+    """Starts the processes in which Inductor compiles; they inherit the signal mask of the calling thread."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    part(AsyncCompile, "warm_pool")()
+
+
+def shared_memory(size: int) -> torch.UntypedStorage:
+    """`size` bytes that a process we start can read, too."""
+    return part(torch.UntypedStorage, "_new_shared")(size)
+
+
+def pin(address: int, size: int) -> None:
+    """Makes memory that exists already fit for copies from the GPU that nobody waits for."""
+    from torch.cuda import _pin_memory_utils
+
+    part(_pin_memory_utils, "pin_memory")(address, size)
+
+
+def unpin(address: int) -> None:
+    """Undoes `pin`."""
+    from torch.cuda import _pin_memory_utils
+
+    part(_pin_memory_utils, "unpin_memory")(address)
+
+
+def flight_records() -> dict[str, bytes]:
+    """What torch's flight recorders hold of this rank's collectives: recorder -> JSON, those of no use left out.
+
+    They record as many collectives as `comm.trace_buf_size` says.
+    """
+    records = {}
+    for name in ("nccl", "fr"):
+        # Called while the process goes down: a failure must not cost the stacks that are written with these.
+        with contextlib.suppress(Exception):
+            records[name] = bytes(getattr(torch._C._distributed_c10d, f"_dump_{name}_trace_json")())
+    return {name: record for name, record in records.items() if b'"entries":[{' in record}
