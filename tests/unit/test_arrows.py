@@ -12,7 +12,8 @@ from tests.toy import REPO
 
 PACKAGE = "torchtitan_deltaproduct"
 LAYERS = [
-    {"errors", "files", "events", "arguments", "devices", "formats", "options", "optimizers", "torch_internals"},
+    {"errors", "files", "history", "events", "arguments", "devices", "formats", "options", "optimizers",
+     "torch_internals"},  # fmt: skip
     {"ops"},
     {"models"},
     {"config"},
