@@ -100,7 +100,7 @@ MUTANTS = [
         ("checkpoint/folders.py", "if not info.path.is_symlink()", "if True", FOLDERS),
         ("checkpoint/marker.py", "(folder / SAVING).unlink(missing_ok=True)", "pass", f"{FOLDERS} {CHECKPOINT}test_commands.py"),
         ("checkpoint/marker.py", "if (now := status.st_size) != size:", "if (now := status.st_size) < size:", FOLDERS),
-        ("checkpoint/marker.py", "for name in sorted(marker.files)[share::shares]:", "for name in sorted(marker.files)[share + 1 :: shares]:", FOLDERS),
+        ("checkpoint/marker.py", "sorted(marker.files)[share::shares]", "sorted(marker.files)[share + 1 :: shares]", FOLDERS),
         ("checkpoint/writer.py", "        super().finish(metadata, results)\n        folder = Path(self.path)\n", "        folder = Path(self.path)\n        write_marker(folder, Marker(self.about.step, 0.0, 1, '', {INDEX: (0, '')}))\n        super().finish(metadata, results)\n", FOLDERS),
         ("checkpoint/safe_dcp.py", "return numbers == math.prod(entry.size) and", "return", CHECKPOINT + "test_safe_dcp.py"),
         ("checkpoint/staging.py", "offset = -(-slot.end // ALIGNMENT) * ALIGNMENT", "offset = slot.end - 1", CHECKPOINT + "test_staging.py"),
