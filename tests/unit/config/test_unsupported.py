@@ -104,10 +104,11 @@ def reads(toy, tmp_path_factory):
 
         return note
 
-    with pytest.MonkeyPatch.context() as patch:
+    # A patch of pytest's would not give this option back: it would delete it.
+    kept = functorch.patch(activation_memory_budget=functorch.activation_memory_budget)
+    with kept, pytest.MonkeyPatch.context() as patch:
         patch.setattr(toys, "load_config", load)
         patch.setattr(trainer, "clip_gradients", lambda *given: clip_gradients(*given) * float("nan"))
-        patch.setattr(functorch, "activation_memory_budget", functorch.activation_memory_budget)
         for table, cls in [(key, type(getattr(JobConfig(), key))) for key in JobConfig().to_dict()]:
             patch.setattr(cls, "__getattribute__", noting(table), raising=False)
         for number, (setting, options) in enumerate(SETTINGS.items()):
