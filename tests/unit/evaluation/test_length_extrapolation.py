@@ -389,7 +389,8 @@ def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys):
     evaluate(tmp_path, run, data / "train", "--sequences", "1", "--batch", "1", "--documents", "packed")
     said = capsys.readouterr().out
     for tokens in (64, 128, 192, 256, 300):
-        assert re.search(rf"run step 8, data/train: {tokens} of 300 tokens, [\d,]+ tokens/s, 0:00:\d\d left", said), said
+        line = rf"run step 8, data/train: {tokens} of 300 tokens, [\d,]+ tokens/s, 0:00:\d\d left"
+        assert re.search(line, said), said
     assert "1 sequence of 300 tokens" in said and "one sequence: there are no standard errors" in said
     assert re.search(r"1 - 32 │ +\d\.\d{3}  +\d+\.\d\d", said) and "nan" not in said
     texts, loaded = open_texts(Wanted(str(data / "train"), 300, 4, "packed"), None, tmp_path / "texts"), load_model(run)
