@@ -57,16 +57,21 @@ class Variant:
     batch: int
     length: int
     steps: int
+    memory_budget: float | None = None
+    """Of ours: the share of activations that is kept; None: all."""
 
     @property
     def config_arguments(self) -> list[str]:
         """Of `load_config`, for this shape."""
         toy, size = self.size == "toy", SIZES[0] if self.size == "toy" else self.size
         path = f"train_configs/fineweb/deltaproduct_{size}_n{self.num_householder}_4k.toml"
-        gate = [f"--model.use_forget_gate={str(self.gated).lower()}"]
         dtype = "bfloat16" if self.device == "cuda" else "float32"
-        return ["--job.config_file", path, *gate, f"--training.mixed_precision_param={dtype}", 
-                *(f"--model.{option}" for option in TOY if toy)]  # fmt: skip
+        settings = [f"model.use_forget_gate={str(self.gated).lower()}", f"training.mixed_precision_param={dtype}"]
+        if self.memory_budget is not None:
+            settings += ["activation_checkpoint.mode=memory_budget"]
+            settings += [f"activation_checkpoint.memory_budget={self.memory_budget}"]
+        settings += [f"model.{option}" for option in TOY if toy]
+        return ["--job.config_file", path, *(f"--{setting}" for setting in settings)]
 
 
 class HostMark:
@@ -227,7 +232,8 @@ def variants(options: argparse.Namespace) -> Iterator[Variant]:
             for n in options.householders:
                 for model in models:
                     shape = (options.device, options.batch, options.length, options.steps)
-                    yield Variant(model, size, n, gate == "gated", *shape)
+                    budget = options.memory_budget if model == "ours" else None
+                    yield Variant(model, size, n, gate == "gated", *shape, budget)
 
 
 def run(variant: Variant, seconds: float) -> dict:
@@ -286,6 +292,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--householders", nargs="+", type=int, choices=(1, 2, 3), default=[3, 1, 2], metavar="N")
     parser.add_argument("--gates", nargs="+", choices=("plain", "gated"), default=["plain", "gated"])
+    parser.add_argument("--memory-budget", type=float, metavar="F", help="of ours: share of activations that is kept")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--batch", type=int, help="sequences a step (8; on a CPU 2)")
     parser.add_argument("--length", type=int, help="tokens of a sequence (4,096; on a CPU 64)")

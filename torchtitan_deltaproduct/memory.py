@@ -5,9 +5,9 @@
 
 Weights, gradients and the moments of the optimizer are float32 and divided by the shard degree: exact. Where a step
 adds up micro-batches, gradients are whole until the last one. Activations count what autograd keeps of each block:
-compiled, on our kernels, within 2 % of the peaks of 392M on an H200; eager, 10 % more than a small model was seen to
-keep on a CPU. The operator's work space,
-allocator fragmentation and communication buffers are left out: plan for 20 % more.
+compiled and in 16 bits, what our kernels keep; else what PyTorch keeps in eager mode, 10 % more than a small model was
+seen to keep. The operator's work space, allocator fragmentation and communication buffers are left out: plan for 20 %
+more.
 """
 
 import copy
@@ -17,7 +17,7 @@ from dataclasses import replace
 from .config.job import JobConfig
 from .models.args import DeltaProductArgs
 from .models.loss import peak_bytes
-from .ops.triton_backend import Geometry
+from .ops.triton_backend import HEAD_DIMS, MAX_HOUSEHOLDER, Geometry, native
 from .optimizers import OPTIMIZERS
 
 _FLOAT32 = 4
@@ -88,8 +88,12 @@ def longest_sequence(config: JobConfig, world_size: int, parts: Mapping[str, int
     return low * step
 
 
-def _compiles_model(config: JobConfig) -> bool:
-    return config.compile.enable and "model" in config.compile.components
+def on_kernels(config: JobConfig) -> bool:
+    """Whether activations are counted as a compiled model on our kernels keeps them."""
+    args = config.model
+    compiled = config.compile.enable and "model" in config.compile.components
+    fits = max(args.head_dim, args.head_v_dim) <= HEAD_DIMS[-1] and args.num_householder <= MAX_HOUSEHOLDER
+    return compiled and fits and activation_width(config) == 2 and args.op_backend in ("auto", "triton")
 
 
 def _compiles_loss(config: JobConfig) -> bool:
@@ -145,7 +149,7 @@ def final_checkpoint_bytes(config: JobConfig, parameters: int) -> int:
 def activation_elements(config: JobConfig) -> float:
     """Activations kept for the backward pass, per token, over all blocks."""
     ac, layers = config.activation_checkpoint, config.model.num_hidden_layers
-    everything = _kernel_elements(config) if _compiles_model(config) else _block_elements(config.model)
+    everything = _kernel_elements(config) if on_kernels(config) else _block_elements(config.model)
     block_input = config.model.hidden_size
     if ac.mode == "none":
         return layers * everything
@@ -156,7 +160,7 @@ def activation_elements(config: JobConfig) -> float:
     if ac.mode == "memory_budget":
         return checkpointed + ac.memory_budget * max(0, layers * everything - checkpointed)
     if ac.selective_ac_option == "op":
-        records = _record_elements(config) if _compiles_model(config) else 0
+        records = _record_elements(config) if on_kernels(config) else 0
         return checkpointed + layers * (_kept_per_op(config.model) + records)
     skipped = layers - layers // int(ac.selective_ac_option)
     return min(layers * everything, checkpointed + skipped * (everything - block_input))
@@ -191,7 +195,8 @@ def _kernel_elements(config: JobConfig) -> float:
 def _record_elements(config: JobConfig) -> float:
     """Elements per token that our kernels keep of a layer's chunks."""
     args, packed = config.model, config.data.reset_state_at_documents
-    geometry = Geometry(args.num_householder, args.head_dim, args.head_v_dim, args.use_forget_gate, packed)
+    dims = native(args.head_dim), native(args.head_v_dim)
+    geometry = Geometry(args.num_householder, *dims, args.use_forget_gate, packed)
     return args.num_heads * geometry.width(True) / geometry.tokens
 
 

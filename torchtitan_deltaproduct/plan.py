@@ -35,6 +35,7 @@ from .memory import (
     exchange_bytes,
     final_checkpoint_bytes,
     longest_sequence,
+    on_kernels,
     rank_memory,
     reshard_after_forward,
     shard_degree,
@@ -197,7 +198,6 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
     reshard, reason = reshard_after_forward(config, shards, sum(parts.values()))
     mode = f"{ac.mode} {ac.selective_ac_option}" if ac.mode == "selective" else ac.mode
     offload = "; on the host" if config.training.enable_cpu_offload else ""
-    compiled = config.compile.enable and "model" in config.compile.components
     remarks = {
         "weights": f"float32, 1/{shards} of them{offload}",
         "gradients": "float32, all of them: reduced with the last micro-batch"
@@ -206,7 +206,7 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
         "optimizer state": f"{config.optimizer.name}, {moments(config)}{offload}",
         "gathered weights": f"unsharded for use: {'embedding, head, two blocks' if reshard else 'all'} ({reason})",
         "activations": f"checkpointing {mode}; "
-        + ("compiled, on our kernels" if compiled else "eager; torch.compile keeps less"),
+        + ("compiled, on our kernels" if on_kernels(config) else "as if eager; torch.compile keeps less"),
         "loss": "logits of a chunk of tokens, gradients of the head and its input",
     }
     rows = [(name, amount(size, "B"), remarks[name]) for name, size in memory.items() if size]

@@ -2,7 +2,7 @@
 
 DCP keeps an index, `.metadata`, as a pickle, and loads non-tensor values with `weights_only=False`. A checkpoint from
 somebody else could run code on both ways. `SafeReader` unpickles the index with a machine that knows no more than an
-index needs: it makes instances of DCP's own record classes and gives state to them alone, calls four harmless makers of
+index needs: it makes instances of DCP's own record classes and gives state to them alone, calls five harmless makers of
 values, and has no other opcode. `SafeLoadPlanner` loads values with `weights_only=True`.
 
     dcp.load(state, storage_reader=SafeReader(folder), planner=SafeLoadPlanner())
@@ -43,6 +43,13 @@ def _size(numbers: tuple = ()) -> torch.Size:
     return torch.Size(int(number) for number in numbers)
 
 
+def _memory_format(cls: type, name: str) -> records._MEM_FORMAT_ENCODING:
+    """Stands for `getattr`: Python 3.11.0 to 3.11.3 pickle a member of an enum by its name."""
+    if cls is not records._MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"getattr of {cls!r} does not belong in a checkpoint index")
+    return cls[name]
+
+
 # What stands for the names in an index. dtypes pickle as attributes of torch; a path comes back as text.
 _GLOBALS = (
     {(cls.__module__, cls.__name__): cls for cls in _RECORDS}
@@ -50,10 +57,11 @@ _GLOBALS = (
        for value in vars(torch).values() if isinstance(value, torch.dtype)}
     | {(module, name): _path
        for module in ("pathlib", "pathlib._local") for name in ("Path", "PosixPath", "PurePosixPath")}
+    | {(module, "getattr"): _memory_format for module in ("builtins", "__builtin__")}
     | {("torch", "Size"): _size, ("torch.serialization", "_get_layout"): _layout,
        (records.__name__, "_MEM_FORMAT_ENCODING"): records._MEM_FORMAT_ENCODING}
 )  # fmt: skip
-_MAKERS = (_path, _layout, _size, records._MEM_FORMAT_ENCODING)
+_MAKERS = (_path, _layout, _size, _memory_format, records._MEM_FORMAT_ENCODING)
 
 # Numbers, texts, containers and the memo: they make built-in values and call nothing.
 _PLAIN = (

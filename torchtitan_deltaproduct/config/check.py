@@ -205,8 +205,8 @@ def _needs_cuda(key: str, setting: Any, what: str) -> tuple[str, Judge]:
 RULES: list[tuple[str, Judge]] = [
     ("model.expand_v model.head_dim", lambda c, e: not c.model.has_whole_values
      and f"head_dim * expand_v must be a whole number of at least 1, not {c.model.head_dim * c.model.expand_v:g}"),
-    ("model.op_backend", lambda c, e: c.model.op_backend == "fla" and e.cuda is False
-     and 'fla runs on CUDA only, and there is none; "auto" picks a backend that runs here'),
+    ("model.op_backend", lambda c, e: c.model.op_backend in ("triton", "fla") and e.cuda is False
+     and f'{c.model.op_backend} runs on CUDA only, and there is none; "auto" picks a backend that runs here'),
     ("model.op_backend training.mixed_precision_param",
      lambda c, e: c.model.op_backend == "fla" and c.training.mixed_precision_param == "float32"
      and "fla computes in bfloat16 or float16 only"),

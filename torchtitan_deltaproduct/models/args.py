@@ -74,7 +74,7 @@ class DeltaProductArgs:
     gain 2^-2.5, the rest N(0, initializer_range); the paper used initializer_range = 0.006."""
     initializer_range: float = option(0.02, NEW_WEIGHTS, POSITIVE)
     """Standard deviation of the normal draws."""
-    op_backend: Literal["auto", "recurrent", "chunk", "fla"] = option(
+    op_backend: Literal["auto", "recurrent", "chunk", "triton", "fla"] = option(
         "auto", notable("results agree to rounding"), aliases="backend attn_mode kernel"
     )
     """Implementation of the operator; `auto` picks by device and dtype and logs the reason once."""

@@ -56,12 +56,13 @@ def _forward(
     else:
         options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm}
         o, state, *saved = chunk.chunk_forward(q, k, v, g, beta, initial_state, positions, **options)
-    kept = [_none(q) if x is None or not save else x for x in saved]
-    kept += [_none(q) for _ in range(3 - len(kept))]
-    return o, state if output_final_state else _none(q), *kept
+    kept = [no_tensor(q) if x is None or not save else x for x in saved]
+    kept += [no_tensor(q) for _ in range(3 - len(kept))]
+    return o, state if output_final_state else no_tensor(q), *kept
 
 
-def _none(like: Tensor) -> Tensor:
+def no_tensor(like: Tensor) -> Tensor:
+    """What stands for a tensor that does not apply."""
     return like.new_empty(0, dtype=torch.float32)
 
 
@@ -82,12 +83,12 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     o = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3], dtype=v.dtype)
-    state = _none(q)
+    state = no_tensor(q)
     if output_final_state:
         state = q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=compute_dtype(q, k, v))
     packed = positions is not None
     if not save:
-        return o, state, *(_none(q) for _ in range(3))
+        return o, state, *(no_tensor(q) for _ in range(3))
     if backend == "triton":
         shapes = triton_backend.saved_shapes(q, k, v, g is not None, packed)
         dtypes = (k.dtype, torch.float32, torch.float32)
@@ -137,8 +138,8 @@ def _backward(
         *most, dg, dbeta, dinitial = chunk.chunk_backward(
             *(do, dstate, q, k, v, g, beta, positions, first, second), scale=scale, use_qk_l2norm=use_qk_l2norm
         )
-    dg = _none(q) if g is None else dg.to(g.dtype)
-    dinitial = _none(q) if initial_state is None else dinitial.to(initial_state.dtype)
+    dg = no_tensor(q) if g is None else dg.to(g.dtype)
+    dinitial = no_tensor(q) if initial_state is None else dinitial.to(initial_state.dtype)
     return *most, dg, dbeta.to(beta.dtype), dinitial
 
 
@@ -162,7 +163,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(x: Tensor | None) -> Tensor:
-        return _none(q) if x is None else x.new_empty(x.shape)
+        return no_tensor(q) if x is None else x.new_empty(x.shape)
 
     dv = do.new_empty(*k.shape[:3], do.shape[3])
     return like(q), like(k), dv, like(g), like(beta), like(initial_state)

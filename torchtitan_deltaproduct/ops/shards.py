@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_deltaproduct.ops import chunk, triton_backend, triton_shards
+from torchtitan_deltaproduct.ops.custom_op import no_tensor
 from torchtitan_deltaproduct.ops.normalize import compute_dtype, full_precision
 from torchtitan_deltaproduct.ops.ranks import SequenceRanks, gather
 
@@ -87,10 +88,6 @@ def unless_new(x: Tensor, positions: Tensor | None) -> Tensor:
     return x if positions is None else torch.where(positions[:, :1, None, None] == 0, 0, x)
 
 
-def _none(like: Tensor) -> Tensor:
-    return like.new_empty(0, dtype=torch.float32)
-
-
 @torch.library.custom_op("deltaproduct::shard_map", mutates_args=())
 def _map(
     q: Tensor,
@@ -123,7 +120,7 @@ def _map(
         made = (reads, *(rest if save else (None, None)))
     if positions is not None:
         shard[..., v.shape[3] :] *= (positions[:, :1, None, None] != 0).to(shard.dtype)
-    return shard, *(_none(q) if x is None else x for x in made)
+    return shard, *(no_tensor(q) if x is None else x for x in made)
 
 
 @_map.register_fake
@@ -136,7 +133,7 @@ def _(q, k, v, g, beta, positions, num_householder, scale, use_qk_l2norm, backen
         return shard, k.new_empty(records), *others
     reads = q.new_empty(batch, length, heads, columns, dtype=dtype)
     if not save:
-        return shard, reads, _none(q), _none(q)
+        return shard, reads, no_tensor(q), no_tensor(q)
     starts, errors = ((*shape[:-1], columns) for shape in chunk.saved_shapes(q, k, v))
     return shard, reads, q.new_empty(starts, dtype=dtype), q.new_empty(errors, dtype=dtype)
 
@@ -195,18 +192,18 @@ def _output(
         options = {"n": num_householder, "scale": scale, "save": save}
         given = entering, g is not None, positions is not None, first, second, third
         o, records = triton_shards.output(q, k, v, *given, **options)
-        return o, records if save else _none(q)
+        return o, records if save else no_tensor(q)
     dim_v = v.shape[3]
     with full_precision(q.device.type):
         o = torch.matmul(first[..., dim_v:].transpose(1, 2), entering).transpose(1, 2).add_(first[..., :dim_v])
-    return o.to(v.dtype).contiguous(), _none(q)
+    return o.to(v.dtype).contiguous(), no_tensor(q)
 
 
 @_output.register_fake
 def _(q, k, v, g, beta, positions, entering, first, second, third, num_householder, scale, l2norm, backend, save):
     o = q.new_empty(*q.shape[:3], v.shape[3], dtype=v.dtype)
     if backend != "triton" or not save:
-        return o, _none(q)
+        return o, no_tensor(q)
     return o, k.new_empty(triton_backend.saved_shapes(q, k, v, g is not None, positions is not None)[0])
 
 
@@ -237,14 +234,14 @@ def _response(
     with full_precision(q.device.type):
         reads = first[..., do.shape[3] :]
         response = torch.matmul(reads.permute(0, 2, 3, 1), do.to(reads.dtype).transpose(1, 2))
-    return response, _none(q)
+    return response, no_tensor(q)
 
 
 @_response.register_fake
 def _(do, q, k, v, g, beta, positions, first, second, third, num_householder, scale, use_qk_l2norm, backend):
     response = q.new_empty(q.shape[0], *q.shape[2:], do.shape[3], dtype=compute_dtype(q, k, do))
     if backend != "triton":
-        return response, _none(q)
+        return response, no_tensor(q)
     return response, q.new_empty(triton_shards.response_shape(q, k, do, third), dtype=torch.float32)
 
 
@@ -280,13 +277,13 @@ def _backward(
         options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, "entering": entering}
         saved = second, third
         *most, dg, dbeta, _ = chunk.chunk_backward(do, leaving, q, k, v, g, beta, positions, *saved, **options)
-    return *most, _none(q) if g is None else dg.to(g.dtype), dbeta.to(beta.dtype)
+    return *most, no_tensor(q) if g is None else dg.to(g.dtype), dbeta.to(beta.dtype)
 
 
 @_backward.register_fake
 def _(do, leaving, q, k, v, g, beta, *rest):
     dv = do.new_empty(*k.shape[:3], do.shape[3])
-    dq, dk, dg, dbeta = (_none(q) if x is None else x.new_empty(x.shape) for x in (q, k, g, beta))
+    dq, dk, dg, dbeta = (no_tensor(q) if x is None else x.new_empty(x.shape) for x in (q, k, g, beta))
     return dq, dk, dv, dg, dbeta
 
 

@@ -167,7 +167,7 @@ def _trimmed(x: Tensor, size: int) -> Tensor:
     return x if x.shape[-1] == size else x[..., :size].contiguous()
 
 
-def _native(size: int) -> int:
+def native(size: int) -> int:
     """The smallest size of the kernels that holds `size`."""
     return next(native for native in HEAD_DIMS if native >= size)
 
@@ -189,7 +189,7 @@ def _multiprocessors(device: torch.device) -> int:
 def saved_shapes(q: Tensor, k: Tensor, v: Tensor, gated: bool, packed: bool) -> tuple[tuple, tuple, tuple]:
     """Shapes of `records` (k's dtype), `factors` and `maps` (float32) with `save`."""
     batch, length, heads, _ = q.shape
-    geometry = Geometry(k.shape[1] // length, _native(k.shape[3]), _native(v.shape[3]), gated, packed)
+    geometry = Geometry(k.shape[1] // length, native(k.shape[3]), native(v.shape[3]), gated, packed)
     chunks = -(-length // geometry.tokens)
     cut = _cut(geometry, q, chunks, k.dtype)
     maps = (batch * heads, cut, geometry.V + geometry.K, geometry.K) if cut > 1 else (0,)
@@ -245,7 +245,7 @@ def forward(
         o [B, T, H, V]; the final state [B, H, K, V] or None; and records, factors and maps for the backward.
     """
     (batch, length, heads, dim), dim_v = q.shape, v.shape[3]
-    geometry = Geometry(n, _native(dim), _native(dim_v), g is not None, positions is not None)
+    geometry = Geometry(n, native(dim), native(dim_v), g is not None, positions is not None)
     config, precision = launches(geometry, k.dtype, _capability(k.device)), _precision(k.dtype)
     q, k, v = _padded(q, geometry.K), _padded(k, geometry.K), _padded(v, geometry.V)
     beta, g, positions = (None if x is None else x.contiguous() for x in (beta, g, positions))
@@ -256,20 +256,10 @@ def forward(
     records = k.new_empty(programs, chunks, geometry.width(save))
     factors = k.new_empty(programs, chunks, geometry.factors, ROWS, dtype=torch.float32)
     maps = factors.new_empty((programs, cut, geometry.V + geometry.K, geometry.K) if cut > 1 else (0,))
-    constants = geometry.constants() | {"PREC": precision, "WIDTH": geometry.width(save)}
-    triangles = factors.new_empty(programs, chunks, ROWS, ROWS)
-    prepare_kernel, solve_kernel, forward_kernel = _kernels("prepare_kernel", "solve_kernel", "forward_kernel")
-    prepare_kernel[(chunks * programs,)](
-        q, k, beta, g, positions, records, triangles, factors, length, chunks, heads,
-        **{name: x for name, x in constants.items() if name != "V"},
-        GATED=geometry.gated, PACKED=geometry.packed, **config["prepare"].options(),
-    )  # fmt: skip
-    solve_kernel[(chunks * programs,)](
-        triangles, records, factors, R=ROWS, WIDTH=geometry.width(save), FACTORS=geometry.factors * ROWS,
-        FINE="ieee" if precision == "ieee" else "bf16x3", **config["solve"].options(),
-    )  # fmt: skip
-    del triangles
+    prepare_chunks(geometry, config, q, k, g, beta, positions, records, factors)
+    (forward_kernel,) = _kernels("forward_kernel")
     c = config["forward"]
+    constants = geometry.constants() | {"PREC": precision, "WIDTH": geometry.width(save)}
     constants |= {"DECAY": geometry.decay, **c.options()}
     state_in = _state(initial_state, geometry)
     state_out = factors.new_empty(programs, geometry.V, geometry.K) if final else None
@@ -288,6 +278,32 @@ def forward(
     )  # fmt: skip
     state = _unpadded_state(state_out, (batch, heads, dim, dim_v)) if final else None
     return _trimmed(o, dim_v), state, records, factors, maps
+
+
+def prepare_chunks(
+    geometry: Geometry,
+    config: dict[str, Launch],
+    q: Tensor,
+    k: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    positions: Tensor | None,
+    records: Tensor,
+    factors: Tensor,
+) -> None:
+    """Fills `factors`, and `records` but for what a backward pass needs; operands contiguous and padded."""
+    (programs, chunks, width), (length, heads) = records.shape, q.shape[1:3]
+    triangles, precision = factors.new_empty(programs, chunks, ROWS, ROWS), _precision(k.dtype)
+    prepare_kernel, solve_kernel = _kernels("prepare_kernel", "solve_kernel")
+    constants = {name: x for name, x in geometry.constants().items() if name != "V"}
+    prepare_kernel[(chunks * programs,)](
+        q, k, beta, g, positions, records, triangles, factors, length, chunks, heads, **constants,
+        PREC=precision, WIDTH=width, GATED=geometry.gated, PACKED=geometry.packed, **config["prepare"].options(),
+    )  # fmt: skip
+    solve_kernel[(chunks * programs,)](
+        triangles, records, factors, R=ROWS, WIDTH=width, FACTORS=geometry.factors * ROWS,
+        FINE="ieee" if precision == "ieee" else "bf16x3", **config["solve"].options(),
+    )  # fmt: skip
 
 
 def backward(
@@ -316,7 +332,7 @@ def backward(
         responses: what do sends back to the state before each segment, if known (`triton_shards`).
     """
     (batch, length, heads, dim), dim_v = q.shape, do.shape[3]
-    geometry = Geometry(n, _native(dim), _native(dim_v), g is not None, positions is not None)
+    geometry = Geometry(n, native(dim), native(dim_v), g is not None, positions is not None)
     config, precision = launches(geometry, k.dtype, _capability(k.device)), _precision(k.dtype)
     q, k, do = (_padded(x, size) for x, size in ((q, geometry.K), (k, geometry.K), (do, geometry.V)))
     chunks, programs = records.shape[1], batch * heads

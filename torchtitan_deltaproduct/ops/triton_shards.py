@@ -20,7 +20,7 @@ from torchtitan_deltaproduct.ops.triton_backend import ROWS, Geometry, launches
 
 
 def _geometry(q: Tensor, k: Tensor, dim_v: int, gated: bool, packed: bool) -> Geometry:
-    return Geometry(k.shape[1] // q.shape[1], backend._native(q.shape[3]), backend._native(dim_v), gated, packed)
+    return Geometry(k.shape[1] // q.shape[1], backend.native(q.shape[3]), backend.native(dim_v), gated, packed)
 
 
 def made_shapes(q: Tensor, k: Tensor, dim_v: int, gated: bool, packed: bool) -> tuple[tuple, tuple, tuple]:
@@ -52,20 +52,12 @@ def affine_map(
     of_records, of_factors, of_maps = made_shapes(q, k, dim_v, gated, packed)
     records, factors = k.new_empty(of_records), k.new_empty(of_factors, dtype=torch.float32)
     programs, chunks, _ = of_records
-    maps, triangles = factors.new_empty(of_maps), factors.new_empty(programs, chunks, ROWS, ROWS)
+    maps = factors.new_empty(of_maps)
     q, k, v = (backend._padded(x, size) for x, size in ((q, geometry.K), (k, geometry.K), (v, geometry.V)))
     beta, g, positions = (None if x is None else x.contiguous() for x in (beta, g, positions))
     constants = geometry.constants() | {"PREC": precision, "WIDTH": geometry.width(False)}
-    prepare_kernel, solve_kernel, forward_kernel = backend._kernels("prepare_kernel", "solve_kernel", "forward_kernel")
-    prepare_kernel[(chunks * programs,)](
-        q, k, beta, g, positions, records, triangles, factors, length, chunks, heads,
-        **{name: x for name, x in constants.items() if name != "V"}, GATED=gated, PACKED=packed,
-        **config["prepare"].options(),
-    )  # fmt: skip
-    solve_kernel[(chunks * programs,)](
-        triangles, records, factors, R=ROWS, WIDTH=geometry.width(False), FACTORS=geometry.factors * ROWS,
-        FINE="ieee" if precision == "ieee" else "bf16x3", **config["solve"].options(),
-    )  # fmt: skip
+    backend.prepare_chunks(geometry, config, q, k, g, beta, positions, records, factors)
+    (forward_kernel,) = backend._kernels("forward_kernel")
     cut, columns = of_maps[1], min(config["forward"].columns, geometry.K)
     forward_kernel[((geometry.V + geometry.K) // columns * programs, cut)](
         q, k, v, records, factors, None, None, maps, 1.0, length, chunks, -(-chunks // cut), heads,

@@ -1,5 +1,6 @@
 """A hostile `.metadata`: every way a pickle has to run code or to change what is not its own is refused."""
 
+import enum
 import pathlib
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint import metadata as records
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from tests.toy import REPO
+from torchtitan_deltaproduct.checkpoint import safe_dcp
 from torchtitan_deltaproduct.checkpoint.safe_dcp import _GLOBALS, _MAKERS, _RECORDS, read_index
 from torchtitan_deltaproduct.errors import CheckpointError
 
@@ -65,6 +67,8 @@ HOSTILE = {
     "NEXT_BUFFER": b"\x80\x05\x97.",
     "no index": pickle.dumps({"a": 1}),
     "a layout that is none": b"\x80\x04" + name(b"torch.serialization", b"_get_layout") + text(b"x") + b"\x85R.",
+    "getattr of a record class": pickle.dumps(Returns(getattr, (StorageMeta, "__init__"))),
+    "getattr of a class of an enum": pickle.dumps(Returns(getattr, (records._MEM_FORMAT_ENCODING, "__class__"))),
     "cut short": pickle.dumps(Metadata({}))[:-20],
     "empty": b"",
 }
@@ -121,6 +125,25 @@ def test_an_index_reads_as_it_was_written(tmp_path, protocol):
     assert found.storage_meta.checkpoint_id == "/runs/a"
     found.storage_meta = written.storage_meta
     assert found == written and found.state_dict_metadata["w"].properties.dtype is torch.bfloat16
+
+
+class ByName(pickle.Pickler):
+    """As Python 3.11.0 to 3.11.3 pickle enums."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+@pytest.mark.parametrize("protocol", (2, pickle.HIGHEST_PROTOCOL))
+def test_enums_of_other_pythons(tmp_path, protocol):
+    properties = records.TensorProperties(memory_format=torch.channels_last)
+    index = Metadata({"x": records.TensorStorageMetadata(properties, torch.Size([]), [])})
+    with open(tmp_path / ".metadata", "wb") as file:
+        ByName(file, protocol).dump(index)
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safe_dcp, "covered", lambda *_: True)
+        assert read_index(tmp_path) == index
 
 
 @pytest.mark.parametrize("version", ["3.12", "3.13"])

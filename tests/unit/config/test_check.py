@@ -128,6 +128,7 @@ ON_A_CPU = Environment(world_size=1, cuda=False)
         ("[profiling]\nenable_memory_snapshot = true\n", "a memory snapshot needs CUDA"),
         ('[checkpoint]\nasync_mode = "async_with_pinned_mem"\n', "pinned memory needs CUDA"),
         ('[model]\nop_backend = "fla"\n', "fla runs on CUDA only"),
+        ('[model]\nop_backend = "triton"\n', "triton runs on CUDA only"),
     ],
 )
 def test_what_needs_cuda(problems, text, reason):

@@ -186,3 +186,18 @@ def test_the_mixer_over_our_kernels_is_the_mixer(monkeypatch, gated, packed):
         results.append([logits, *torch.autograd.grad(logits.sin().sum(), list(model.parameters()))])
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() < 1e-4 * b.norm().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize(("backend", "kept"), [("triton", False), ("chunk", True)])
+def test_values_are_not_kept_for_the_backward(backend, kept):
+    """Our backward does not read v: it must not hold its memory from the forward pass on."""
+    given = {name: x.float().detach().requires_grad_() for name, x in make(40, 2, states=None).items() if x is not None}
+    v, saved = given["v"], set()
+
+    def note(x):
+        saved.add(x.untyped_storage().data_ptr())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        gated_delta_product(**given, num_householder=2, use_qk_l2norm=True, backend=backend)
+    assert (v.untyped_storage().data_ptr() in saved) == kept
