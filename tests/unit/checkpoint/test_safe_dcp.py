@@ -137,7 +137,8 @@ class ByName(pickle.Pickler):
 @pytest.mark.parametrize("protocol", (2, pickle.HIGHEST_PROTOCOL))
 def test_enums_of_other_pythons(tmp_path, protocol):
     properties = records.TensorProperties(memory_format=torch.channels_last)
-    index = Metadata({"x": records.TensorStorageMetadata(properties, torch.Size([]), [])})
+    index = Metadata({"x": records.TensorStorageMetadata(properties, torch.Size([]), [])}, storage_data={})
+    index.storage_meta = StorageMeta()
     with open(tmp_path / ".metadata", "wb") as file:
         ByName(file, protocol).dump(index)
     assert b"getattr" in (tmp_path / ".metadata").read_bytes()
