@@ -259,11 +259,11 @@ def test_two_ranks_killed_then_one(run, data, tmp_path, no_pictures):
     evaluate(tmp_path / "one", run, data, *options)
     process = start(tmp_path / "two", run, data, *options, ranks=2)
     end = time.monotonic() + 200
-    while not list((tmp_path / "two").rglob("0*.npz")):
+    while not list((tmp_path / "two").glob("effective_rank/*/0*.npz")):
         assert time.monotonic() < end and process.poll() is None, toys.log_of(tmp_path / "two")
         time.sleep(0.01)
     toys.kill(process)
-    done = list((tmp_path / "two").rglob("0*.npz"))
+    done = list((tmp_path / "two").glob("effective_rank/*/0*.npz"))
     assert 0 < len(done) < 8 and not (tmp_path / "two/effective_rank.json").exists()
     # What is killed while it writes leaves this.
     done[0].with_name("00007-00007.npz.tmp1").write_bytes(b"half")
