@@ -9,7 +9,7 @@ from torchtitan_deltaproduct.evaluation import sweep
 
 def submit(commands: list[list[str]], asked: sweep.Sweep, options: argparse.Namespace) -> str:
     """Hands commands to SLURM as one array; returns its job id."""
-    from launch.arrays import submit_array
+    from launch.sbatch import submit_array
     from launch.site import load_site
 
     site, _ = load_site(options.site)

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import job as job_module
-from launch import slurm
-from launch.arrays import submit_array
+from launch import sbatch, slurm
+from launch.sbatch import submit_array
 from launch.site import read_site
 from tests.launch.slurm_cluster import Cluster
 from tests.toy import REPO, assert_same_weights, learned, weights
@@ -66,7 +65,7 @@ def submit(cluster, toy, tmp_path, monkeypatch, capsys):
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, cluster.environment[name])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(job_module, "TRAIN", "tests.dist.slow_train")
+    monkeypatch.setattr(sbatch, "TRAIN", "tests.dist.slow_train")
     # The copy of the code that a job runs has no tests in it.
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     site = tmp_path / "site.toml"

@@ -110,7 +110,7 @@ def hosts(tmp_path):
 def test_two_nodes_over_ssh(toy, tmp_path, hosts, unbroken):
     """A real rendezvous of two nodes, with values that a shell would take apart."""
     run = tmp_path / "a run"
-    odd = "it's \"$HOME\""
+    odd = 'it\'s "$HOME"'
     words = [str(toy), "--job.dump_folder", str(run), "--model.flavor", odd]
     process = start("multinode.sh", run, *words, HOSTS="n1 n2", **hosts)
     assert process.wait(timeout=300) == 0, log_of(run)[-3000:]

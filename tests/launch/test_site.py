@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.record import user
 from launch.site import Site, load_site, read_site, seconds_of
+from launch.slurm import user
 from tests.toy import REPO
 from torchtitan_deltaproduct.errors import ConfigError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
-from launch.record import new_folder
 from launch.sbatch import ROOT
+from launch.slurm import new_folder
 from tests.toy import REPO
 from torchtitan_deltaproduct.config.snapshots import versions
 from torchtitan_deltaproduct.errors import ConfigError, UserError, exit_on_user_error
@@ -25,15 +25,10 @@ def bench(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def stand_ins(bench, monkeypatch):
-    """sbatch that takes everything as job 77, and squeue that says what is in the file `queue`."""
-    programs = bench / "bin"
-    programs.mkdir()
+def stand_ins(bench, stand_in):
+    """sbatch that takes everything as job 77, and squeue that prints the file `queue`."""
     (bench / "queue").touch()
-    for name, script in {"sbatch": 'echo "$@" >>sbatch.log; echo "77;cluster"', "squeue": "cat queue"}.items():
-        (programs / name).write_text(f"#!/bin/sh\ncd {bench}\n{script}\n")
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    stand_in(sbatch='echo "$@" >>sbatch.log; echo "77;cluster"', squeue="cat queue")
     return bench
 
 
@@ -122,7 +117,7 @@ def test_the_job_runs_a_copy_of_the_code(toy, stand_ins, capsys):
         assert (code / name).read_bytes() == (REPO / name).read_bytes()
     lines = (stand_ins / "run/launch/001/job.sbatch").read_text().splitlines()
     exports = "\n".join(line for line in lines if line.startswith("export PYTHON"))
-    show = "import launch, torchtitan_deltaproduct.config.snapshots as s; print(launch, s, s.versions()[\"git\"])"
+    show = 'import launch, torchtitan_deltaproduct.config.snapshots as s; print(launch, s, s.versions()["git"])'
     shell = ["bash", "-c", f"{exports}\n{sys.executable} -c '{show}'"]
     done = subprocess.run(shell, cwd=REPO, capture_output=True, text=True)
     for text in (code / "launch/__init__.py", code / "torchtitan_deltaproduct/config/snapshots.py", versions()["git"]):
@@ -136,8 +131,8 @@ def test_the_job_runs_a_copy_of_the_code(toy, stand_ins, capsys):
     ("-----\n   Welcome to cluster 3\n--> Verifying queue (normal)...OK\n519605", "519605"),
     ("519605;two", "519605"), ("12 nodes are down\n519605\n", "519605"),
 ])  # fmt: skip
-def test_a_banner_is_not_the_job(toy, stand_ins, capsys, answer, job):
-    (stand_ins / "bin/sbatch").write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n")
+def test_a_banner_is_not_the_job(toy, stand_ins, stand_in, capsys, answer, job):
+    stand_in(sbatch=f"cat <<'END'\n{answer}\nEND")
     slurm.main(words(toy))
     assert f"submitted job {job} on" in capsys.readouterr().out
     (stand_ins / "queue").write_text(f"{job} PENDING\n")
@@ -145,14 +140,13 @@ def test_a_banner_is_not_the_job(toy, stand_ins, capsys, answer, job):
         slurm.main(words(toy))
 
 
-def test_an_answer_without_a_job_is_said(toy, stand_ins):
-    (stand_ins / "bin/sbatch").write_text("#!/bin/sh\necho Welcome\n")
+def test_an_answer_without_a_job_is_said(toy, stand_ins, stand_in):
+    stand_in(sbatch="echo Welcome")
     with pytest.raises(UserError, match="its answer names no job: 'Welcome'"):
         slurm.main(words(toy))
     # What such a launch left is no job to wait for.
     (stand_ins / "run/launch/001/job_id").write_text("Welcome to cluster 3\n")
-    (stand_ins / "bin/sbatch").write_text("#!/bin/sh\necho 5\n")
-    (stand_ins / "bin/squeue").write_text("#!/bin/sh\nexit 9\n")
+    stand_in(sbatch="echo 5", squeue="exit 9")
     slurm.main(words(toy))
 
 
@@ -166,8 +160,8 @@ def test_one_job_a_run(toy, stand_ins):
     assert "#SBATCH --dependency=afterany:77" in (stand_ins / "run/launch/002/job.sbatch").read_text()
 
 
-def test_a_refusal_is_passed_on(toy, stand_ins):
-    (stand_ins / "bin/sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+def test_a_refusal_is_passed_on(toy, stand_ins, stand_in):
+    stand_in(sbatch="echo 'sbatch: error: invalid partition' >&2; exit 1")
     with pytest.raises(UserError, match=r"(?s)sbatch refused .*job.sbatch:.*invalid partition"):
         slurm.main(words(toy))
 
