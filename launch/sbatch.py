@@ -12,6 +12,7 @@ two cannot disagree. Task 3 prints to FOLDER/JOB_3.out, names its command and, i
     python -m launch.sbatch FOLDER/tasks.jsonl 3
 """
 
+import argparse
 import json
 import re
 import shlex
@@ -27,7 +28,7 @@ from torchtitan_deltaproduct.errors import ConfigError, UserError, exit_on_user_
 from torchtitan_deltaproduct.files import control_characters, read_text
 
 from .node import TRAIN, Layout
-from .site import Site
+from .site import Site, load_site
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torchtitan_deltaproduct", "launch", "eval")
@@ -253,6 +254,12 @@ def render_array(
 
 exec {container}{python(site)} -m launch.sbatch {shlex.quote(file)} "{number}"
 """
+
+
+def submit_jobs(commands: list[list[str]], folder: Path, name: str, options: argparse.Namespace) -> str:
+    """An array with the options of `jobs.add_job_options`, for `jobs.hand_over`."""
+    return submit_array(commands, folder, load_site(options.site)[0], name=name, gpus=options.gpus, time=options.time,
+                        max_parallel=options.max_parallel)  # fmt: skip
 
 
 def max_array_size() -> int:

@@ -200,32 +200,32 @@ def tasks(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize(("number", "code", "told"), [
+@pytest.mark.parametrize(("number", "code", "message"), [
     (0, 0, ""), (1, 3, "task 1 of 0-2 failed with exit code 3: "), (2, 137, "task 2 of 0-2 failed with SIGKILL: "),
 ])  # fmt: skip
-def test_one_task(tasks, capfd, number, code, told):
+def test_one_task(tasks, capfd, number, code, message):
     assert sbatch.main([tasks, str(number)]) == code
-    said = capfd.readouterr()
-    assert said.out.startswith(f"task {number} of 0-2: {sys.executable} -c ") and "\nin " in said.out
-    assert said.err.startswith(told) and bool(said.err) is bool(told)
+    printed = capfd.readouterr()
+    assert printed.out.startswith(f"task {number} of 0-2: {sys.executable} -c ") and "\nin " in printed.out
+    assert printed.err.startswith(message) and bool(printed.err) is bool(message)
 
 
-@pytest.mark.parametrize(("words", "told"), [
+@pytest.mark.parametrize(("words", "message"), [
     (["3"], "has tasks 0 to 2"), (["x"], "usage: "), ([], "usage: "), (["0", "1"], "usage: "),
 ])  # fmt: skip
-def test_wrong_numbers(tasks, words, told):
-    with pytest.raises(ConfigError, match=told):
+def test_wrong_numbers(tasks, words, message):
+    with pytest.raises(ConfigError, match=message):
         sbatch.main([tasks, *words])
 
 
-@pytest.mark.parametrize(("text", "told"), [
+@pytest.mark.parametrize(("text", "message"), [
     ('["a"]\n"b"\n', "tasks.jsonl:2: expected a list of words"), ("[]\n", "tasks.jsonl:1"), ("{", "not a list of"),
     ('[["a"], 1]\n', "tasks.jsonl:1"), (None, "No such file"), ('["nonsuch-program"]', "nonsuch-program: No such file"),
 ])  # fmt: skip
-def test_wrong_files(tmp_path, text, told):
+def test_wrong_files(tmp_path, text, message):
     if text is not None:
         (tmp_path / "tasks.jsonl").write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         sbatch.main([str(tmp_path / "tasks.jsonl"), "0"])
 
 

@@ -38,15 +38,15 @@ def words(toy, *more: str) -> list[str]:
 
 def test_dry_run_prints_and_writes_nothing(toy, bench, capsys):
     slurm.main(words(toy, "--dry-run", "--training.max_norm", "0.5", "--time", "2:00:00"))
-    said = capsys.readouterr()
-    assert said.out.startswith("#!/bin/bash\n# toy on 2 nodes x 1 rank")
-    assert f"--job.config_file {bench}/run/launch/001/toy.toml" in said.out
-    assert "    --training.max_norm 0.5 || code=$?\n" in said.out and "--time=2:00:00" in said.out
-    assert "site TOML: none" in said.err and list(bench.iterdir()) == []
-    subprocess.run(["bash", "-n"], input=said.out, text=True, check=True)
+    printed = capsys.readouterr()
+    assert printed.out.startswith("#!/bin/bash\n# toy on 2 nodes x 1 rank")
+    assert f"--job.config_file {bench}/run/launch/001/toy.toml" in printed.out
+    assert "    --training.max_norm 0.5 || code=$?\n" in printed.out and "--time=2:00:00" in printed.out
+    assert "site TOML: none" in printed.err and list(bench.iterdir()) == []
+    subprocess.run(["bash", "-n"], input=printed.out, text=True, check=True)
 
 
-@pytest.mark.parametrize(("more", "told"), [
+@pytest.mark.parametrize(("more", "message"), [
     (["--training.stepz", "3"], "--training.stepz 3: no such option; nearest: --training.steps"),
     (["--ranks-per-node", "3"], "global_batch_size = 4: must be a multiple of local_batch_size x 6 ranks = 12"),
     (["--gpus-per-node", "2"], "--gpus-per-node, one rank a GPU, or --ranks-per-node"),
@@ -54,10 +54,10 @@ def test_dry_run_prints_and_writes_nothing(toy, bench, capsys):
     (["--time", "soon"], "--time soon: expected a time as sbatch takes it"),
     (["--site", "nowhere.toml"], "--site nowhere.toml: no such file"),
 ])  # fmt: skip
-def test_what_is_wrong_is_said_before_anything_is_written(toy, bench, more, told):
+def test_what_is_wrong_is_said_before_anything_is_written(toy, bench, more, message):
     with pytest.raises(ConfigError) as caught:
         slurm.main(words(toy, *more))
-    assert told in str(caught.value) and list(bench.iterdir()) == []
+    assert message in str(caught.value) and list(bench.iterdir()) == []
 
 
 @pytest.mark.parametrize("more", [
@@ -83,9 +83,9 @@ def test_without_slurm(toy, bench, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit) as caught:
         exit_on_user_error(lambda: slurm.main(words(toy)))
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and "no sbatch on this machine" in said and "--dry-run" in said
-    assert "bash launch/local.sh" in said and not (bench / "run").exists()
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and "no sbatch on this machine" in printed and "--dry-run" in printed
+    assert "bash launch/local.sh" in printed and not (bench / "run").exists()
 
 
 def test_what_a_launch_leaves(toy, stand_ins, capsys):
@@ -93,8 +93,8 @@ def test_what_a_launch_leaves(toy, stand_ins, capsys):
     slurm.main(words(toy, "--training.max_norm", "0.5"))
     folder = stand_ins / "run/launch/001"
     assert (stand_ins / "sbatch.log").read_text() == f"--parsable {folder}/job.sbatch\n"
-    said = capsys.readouterr().out.splitlines()
-    assert said == [f"submitted job 77 on 2 nodes x 1 rank: {folder}/job.sbatch", f"tail -f {folder}/77.out"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"submitted job 77 on 2 nodes x 1 rank: {folder}/job.sbatch", f"tail -f {folder}/77.out"]
     assert (folder / "77.out").read_text() == "" and (folder / "toy.toml").read_text() == toy.read_text()
     overrides = ["--job.dump_folder", "run", "--training.max_norm", "0.5"]
     assert json.loads((folder / "overrides.json").read_text()) == overrides
@@ -110,8 +110,8 @@ def test_the_job_runs_a_copy_of_the_code(toy, stand_ins, capsys):
     """Editing the checkout changes nothing queued; the copy knows its revision, and comes before the current folder."""
     slurm.main(words(toy))
     code = stand_ins / "run/launch/001/code"
-    said = capsys.readouterr().err
-    assert f"code: {code} (a copy, made now), revision " in said
+    printed = capsys.readouterr().err
+    assert f"code: {code} (a copy, made now), revision " in printed
     assert {path.name for path in code.iterdir()} == {"torchtitan_deltaproduct", "launch", "eval", "REVISION"}
     for name in ("torchtitan_deltaproduct/train.py", "launch/requeue.py", "eval/generate.py"):
         assert (code / name).read_bytes() == (REPO / name).read_bytes()
@@ -123,8 +123,8 @@ def test_the_job_runs_a_copy_of_the_code(toy, stand_ins, capsys):
     for text in (code / "launch/__init__.py", code / "torchtitan_deltaproduct/config/snapshots.py", versions()["git"]):
         assert str(text) in done.stdout, done.stderr
     slurm.main(words(toy, "--no-snapshot", "--dry-run"))
-    said = capsys.readouterr()
-    assert f"export PYTHONPATH={ROOT}$" in said.out and "the checkout, as it is when the job starts" in said.err
+    printed = capsys.readouterr()
+    assert f"export PYTHONPATH={ROOT}$" in printed.out and "the checkout, as it is when the job starts" in printed.err
 
 
 @pytest.mark.parametrize(("answer", "job"), [
