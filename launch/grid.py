@@ -10,6 +10,7 @@
     out = "outputs/state_tracking"              # the runs are OUT/SETTING/seed-N
     seeds = [1, 2, 3]                           # of the data and of the weights
     device = "cpu"                              # cpu, auto
+    ranks = 1                                   # of each run; with more, torchrun and so many GPUs
 
     [vary]                                      # the settings are the product of these lists; named ones, in their
     "model.num_householder" = [1, 2]            # place or in front of them, are tables [settings.NAME], `base` too
@@ -37,7 +38,7 @@ from rich.console import Console
 
 from torchtitan_deltaproduct.arguments import path as path_of
 from torchtitan_deltaproduct.checkpoint import latest_complete
-from torchtitan_deltaproduct.config import JobConfig, load_config
+from torchtitan_deltaproduct.config import Environment, JobConfig, load_config
 from torchtitan_deltaproduct.config.compare import compare_configs, refuse_breaking
 from torchtitan_deltaproduct.config.snapshots import read_snapshot, snapshot
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
@@ -56,10 +57,11 @@ from torchtitan_deltaproduct.jobs import (
     run_jobs,
 )
 
+from .node import TRAIN
 from .sbatch import submit_jobs
 from .summary import Result, Summary
 
-KEYS = ("base", "out", "seeds", "device", "overrides", "vary", "settings", "data", "claim", "expect")
+KEYS = ("base", "out", "seeds", "device", "ranks", "overrides", "vary", "settings", "data", "claim", "expect")
 LEARNED = ("training.", "optimizer.", "lr_scheduler.", "debug.")
 """Options that decide what a run learned, beside those that make it another run."""
 FINAL = ("loss", "validation_loss", "validation_bits_per_byte", "validation_token_accuracy")
@@ -75,12 +77,14 @@ class Run(Job):
         seed: of the data and of the weights.
         words: `--section.key value` words for the trainer.
         config: what they come to.
+        ranks: of the run.
     """
 
     setting: str
     seed: int
     words: list[str]
     config: JobConfig
+    ranks: int
 
     @property
     def name(self) -> str:
@@ -88,7 +92,8 @@ class Run(Job):
 
     @property
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "torchtitan_deltaproduct.train", *self.words]
+        torchrun = ["-m", "launch.torchrun", "--standalone", f"--nproc-per-node={self.ranks}"] if self.ranks > 1 else []
+        return [sys.executable, *torchrun, "-m", TRAIN, *self.words]
 
     @property
     def folder(self) -> Path:
@@ -108,7 +113,7 @@ class Run(Job):
         if newest is None:
             return False
         saved = read_snapshot(newest.path / "config.json") or {}
-        comparison = compare_configs(saved, snapshot(self.config, {"world_size": 1}))
+        comparison = compare_configs(saved, snapshot(self.config, {"world_size": self.ranks}))
         refuse_breaking(comparison, newest.path, self.config.provenance)
         if newest.step < self.config.training.steps:
             return False
@@ -160,7 +165,9 @@ class Grid:
         return [job for job in self.evaluations if job.model.name in names]
 
 
-def read_grid(file: Path, seeds: list[int], out: str, overrides: list[str]) -> Grid:
+def read_grid(
+    file: Path, seeds: list[int], out: str, overrides: list[str], environment: Environment | None = None
+) -> Grid:
     """Reads and checks a grid's TOML.
 
     Args:
@@ -168,6 +175,7 @@ def read_grid(file: Path, seeds: list[int], out: str, overrides: list[str]) -> G
         seeds: instead of the file's, unless empty.
         out: instead of the file's, unless empty.
         overrides: `--section.key value` words for all runs.
+        environment: that the settings are checked against; None: this machine.
 
     Raises:
         ConfigError: what is wrong with it, or with the settings of a run.
@@ -177,9 +185,12 @@ def read_grid(file: Path, seeds: list[int], out: str, overrides: list[str]) -> G
     for key, kind, form in FORMS:
         if not isinstance(tree.get(key, kind()), kind) or (key == "seeds" and not all_whole_numbers(tree.get(key, []))):
             reader.wrong((key,), f"{key}: expected {form}")
+    if tree.get("ranks", 1) < 1:
+        reader.wrong(("ranks",), f"ranks = {tree['ranks']}: must be at least 1")
     if tree.get("device", "auto") not in ("auto", "cpu"):
         reader.wrong(("device",), f"device = {tree['device']!r}: expected 'auto' or 'cpu'")
     reader.refuse()
+    ranks = tree.get("ranks", 1)
     folder = Path(os.path.expanduser(out or tree.get("out") or f"outputs/{file.stem}"))
     settings = settings_of(tree, reader)
     reader.refuse()
@@ -196,7 +207,8 @@ def read_grid(file: Path, seeds: list[int], out: str, overrides: list[str]) -> G
             for key, value in values.items():
                 words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
             try:
-                runs.append(Run(setting, seed, [*words, *overrides], load_config([*words, *overrides])))
+                config = load_config([*words, *overrides], environment or Environment(ranks))
+                runs.append(Run(setting, seed, [*words, *overrides], config, ranks))
             except ConfigError as error:
                 raise ConfigError(f"{file}, setting {setting}: {error}") from None
     models = {run.name: Model(run.name, str(run.folder)) for run in runs}
@@ -207,7 +219,8 @@ def read_grid(file: Path, seeds: list[int], out: str, overrides: list[str]) -> G
 
 FORMS = (
     ("base", str, "the path of a training TOML"), ("out", str, "the path of a folder"),
-    ("seeds", list, "a list of whole numbers"), ("overrides", dict, 'a table of options, "section.key" = value'),
+    ("seeds", list, "a list of whole numbers"), ("ranks", int, "a whole number"),
+    ("overrides", dict, 'a table of options, "section.key" = value'),
     ("vary", dict, 'a table of lists, "section.key" = [value, ...]'), ("settings", dict, "tables [settings.NAME]"),
 )  # fmt: skip
 """Keys of a grid, their types, and how to say so."""
@@ -283,7 +296,7 @@ def run_grid(grid: Grid, options: argparse.Namespace, console: Console) -> int:
         return 0
     failed: dict[str, str] = {}
     if not options.collect:
-        places = places_for(options.jobs, grid.tree.get("device", "auto"), len(runs))
+        places = places_for(options.jobs, grid.tree.get("device", "auto"), len(runs), grid.tree.get("ranks", 1))
         console.print(f"{grid.out}: training, at most {len(places)} at a time")
         failed |= run_jobs(runs, places, console)
         evaluations = grid.evaluations_of([run for run in runs if run.name not in failed])

@@ -128,18 +128,21 @@ def print_dry_run(jobs: Sequence[Job], console: Console) -> None:
         console.print(shlex.join(["python", *job.command[1:]]), soft_wrap=True, style="dim", markup=False)
 
 
-def places_for(at_a_time: int, device: str, jobs: int) -> list[dict[str, str]]:
+def places_for(at_a_time: int, device: str, jobs: int, gpus_each: int = 1) -> list[dict[str, str]]:
     """Where jobs run: the environment variables of each of the places that are used at one time.
 
     Args:
         at_a_time: jobs at a time; 0: one a GPU, or without any one a CPU core.
         device: `auto`, or `cpu` to leave GPUs alone.
         jobs: how many there are to run.
+        gpus_each: of a job; one that needs more than there are gets all.
     """
-    gpus = visible_gpus() if device == "auto" else []
+    visible = visible_gpus() if device == "auto" else []
+    firsts = range(0, max(len(visible) - gpus_each, 0) + 1, gpus_each) if visible else []
+    gpus = [",".join(visible[first : first + gpus_each]) for first in firsts]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = max(1, min(at_a_time or len(gpus) or cores, jobs))
-    shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, min(MOST_THREADS, cores // count)))}
+    shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, min(MOST_THREADS, cores // (count * gpus_each))))}
     if count == 1:
         # Alone it has the machine, as a command typed by hand would.
         shared = {}

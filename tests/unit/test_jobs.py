@@ -100,6 +100,12 @@ def test_places(monkeypatch, visible, at_a_time, device, count, devices, threads
     assert {place.get("OMP_NUM_THREADS") for place in jobs.places_for(2, device, 2)} == {"3"}
 
 
+def test_places_of_several_gpus(monkeypatch):
+    for visible, places in (("0,1,2,3,4", ["0,1", "2,3"]), ("0,1,2,3", ["0,1", "2,3"]), ("5", ["5"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [place["CUDA_VISIBLE_DEVICES"] for place in jobs.places_for(0, "auto", 9, gpus_each=2)] == places
+
+
 def test_gpus_are_counted_without_torch(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
