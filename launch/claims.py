@@ -22,6 +22,7 @@ results/NAME.json holds the numbers of every run; the page, the pictures and the
 
 import json
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,15 @@ class Claim:
     def settings(self) -> list[str]:
         return list(dict.fromkeys(run.setting for run in self.grid.runs))
 
+    def label(self, setting: str) -> str:
+        """`n_h = 2, [-1, 1]`, or the setting's name where that does not tell the settings apart."""
+        models = {run.setting: run.config.model for run in self.grid.runs}
+        labels = {
+            name: f"n_h = {model.num_householder}, {'[-1, 1]' if model.allow_neg_eigval else '[0, 1]'}"
+            for name, model in models.items()
+        }
+        return labels[setting] if len(set(labels.values())) == len(labels) else setting
+
     @property
     def file(self) -> Path:
         return RESULTS / f"{self.name}.json"
@@ -164,7 +174,7 @@ def verdict(claim: Claim, results: Results) -> Verdict:
             for run in bad:
                 value = run.metrics.get(one.metric)
                 shown = "none" if value is None else show(value, False)
-                lines.append(f"{setting}, seed {run.seed}: {one.metric} {shown}; expected: {one}")
+                lines.append(f"{claim.label(setting)}, seed {run.seed}: {one.metric} {shown}; expected: {one}")
     if summary.missing:
         return Verdict("incomplete", [summary.note(), *lines])
     return Verdict("as expected" if holds else "not as expected", lines)
@@ -216,7 +226,7 @@ def draw(claim: Claim, results: Results, path: Path) -> None:
         for row, setting in enumerate(claim.settings):
             values = [run.metrics[metric] for run in results.summary.of(setting) if run.metrics.get(metric) is not None]
             axes[0, 0].plot(values, np.full(len(values), row), "o", color=COLOURS[row % len(COLOURS)])
-        axes[0, 0].set_yticks(range(len(claim.settings)), claim.settings)
+        axes[0, 0].set_yticks(range(len(claim.settings)), map(claim.label, claim.settings))
         axes[0, 0].set_xlabel(metric)
         axes[0, 0].invert_yaxis()
 
@@ -235,7 +245,7 @@ def section(claim: Claim) -> str:
     return f"""\
 ## {claim.title}
 
-Expected: {claim.expectation} Source: {claim.source}.
+{textwrap.fill(f"Expected: {claim.expectation} Source: {claim.source}.", 120)}
 
 Command: `python -m launch.reproduce {claim.name}` ({claim.budget})
 
@@ -253,7 +263,7 @@ def table(claim: Claim, summary: Summary) -> str:
     header, lines = Summary(results, summary.planned).cells()
     rows = {line[0]: line for line in lines}
     blank = ["not run yet", *[""] * (len(header) - 2)]
-    body = [rows.get(setting, [setting, *blank]) for setting in claim.settings]
+    body = [[claim.label(setting), *rows.get(setting, ["", *blank])[1:]] for setting in claim.settings]
     return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---", *["---:"] * (len(header) - 1)], *body])
 
 
