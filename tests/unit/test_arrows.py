@@ -12,19 +12,8 @@ from tests.toy import REPO
 
 PACKAGE = "torchtitan_deltaproduct"
 LAYERS = [
-    {
-        "errors",
-        "files",
-        "history",
-        "events",
-        "arguments",
-        "devices",
-        "formats",
-        "jobs",
-        "options",
-        "optimizers",
-        "torch_internals",
-    },  # fmt: skip
+    {"errors", "files", "history", "events", "arguments", "devices", "formats", "jobs", "options", "optimizers",
+     "torch_internals"},  # fmt: skip
     {"ops"},
     {"models"},
     {"config"},

@@ -308,7 +308,9 @@ def test_retention(steps, keep, every):
     assert all(kept.values())
 
 
-FOLDERS = st.dictionaries(st.integers(0, 30), st.sampled_from(["complete", "torn", "saving", "foreign"]), max_size=12)
+FOLDERS = st.dictionaries(
+    st.integers(0, 30), st.sampled_from(["complete", "torn", "saving", "foreign"]), max_size=12
+)
 
 
 @given(FOLDERS, st.integers(2, 4), st.sampled_from([0, 6]))

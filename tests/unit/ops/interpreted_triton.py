@@ -176,7 +176,9 @@ def test_the_mixer_over_our_kernels_is_the_mixer(monkeypatch, gated, packed):
     tokens, starts = torch.randint(40, (2, 50)), torch.rand(2, 50) < 0.1 if packed else None
     results = []
     for backend in ("triton", "chunk"):
-        model = DeltaProductLM(DeltaProductArgs(**args, num_householder=2, use_forget_gate=gated, op_backend=backend))
+        model = DeltaProductLM(
+            DeltaProductArgs(**args, num_householder=2, use_forget_gate=gated, op_backend=backend)
+        )
         model.init_weights()
         if backend == "chunk":
             monkeypatch.setattr(short_conv, "obstacle", lambda *_: "not in this test")
