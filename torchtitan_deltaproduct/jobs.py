@@ -117,7 +117,7 @@ def hand_over(
     array = submit(commands, folder, name, options)
     # More tasks than the cluster takes at once are several arrays, `12,13`.
     first = array.partition(",")[0]
-    console.print(f"job {array}: {len(commands)} tasks; tail -f {folder}/{first}_0.out", soft_wrap=True)
+    console.print(f"job {array}: {len(commands)} tasks; tail -f {folder}/{first}_0.out", soft_wrap=True, markup=False)
     return True
 
 
@@ -142,10 +142,9 @@ def places_for(at_a_time: int, device: str, jobs: int, gpus_each: int = 1) -> li
     gpus = [",".join(visible[first : first + gpus_each]) for first in firsts]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = max(1, min(at_a_time or len(gpus) or cores, jobs))
-    shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, min(MOST_THREADS, cores // (count * gpus_each))))}
-    if count == 1:
-        # Alone it has the machine, as a command typed by hand would.
-        shared = {}
+    threads = max(1, min(MOST_THREADS, cores // (count * gpus_each)))
+    # Alone a job has the machine, as a command typed by hand would.
+    shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)} if count > 1 else {}
     if not gpus:
         return [shared | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})] * count
     # Round the GPUs: with more places than GPUs there are several on some.
@@ -180,7 +179,7 @@ def run_jobs(jobs: Sequence[Job], places: list[dict[str, str]], console: Console
     ready = [job for job in missing if not job.obstacle()]
     failed = {job.name: f"not ready: {job.obstacle()}" for job in missing if job not in ready}
     for name, why in failed.items():
-        console.print(f"{name}: {why}", soft_wrap=True)
+        console.print(f"{name}: {why}", soft_wrap=True, markup=False)
     waiting = deque(enumerate(ready, start=1))
     running: dict[int, Running] = {}
     with Display(len(ready), console) as display, ending_together(running, console):
@@ -252,7 +251,7 @@ def ending_together(running: dict[int, Running], console: Console) -> Iterator[N
     finally:
         if running:
             names = ", ".join(one.job.name for one in running.values())
-            console.print(f"stopping {names}; the same command goes on from there", soft_wrap=True)
+            console.print(f"stopping {names}; the same command goes on from there", soft_wrap=True, markup=False)
         for one in running.values():
             one.process.terminate()
         for one in running.values():
@@ -284,7 +283,7 @@ class Display:
         if self.bars:
             self.tasks[one.label] = self.bars.add_task(one.label, total=one.job.progress()[1] or None, note="starting")
         else:
-            self.console.print(f"{one.label} ...", soft_wrap=True)
+            self.console.print(f"{one.label} ...", soft_wrap=True, markup=False)
 
     def update(self, running: list[Running]) -> None:
         """Shows where the running jobs are."""
@@ -296,16 +295,20 @@ class Display:
             if self.bars:
                 self.bars.update(self.tasks[one.label], completed=step, note=note)
             elif total:
-                self.console.print(f"{one.label}: step {step:,} of {total:,}, {note}", soft_wrap=True)
+                self.console.print(f"{one.label}: step {step:,} of {total:,}, {note}", soft_wrap=True, markup=False)
 
     def ends(self, one: Running, failure: str) -> None:
         """Says how a job ended, with the end of its log if it failed."""
         if self.bars:
             self.bars.remove_task(self.tasks.pop(one.label))
         if not failure:
-            self.console.print(f"{one.label}: done in {time.monotonic() - one.start:.0f} s", soft_wrap=True)
+            self.console.print(
+                f"{one.label}: done in {time.monotonic() - one.start:.0f} s", soft_wrap=True, markup=False
+            )
             return
-        self.console.print(f"{one.label}: failed with {failure.partition(':')[0]}; {one.job.log} ends:", soft_wrap=True)
+        self.console.print(
+            f"{one.label}: failed with {failure.partition(':')[0]}; {one.job.log} ends:", soft_wrap=True, markup=False
+        )
         self.console.print("\n".join(f"    {line}" for line in one.lines()[-TAIL:]), soft_wrap=True, markup=False)
 
 

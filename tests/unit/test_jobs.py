@@ -71,6 +71,17 @@ def test_what_is_missing_runs_and_what_fails_is_named(tmp_path):
     assert given[0].log.read_text() == "first\n" and not (tmp_path / "made before/log.txt").exists()
 
 
+def test_bars_on_a_terminal(tmp_path, monkeypatch):
+    """They show the running jobs and go with them; what failed stays."""
+    monkeypatch.setattr(Program, "progress", lambda self: (3, 7, "half way"))
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, highlight=False)
+    given = [program(tmp_path, "good", "__import__('time').sleep(1)"), program(tmp_path, "bad", "sys.exit(3)")]
+    failed = jobs.run_jobs(given, [{}, {}], console)
+    printed = console.file.getvalue()
+    assert list(failed) == ["bad"] and "3/7" in printed and "half way" in printed
+    assert "1/2 good: done in" in printed and "2/2 bad: failed with exit code 3" in printed
+
+
 def test_each_place_has_one_job_at_a_time(tmp_path):
     code = "p = pathlib.Path(os.environ['PLACE']); p.mkdir(); __import__('time').sleep(0.3); p.rmdir()"
     given = [program(tmp_path, f"job {number}", code) for number in range(6)]
@@ -87,6 +98,7 @@ def test_each_place_has_one_job_at_a_time(tmp_path):
     ("GPU-7", 0, "auto", 9, ["GPU-7"], None),
     ("0,1", 0, "cpu", 9, [""] * 8, "1"),
     ("0,1", 0, "cpu", 2, [""] * 2, "4"),
+    ("0,1", 1, "auto", 9, ["0"], None),
 ])  # fmt: skip
 def test_places(monkeypatch, visible, at_a_time, device, count, devices, threads):
     """On eight cores."""
