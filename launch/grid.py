@@ -282,8 +282,15 @@ def add_grid_options(parser: argparse.ArgumentParser) -> None:
     add_job_options(parser, jobs=0, jobs_default="one a GPU, or one a core without any")
 
 
-def run_grid(grid: Grid, options: argparse.Namespace, console: Console) -> int:
-    """Does what the options of `add_grid_options` ask for; returns the exit code."""
+def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: str = "") -> int:
+    """Does what the options of `add_grid_options` ask for; returns the exit code.
+
+    Args:
+        grid: to be run.
+        options: of the command line.
+        console: for everything it prints.
+        again: the command that goes on with it, where that is not `launch.grid`.
+    """
     runs = chosen(grid.runs, options.only)
     if options.dry_run:
         print_dry_run(runs, console)
@@ -292,7 +299,7 @@ def run_grid(grid: Grid, options: argparse.Namespace, console: Console) -> int:
     if options.slurm:
         commands = [run.command for run in runs if not run.is_done()]
         if hand_over(commands, grid.out / "slurm", grid.file.stem, options, submit_jobs, console):
-            console.print(f"when they are done: python -m launch.grid {grid.file}", soft_wrap=True)
+            console.print(f"when they are done: {again or f'python -m launch.grid {grid.file}'}", soft_wrap=True)
         return 0
     failed: dict[str, str] = {}
     if not options.collect:

@@ -103,7 +103,7 @@ def reproduce(claim: Claim, options: argparse.Namespace, overrides: list[str], c
     """Runs what is missing of a claim, tells the verdict, and keeps the results of one that is run as it is written."""
     console.print(f"[bold]{escape(claim.title)}[/]")
     claim = read_claim(claim.grid.file, options.seeds, options.out, overrides)
-    run_grid(claim.grid, options, console)
+    run_grid(claim.grid, options, console, f"python -m launch.reproduce {claim.name}")
     if options.dry_run or options.slurm:
         return 0
     results = collected(claim)
