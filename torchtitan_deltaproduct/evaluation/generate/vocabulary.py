@@ -15,13 +15,7 @@ from torchtitan_deltaproduct.errors import ConfigError
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Text to tokens and back.
-
-    Attributes:
-        tokenizer: of the training data.
-        separator: id of the token that stood after every document in training.
-        folder: where the tokenizer is.
-    """
+    """The tokenizer of the training data, the id of the token between its documents, and the tokenizer's folder."""
 
     tokenizer: Tokenizer
     separator: int
@@ -45,8 +39,7 @@ def open_vocabulary(
     Args:
         loaded: the model.
         folder: with tokenizer.json; None: the one found beside the model.
-        eos: text of the separator; empty: that of training (`LoadedModel.separator`).
-        option: with which a user names a separator, for messages.
+        eos, option: text of the separator, and the user's option for it; see `LoadedModel.separator`.
 
     Raises:
         ConfigError: there is none, or it has more tokens than the model. DataError: it cannot be read, or no separator
@@ -59,10 +52,10 @@ def open_vocabulary(
             "name the folder of the one it was trained with: --tokenizer FOLDER"
         )
     separator = loaded.separator(where, eos, option)
-    tokenizer, known = load_tokenizer(where, separator), loaded.model.args.vocab_size
-    if tokenizer.vocab_size > known:
+    tokenizer, most = load_tokenizer(where, separator), loaded.model.args.vocab_size
+    if tokenizer.vocab_size > most:
         raise ConfigError(
             f"the tokenizer in {where} is not the model's: it has {tokenizer.vocab_size:,} tokens, {loaded.label} has "
-            f"{known:,}\nname the folder of the one it was trained with: --tokenizer FOLDER"
+            f"{most:,}\nname the folder of the one it was trained with: --tokenizer FOLDER"
         )
     return Vocabulary(tokenizer, separator, where)
