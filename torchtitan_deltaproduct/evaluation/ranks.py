@@ -25,12 +25,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """Context in which the ranks can talk (gloo, whatever the device of the models).
-
-    Attributes:
-        rank: of this process.
-        world: their number.
-    """
+    """Context in which the ranks can talk (gloo, whatever the device of the models); `rank` is ours of `world`."""
 
     def __init__(self):
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -129,10 +129,9 @@ def test_ranks_against_an_independent_loop(run, whole):
     assert len(starts) > 3 and found["document_starts"].tolist() == [list(start) for start in starts]
     assert found["mean"] == pytest.approx(exact.mean(2), rel=1e-4)
     assert found["std"] == pytest.approx(exact.std(2, ddof=1), rel=1e-2, abs=1e-4)
-    assert found["quantiles"][1] == pytest.approx(np.median(exact, 2), rel=1e-4)
     # 3 sequences of 203 tokens, of 50 chosen ones 2 eigenvalues each.
     assert (found["beta"].sum(-1) == 609).all() and (found["plane"].sum((2, 3)) == 300).all()
-    assert found["beta"].shape == (2, 2, 2, 40) and found["decay"].sum() == 0
+    assert found["beta"].shape == (2, 2, 2, 40)
     mean = (found["beta"] * (found["beta_edges"][:-1] + found["beta_edges"][1:]) / 2).sum(-1) / 609
     assert mean == pytest.approx(found["beta_sum"] / 609, abs=0.03)
 
@@ -150,11 +149,11 @@ def test_summary(run, whole):
         assert layer["growth"] == pytest.approx(end.mean() / trained.mean() - 1, rel=1e-6)
         for h, head in enumerate(layer["heads"]):
             values = found["rank"][index, h, :, -1].astype(np.float64)
-            assert head["at_end"]["q90"] == pytest.approx(np.quantile(values, 0.9), rel=1e-6)
+            assert head["at_end"]["std"] == pytest.approx(values.std(ddof=1), rel=1e-6)
             assert head["beta_mean"] == pytest.approx((found["beta_sum"][index, h] / 609).tolist())
             assert 0 <= head["eigenvalues_complex"] <= 1 and 0 < head["eigenvalue_modulus_mean"] <= 1
             assert head["eigenvalues_negative"] == pytest.approx(found["negative"][index, h] / 300)
-    for name in ("", "_map", "_sequence", "_beta", "_spectrum"):
+    for name in ("", "_sequence", "_beta", "_spectrum"):
         assert (whole / f"effective_rank{name}.png").read_bytes().startswith(b"\x89PNG"), name
 
 
@@ -205,7 +204,7 @@ def test_several_models_and_datasets(run, toy, data, tmp_path, capsys):
     ranks = [numbers(tmp_path / "out", entry["npz"])["rank"] for entry in found.values()]
     assert len(found) == 4 and len({rank.tobytes() for rank in ranks}) == 4
     pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
-    assert {"effective_rank_data_train.png", "effective_rank_data_train_map.png"} < set(pictures)
+    assert "effective_rank_data_train.png" in pictures
     assert sum(name.endswith("_spectrum.png") for name in pictures) == 4
     for entry in found.values():
         assert (tmp_path / "out" / entry["npz"].replace(".npz", "_beta.png")).exists()
@@ -342,6 +341,12 @@ def test_change_at_document_starts():
     assert (change.mean[0, 0, WINDOW_BINS + 3 :] == 0).all() and (change.mean[0, 1] == 0).all()
     assert (change.mean[0, 0, :WINDOW_BINS] == 0).all() and change.states[:WINDOW_BINS].sum() == 3 * 128
     assert change.after(32)[0].tolist() == [-10, 0]
+    # The three starts that count are alike; where one is the last before the end, only two have states.
+    assert change.starts[WINDOW_BINS : WINDOW_BINS + 31].tolist() == [3] * 31 and (change.layer_se < 1e-12).all()
+    rank[0, :, 1] *= np.where(positions > 900, 2, 1)
+    change = document_change(rank, positions, starts)
+    means = [-5, -5, 10]
+    assert change.layer_se[0, WINDOW_BINS] == pytest.approx(np.std(means, ddof=1) / 3**0.5)
     assert np.isnan(document_change(rank, positions, starts[:0]).after(128)).all()
 
 

@@ -117,7 +117,7 @@ def test_buckets_by_hand(planted):
         error = plain.stdev(means) / math.sqrt(5)
         half = 2.776445 * error
         assert bucket["loss"] == pytest.approx(plain.fmean(means)) and bucket["loss_se"] == pytest.approx(error)
-        assert bucket["loss_low"] == pytest.approx(bucket["loss"] - half, abs=1e-5)
+        assert bucket["loss_low"] == pytest.approx(max(bucket["loss"] - half, 0), abs=1e-5)
         assert bucket["perplexity_high"] == pytest.approx(math.exp(bucket["loss"] + half), rel=1e-5)
         shares = [plain.fmean(map(float, row[first - 1 : last])) for row in correct]
         assert bucket["accuracy"] == pytest.approx(plain.fmean(shares))
@@ -169,9 +169,14 @@ def test_student_t():
     assert student_t(10, 0.99) == pytest.approx(3.169, abs=5e-4)
 
 
-def test_one_sequence_has_no_error():
+def test_few_sequences_have_no_interval():
+    """One has no error, two have no interval that says anything; none reaches where no loss can be."""
     numbers = mean_interval(np.array([2.0]), "loss")
     assert numbers["loss"] == 2 and all(math.isnan(numbers[f"loss_{end}"]) for end in ("se", "low", "high"))
+    numbers = mean_interval(np.array([2.0, 3.0]), "loss")
+    assert numbers["loss_se"] == 0.5 and math.isnan(numbers["loss_low"]) and math.isnan(numbers["loss_high"])
+    numbers = mean_interval(np.array([0.0, 0.1, 2.0]), "loss", least=0)
+    assert numbers["loss_low"] == 0 and numbers["loss_high"] > 2
 
 
 def test_buckets():
@@ -196,7 +201,7 @@ def test_what_is_not_finite_is_said(tmp_path, planted):
     result = Result.of(Measured(model, {"name": "d", "kind": "packed"}, parts), [500, 700, 800, 1000])
     assert result.broken_from == 701
     assert [math.isfinite(bucket["loss"]) for bucket in result.buckets] == [True, True, False, False]
-    write_json(tmp_path / "x.json", result.entry(tmp_path))
-    write_csv(tmp_path / "x.csv", ["..."], result.rows())
+    write_json(tmp_path / "x.json", result.entry())
+    write_csv(tmp_path / "x.csv", ["..."], (row.values() for row in result.rows()))
     assert "NaN" not in (tmp_path / "x.json").read_text() and "nan" not in (tmp_path / "x.csv").read_text()
     assert table([result]).row_count == 4

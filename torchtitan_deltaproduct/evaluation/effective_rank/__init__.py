@@ -68,11 +68,11 @@ class EffectiveRank(LongEvaluation):
     summary = __doc__.split("\n")[0]
     # Small singular values are what a narrower type would hide.
     dtype, length, sequences, documents = "float32", 16_384, 8, "packed"
-    piece_tokens, suffix, needs_data = 1 << 16, ".npz", False
+    piece_tokens, suffix = 1 << 16, ".npz"
     header = {
         "definition": "effective rank exp(-sum p ln p), p = singular values over their sum (Roy & Vetterli 2007); of a "
         "state of zeros 0; position p: the state after p tokens",
-        "spread": "std and quantiles over sequences; growth: mean at the end over that at the training length, less 1",
+        "spread": "std over sequences; growth: mean at the end over that at the training length, less 1",
     }
     written = ".csv, .npz and .png; what they were made of is in {stem}/"
     usage = "MODEL... [--data DATA...], or --from FOLDER..."
@@ -108,10 +108,12 @@ class EffectiveRank(LongEvaluation):
             )
         return Words(loaded, options)
 
-    def notes(self, case: Measured, options: argparse.Namespace) -> list[str]:
-        how = "emptied" if case.pieces.about["reset"] else "carried across them"
-        starts = "" if case.data["eos_id"] is None else f"; at document starts the states are {how}"
-        return [f"{case.data['wanted']['data']}: {case.data['said']}{starts}"]
+    def notes(self, cases: list[Measured], options: argparse.Namespace) -> list[str]:
+        lines = []
+        for case, line in zip(cases, super().notes(cases, options), strict=True):
+            how = "emptied" if case.pieces.about["reset"] else "carried across them"
+            lines.append(line + ("" if case.data["eos_id"] is None else f"; at document starts the states are {how}"))
+        return lines
 
     def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict, progress: Progress) -> dict:
         """The arrays of `measure.Numbers`."""
@@ -120,10 +122,7 @@ class EffectiveRank(LongEvaluation):
     def summarise(self, measured: list[Measured], options: argparse.Namespace | None) -> list[Result]:
         names = list(dict.fromkeys(case.data["name"] for case in measured))
         ordered = sorted(measured, key=lambda case: names.index(case.data["name"]))
-        return [Result(case.model, case.data, case.pieces) for case in ordered]
-
-    def columns(self, results: list[Result]) -> list[str]:
-        return ["model", "step", "train_length", "data", "layer", "position", "rank", "rank_std"]
+        return [Result(case) for case in ordered]
 
     def show(self, results: list[Result], stem: Path, options: argparse.Namespace, console: Console) -> None:
         """A table and pictures of each dataset, numbers and pictures of each result.
@@ -132,19 +131,20 @@ class EffectiveRank(LongEvaluation):
         """
         from . import figures
 
-        datasets = list(dict.fromkeys(result.data["name"] for result in results))
+        datasets = list(dict.fromkeys(result.case.data["name"] for result in results))
         for data, data_slug in zip(datasets, slugs(datasets), strict=True):
-            chosen = [result for result in results if result.data["name"] == data]
+            chosen = [result for result in results if result.case.data["name"] == data]
             shared = "_".join([stem.name, *([data_slug] if len(datasets) > 1 else [])])
             console.print(table(chosen))
             figures.comparison(chosen, stem.parent / shared)
-            for result, model_slug in zip(chosen, slugs([result.model["name"] for result in chosen]), strict=True):
+            models = [result.case.model["name"] for result in chosen]
+            for result, model, model_slug in zip(chosen, models, slugs(models), strict=True):
                 own = "_".join([shared, *([model_slug] if len(chosen) > 1 else [])])
                 result.npz = f"{own}.npz"
                 result.write_npz(stem.parent / result.npz)
                 figures.of_one(result, stem.parent / own)
                 if not np.isfinite(result.rank).all():
-                    console.print(f"{result.model['name']}, {data}: states that are not finite", soft_wrap=True)
+                    console.print(f"{model}, {data}: states that are not finite", soft_wrap=True)
 
     def compare(self, results: list[Result], stem: Path) -> None:
         from .figures import comparison

@@ -1,14 +1,13 @@
 """From measured ranks to results: means and spreads, what happens at document starts, as table, JSON and NPZ.
 
-    result = Result(model, data, pieces)
-    Console().print(table([result, ...])); result.write_npz(path); result.entry(folder); result.rows()
+    result = Result(case)                                # case: what `long` has kept
+    Console().print(table([result, ...])); result.write_npz(path); result.entry(); result.rows()
 
-Spreads are over sequences: standard deviation, and the 10 %, 50 % and 90 % quantiles. The state after p tokens has
-position p; a document that begins after s tokens is first seen by the state at s + 1.
+Spreads are standard deviations over sequences. The state after p tokens has position p; a document that begins after s
+tokens is first seen by the state at s + 1.
 """
 
 import math
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +15,10 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from ..pieces import Pieces
+from ..pieces import Measured
 from .measure import Numbers
-from .transitions import ANGLE_BINS, BETA_BINS, DECAY_BINS, MODULUS_BINS, PLANE_BINS
+from .transitions import BETA_BINS, MODULUS_BINS, PLANE_BINS
 
-QUANTILES = (0.1, 0.5, 0.9)
 WINDOW_BINS = 32
 """Bins before and after a document start."""
 CHANGE_TOKENS = 128
@@ -38,13 +36,16 @@ class Change:
     Attributes:
         edges: [2 * WINDOW_BINS + 1] tokens since the start; the bin (a, b] has a < tokens <= b.
         mean: [L, H, 2 * WINDOW_BINS], over all starts and the states in a bin; NaN where there are none.
-        states: [2 * WINDOW_BINS] their number.
+        layer_se: [L, 2 * WINDOW_BINS], standard error of its mean over the heads, over the starts with states in a bin.
+        states, starts: [2 * WINDOW_BINS] the numbers of both.
         documents: starts that count, those of documents that follow a shorter one than `every` left out too.
     """
 
     edges: np.ndarray
     mean: np.ndarray
+    layer_se: np.ndarray
     states: np.ndarray
+    starts: np.ndarray
     documents: int
 
     def after(self, tokens: int) -> np.ndarray:
@@ -60,21 +61,19 @@ class Result:
     """One model on one dataset; L layers, H heads, N sequences, P positions.
 
     Attributes:
-        model, data, pieces: see `Measured`.
+        case: the model, the dataset and where its pieces are.
         numbers: all that was measured.
         change: at document starts.
         npz: name of its file of numbers.
     """
 
-    model: dict
-    data: dict
-    pieces: Pieces
+    case: Measured
     numbers: Numbers = field(init=False)
     change: Change = field(init=False)
     npz: str = ""
 
     def __post_init__(self):
-        self.numbers = Numbers.of(self.pieces)
+        self.numbers = Numbers.of(self.case.pieces)
         self.change = document_change(self.rank, self.positions, self.numbers.starts)
 
     @property
@@ -84,7 +83,7 @@ class Result:
 
     @property
     def every(self) -> int:
-        return self.pieces.about["every"]
+        return self.case.pieces.about["every"]
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -104,7 +103,7 @@ class Result:
     @property
     def trained(self) -> int | None:
         """Index of the last position of the training length; None if it is not known, or there is none."""
-        length = self.model["train_length"]
+        length = self.case.model["train_length"]
         index = -1 if length is None else min(length // self.every, len(self.positions)) - 1
         return index if index >= 0 else None
 
@@ -116,88 +115,86 @@ class Result:
             mean = self.layer_mean.mean(1)
             return mean[:, -1] / mean[:, self.trained] - 1
 
-    def spread(self, values: np.ndarray) -> dict:
-        """[N] -> mean, standard deviation (None of one sequence) and quantiles."""
-        values = values.astype(np.float64)
-        quantiles = zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)
-        return {
-            "mean": values.mean(),
-            "std": values.std(ddof=1) if len(values) > 1 else math.nan,
-            **{f"q{100 * level:.0f}": value for level, value in quantiles},
-        }
-
-    def entry(self, folder: Path) -> dict:
-        """The summary for a file in `folder`: layers, heads, beta and eigenvalues, where trained to and at the end."""
+    def entry(self) -> dict:
+        """The summary: layers, heads, beta and eigenvalues, where trained to and at the end."""
         at = {"end": len(self.positions) - 1} | ({} if self.trained is None else {"training_length": self.trained})
-        growth, layers = self.growth(), []
-        for index in range(self.rank.shape[0]):
+        growth, layers, after = self.growth(), [], self.change.after(CHANGE_TOKENS)
+        for index, (layer_rank, layer_mean) in enumerate(zip(self.rank, self.layer_mean, strict=True)):
             heads = [
                 {
                     "head": h,
-                    **{f"at_{name}": self.spread(self.rank[index, h, :, p]) for name, p in at.items()},
-                    "change_after_document_start": self.change.after(CHANGE_TOKENS)[index, h],
+                    **{f"at_{name}": spread(rank[:, p]) for name, p in at.items()},
+                    "change_after_document_start": after[index, h],
                     **self._transition(index, h),
-                    **self._between(index, h),
                 }
-                for h in range(self.rank.shape[1])
+                for h, rank in enumerate(layer_rank)
             ]
-            own = {f"at_{name}": self.spread(self.layer_mean[index, :, p]) for name, p in at.items()}
+            own = {f"at_{name}": spread(layer_mean[:, p]) for name, p in at.items()}
             layers.append({"layer": index, **own, "growth": None if growth is None else growth[index], "heads": heads})
         return {
-            "model": self.model, "data": self.data, "settings": self.pieces.about, "npz": self.npz,
-            "raw": os.path.relpath(self.pieces.folder, folder),
-            "positions": {name: int(self.positions[p]) for name, p in at.items()},
+            "npz": self.npz, "positions": {name: int(self.positions[p]) for name, p in at.items()},
             "document_starts": len(self.numbers.starts), "document_starts_compared": self.change.documents,
             "layers": layers,
         }  # fmt: skip
 
-    def _between(self, layer: int, head: int) -> dict:
-        """Of one head: mean over sequences and positions after each micro-step, if they were measured."""
-        if self.numbers.rank.shape[-1] == 1:
-            return {}
-        return {"mean_after_each_householder": self.numbers.rank[layer, head].mean((0, 1), dtype=np.float64).tolist()}
-
     def _transition(self, layer: int, head: int) -> dict:
-        """Of one head: mean beta of each Householder; eigenvalues by their mean modulus and the share not real."""
-        tally = self.numbers.tally
+        """Of one head: mean beta of each Householder; eigenvalues by their mean modulus and the share not real.
+
+        And the mean rank over sequences and positions after each micro-step, if it was measured.
+        """
+        tally, rank = self.numbers.tally, self.numbers.rank[layer, head]
         tokens, modulus = max(1, int(tally.tokens[layer])), tally.modulus[layer, head]
         many, middles = max(1, int(modulus.sum())), (np.arange(MODULUS_BINS) + 0.5) / MODULUS_BINS
+        between = {"mean_after_each_householder": rank.mean((0, 1), dtype=np.float64).tolist()}
         return {
             "beta_mean": (tally.beta_sum[layer, head] / tokens).tolist(),
             "eigenvalue_modulus_mean": float(modulus @ middles / many),
             "eigenvalues_complex": int(tally.rotating[layer, head]) / many,
             "eigenvalues_negative": int(tally.negative[layer, head]) / many,
+            **(between if rank.shape[-1] > 1 else {}),
         }
 
-    def rows(self) -> list[list]:
-        """For CSV: one a layer and position, the mean over heads and sequences, and its deviation."""
-        head = [self.model["label"], self.model["step"], self.model["train_length"], self.data["name"]]
-        mean, several = self.layer_mean.mean(1), self.layer_mean.shape[1] > 1
-        deviation = self.layer_mean.std(1, ddof=1) if several else np.full_like(mean, np.nan)
+    def rows(self) -> list[dict]:
+        """One a layer and position, the mean over heads and sequences, and its deviation."""
+        mean, deviation = self.layer_mean.mean(1), deviation_of(self.layer_mean, 1)
         return [
-            [*head, layer, *column]
-            for layer, (ranks, spreads) in enumerate(zip(mean, deviation, strict=True))
-            for column in zip(self.positions.tolist(), ranks, spreads, strict=True)
+            {"layer": layer, "position": position, "rank": mean[layer, p], "rank_std": deviation[layer, p]}
+            for layer in range(len(mean))
+            for p, position in enumerate(self.positions.tolist())
         ]
 
     def write_npz(self, path: Path) -> None:
         """All numbers: those of `Numbers`, `Tally` and `Change`, means, spreads, and edges of the bins."""
-        rank, tally, change = self.rank, self.numbers.tally, self.change
-        top = 2.0 if self.model["allow_neg_eigval"] else 1.0
+        rank, change = self.rank, self.change
         content = {
             "rank": rank, "positions": self.positions, "document_starts": self.numbers.starts, "mean": self.mean,
-            "std": rank.std(2, ddof=1, dtype=np.float64) if rank.shape[2] > 1 else np.full(self.mean.shape, np.nan),
-            "quantiles": np.quantile(rank, QUANTILES, axis=2), "quantile_levels": np.array(QUANTILES),
-            "change": change.mean, "change_edges": change.edges, "change_states": change.states,
-            "beta_edges": np.linspace(0, top, BETA_BINS + 1), "decay_edges": np.linspace(0, 1, DECAY_BINS + 1),
+            "std": deviation_of(rank, 2), "change": change.mean, "change_edges": change.edges,
+            "change_states": change.states, "change_starts": change.starts, "change_layer_se": change.layer_se,
+            "beta_edges": np.linspace(0, self.top_beta, BETA_BINS + 1),
             "plane_edges": np.linspace(-1, 1, PLANE_BINS + 1), "modulus_edges": np.linspace(0, 1, MODULUS_BINS + 1),
-            "angle_edges": np.linspace(0, math.pi, ANGLE_BINS + 1),
-            **vars(tally),
+            **vars(self.numbers.tally),
         }  # fmt: skip
         if self.numbers.rank.shape[-1] > 1:
             content["rank_between"] = self.numbers.rank
         with open(path, "wb") as file:
             np.savez_compressed(file, **content)
+
+    @property
+    def top_beta(self) -> float:
+        """The largest beta there can be."""
+        return 2.0 if self.case.model["allow_neg_eigval"] else 1.0
+
+
+def deviation_of(values: np.ndarray, axis: int) -> np.ndarray:
+    """Standard deviation along an axis, float64; NaN of one value."""
+    if values.shape[axis] == 1:
+        return np.full(values.shape[:axis] + values.shape[axis + 1 :], np.nan)
+    return values.std(axis, ddof=1, dtype=np.float64)
+
+
+def spread(values: np.ndarray) -> dict:
+    """[N] -> mean and standard deviation, NaN of one sequence."""
+    return {"mean": float(values.mean(dtype=np.float64)), "std": float(deviation_of(values, 0))}
 
 
 def document_change(rank: np.ndarray, positions: np.ndarray, starts: np.ndarray) -> Change:
@@ -208,10 +205,10 @@ def document_change(rank: np.ndarray, positions: np.ndarray, starts: np.ndarray)
         positions: [P] rising, equally far apart.
         starts: [D, 2] (sequence, tokens before), sorted.
     """
-    width = max(LEAST_BIN, int(positions[0]))
+    width, bins = max(LEAST_BIN, int(positions[0])), 2 * WINDOW_BINS
     edges, length = width * np.arange(-WINDOW_BINS, WINDOW_BINS + 1), int(positions[-1])
-    total, states = np.zeros((*rank.shape[:2], 2 * WINDOW_BINS)), np.zeros(2 * WINDOW_BINS, dtype=np.int64)
-    documents = 0
+    total, states = np.zeros((*rank.shape[:2], bins)), np.zeros(bins, dtype=np.int64)
+    of_each = []
     for sequence in np.unique(starts[:, 0]):
         own = starts[starts[:, 0] == sequence, 1]
         for before, start, after in zip([0, *own[:-1]], own, [*own[1:], length], strict=True):
@@ -222,20 +219,25 @@ def document_change(rank: np.ndarray, positions: np.ndarray, starts: np.ndarray)
             )
             if middle == first:
                 continue
-            documents += 1
             values = rank[:, :, sequence, first:last].astype(np.float64)
             values -= values[..., middle - first - 1, None]
-            bins = np.searchsorted(edges, positions[first:last] - start, side="left") - 1
-            np.add.at(total, (slice(None), slice(None), bins), values)
-            states += np.bincount(bins, minlength=2 * WINDOW_BINS)
-    with np.errstate(invalid="ignore"):
-        return Change(edges, total / np.where(states > 0, states, np.nan), states, documents)
+            place = np.searchsorted(edges, positions[first:last] - start, side="left") - 1
+            added, count = np.zeros_like(total), np.bincount(place, minlength=bins)
+            np.add.at(added, (slice(None), slice(None), place), values)
+            total, states = total + added, states + count
+            of_each.append(added.mean(1) / np.where(count > 0, count, np.nan))
+    of_each = np.stack(of_each) if of_each else np.empty((0, len(rank), bins))
+    known = np.isfinite(of_each).sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        middle = np.nansum(of_each, 0) / known
+        layer_se = np.sqrt(np.nansum((of_each - middle) ** 2, 0) / ((known - 1) * known))
+        mean = total / np.where(states > 0, states, np.nan)
+    return Change(edges, mean, layer_se, states, known.max(0, initial=0), len(of_each))
 
 
 def table(results: list[Result]) -> Table:
     """A line a layer of each model; all results are of one dataset."""
-    first = results[0]
-    title = f"Effective rank on {first.data['name']}: mean over heads and sequences ± std over sequences"
+    title = f"Effective rank on {results[0].case.data['name']}: mean over heads and sequences ± std over sequences"
     out = Table(title=title, title_justify="left", min_width=len(title))
     for name in ("model", "layer"):
         out.add_column(name)
@@ -246,7 +248,7 @@ def table(results: list[Result]) -> Table:
         for index in range(result.rank.shape[0]):
             heads = result.mean[index, :, -1]
             out.add_row(
-                result.model["name"] if index == 0 else "", str(index),
+                result.case.model["name"] if index == 0 else "", str(index),
                 "" if result.trained is None else _cell(result, index, result.trained), _cell(result, index, -1),
                 "" if growth is None else f"{growth[index]:+.1%}", f"{heads.min():.1f} to {heads.max():.1f}",
                 f"{after[index]:+.2f}" if np.isfinite(after[index]) else "",
@@ -256,6 +258,6 @@ def table(results: list[Result]) -> Table:
 
 
 def _cell(result: Result, layer: int, position: int) -> str:
-    values = result.layer_mean[layer, :, position]
-    spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{values.mean():.2f}{spread} @ {result.positions[position]:,}"
+    numbers = spread(result.layer_mean[layer, :, position])
+    deviation = f" ± {numbers['std']:.2f}" if math.isfinite(numbers["std"]) else ""
+    return f"{numbers['mean']:.2f}{deviation} @ {result.positions[position]:,}"

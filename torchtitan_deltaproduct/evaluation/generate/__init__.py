@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.generate", description=__doc__.split("\n")[0])
-    add_model_options(parser, results=False)
+    add_model_options(parser)
     add = parser.add_argument
     add("--prompt", nargs="+", action="extend", default=[], type=text, metavar="TEXT",
         help="what to continue; several are continued together")  # fmt: skip

@@ -50,7 +50,7 @@ def random_streams(seeds: list[int]) -> list[torch.Generator]:
 
 
 def choose(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> list[int]:
-    """The next token of each sequence, logits [B, vocab], with a stream each; CheckpointError if they are not finite."""
+    """The next token for each row of logits [B, vocab], with a stream each; CheckpointError if they are not finite."""
     if not logits.isfinite().all():
         raise CheckpointError("the model's logits are not finite: its weights are damaged or its training diverged")
     if sampling.temperature == 0:

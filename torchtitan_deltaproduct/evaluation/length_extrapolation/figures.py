@@ -8,44 +8,43 @@ With several models, a third panel shows their losses minus that of the first, s
 from pathlib import Path
 
 import numpy as np
-from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from ..figures import COLOURS, mark_trained, picture
-from .results import Result
+from ..figures import MARKERS, band, band_handle, legend, look, mark_trained, picture
+from .results import LEAST_SEQUENCES, Result
 
-LINES = ("-", "--", "-.", ":")
 TITLE_NAME = 28
 """Characters of a model's name in a title."""
 
 
 def loss_figure(results: list[Result], path: Path, log_positions: bool) -> None:
-    """Draws the buckets of each result at their middles, with 95 % bands and a mark at each training length.
-
-    Args:
-        results: of any number of models and datasets.
-        path: of the PNG.
-        log_positions: a logarithmic axis of positions.
-    """
-    datasets = list(dict.fromkeys(result.data["name"] for result in results))
-    models = list(dict.fromkeys(result.model["name"] for result in results))
+    """Draws the buckets of each result at their middles, with 95 % bands and a mark at each training length."""
+    datasets = list(dict.fromkeys(result.case.data["name"] for result in results))
+    models = list(dict.fromkeys(result.case.model["name"] for result in results))
     columns = 2 + any(result.compared for result in results)
-    size, handles = (5.3 * columns, 0.9 + 3.5 * len(datasets)), {}
-    with picture(path, "", len(datasets), columns, size) as (figure, axes):
+    handles = {}
+    with picture(path, "", len(datasets), columns, (5.3 * columns, 0.9 + 3.5 * len(datasets))) as (figure, axes):
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         for row, name in zip(axes, datasets, strict=True):
-            chosen = [result for result in results if result.data["name"] == name]
+            chosen = [result for result in results if result.case.data["name"] == name]
             for result in chosen:
-                number = models.index(result.model["name"])
-                look = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % 4]}
-                handles[result.model["name"]] = _line(row[0], result, "loss", 1, look)
-                _line(row[1], result, "accuracy", 100, look)
+                number = models.index(result.case.model["name"])
+                own = look(number, len(models)) | {"marker": MARKERS[number % len(MARKERS)]}
+                handles[result.case.model["name"]] = _line(row[0], result, "loss", 1, own)
+                _line(row[1], result, "accuracy", 100, own)
                 if result.compared:
-                    _line(row[2], result, "minus_first", 1, look)
+                    _line(row[2], result, "minus_first", 1, own)
+                elif columns == 3 and result is chosen[0]:
+                    row[2].axhline(0, **look(number, len(models)))
             _label(row, chosen, log_positions)
             row[0].set_title(f"{name}: {_sequences(chosen[0])}", loc="left", pad=22)
-        handles["95 % over sequences"] = Patch(color="#777777", alpha=0.25, linewidth=0)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
+        counts = {result.case.pieces.about["sequences"] for result in results}
+        if max(counts) >= LEAST_SEQUENCES:
+            handles["band: 95 % interval over sequences"] = band_handle()
+        legend(figure, handles, columns=5)
+        if min(counts) < LEAST_SEQUENCES:
+            few = "one sequence is" if min(counts) == 1 else "two sequences are"
+            figure.suptitle(f"No band: {few} too few for an interval", x=0.01, ha="left", fontsize=9)
 
 
 def _label(row, results: list[Result], log_positions: bool) -> None:
@@ -56,13 +55,12 @@ def _label(row, results: list[Result], log_positions: bool) -> None:
         _frame(axis, results, log_positions)
     _perplexity_axis(row[0])
     if len(row) == 3:
-        row[2].axhline(0, color=COLOURS[0], linewidth=1.8)
-        row[2].set_title(f"loss minus that of {_ending(results[0].model['name'])}", loc="left", pad=22)
+        row[2].set_title(f"loss minus that of {_ending(results[0].case.model['name'])}", loc="left", pad=22)
         row[2].set_visible(any(result.compared for result in results))
 
 
 def _sequences(result: Result) -> str:
-    count, kind = result.pieces.about["sequences"], result.data["kind"]
+    count, kind = result.case.pieces.about["sequences"], result.case.data["kind"]
     return f"{count:,} {'long document' if kind == 'long' else 'sequence'}{'s' * (count != 1)}" + (
         " of packed documents" if kind == "packed" else ""
     )
@@ -77,21 +75,19 @@ def _middle(bucket: dict) -> float:
     return (bucket["first"] + bucket["last"]) / 2
 
 
-def _line(axis, result: Result, name: str, scale: float, look: dict):
+def _line(axis, result: Result, name: str, scale: float, own: dict):
     """One curve with its band; where nothing finite is known there is a gap."""
     x = np.array([_middle(bucket) for bucket in result.buckets])
     y, low, high = (
         scale * np.array([bucket[f"{name}{part}"] for bucket in result.buckets]) for part in ("", "_low", "_high")
     )
-    axis.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    marker = {"marker": "o", "markersize": 3.5} if len(x) <= 48 else {}
-    (line,) = axis.plot(x, y, linewidth=1.8, **look, **marker)
-    return line
+    band(axis, x, low, high, own["color"])
+    return axis.plot(x, y, **own, markersize=4.5, markevery=max(1, len(x) // 16))[0]
 
 
 def _frame(axis, results: list[Result], log_positions: bool) -> None:
     """Axis of positions, and a mark at each training length."""
-    length = max(result.length for result in results)
+    length = results[0].case.length
     first = _middle(results[0].buckets[0]) / 1.06 if log_positions else 0
     axis.set_xlabel("position in the sequence (tokens)")
     if log_positions:
@@ -101,11 +97,10 @@ def _frame(axis, results: list[Result], log_positions: bool) -> None:
         axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(x)))
     axis.set_xlim(first, length)
-    for trained in sorted({result.model["train_length"] or 0 for result in results}):
-        if not first < trained <= length:
-            continue
-        place = (np.log(trained / first) / np.log(length / first)) if log_positions else trained / length
-        mark_trained(axis, trained, place, margin=0.25, above=3)
+    for trained in sorted({result.case.model["train_length"] or 0 for result in results}):
+        if first < trained <= length:
+            place = (np.log(trained / first) / np.log(length / first)) if log_positions else trained / length
+            mark_trained(axis, trained, place)
 
 
 def tokens_text(tokens: float) -> str:
@@ -121,8 +116,12 @@ def _perplexity_axis(axis) -> None:
     low, high = axis.get_ylim()
     if not np.isfinite([low, high]).all() or high > 50:
         return
+    # No loss is below 0, no perplexity below 1.
+    low = axis.set_ylim(bottom=max(0, low))[0]
     second = axis.secondary_yaxis("right", functions=(np.exp, lambda y: np.log(np.maximum(y, 1e-12))))
-    nice = np.array([k * 10.0**e for e in range(-1, 22) for k in (1, 1.5, 2, 3, 5, 7)])
+    nice = np.array([k * 10.0**e for e in range(22) for k in (1, 1.5, 2, 3, 5, 7)])
+    if high - low < 1:
+        nice = MaxNLocator(6).tick_values(np.exp(low), np.exp(high)).clip(1)
     inside = nice[(np.log(nice) >= low) & (np.log(nice) <= high)]
     second.yaxis.set_major_locator(FixedLocator(inside[:: max(1, len(inside) // 6)]))
     second.yaxis.set_minor_formatter(NullFormatter())

@@ -30,12 +30,12 @@ Reader = Callable[[int, int], np.ndarray]
 def score(
     model: DeltaProductLM, read: Reader, length: int, segment: int = 1024, logit_bytes: int = LOGIT_BYTES
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Reads `length` tokens of some sequences and yields their losses, segment by segment.
+    """Reads `length` tokens of some sequences, and one more to predict, and yields their losses by segments.
 
     Args:
         model: whole on its device.
-        read: gives the tokens; of [0, length + 1), for the last one is predicted but not read.
-        length: positions L of each sequence; position t has read t + 1 tokens and predicts the next.
+        read: gives the tokens of [0, length + 1); position t has read t + 1 of them and predicts the next.
+        length: positions of each sequence.
         segment: tokens of a sequence read at a time; changes the results by rounding alone.
         logit_bytes: bound on the float32 logits held at once, of at least one token.
 
@@ -56,16 +56,10 @@ def score(
 def token_losses(
     model: DeltaProductLM, hidden: Tensor, labels: Tensor, logit_bytes: int = LOGIT_BYTES
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of each token without the logits of all of them.
+    """Cross entropy of each token without the logits of all of them (`logit_bytes` as in `score`).
 
-    Args:
-        model: whose `head` makes the logits.
-        hidden: [..., hidden].
-        labels: [...] int64.
-        logit_bytes: as in `score`.
-
-    Returns:
-        [...] losses in nats, float32 or wider, and [...] bool: the label has the largest logit.
+    From hidden [..., hidden] and labels [...] int64 to [...] losses in nats, float32 or wider, and [...] bool: the
+    label has the largest logit.
     """
     rows = max(1, logit_bytes // (4 * model.args.vocab_size))
     losses, right = [], []

@@ -1,139 +1,143 @@
-"""Pictures of state tracking: accuracy against length, and what the heads do (see `figures` for the style)."""
+"""Pictures of state tracking: accuracy against length, and what the heads do (see `..figures` for the style)."""
 
 from pathlib import Path
 
 import numpy as np
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ..figures import COLOURS, mark_trained, picture, plt, save, style
+from ..figures import (
+    COLOURS,
+    MARKERS,
+    STYLE,
+    band,
+    band_handle,
+    legend,
+    look,
+    mark_trained,
+    name_ends,
+    picture,
+    plt,
+    save,
+)
 from .problems import wilson
 from .results import RunResult, Setting
 
-MAX_POINTS = 128
-"""Points of a drawn curve; longer ones show means of neighbouring positions."""
+MAX_POINTS, LENGTH_POINTS = 128, 24
+"""Points of a drawn curve by position, and by the length of rows: longer ones show means of neighbours."""
 
 
 def accuracy_figure(settings: list[Setting], path: Path) -> None:
     """Accuracy against length: a row of panels a problem, a line a setting, thin lines its seeds."""
     problems = list(dict.fromkeys(setting.problem.name for setting in settings))
     handles: dict[str, object] = {}
-    with picture(path, "", len(problems), 2, (10.5, 1.1 + 3.3 * len(problems))) as (figure, axes):
+    with picture(path, "", len(problems), 2, (11.5, 1.1 + 3.3 * len(problems))) as (figure, axes):
         for row, name in zip(axes, problems, strict=True):
             chosen = [setting for setting in settings if setting.problem.name == name]
-            if chosen[0].problem.formal:
-                _formal_panels(row, chosen, handles)
-            else:
-                _group_panels(row, chosen, handles)
+            panels = _formal_panels if chosen[0].problem.formal else _group_panels
+            panels(*row, chosen, handles)
+            handles["guessing"] = row[0].axhline(100 * chosen[0].problem.chance, color="#555555", linestyle=":",
+                                                 linewidth=1.4)  # fmt: skip
+        if any(len(setting.runs) > 1 for setting in settings):
+            handles["thin: a seed each (thick: their mean)"] = Line2D([], [], color="#777777", linewidth=0.7)
+        if any(len(setting.runs) == 1 for setting in settings):
+            handles["band: 95 % interval over words (Wilson)"] = band_handle()
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-        handles["guessing"] = handles.pop("guessing")
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
+        legend(figure, handles, columns=4)
 
 
-def _group_panels(axes, settings: list[Setting], handles: dict) -> None:
-    left, right = axes
+def _group_panels(left, right, settings: list[Setting], handles: dict) -> None:
     name, words = settings[0].problem.name, settings[0].runs[0].counts.words
-    for index, setting in enumerate(settings):
-        runs, look = setting.runs, _look(settings, index)
-        handle = _curves(left, [_by_position(run, "correct") for run in runs], look)
-        _curves(right, [_by_position(run, "prefix") for run in runs], look)
-        handles.setdefault(setting.label.replace("n_h", "$n_h$"), handle)
-    left.set(title=f"{name}: right at position t", ylabel="accuracy (%)")
-    right.set(title=f"{name}: right at all positions up to t", ylabel=f"share of {words:,} words (%)")
-    for axis in axes:
-        axis.set_xlabel("position t in the word (tokens)")
-        _frame(axis, settings)
-    _guessing(left, settings, handles)
+    _panel(left, settings, _at_positions, handles)
+    _panel(right, settings, _up_to_positions, handles)
+    left.set(ylabel="accuracy (%)", xlabel="position t in the word (tokens)")
+    left.set_title(f"{name}: right at position t", pad=18)
+    right.set(ylabel=f"share of {words:,} words (%)", xlabel="position t in the word (tokens)")
+    right.set_title(f"{name}: right at all positions up to t", pad=18)
 
 
-def _formal_panels(axes, settings: list[Setting], handles: dict) -> None:
-    left, right = axes
-    name = settings[0].problem.name.replace("_", " ")
+def _formal_panels(left, right, settings: list[Setting], handles: dict) -> None:
+    _panel(left, settings, _by_length, handles)
     for index, setting in enumerate(settings):
-        look = _look(settings, index)
-        handle = _curves(left, [_by_length(run, 24) for run in setting.runs], look)
-        handles.setdefault(setting.label.replace("n_h", "$n_h$"), handle)
-        tops = [[bucket["scaled"] for bucket in run.buckets()] for run in setting.runs]
-        middle, width = np.arange(len(tops[0])), 0.8 / len(settings)
-        place = middle + width * (index - (len(settings) - 1) / 2)
-        right.bar(place, np.nanmean(tops, axis=0), 0.9 * width, color=look["color"],
-                  alpha=1 if look["linestyle"] == "-" else 0.45)  # fmt: skip
-    buckets = settings[0].runs[0].buckets()
-    right.set_xticks(range(len(buckets)), [f"{b['first']}-{b['last']}" for b in buckets], rotation=30, ha="right")
-    left.set(title=f"{name}: right answers", ylabel="accuracy (%)", xlabel="length of the row (tokens)")
+        own, buckets = _look(settings, index), [run.buckets() for run in setting.runs]
+        values = np.array([[bucket["scaled"] for bucket in row] for row in buckets])
+        place = np.arange(values.shape[1]) + 0.8 / len(settings) * (index - (len(settings) - 1) / 2)
+        light = own["linestyle"] != "-"
+        right.bar(place, np.nanmean(values, axis=0), 0.72 / len(settings), color=own["color"],
+                  alpha=0.45 if light else 1, hatch="//" if light else "")  # fmt: skip
+        for row in values if len(values) > 1 else ():
+            right.plot(place, row, linestyle="", marker="_", color="#000000")
+    right.set_xticks(range(len(buckets[0])), [f"{b['first']}-{b['last']}" for b in buckets[0]], rotation=30, ha="right")
+    left.set(ylabel="accuracy (%)", xlabel="length of the row (tokens)")
+    left.set_title(f"{settings[0].problem.name.replace('_', ' ')}: right answers", pad=18)
     right.set(xlabel="length of the row (tokens)", ylabel="scaled accuracy (1: all right)")
-    right.set_title("the same, scaled", loc="left", pad=18)
+    right.set_title("the same, scaled", pad=18)
     right.set_ylim(min(-0.1, right.get_ylim()[0]), 1.05)
     right.axhline(0, color="#777777", linewidth=0.8)
-    _frame(left, settings)
-    _guessing(left, settings, handles)
 
 
-def _guessing(axis, settings: list[Setting], handles: dict) -> None:
-    handle = axis.axhline(100 * settings[0].problem.chance, color="#555555", linestyle=":", linewidth=1.4)
-    handles.setdefault("guessing", handle)
-
-
-def _look(settings: list[Setting], index: int) -> dict:
-    """Colour by n_h; solid for [-1, 1], dashed for [0, 1]; a further setting of the same two has dots."""
-    own = settings[index].runs[0]
-    same = [i for i, s in enumerate(settings) if (s.runs[0].n_h, s.runs[0].range) == (own.n_h, own.range)]
-    lines = ("-", "-.", ":") if own.range == "[-1, 1]" else ("--", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
-    return {"color": COLOURS[(own.n_h - 1) % len(COLOURS)], "linestyle": lines[same.index(index) % 3]}
-
-
-def _curves(axis, curves: list[tuple], look: dict):
-    """The mean of some (x, y, low, high) as a line; its band for one, thin lines for several."""
-    x = curves[0][0]
-    if len(curves) == 1:
-        axis.fill_between(x, *curves[0][2:], color=look["color"], alpha=0.15, linewidth=0)
-    for _, y, _, _ in curves if len(curves) > 1 else ():
-        axis.plot(x, y, linewidth=0.7, alpha=0.45, **look)
-    (handle,) = axis.plot(x, np.nanmean([y for _, y, _, _ in curves], axis=0), linewidth=2, **look)
-    return handle
-
-
-def _by_position(run: RunResult, which: str) -> tuple:
-    """Positions, percentages and their intervals, at most `MAX_POINTS`."""
-    counts = run.counts
-    at = np.flatnonzero(counts.scored)
-    if which == "correct":
-        right, total = counts.correct[at], counts.scored[at]
-    else:
-        right, total = counts.prefix[at], np.full(len(at), counts.words)
-    return _binned(at + 1, right, total, min(MAX_POINTS, len(at)))
-
-
-def _by_length(run: RunResult, bins: int) -> tuple:
-    """Row lengths, percentages and their intervals, the lengths in about `bins` stretches."""
-    at = np.flatnonzero(run.counts.scored)
-    return _binned(at + 1, run.counts.correct[at], run.counts.scored[at], min(bins, len(at)), pool=True)
-
-
-def _binned(x: np.ndarray, right: np.ndarray, total: np.ndarray, bins: int, pool: bool = False) -> tuple:
-    edges = np.linspace(0, len(x), bins + 1).astype(int)
-    starts, sizes = edges[:-1], np.diff(edges)
-    right, total = np.add.reduceat(right, starts), np.add.reduceat(total, starts)
-    x = np.add.reduceat(x, starts) / sizes
-    # Neighbouring positions of one word are not independent: their mean is as uncertain as one of them.
-    share = 1 if pool else sizes
-    low, high = wilson(right / share, total / share)
-    return x, 100 * right / total, 100 * low, 100 * high
-
-
-def _frame(axis, settings: list[Setting]) -> None:
-    """Ranges, and a mark at each training length."""
-    longest = max(setting.problem.length for setting in settings)
+def _panel(axis, settings: list[Setting], curve, handles: dict) -> None:
+    """A line a setting: the mean of its seeds, which are thin lines; of one seed with its band; named at its end."""
+    longest, ends = max(setting.problem.length for setting in settings), []
+    for index, setting in enumerate(settings):
+        own, curves = _look(settings, index), [curve(run) for run in setting.runs]
+        x, middles = curves[0][0], [y for _, y, _, _ in curves]
+        if len(curves) == 1:
+            band(axis, x, *curves[0][2:], own["color"])
+        for y in middles if len(curves) > 1 else ():
+            axis.plot(x, y, linewidth=0.7, alpha=0.45, color=own["color"], linestyle=own["linestyle"])
+        mean, name = np.nanmean(middles, axis=0), setting.label.replace("n_h", "$n_h$")
+        (handles[name],) = axis.plot(x, mean, **own, markevery=(index, max(1, len(x) // 8)), markersize=5)
+        ends.append((mean[-1], name, own["color"]))
     axis.set(xlim=(0, longest * 1.01), ylim=(-2, 103))
     for length in sorted({setting.problem.train_length for setting in settings}):
         mark_trained(axis, length, length / longest, margin=0.2, above=1)
-    axis.set_title(axis.get_title(loc="left"), loc="left", pad=18)
+    if 1 < len(settings) <= 8:
+        name_ends(axis, ends)
 
 
-def interpretation_figure(heads: list[dict], title: str, args, names: list[str] | None, path: Path) -> None:
+def _look(settings: list[Setting], index: int) -> dict:
+    """Colour and marker by n_h; solid for [-1, 1], dashed for [0, 1]; a further setting of the same two has dots."""
+    own = settings[index].runs[0]
+    same = [i for i, s in enumerate(settings) if (s.runs[0].n_h, s.runs[0].range) == (own.n_h, own.range)]
+    lines = ("-", "-.", ":") if own.range == "[-1, 1]" else ("--", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
+    by_n = {"color": COLOURS[(own.n_h - 1) % len(COLOURS)], "marker": MARKERS[(own.n_h - 1) % len(MARKERS)]}
+    return look(index, len(settings)) | by_n | {"linestyle": lines[same.index(index) % 3]}
+
+
+def _at_positions(run: RunResult) -> tuple:
+    """Positions, percentages right at each and their intervals."""
+    at = np.flatnonzero(run.counts.scored)
+    return _binned(at + 1, run.counts.correct[at], run.counts.scored[at], MAX_POINTS)
+
+
+def _up_to_positions(run: RunResult) -> tuple:
+    """Positions, percentages of words right up to each and their intervals."""
+    at = np.flatnonzero(run.counts.scored)
+    return _binned(at + 1, run.counts.prefix[at], np.full(len(at), run.counts.words), MAX_POINTS)
+
+
+def _by_length(run: RunResult) -> tuple:
+    """Row lengths in stretches, percentages right and their intervals."""
+    at = np.flatnonzero(run.counts.scored)
+    return _binned(at + 1, run.counts.correct[at], run.counts.scored[at], LENGTH_POINTS, pool=True)
+
+
+def _binned(x: np.ndarray, right: np.ndarray, total: np.ndarray, points: int, pool: bool = False) -> tuple:
+    edges = np.linspace(0, len(x), min(points, len(x)) + 1).astype(int)
+    starts, sizes = edges[:-1], np.diff(edges)
+    right, total, x = (np.add.reduceat(values, starts) for values in (right, total, x))
+    # Neighbouring positions of one word are not independent: their mean is as uncertain as one of them.
+    share = 1 if pool else sizes
+    low, high = wilson(right / share, total / share)
+    return x / sizes, 100 * right / total, 100 * low, 100 * high
+
+
+def interpretation_figure(heads: list[dict], title: str, args, names: list[str], path: Path) -> None:
     """Of one layer: histograms of beta and explained key variance, a column a head; below, beta by group element."""
     columns, n = len(heads), args.num_householder
     map_height = 0.7 + 0.24 * columns * n if names else 0
-    with style():
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(max(7.5, 2.4 * columns + 0.8), 5.4 + map_height), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         grid = figure.add_gridspec(3 if names else 2, columns, height_ratios=[2.3, 2.3, map_height][: 2 + bool(names)])

@@ -6,7 +6,7 @@ A micro-step multiplies the state by I - beta k k^T: beta = 2 reflects along the
 reflections make a rotation in the plane of their keys, which is how n_h = 2 follows S3 and S4 (arXiv 2502.10297,
 section 5). So for each head: the distribution of beta per Householder, its mean for each group element where the
 words have few, and the directions of the keys, by the singular values of the matrix of all (unit) keys. It is not
-centred: k and -k are the same reflection. Measured on what the mixer hands to its operator over held-out words.
+centred: k and -k are the same reflection. Measured on what the operator reads over held-out words.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from rich.table import Table
 
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.models import DeltaProductLM
-from torchtitan_deltaproduct.ops.normalize import l2norm
+from torchtitan_deltaproduct.models.decode import init_cache
 
+from ..effective_rank.states import Glimpse, walk
+from ..effective_rank.transitions import BETA_BINS, histogram
 from ..files import short_names, slugs, write_json
 from .problems import problem_of
 
-BINS = 40
-"""Bins of the histograms of beta, over [0, 2] or [0, 1]."""
 MAX_ELEMENTS = 24
 """Groups of at most this order get a map of beta by element."""
 
@@ -35,7 +35,7 @@ class LayerView:
     """Sums over the tokens read in one layer; H heads, n Householders, K = head_dim.
 
     Attributes:
-        histogram: [H, n, BINS] counts of beta.
+        histogram: [H, n, BETA_BINS] counts of beta.
         beta_sum: [H, n, vocab] sum of beta over the occurrences of each input token.
         near_two: [H, n] count of beta > 1.9.
         moment: [H, K, K] float64, sum of k k^T over unit keys of all Householders.
@@ -48,49 +48,26 @@ class LayerView:
 
 
 def view_layers(model: DeltaProductLM, inputs: torch.Tensor) -> tuple[list[LayerView], np.ndarray]:
-    """Runs words through a model and looks at the operands of each layer.
+    """Reads words, inputs [B, T] int64, with a model: one view a layer, and [vocab] how often each token was read."""
+    tokens, vocab = inputs.flatten().numpy(), model.args.vocab_size
+    views = []
 
-    Args:
-        model: to look at.
-        inputs: [B, T] int64.
+    def look(glimpse: Glimpse) -> None:
+        k = glimpse.k.double().flatten(0, 1)
+        beta = glimpse.beta.double().cpu().unflatten(1, (-1, glimpse.num_householder)).flatten(0, 1).mT
+        by_token = np.array(
+            [[np.bincount(tokens, row, vocab) for row in head] for head in beta.permute(1, 2, 0).numpy()]
+        )
+        counts = histogram(beta, BETA_BINS, 0, 2.0 if model.args.allow_neg_eigval else 1.0)
+        moment = torch.einsum("rhk,rhl->hkl", k, k).cpu().numpy()
+        views.append(LayerView(counts, by_token, (beta > 1.9).sum(0).numpy(), moment))
 
-    Returns:
-        One view a layer, and [vocab] how often each token was read.
-    """
-    seen = []
-
-    def look(mixer, arguments) -> None:
-        _, k, _, _, beta = mixer.operands(*arguments)
-        seen.append(_view(k, beta, inputs, model.args))
-
-    hooks = [layer.mixer.register_forward_pre_hook(look) for layer in model.layers.values()]
-    try:
-        with torch.no_grad():
-            model(inputs.to(model.tok_embeddings.weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen, np.bincount(inputs.flatten().numpy(), minlength=model.args.vocab_size)
-
-
-def _view(k: torch.Tensor, beta: torch.Tensor, inputs: torch.Tensor, args) -> LayerView:
-    """k [B, T*n, H, K] not normalised, beta [B, T*n, H], inputs [B, T]."""
-    n, heads = args.num_householder, args.num_heads
-    k = l2norm(k.double()).flatten(0, 1)
-    values = beta.double().reshape(-1, n, heads).permute(2, 1, 0).cpu().numpy()
-    top = 2.0 if args.allow_neg_eigval else 1.0
-    tokens = inputs.flatten().numpy()
-    count = np.array([[np.histogram(row, BINS, (0, top))[0] for row in head] for head in values])
-    total = np.array([[np.bincount(tokens, row, args.vocab_size) for row in head] for head in values])
-    moment = torch.einsum("rhk,rhl->hkl", k, k).cpu().numpy()
-    return LayerView(count, total, (values > 1.9).sum(-1), moment)
+    walk(model, inputs.to(model.tok_embeddings.weight.device), init_cache(model, len(inputs)), look)
+    return views, np.bincount(tokens, minlength=vocab)
 
 
 def spectrum(moment: np.ndarray) -> dict[str, np.ndarray]:
-    """The directions of the keys of each head.
-
-    Args:
-        moment: [H, K, K], sum of k k^T.
+    """The directions of the keys of each head, from moment [H, K, K], the sum of k k^T.
 
     Returns:
         singular_values [H, K] of the matrix of keys, descending, divided by the root of the number of keys (their
@@ -121,24 +98,22 @@ def interpret(
     """
     from .figures import interpretation_figure
 
-    train_length = problem_of(loaded.config).train_length
-    problem = problem_of(loaded.config, train_length, seed)
-    inputs, _ = problem.sources[0].batch(np.arange(words))
-    views, occurrences = view_layers(loaded.model, inputs["input"])
+    problem = problem_of(loaded.config, problem_of(loaded.config).train_length, seed)
+    inputs = problem.sources[0].batch(np.arange(words))[0]["input"]
+    views, occurrences = view_layers(loaded.model, inputs)
     args, run = loaded.model.args, loaded.run.resolve()
     group = None if problem.formal else problem.sources[0].problem.group
-    names = list(group.names) if group is not None and group.order <= MAX_ELEMENTS else None
+    names = list(group.names) if group is not None and group.order <= MAX_ELEMENTS else []
     record = {
         "version": 1, "run": loaded.label, "problem": problem.name, "num_householder": args.num_householder,
-        "allow_neg_eigval": args.allow_neg_eigval, "tokens": int(inputs["input"].numel()), "test_seed": problem.seed,
+        "allow_neg_eigval": args.allow_neg_eigval, "tokens": int(inputs.numel()), "test_seed": problem.seed,
         "layers": [],
     }  # fmt: skip
     out = Table(title=f"{loaded.label}: {problem.name}, n_h = {args.num_householder}", title_justify="left")
     for name in ("layer", "head", "mean beta", "beta > 1.9", "keys: 95 % in", "effective rank"):
         out.add_column(name, justify="right")
     for index, view in enumerate(views):
-        keys = spectrum(view.moment)
-        heads = _head_records(view, keys, args, occurrences, names)
+        heads = _head_records(view, occurrences, names)
         record["layers"].append({"layer": index, "heads": heads})
         for head in heads:
             mean, near = ("  ".join(f"{h[key]:.2f}" for h in head["householders"]) for key in ("mean", "above_1.9"))
@@ -162,26 +137,22 @@ def stems(models: list[LoadedModel], folder: Path) -> list[str]:
     return [f"interpretation_{name}" for name in names]
 
 
-def _head_records(view: LayerView, keys: dict, args, occurrences: np.ndarray, names: list[str] | None) -> list[dict]:
-    """One JSON record a head."""
-    tokens = int(occurrences.sum())
+def _head_records(view: LayerView, occurrences: np.ndarray, names: list[str]) -> list[dict]:
+    """One JSON record a head; `names` of the tokens that are elements, if they are few."""
+    tokens, keys = int(occurrences.sum()), spectrum(view.moment)
     records = []
-    for h in range(args.num_heads):
+    for h, (histograms, sums, near) in enumerate(zip(view.histogram, view.beta_sum, view.near_two, strict=True)):
         steps = []
-        for j in range(args.num_householder):
-            step = {
-                "householder": j,
-                "mean": float(view.beta_sum[h, j].sum() / tokens),
-                "above_1.9": float(view.near_two[h, j] / tokens),
-                "histogram": view.histogram[h, j].tolist(),
-            }
-            if names is not None:
-                sums = view.beta_sum[h, j][: len(names)]
+        for j in range(len(sums)):
+            step = {"householder": j, "mean": float(sums[j].sum() / tokens), "above_1.9": float(near[j] / tokens),
+                    "histogram": histograms[j].tolist()}  # fmt: skip
+            if names:
+                of_elements = zip(names, sums[j], occurrences, strict=False)
                 step["mean_by_element"] = {
-                    name: float(total / count) if count else None
-                    for name, total, count in zip(names, sums, occurrences, strict=False)
+                    n: float(total / count) if count else None for n, total, count in of_elements
                 }
             steps.append(step)
-        own = {name: values[h].tolist() for name, values in keys.items()}
-        records.append({"head": h, "householders": steps, **own})
+        records.append(
+            {"head": h, "householders": steps, **{name: values[h].tolist() for name, values in keys.items()}}
+        )
     return records
