@@ -1,14 +1,10 @@
-"""The command: ranks against an independent loop, killed and resumed, on two ranks; words; what is written; errors."""
+"""The command: ranks against an independent loop; words; what is written; errors."""
 
 import csv
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,9 +13,9 @@ import torch
 from tests import toy as toys
 from tests.unit.evaluation.words_toy import PARITY
 from tests.unit.evaluation.words_toy import write_toml as write_words
-from torchtitan_deltaproduct.checkpoint import to_hf
+from torchtitan_deltaproduct.checkpoint.hf import write_hf
 from torchtitan_deltaproduct.checkpoint.load import load_model
-from torchtitan_deltaproduct.data.text.tokenizer import find_eos_id
+from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, find_eos_id
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
 from torchtitan_deltaproduct.evaluation import effective_rank
 from torchtitan_deltaproduct.evaluation.effective_rank.results import WINDOW_BINS, document_change
@@ -54,8 +50,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """For tests of numbers alone: drawing takes longer than everything else."""
-    monkeypatch.setattr(f"{HERE}.figures.save", lambda figure, path: plt.close(figure))
+    """For tests of numbers and names: drawing takes longer than everything else, and `whole` is drawn."""
+    monkeypatch.setattr(f"{HERE}.figures.save", lambda figure, path: (plt.close(figure), path.touch()))
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +189,7 @@ def test_states_are_emptied_as_in_training(run, data):
     assert effective_rank.evaluation.reading(loaded, options)["batch"] == 4
 
 
-def test_several_models_and_datasets(run, toy, data, tmp_path, capsys):
+def test_several_models_and_datasets(run, toy, data, tmp_path, capsys, no_pictures):
     prepared = toy.parent / "data/train"
     models = [run, run / "checkpoint/step-4", run / "checkpoint/step-8"]
     effective_rank.main([*map(str, models), "--data", str(data), str(prepared), "--out", str(tmp_path / "out"), *SIZE])
@@ -224,7 +220,10 @@ def test_csv(whole):
 def test_files_of_models_and_datasets_whose_paths_end_alike(run, data, tmp_path, no_pictures):
     models, sets = [tmp_path / name / "seed/1" for name in "ab"], [tmp_path / name / "x/short.jsonl" for name in "cd"]
     for number, folder in zip((4, 8), models, strict=True):
-        to_hf.export(run, folder, step=number)
+        loaded = load_model(run, number)
+        folder.mkdir(parents=True)
+        write_hf(folder, loaded.model.state_dict(), loaded.model.args, training={}, max_position_embeddings=64)
+        copy_tokenizer(loaded.tokenizer, folder)
     for count, path in zip((60, 120), sets, strict=True):
         path.parent.mkdir(parents=True)
         path.write_text("".join(data.read_text().splitlines(keepends=True)[:count][::-1]))
@@ -238,37 +237,10 @@ def test_files_of_models_and_datasets_whose_paths_end_alike(run, data, tmp_path,
     assert slugs(["a/b/c", "a_b/c", "x"]) == ["b_c", "a_b_c", "x"] and slugs(["a b", "a_b"]) == ["a_b_1", "a_b_2"]
 
 
-def start(out, *arguments, ranks):
-    module = ["-m", "eval.effective_rank", *command(out, *arguments)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    with open(f"{out}.log", "a") as log:
-        return subprocess.Popen([sys.executable, *torchrun, *module], stdout=log, stderr=log, cwd=toys.REPO,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
-
-
 def content(out):
     """Everything measured, to the bit."""
     parts = {path.name: path.read_bytes() for path in sorted((out / "effective_rank").glob("*/0*.npz"))}
     return parts, (out / "effective_rank.npz").read_bytes(), entries(out)
-
-
-def test_two_ranks_killed_then_one(run, data, tmp_path, no_pictures):
-    """SIGKILL to two ranks between their parts; one rank goes on: the same bits as without."""
-    options = ("--segment", "1", "--batch", "1", "--sequences", "8", "--length", "100")
-    evaluate(tmp_path / "one", run, data, *options)
-    process = start(tmp_path / "two", run, data, *options, ranks=2)
-    end = time.monotonic() + 200
-    while not list((tmp_path / "two").glob("effective_rank/*/0*.npz")):
-        assert time.monotonic() < end and process.poll() is None, toys.log_of(tmp_path / "two")
-        time.sleep(0.01)
-    toys.kill(process)
-    done = list((tmp_path / "two").glob("effective_rank/*/0*.npz"))
-    assert 0 < len(done) < 8 and not (tmp_path / "two/effective_rank.json").exists()
-    # What is killed while it writes leaves this.
-    done[0].with_name("00007-00007.npz.tmp1").write_bytes(b"half")
-    evaluate(tmp_path / "two", run, data, *options)
-    assert content(tmp_path / "two") == content(tmp_path / "one")
-    assert not list((tmp_path / "two").rglob("*.tmp*"))
 
 
 def test_finished_parts_are_not_measured_again(run, data, whole, tmp_path, capsys, monkeypatch, no_pictures):

@@ -7,11 +7,9 @@
     python -m eval.effective_rank --from outputs/*/eval --out compared                   runs side by side
     torchrun --nproc_per_node 8 -m eval.effective_rank outputs/run --data data/a
 
-MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder.
-DATA is a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]. Measured are the states of each
-layer and head (`singular_values`), the distribution of beta, and the eigenvalues of the transitions (`transitions`).
-Results go to `--out`, by default MODEL/eval: effective_rank.json, .csv, .npz and pictures; in effective_rank/ the
-tokens that were read and the measurements. The same command again continues where it was stopped.
+Measured are the states of each layer and head (`singular_values`), the distribution of beta, and the eigenvalues of the
+transitions (`transitions`). Results go to `--out`, by default MODEL/eval: effective_rank.json, .csv, .npz and pictures;
+in effective_rank/ the tokens that were read and the measurements.
 """
 
 import argparse
@@ -36,9 +34,17 @@ from .results import Result, table
 
 
 class Words:
-    """Generated words of the problem a run was trained on, as sequences of `length` tokens; see `pieces.Sequences`."""
+    """Generated words of the problem a run was trained on, as sequences of `length` tokens; see `pieces.Sequences`.
+
+    ConfigError if it was not trained on words.
+    """
 
     def __init__(self, loaded: LoadedModel, options: argparse.Namespace):
+        if loaded.config.get("data", {}).get("kind") not in ("group_word", "formal_language"):
+            raise ConfigError(
+                f"{loaded.label} was not trained on generated words: name what it shall read with --data\n"
+                "expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]"
+            )
         problem = problem_of(loaded.config, options.length, options.seed)
         self.length, self.sequences, self.source = options.length, options.sequences, problem.sources[-1]
         if problem.formal:
@@ -75,6 +81,7 @@ class EffectiveRank(LongEvaluation):
         "spread": "std over sequences; growth: mean at the end over that at the training length, less 1",
     }
     written = ".csv, .npz and .png; what they were made of is in {stem}/"
+    own_sequences = Words
     usage = "MODEL... [--data DATA...], or --from FOLDER..."
 
     def add_options(self, add) -> None:
@@ -99,15 +106,6 @@ class EffectiveRank(LongEvaluation):
             **how, "batch": min(how["batch"], options.sequences),
         }  # fmt: skip
 
-    def own_sequences(self, loaded: LoadedModel, options: argparse.Namespace) -> Words:
-        """Words of the run's own problem; ConfigError if it was not trained on words."""
-        if loaded.config.get("data", {}).get("kind") not in ("group_word", "formal_language"):
-            raise ConfigError(
-                f"{loaded.label} was not trained on generated words: name what it shall read with --data\n"
-                "expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]"
-            )
-        return Words(loaded, options)
-
     def notes(self, cases: list[Measured], options: argparse.Namespace) -> list[str]:
         lines = []
         for case, line in zip(cases, super().notes(cases, options), strict=True):
@@ -116,8 +114,7 @@ class EffectiveRank(LongEvaluation):
         return lines
 
     def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict, progress: Progress) -> dict:
-        """The arrays of `measure.Numbers`."""
-        return measure(model, tokens, reading, progress).arrays()
+        return measure(model, tokens, reading, progress)
 
     def summarise(self, measured: list[Measured], options: argparse.Namespace | None) -> list[Result]:
         names = list(dict.fromkeys(case.data["name"] for case in measured))

@@ -111,7 +111,7 @@ def documents_figure(result: Result, path: Path) -> None:
 
 def beta_figure(result: Result, path: Path) -> None:
     """Share of the tokens by beta: a panel a Householder, a row a head."""
-    counts = result.numbers.tally.beta
+    counts = result.tally.beta
     layers, heads, n, bins = counts.shape
     rows = layers * heads
     shares = 100 * counts / np.maximum(1, counts.sum(-1, keepdims=True))
@@ -129,7 +129,7 @@ def beta_figure(result: Result, path: Path) -> None:
 
 def spectrum_figure(result: Result, path: Path) -> None:
     """Where the eigenvalues of a token's transition lie that are not those of the decay alone; a panel a layer."""
-    counts = result.numbers.tally.plane
+    counts = result.tally.plane
     layers, n = len(counts), result.case.model["num_householder"]
     columns = min(layers, 4 if layers <= 12 else 6)
     rows = -(-layers // columns)
@@ -234,7 +234,7 @@ def _named_heads(lines: list) -> dict:
 
 
 def _document_lines(axis, result: Result, handles: dict) -> None:
-    starts = result.numbers.starts
+    starts = result.starts
     own = starts[starts[:, 0] == 0, 1]
     for start in own:
         handles["document start"] = axis.axvline(start, **DOCUMENT | ({"linewidth": 0.4} if len(own) > 16 else {}))

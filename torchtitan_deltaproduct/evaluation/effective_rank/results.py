@@ -8,7 +8,7 @@ tokens is first seen by the state at s + 1.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -16,8 +16,7 @@ import numpy as np
 from rich.table import Table
 
 from ..pieces import Measured
-from .measure import Numbers
-from .transitions import BETA_BINS, MODULUS_BINS, PLANE_BINS
+from .transitions import BETA_BINS, MODULUS_BINS, PLANE_BINS, Tally
 
 WINDOW_BINS = 32
 """Bins before and after a document start."""
@@ -58,28 +57,31 @@ class Change:
 
 @dataclass
 class Result:
-    """One model on one dataset; L layers, H heads, N sequences, P positions.
+    """One model on one dataset; L layers, H heads, N sequences, P positions, n Householders.
 
     Attributes:
-        case: the model, the dataset and where its pieces are.
-        numbers: all that was measured.
+        case: the model, the dataset and where its pieces are; DataError if one is damaged.
+        between: [L, H, N, P, n or 1] float32, effective rank after each micro-step (or the last).
+        rank: [L, H, N, P] after the last.
+        starts, tally: see `measure`, of all pieces together.
         change: at document starts.
         npz: name of its file of numbers.
     """
 
     case: Measured
-    numbers: Numbers = field(init=False)
+    between: np.ndarray = field(init=False)
+    starts: np.ndarray = field(init=False)
+    tally: Tally = field(init=False)
     change: Change = field(init=False)
     npz: str = ""
 
     def __post_init__(self):
-        self.numbers = Numbers.of(self.case.pieces)
-        self.change = document_change(self.rank, self.positions, self.numbers.starts)
-
-    @property
-    def rank(self) -> np.ndarray:
-        """[L, H, N, P] float32 after the last micro-step."""
-        return self.numbers.rank[..., -1]
+        pieces = [arrays for _, arrays in self.case.pieces]
+        self.between = np.concatenate([arrays["rank"] for arrays in pieces], 2)
+        self.rank = self.between[..., -1]
+        self.starts = np.concatenate([arrays["starts"] for arrays in pieces])
+        self.tally = Tally(**{field.name: sum(arrays[field.name] for arrays in pieces) for field in fields(Tally)})
+        self.change = document_change(self.rank, self.positions, self.starts)
 
     @property
     def every(self) -> int:
@@ -88,7 +90,7 @@ class Result:
     @cached_property
     def positions(self) -> np.ndarray:
         """[P] int64: every, 2 every, ..."""
-        return self.every * np.arange(1, self.numbers.rank.shape[3] + 1)
+        return self.every * np.arange(1, self.rank.shape[3] + 1)
 
     @cached_property
     def mean(self) -> np.ndarray:
@@ -133,7 +135,7 @@ class Result:
             layers.append({"layer": index, **own, "growth": None if growth is None else growth[index], "heads": heads})
         return {
             "npz": self.npz, "positions": {name: int(self.positions[p]) for name, p in at.items()},
-            "document_starts": len(self.numbers.starts), "document_starts_compared": self.change.documents,
+            "document_starts": len(self.starts), "document_starts_compared": self.change.documents,
             "layers": layers,
         }  # fmt: skip
 
@@ -142,7 +144,7 @@ class Result:
 
         And the mean rank over sequences and positions after each micro-step, if it was measured.
         """
-        tally, rank = self.numbers.tally, self.numbers.rank[layer, head]
+        tally, rank = self.tally, self.between[layer, head]
         tokens, modulus = max(1, int(tally.tokens[layer])), tally.modulus[layer, head]
         many, middles = max(1, int(modulus.sum())), (np.arange(MODULUS_BINS) + 0.5) / MODULUS_BINS
         between = {"mean_after_each_householder": rank.mean((0, 1), dtype=np.float64).tolist()}
@@ -164,18 +166,18 @@ class Result:
         ]
 
     def write_npz(self, path: Path) -> None:
-        """All numbers: those of `Numbers`, `Tally` and `Change`, means, spreads, and edges of the bins."""
+        """All numbers: ranks, those of `Tally` and `Change`, means, spreads, and edges of the bins."""
         rank, change = self.rank, self.change
         content = {
-            "rank": rank, "positions": self.positions, "document_starts": self.numbers.starts, "mean": self.mean,
+            "rank": rank, "positions": self.positions, "document_starts": self.starts, "mean": self.mean,
             "std": deviation_of(rank, 2), "change": change.mean, "change_edges": change.edges,
             "change_states": change.states, "change_starts": change.starts, "change_layer_se": change.layer_se,
             "beta_edges": np.linspace(0, self.top_beta, BETA_BINS + 1),
             "plane_edges": np.linspace(-1, 1, PLANE_BINS + 1), "modulus_edges": np.linspace(0, 1, MODULUS_BINS + 1),
-            **vars(self.numbers.tally),
+            **vars(self.tally),
         }  # fmt: skip
-        if self.numbers.rank.shape[-1] > 1:
-            content["rank_between"] = self.numbers.rank
+        if self.between.shape[-1] > 1:
+            content["rank_between"] = self.between
         with open(path, "wb") as file:
             np.savez_compressed(file, **content)
 

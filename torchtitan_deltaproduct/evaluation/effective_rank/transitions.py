@@ -9,7 +9,7 @@ e^g I on n dimensions at most: e^g times 1 - the eigenvalues of the n x n matrix
     tally = Tally.empty(model.args); tally.add(glimpse)
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,15 +26,9 @@ REAL = 1e-6
 
 
 def transition_eigenvalues(k: Tensor, beta: Tensor, g: Tensor | None = None) -> Tensor:
-    """The n eigenvalues of a token's transition that differ from e^g.
+    """The n eigenvalues of a token's transition that differ from e^g: [..., n] complex128, on the CPU, in no order.
 
-    Args:
-        k: [..., n, K] keys, as the operator uses them (normalised).
-        beta: [..., n].
-        g: [...] log decay, or None.
-
-    Returns:
-        [..., n] complex128, on the CPU, in no order.
+    Of keys k [..., n, K] as the operator uses them (normalised), beta [..., n] and the log decay g [...], or None.
     """
     # Thousands of matrices of two or three rows: LAPACK is done before a GPU has started.
     k, beta = k.double().cpu(), beta.double().cpu()
@@ -78,11 +72,6 @@ class Tally:
             zeros(n, BETA_BINS), np.zeros((*heads, n)), zeros(PLANE_BINS, PLANE_BINS), zeros(MODULUS_BINS), zeros(),
             zeros(), np.zeros(heads[0], dtype=np.int64),
         )  # fmt: skip
-
-    def __iadd__(self, other: "Tally") -> "Tally":
-        for field in fields(self):
-            getattr(self, field.name)[...] += getattr(other, field.name)
-        return self
 
     def add(self, glimpse: Glimpse, top: float) -> None:
         """Counts a segment of a layer; `top`: the largest beta there can be."""

@@ -5,7 +5,6 @@
     python -m eval.generate RUN --prompt "class A" "class B" --stop $'\\n\\n'      two prompts as one batch
     cat notes.txt | python -m eval.generate RUN --file - --tokens 500            from standard input
 
-RUN is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder.
 Without a prompt the text begins a new document. It ends at the end of the document, at `--stop`, or after `--tokens`.
 Memory and time a token do not grow with the length; prompts are read in segments. The text alone goes to standard
 output; what it is and its speed go to standard error.

@@ -7,10 +7,8 @@
     python -m eval.length_extrapolation --from outputs/run/eval --buckets 64                      no model runs
     python -m eval.length_extrapolation --from outputs/*/eval --out compared                      runs side by side
 
-MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder.
-DATA is a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]. Results go to `--out`, by
-default MODEL/eval: length_extrapolation.json, .csv and .png, and in length_extrapolation/ the tokens that were read and
-the loss at every position of every sequence. The same command again continues where it was stopped.
+Results go to `--out`, by default MODEL/eval: length_extrapolation.json, .csv and .png, and in length_extrapolation/ the
+tokens that were read and the loss at every position of every sequence.
 """
 
 import argparse

@@ -4,9 +4,8 @@
     python -m eval.state_tracking outputs/state_tracking/*/seed-* --length 512    a table and a picture of all
     python -m eval.state_tracking RUN --interpret                                 beta and keys of each head
 
-RUN is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or an export of `to_hf`.
-Runs that differ in their seeds alone are averaged. Results go to `--out`, by default RUN/eval: state_tracking.json,
-.csv and .png.
+RUN is a run on generated words, or an export of it by `to_hf`. Runs that differ in their seeds alone are averaged.
+Results go to `--out`, by default RUN/eval: state_tracking.json, .csv and .png.
 """
 
 import argparse
