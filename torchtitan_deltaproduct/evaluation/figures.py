@@ -18,7 +18,6 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
 from matplotlib.patches import Patch  # noqa: E402
-from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
 # Okabe & Ito (2008), without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -83,15 +82,12 @@ def legend(figure, handles: dict[str, Any], columns: int) -> None:
     figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns, fontsize=9)
 
 
-def mark_trained(axis, length: int, place: float, margin: float = 0.25, above: int = 2) -> None:
-    """A dashed line at a training length, named above the axis; `place` is where it is, from 0 (left) to 1.
-
-    Within `margin` of an end the name is on the side where there is room.
-    """
+def mark_trained(axis, length: int, place: float) -> None:
+    """A dashed line at a training length, named above the axis; `place` is where it is, from 0 (left) to 1."""
     axis.axvline(length, color="#444444", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
-    side = "left" if place < margin else "right" if place > 1 - margin else "center"
+    side = "left" if place < 0.25 else "right" if place > 0.75 else "center"
     axis.annotate(
-        f"trained to {length:,} tokens", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, above),
+        f"trained to {length:,} tokens", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
         textcoords="offset points", va="bottom", ha=side, color="#444444", fontsize=8.5,
     )  # fmt: skip
 
@@ -108,14 +104,8 @@ def name_ends(axis, ends: list[tuple[float, str, Any]]) -> None:
                       va="center", annotation_clip=False)  # fmt: skip
 
 
-def number_positions(axis, ticks: int = 5) -> None:
-    """Whole numbers with commas along the horizontal axis."""
-    axis.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=[1, 2, 5, 10]))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-
-
-def binned(x: np.ndarray, y: np.ndarray, points: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """At most so many points: means of neighbours."""
-    edges = np.linspace(0, len(x), min(points, len(x)) + 1).astype(int)
-    sizes = np.diff(edges)
-    return np.add.reduceat(x, edges[:-1]) / sizes, np.add.reduceat(y, edges[:-1], dtype=np.float64) / sizes
+def binned(points: int, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Sums of neighbours, so that at most so many points are left, and last the number of neighbours in each."""
+    length = len(arrays[0])
+    edges = np.linspace(0, length, min(points, length) + 1).astype(int)
+    return [*(np.add.reduceat(array, edges[:-1], dtype=np.float64) for array in arrays), np.diff(edges)]

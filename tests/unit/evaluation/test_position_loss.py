@@ -80,7 +80,8 @@ def test_logits_are_bounded(monkeypatch):
     monkeypatch.setattr(model, "head", lambda x: most.append(head(x).numel()) or head(x))
     for limit, logits in ((4 * 50 * 7, 7 * 50), (1, 50), (1 << 30, 3 * LENGTH * 50)):
         most.clear()
-        loss, correct = collect(model, tokens, logit_bytes=limit)
+        monkeypatch.setattr(f"{HERE}.length_extrapolation.loss.LOGIT_BYTES", limit)
+        loss, correct = collect(model, tokens)
         assert max(most) == logits and np.abs(loss - whole).max() < 2e-5 and np.array_equal(correct, right)
 
 
@@ -166,7 +167,6 @@ def test_student_t():
     """Against the tables (NIST handbook 1.3.6.7.2)."""
     for degrees, t in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (7, 2.365), (31, 2.040), (100, 1.984)):
         assert student_t(degrees) == pytest.approx(t, abs=5e-4)
-    assert student_t(10, 0.99) == pytest.approx(3.169, abs=5e-4)
 
 
 def test_few_sequences_have_no_interval():

@@ -16,12 +16,15 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..figures import band, band_handle, binned, legend, look, number_positions, picture, shade
+from ..figures import band, band_handle, binned, legend, look, picture, shade
 from ..length_extrapolation.results import student_t
 from .results import Result
 from .transitions import PLANE_BINS
 
+MAX_POINTS = 256
+"""Of a drawn curve."""
 LEAST_STARTS = 3
 """Document starts of a bin that is shown: fewer have no interval that says anything."""
 TRAINED = {"color": "#444444", "linewidth": 1, "linestyle": (0, (2, 2)), "zorder": 1}
@@ -33,26 +36,20 @@ DOCUMENT = {"color": "#E69F00", "linewidth": 0.8, "alpha": 0.75, "zorder": 0.5}
 def comparison(results: list[Result], stem: Path) -> None:
     """Mean over sequences against position, of the heads of one model or of several models: `stem`.png."""
     alone, sequences = len(results) == 1, results[0].rank.shape[2]
-    title = f"{results[0].case.data['name']}: {f'mean of {sequences:,}' if sequences > 1 else 'one'} sequence"
-    title = (f"{results[0].case.model['name']} on " if alone else "") + title + "s" * (sequences > 1)
+    whose = _of(results[0]) if alone else results[0].case.data["name"]
+    title = f"{whose}: {f'mean of {sequences:,} sequences' if sequences > 1 else 'one sequence'}"
     with _layers(results, title, Path(f"{stem}.png")) as (axes, handles):
-        for layer, axis in enumerate(axes):
-            for number, result in enumerate(results):
-                if layer >= result.rank.shape[0]:
-                    continue
-                if alone:
-                    _head_lines(axis, result, result.mean[layer], handles)
+        for number, result in enumerate(results):
+            for axis, of_heads, means in zip(axes, result.layer_mean, result.mean, strict=False):
                 own = MEAN if alone else look(number, len(results))
-                of_heads = result.layer_mean[layer]
-                x, mean = binned(result.positions, of_heads.mean(0))
-                name = "mean of the heads" if alone else result.case.model["name"]
-                (handles[name],) = axis.plot(x, mean, **own)
+                if alone:
+                    _heads(axis, result, means, handles)
+                else:
+                    (handles[result.case.model["name"]],) = axis.plot(*_averaged(result, of_heads.mean(0)), **own)
                 if sequences > 1:
-                    half = binned(result.positions, of_heads.std(0, ddof=1))[1]
+                    (x, mean), (_, half) = (_averaged(result, f) for f in (of_heads.mean(0), of_heads.std(0, ddof=1)))
                     band(axis, x, mean - half, mean + half, own["color"])
                     handles["band: ± 1 standard deviation over sequences"] = band_handle()
-                elif alone:
-                    _document_lines(axis, result, handles)
 
 
 def of_one(result: Result, stem: Path) -> None:
@@ -66,13 +63,14 @@ def of_one(result: Result, stem: Path) -> None:
 
 def sequence_figure(result: Result, path: Path) -> None:
     """The first sequence alone: every head, and where its documents begin."""
-    with _layers([result], f"{_of(result)}: the first of {result.rank.shape[2]:,} sequences", path) as (axes, handles):
-        for layer, axis in enumerate(axes):
-            values = result.rank[layer, :, 0]
-            _head_lines(axis, result, values, handles)
-            x, y = binned(result.positions, values.mean(0, dtype=np.float64))
-            (handles["mean of the heads"],) = axis.plot(x, y, **MEAN)
-            _document_lines(axis, result, handles)
+    count, own = result.rank.shape[2], result.starts[result.starts[:, 0] == 0, 1]
+    thin = {"linewidth": 0.4} if len(own) > 16 else {}
+    which = f"the first of {count:,} sequences" if count > 1 else "one sequence"
+    with _layers([result], f"{_of(result)}: {which}", path) as (axes, handles):
+        for axis, values in zip(axes, result.rank[:, :, 0], strict=True):
+            _heads(axis, result, values, handles)
+            for start in own:
+                handles["document start"] = axis.axvline(start, **DOCUMENT | thin)
 
 
 def documents_figure(result: Result, path: Path) -> None:
@@ -202,11 +200,18 @@ def _layers(results: list[Result], title: str, path: Path) -> Iterator[tuple[np.
         for layer, axis in enumerate(axes.flat[:layers]):
             axis.set_title(f"layer {layer}", loc="left")
             axis.set_xlim(0, longest)
-            number_positions(axis)
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
             for length in sorted({result.case.model["train_length"] or 0 for result in results}):
                 if 0 < length <= longest:
                     handles[f"trained to {length:,} tokens"] = axis.axvline(length, **TRAINED)
         legend(figure, handles, columns=int(figure.get_figwidth() / 2))
+
+
+def _averaged(result: Result, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and values [P], at most MAX_POINTS: means of neighbours."""
+    x, y, sizes = binned(MAX_POINTS, result.positions, values)
+    return x / sizes, y / sizes
 
 
 def _head_rows(axis, layers: int, heads: int) -> None:
@@ -218,12 +223,12 @@ def _head_rows(axis, layers: int, heads: int) -> None:
         axis.axhline(layer * heads - 0.5, color="#666666", linewidth=0.6)
 
 
-def _head_lines(axis, result: Result, values: np.ndarray, handles: dict) -> None:
-    """values [H, P] as thin lines."""
+def _heads(axis, result: Result, values: np.ndarray, handles: dict) -> None:
+    """values [H, P] as thin lines, and their mean."""
     own = {"linewidth": 0.9, "alpha": 0.9}
-    lines = [axis.plot(*binned(result.positions, row), color=shade(h, len(values)), **own)[0]
-             for h, row in enumerate(values)]  # fmt: skip
-    handles |= _named_heads(lines)
+    lines = [axis.plot(*_averaged(result, row), color=shade(h, len(values)), **own)[0] for h, row in enumerate(values)]
+    (mean,) = axis.plot(*_averaged(result, values.mean(0, dtype=np.float64)), **MEAN)
+    handles |= _named_heads(lines) | {"mean of the heads": mean}
 
 
 def _named_heads(lines: list) -> dict:
@@ -231,13 +236,6 @@ def _named_heads(lines: list) -> dict:
     if len(lines) <= 8:
         return {f"head {h}": line for h, line in enumerate(lines)}
     return {"head 0 (dark)": lines[0], f"to head {len(lines) - 1} (light)": lines[-1]}
-
-
-def _document_lines(axis, result: Result, handles: dict) -> None:
-    starts = result.starts
-    own = starts[starts[:, 0] == 0, 1]
-    for start in own:
-        handles["document start"] = axis.axvline(start, **DOCUMENT | ({"linewidth": 0.4} if len(own) > 16 else {}))
 
 
 def _of(result: Result) -> str:

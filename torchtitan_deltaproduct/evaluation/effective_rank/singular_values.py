@@ -21,7 +21,11 @@ def effective_rank(states: Tensor) -> Tensor:
 
     From 1 to min(K, V); 0 for a state of zeros, which has no direction at all; NaN for one that is not finite.
     """
-    values = singular_values(states)
+    return rank_of_values(singular_values(states))
+
+
+def rank_of_values(values: Tensor) -> Tensor:
+    """The effective rank of a matrix with the singular values [..., N]: [...]."""
     total = values.sum(-1, keepdim=True)
     rank = torch.special.entr(values / total).sum(-1).exp()
     return torch.where(total.squeeze(-1) == 0, 0.0, rank)

@@ -98,11 +98,11 @@ class Sums:
 
 
 @lru_cache
-def student_t(degrees: int, share: float = 0.95) -> float:
-    """The t with P(|T| < t) = share."""
+def student_t(degrees: int) -> float:
+    """The t with P(|T| < t) = 95 %."""
     from scipy.stats import t  # takes a second to import
 
-    return float(t.ppf((1 + share) / 2, degrees))
+    return float(t.ppf(0.975, degrees))
 
 
 def mean_interval(values: np.ndarray, name: str, least: float = -math.inf, most: float = math.inf) -> dict[str, float]:

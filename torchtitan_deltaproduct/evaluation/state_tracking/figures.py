@@ -6,20 +6,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ..figures import (
-    COLOURS,
-    MARKERS,
-    STYLE,
-    band,
-    band_handle,
-    legend,
-    look,
-    mark_trained,
-    name_ends,
-    picture,
-    plt,
-    save,
-)
+from ..figures import COLOURS, MARKERS, band, band_handle, binned, legend, look, mark_trained, name_ends, picture
 from .problems import wilson
 from .results import RunResult, Setting
 
@@ -91,7 +78,7 @@ def _panel(axis, settings: list[Setting], curve, handles: dict) -> None:
         ends.append((mean[-1], name, own["color"]))
     axis.set(xlim=(0, longest * 1.01), ylim=(-2, 103))
     for length in sorted({setting.problem.train_length for setting in settings}):
-        mark_trained(axis, length, length / longest, margin=0.2, above=1)
+        mark_trained(axis, length, length / longest)
     if 1 < len(settings) <= 8:
         name_ends(axis, ends)
 
@@ -124,9 +111,7 @@ def _by_length(run: RunResult) -> tuple:
 
 
 def _binned(x: np.ndarray, right: np.ndarray, total: np.ndarray, points: int, pool: bool = False) -> tuple:
-    edges = np.linspace(0, len(x), min(points, len(x)) + 1).astype(int)
-    starts, sizes = edges[:-1], np.diff(edges)
-    right, total, x = (np.add.reduceat(values, starts) for values in (right, total, x))
+    right, total, x, sizes = binned(points, right, total, x)
     # Neighbouring positions of one word are not independent: their mean is as uncertain as one of them.
     share = 1 if pool else sizes
     low, high = wilson(right / share, total / share)
@@ -136,31 +121,20 @@ def _binned(x: np.ndarray, right: np.ndarray, total: np.ndarray, points: int, po
 def interpretation_figure(heads: list[dict], title: str, args, names: list[str], path: Path) -> None:
     """Of one layer: histograms of beta and explained key variance, a column a head; below, beta by group element."""
     columns, n = len(heads), args.num_householder
-    map_height = 0.7 + 0.24 * columns * n if names else 0
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(max(7.5, 2.4 * columns + 0.8), 5.4 + map_height), layout="constrained")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        grid = figure.add_gridspec(3 if names else 2, columns, height_ratios=[2.3, 2.3, map_height][: 2 + bool(names)])
-        first, tallest = None, 0.0
-        for index, head in enumerate(heads):
-            beta = figure.add_subplot(grid[0, index], sharey=first)
-            first = beta if first is None else first
+    heights = [2.3, 2.3, *([0.7 + 0.24 * columns * n] if names else [])]
+    size, options = (max(7.5, 2.4 * columns + 0.8), 0.8 + sum(heights)), {"sharey": "row", "height_ratios": heights}
+    with picture(path, title, len(heights), columns, size, **options) as (figure, axes):
+        for head, beta, keys in zip(heads, *axes[:2], strict=True):
             _beta_panel(beta, head, args)
-            tallest = max(tallest, beta.get_ylim()[1])
-            keys = figure.add_subplot(grid[1, index])
             _key_panel(keys, head)
-            if index == 0:
-                beta.set_ylabel("share of tokens (%)")
-                keys.set_ylabel("explained variance (%)")
-            else:
-                beta.tick_params(labelleft=False)
-                keys.tick_params(labelleft=False)
-        first.set_ylim(0, tallest)
+        axes[0, 0].set_ylabel("share of tokens (%)")
+        axes[1, 0].set_ylabel("explained variance (%)")
         if names:
+            grid = axes[2, 0].get_gridspec()
+            for axis in axes[2]:
+                axis.remove()
             _element_map(figure, figure.add_subplot(grid[2, :]), heads, args, names)
-        handles, labels = first.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=n)
-        save(figure, path)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=n)
 
 
 def _beta_panel(axis, head: dict, args) -> None:

@@ -9,7 +9,6 @@ words have few, and the directions of the keys, by the singular values of the ma
 centred: k and -k are the same reflection. Measured on what the operator reads over held-out words.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.models.decode import init_cache
 
+from ..effective_rank.singular_values import rank_of_values
 from ..effective_rank.states import Glimpse, walk
 from ..effective_rank.transitions import BETA_BINS, histogram
 from ..files import short_names, slugs, write_json
@@ -30,40 +30,33 @@ MAX_ELEMENTS = 24
 """Groups of at most this order get a map of beta by element."""
 
 
-@dataclass
-class LayerView:
-    """Sums over the tokens read in one layer; H heads, n Householders, K = head_dim.
+def view_layers(model: DeltaProductLM, inputs: torch.Tensor, names: list[str]) -> list[list[dict]]:
+    """Reads words, inputs [B, T] int64: for each layer the JSON record of each head.
 
-    Attributes:
-        histogram: [H, n, BETA_BINS] counts of beta.
-        beta_sum: [H, n, vocab] sum of beta over the occurrences of each input token.
-        near_two: [H, n] count of beta > 1.9.
-        moment: [H, K, K] float64, sum of k k^T over unit keys of all Householders.
+    `names` are those of the tokens that are group elements; none: beta is not shown by element.
     """
-
-    histogram: np.ndarray
-    beta_sum: np.ndarray
-    near_two: np.ndarray
-    moment: np.ndarray
-
-
-def view_layers(model: DeltaProductLM, inputs: torch.Tensor) -> tuple[list[LayerView], np.ndarray]:
-    """Reads words, inputs [B, T] int64, with a model: one view a layer, and [vocab] how often each token was read."""
-    tokens, vocab = inputs.flatten().numpy(), model.args.vocab_size
-    views = []
+    tokens, args, layers = inputs.flatten().numpy(), model.args, []
+    occurrences = np.bincount(tokens, minlength=args.vocab_size)
 
     def look(glimpse: Glimpse) -> None:
         k = glimpse.k.double().flatten(0, 1)
-        beta = glimpse.beta.double().cpu().unflatten(1, (-1, glimpse.num_householder)).flatten(0, 1).mT
-        by_token = np.array(
-            [[np.bincount(tokens, row, vocab) for row in head] for head in beta.permute(1, 2, 0).numpy()]
-        )
-        counts = histogram(beta, BETA_BINS, 0, 2.0 if model.args.allow_neg_eigval else 1.0)
-        moment = torch.einsum("rhk,rhl->hkl", k, k).cpu().numpy()
-        views.append(LayerView(counts, by_token, (beta > 1.9).sum(0).numpy(), moment))
+        keys = spectrum(torch.einsum("rhk,rhl->hkl", k, k).cpu().numpy())
+        beta = glimpse.beta.double().cpu().unflatten(1, (-1, args.num_householder)).flatten(0, 1).mT
+        counts, heads = histogram(beta, BETA_BINS, 0, 2.0 if args.allow_neg_eigval else 1.0), []
+        for h, rows in enumerate(beta.permute(1, 2, 0).numpy()):
+            steps = []
+            for j, row in enumerate(rows):
+                steps.append({"householder": j, "mean": float(row.mean()), "above_1.9": float((row > 1.9).mean()),
+                              "histogram": counts[h, j].tolist()})  # fmt: skip
+                if names:
+                    sums = zip(names, np.bincount(tokens, row, args.vocab_size), occurrences, strict=False)
+                    means = {name: float(total / count) if count else None for name, total, count in sums}
+                    steps[-1]["mean_by_element"] = means
+            heads.append({"head": h, "householders": steps, **{name: of[h].tolist() for name, of in keys.items()}})
+        layers.append(heads)
 
     walk(model, inputs.to(model.tok_embeddings.weight.device), init_cache(model, len(inputs)), look)
-    return views, np.bincount(tokens, minlength=vocab)
+    return layers
 
 
 def spectrum(moment: np.ndarray) -> dict[str, np.ndarray]:
@@ -72,20 +65,17 @@ def spectrum(moment: np.ndarray) -> dict[str, np.ndarray]:
     Returns:
         singular_values [H, K] of the matrix of keys, descending, divided by the root of the number of keys (their
         squares sum to 1); explained [H, K], share of the squared length in the first 1 .. K directions;
-        dimension_95 [H], the least number of directions with 95 % of it; effective_rank [H], exp(-sum p ln p) with
-        p the singular values over their sum (Roy & Vetterli 2007).
+        dimension_95 [H], the least number of directions with 95 % of it; effective_rank [H], of all keys.
     """
     squares = np.linalg.eigvalsh(moment)[:, ::-1].clip(0)
     squares /= squares.sum(1, keepdims=True)
     singular = np.sqrt(squares)
-    p = singular / singular.sum(1, keepdims=True)
-    entropy = -(p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum(1)
     explained = squares.cumsum(1)
     return {
         "singular_values": singular,
         "explained": explained,
         "dimension_95": (explained < 0.95 - 1e-12).sum(1) + 1,
-        "effective_rank": np.exp(entropy),
+        "effective_rank": rank_of_values(torch.from_numpy(singular)).numpy(),
     }
 
 
@@ -100,7 +90,6 @@ def interpret(
 
     problem = problem_of(loaded.config, problem_of(loaded.config).train_length, seed)
     inputs = problem.sources[0].batch(np.arange(words))[0]["input"]
-    views, occurrences = view_layers(loaded.model, inputs)
     args, run = loaded.model.args, loaded.run.resolve()
     group = None if problem.formal else problem.sources[0].problem.group
     names = list(group.names) if group is not None and group.order <= MAX_ELEMENTS else []
@@ -112,8 +101,7 @@ def interpret(
     out = Table(title=f"{loaded.label}: {problem.name}, n_h = {args.num_householder}", title_justify="left")
     for name in ("layer", "head", "mean beta", "beta > 1.9", "keys: 95 % in", "effective rank"):
         out.add_column(name, justify="right")
-    for index, view in enumerate(views):
-        heads = _head_records(view, occurrences, names)
+    for index, heads in enumerate(view_layers(loaded.model, inputs, names)):
         record["layers"].append({"layer": index, "heads": heads})
         for head in heads:
             mean, near = ("  ".join(f"{h[key]:.2f}" for h in head["householders"]) for key in ("mean", "above_1.9"))
@@ -135,24 +123,3 @@ def stems(models: list[LoadedModel], folder: Path) -> list[str]:
     if len(set(names)) < len(names):
         names = slugs(short_names([(run, model.step) for run, model in zip(runs, models, strict=True)]))
     return [f"interpretation_{name}" for name in names]
-
-
-def _head_records(view: LayerView, occurrences: np.ndarray, names: list[str]) -> list[dict]:
-    """One JSON record a head; `names` of the tokens that are elements, if they are few."""
-    tokens, keys = int(occurrences.sum()), spectrum(view.moment)
-    records = []
-    for h, (histograms, sums, near) in enumerate(zip(view.histogram, view.beta_sum, view.near_two, strict=True)):
-        steps = []
-        for j in range(len(sums)):
-            step = {"householder": j, "mean": float(sums[j].sum() / tokens), "above_1.9": float(near[j] / tokens),
-                    "histogram": histograms[j].tolist()}  # fmt: skip
-            if names:
-                of_elements = zip(names, sums[j], occurrences, strict=False)
-                step["mean_by_element"] = {
-                    n: float(total / count) if count else None for n, total, count in of_elements
-                }
-            steps.append(step)
-        records.append(
-            {"head": h, "householders": steps, **{name: values[h].tolist() for name, values in keys.items()}}
-        )
-    return records

@@ -35,10 +35,9 @@ Reader = Callable[[Tensor, object], tuple[Tensor, object]]
 
 @dataclass(frozen=True)
 class Counts:
-    """Right answers over words of one length L.
+    """Right answers over that many words of one length L.
 
     Attributes:
-        words: number of words.
         scored: [L] int64, words with a label at each position.
         correct: [L] int64, those of them whose label is predicted (arg max over the whole vocabulary).
         prefix: [L] int64, words that are right at every labelled position up to this one.
@@ -111,16 +110,13 @@ def count_words(read: Reader, source, words: int, rows: int = 64, segment: int =
 
 @dataclass(frozen=True)
 class Problem:
-    """The test stream of a run's problem, for words of up to `length` tokens.
+    """The test stream of a run's problem, such as `S3` or `parity`.
 
     Attributes:
-        name: such as `S3` or `parity`.
         formal: a formal language (one answer a row, rows of many lengths), not a group.
-        train_length: longest word, in tokens, that the run was trained on.
-        length: longest word tested.
+        train_length, length: longest word, in tokens, that the run was trained on, and that is tested.
         chance: accuracy of guessing.
-        sources: streams whose counts are summed.
-        seed: of the streams.
+        sources, seed: streams whose counts are summed, and theirs.
     """
 
     name: str

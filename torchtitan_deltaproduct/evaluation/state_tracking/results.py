@@ -34,10 +34,7 @@ _TRAINED = {
 
 @dataclass(frozen=True)
 class Criterion:
-    """When a run counts as having solved its problem (on scaled accuracy for formal languages).
-
-    That is, with at least these accuracies at the training length and at the tested length.
-    """
+    """The least accuracies (scaled for formal languages) at the training length and the tested one to be a solution."""
 
     at_training: float = 0.99
     beyond: float = 0.9
@@ -59,10 +56,9 @@ class Share:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one checkpoint can do.
+    """What one checkpoint, named by its label, can do.
 
     Attributes:
-        label: names the checkpoint.
         problem, counts: what was tested, and the answers.
         settings: dotted config keys that make the setting, such as `model.num_householder`.
         seeds: (of the data, of the weights).
@@ -80,13 +76,8 @@ class RunResult:
     @classmethod
     def of(cls, loaded: LoadedModel, problem: Problem, counts: Counts) -> "RunResult":
         config = loaded.config
-        settings = {
-            f"{table}.{key}": config[table][key]
-            for table, keys in _TRAINED.items()
-            for key in keys
-            if key in config.get(table, {})
-        }
-        settings["checkpoint.step"] = loaded.step
+        known = [(table, key) for table, keys in _TRAINED.items() for key in keys if key in config.get(table, {})]
+        settings = {f"{table}.{key}": config[table][key] for table, key in known} | {"checkpoint.step": loaded.step}
         seeds = (config["data"]["seed"], config["debug"]["seed"])
         return cls(loaded.label, problem, counts, settings, seeds, loaded.step, config["training"]["steps"])
 
@@ -220,11 +211,8 @@ def by_setting(results: list[RunResult]) -> list[Setting]:
     settings = sorted(groups.values(), key=lambda setting: setting.kind)
     for setting in settings:
         own, same = setting.runs[0], [other.runs[0] for other in settings if other.kind == setting.kind]
-        parts = [
-            f"{key.split('.')[1]} {value}"
-            for key, value in own.settings.items()
-            if any(other.settings.get(key) != value for other in same)
-        ]
+        differing = {key for other in same for key, value in own.settings.items() if other.settings.get(key) != value}
+        parts = [f"{key.split('.')[1]} {value}" for key, value in own.settings.items() if key in differing]
         if any(other.problem.length != own.problem.length for other in same):
             parts.append(f"to {own.problem.length} tokens")
         setting.differs = ", ".join(parts)
@@ -283,12 +271,10 @@ def write_csv(path: Path, settings: list[Setting]) -> None:
              "prefix_high"]  # fmt: skip
     rows = []
     for setting, run in [(one, run) for one in settings for run in one.runs]:
-        counts = run.counts
+        counts, head = run.counts, [setting.problem.name, run.n_h, run.range, setting.differs, *run.seeds, run.label]
         shares = [counts.accuracy(), *wilson(counts.correct, counts.scored)]
-        if not run.problem.formal:
-            shares += [counts.prefix / counts.words, *wilson(counts.prefix, counts.words)]
-        head = [setting.problem.name, run.n_h, run.range, setting.differs, *run.seeds, run.label]
+        prefix = [counts.prefix / counts.words, *wilson(counts.prefix, counts.words)]
+        shares += [[""] * len(counts.scored)] * 3 if run.problem.formal else prefix
         for i in np.flatnonzero(counts.scored):
-            numbers = [*(share[i] for share in shares), "", "", ""][:6]
-            rows.append([*head, i + 1, counts.scored[i], counts.correct[i], *numbers])
+            rows.append([*head, i + 1, counts.scored[i], counts.correct[i], *(share[i] for share in shares)])
     files.write_csv(path, names, rows)
