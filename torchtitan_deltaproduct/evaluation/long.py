@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from rich.console import Console
 
@@ -48,18 +48,6 @@ from .texts import texts_of
 
 Progress = Callable[[int], None]
 """Is told the number of tokens after each segment."""
-
-
-class Result(Protocol):
-    """One model on one dataset, summarised."""
-
-    case: Measured
-
-    def entry(self) -> dict:
-        """For JSON, beside what all evaluations say of the case."""
-
-    def rows(self) -> list[dict]:
-        """For CSV, by the names of the columns, beside those that all evaluations have."""
 
 
 class LongEvaluation(ABC):
@@ -101,7 +89,10 @@ class LongEvaluation(ABC):
 
     @abstractmethod
     def summarise(self, measured: list[Measured], options: argparse.Namespace | None) -> list[Any]:
-        """A `Result` of each case; options None: the defaults."""
+        """A result of each case, with `case`, `entry()` for JSON and `rows()` for CSV; options None: the defaults.
+
+        The latter are dicts, of what is said beside that which all evaluations say of a case.
+        """
 
     @abstractmethod
     def show(self, results: list[Any], stem: Path, options: argparse.Namespace, console: Console) -> None:
@@ -223,7 +214,7 @@ class LongEvaluation(ABC):
 
     def report(self, measured: list[Measured], stem: Path, options: argparse.Namespace, console: Console) -> None:
         """Shows all results and writes them, `stem`.json last: where it is, everything is."""
-        results: list[Result] = self.summarise(measured, options)
+        results = self.summarise(measured, options)
         self.show(results, stem, options, console)
         entries, rows = [], []
         for result in results:

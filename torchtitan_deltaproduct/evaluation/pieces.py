@@ -35,7 +35,10 @@ Arrays = np.ndarray | dict[str, np.ndarray]
 
 
 class Sequences(Protocol):
-    """Tokens to read: `texts.Texts`, or generated words. `about` has wanted (data), sha256 and eos_id (or None)."""
+    """Tokens to read: `texts.Texts`, or generated words.
+
+    `about` has wanted (data), sha256 and eos_id: of the token that begins a document; None: each sequence is one.
+    """
 
     about: dict
     length: int
@@ -62,11 +65,6 @@ class Tokens:
     def length(self) -> int:
         """Tokens that are read of each; one more is there for the last prediction, unless they are words."""
         return self.sequences.length
-
-    @property
-    def eos_id(self) -> int | None:
-        """The token that begins a document; None: each sequence is one."""
-        return self.sequences.about["eos_id"]
 
     def read(self, start: int, stop: int, rows: slice = slice(None)) -> np.ndarray:
         """Tokens [start, stop) of each sequence, or of some: [B, stop - start] int64."""

@@ -249,7 +249,7 @@ def test_finished_parts_are_not_measured_again(run, data, whole, tmp_path, capsy
     def never(*arguments):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(f"{HERE}.effective_rank.measure", never)
+    monkeypatch.setattr(effective_rank.EffectiveRank, "measure", never)
     evaluate(tmp_path / "copy", run, data)
     assert "609 tokens were read before" in capsys.readouterr().out
     assert content(tmp_path / "copy") == content(whole)
@@ -308,17 +308,13 @@ def test_change_at_document_starts():
         rank[0, 0, sequence, (positions > start) & (positions <= start + 40)] = 10
     change = document_change(rank, positions, starts)
     # The first start is too near to the start of its sequence.
-    assert change.documents == 3 and change.edges[WINDOW_BINS] == 0 and len(change.states) == 2 * WINDOW_BINS
+    assert len(change.of_each) == 3 and change.edges[WINDOW_BINS] == 0 and len(change.states) == 2 * WINDOW_BINS
     assert change.mean[0, 0, WINDOW_BINS : WINDOW_BINS + 2].tolist() == [-10, -10]
     assert (change.mean[0, 0, WINDOW_BINS + 3 :] == 0).all() and (change.mean[0, 1] == 0).all()
     assert (change.mean[0, 0, :WINDOW_BINS] == 0).all() and change.states[:WINDOW_BINS].sum() == 3 * 128
     assert change.after(32)[0].tolist() == [-10, 0]
-    # The three starts that count are alike; where one is the last before the end, only two have states.
-    assert change.starts[WINDOW_BINS : WINDOW_BINS + 31].tolist() == [3] * 31 and (change.layer_se < 1e-12).all()
     rank[0, :, 1] *= np.where(positions > 900, 2, 1)
-    change = document_change(rank, positions, starts)
-    means = [-5, -5, 10]
-    assert change.layer_se[0, WINDOW_BINS] == pytest.approx(np.std(means, ddof=1) / 3**0.5)
+    assert document_change(rank, positions, starts).of_each[:, 0, WINDOW_BINS].tolist() == [-5, -5, 10]
     assert np.isnan(document_change(rank, positions, starts[:0]).after(128)).all()
 
 

@@ -57,7 +57,7 @@ def of_one(result: Result, stem: Path) -> None:
     sequence_figure(result, Path(f"{stem}_sequence.png"))
     beta_figure(result, Path(f"{stem}_beta.png"))
     spectrum_figure(result, Path(f"{stem}_spectrum.png"))
-    if result.change.starts.max() >= LEAST_STARTS:
+    if len(result.change.of_each) >= LEAST_STARTS:
         documents_figure(result, Path(f"{stem}_documents.png"))
 
 
@@ -76,7 +76,10 @@ def sequence_figure(result: Result, path: Path) -> None:
 def documents_figure(result: Result, path: Path) -> None:
     """Left: every head against the tokens since a document start, as colours. Right: the mean of each layer."""
     change, (layers, heads) = result.change, result.mean.shape[:2]
-    shown = change.starts >= LEAST_STARTS
+    starts = np.isfinite(change.of_each[:, 0]).sum(0)
+    shown = starts >= LEAST_STARTS
+    starts, errors = starts[shown], np.nanstd(change.of_each[..., shown], 0, ddof=1)
+    halves = errors * [student_t(int(count) - 1) / count**0.5 for count in starts]
     values = np.where(shown, change.mean, np.nan).reshape(layers * heads, -1)
     top = np.nanmax(np.abs(values)) or 1
     title = f"{_of(result)}: effective rank less that of the last state before a document, mean of document starts"
@@ -89,16 +92,14 @@ def documents_figure(result: Result, path: Path) -> None:
         left.set(title="each head", ylabel=f"layer ({heads} heads each)")
         figure.colorbar(image, ax=left, label="change of the effective rank", pad=0.02, fraction=0.05)
         middles, handles = (change.edges[:-1] + change.edges[1:])[shown] / 2, {}
-        factors = np.array([student_t(int(count) - 1) for count in change.starts[shown]])
-        for layer, row in enumerate(change.mean.mean(1)[:, shown]):
-            own, half = look(layer, layers) | {"color": shade(layer, layers)}, factors * change.layer_se[layer, shown]
+        for layer, (row, half) in enumerate(zip(change.mean.mean(1)[:, shown], halves, strict=True)):
+            own = look(layer, layers) | {"color": shade(layer, layers)}
             band(right, middles, row - half, row + half, own["color"])
             (line,) = right.plot(middles, row, **own)
             if layers <= 8 or layer in (0, layers - 1):
                 handles[f"layer {layer}"] = line
         handles["band: 95 % interval over document starts"] = band_handle()
         right.axhline(0, color="#777777", linewidth=0.8)
-        starts = change.starts[shown]
         right.set(title=f"mean of the heads; {starts.min():,} to {starts.max():,} starts a point",
                   ylabel="change of the effective rank")  # fmt: skip
         for axis in (left, right):

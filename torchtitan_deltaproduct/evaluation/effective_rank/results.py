@@ -35,17 +35,15 @@ class Change:
     Attributes:
         edges: [2 * WINDOW_BINS + 1] tokens since the start; the bin (a, b] has a < tokens <= b.
         mean: [L, H, 2 * WINDOW_BINS], over all starts and the states in a bin; NaN where there are none.
-        layer_se: [L, 2 * WINDOW_BINS], standard error of its mean over the heads, over the starts with states in a bin.
-        states, starts: [2 * WINDOW_BINS] the numbers of both.
-        documents: starts that count, those of documents that follow a shorter one than `every` left out too.
+        states: [2 * WINDOW_BINS] their number.
+        of_each: [D, L, 2 * WINDOW_BINS], the mean over heads of each start that counts, so not of those of documents
+            that follow a shorter one than `every`; NaN where it has no states.
     """
 
     edges: np.ndarray
     mean: np.ndarray
-    layer_se: np.ndarray
     states: np.ndarray
-    starts: np.ndarray
-    documents: int
+    of_each: np.ndarray
 
     def after(self, tokens: int) -> np.ndarray:
         """[L, H] mean over the states at most so many tokens after a start; NaN if there are none."""
@@ -63,7 +61,7 @@ class Result:
         case: the model, the dataset and where its pieces are; DataError if one is damaged.
         between: [L, H, N, P, n or 1] float32, effective rank after each micro-step (or the last).
         rank: [L, H, N, P] after the last.
-        starts, tally: see `measure`, of all pieces together.
+        starts, tally: see `EffectiveRank.measure`, of all pieces together.
         change: at document starts.
         npz: name of its file of numbers.
     """
@@ -135,7 +133,7 @@ class Result:
             layers.append({"layer": index, **own, "growth": None if growth is None else growth[index], "heads": heads})
         return {
             "npz": self.npz, "positions": {name: int(self.positions[p]) for name, p in at.items()},
-            "document_starts": len(self.starts), "document_starts_compared": self.change.documents,
+            "document_starts": len(self.starts), "document_starts_compared": len(self.change.of_each),
             "layers": layers,
         }  # fmt: skip
 
@@ -171,8 +169,7 @@ class Result:
         content = {
             "rank": rank, "positions": self.positions, "document_starts": self.starts, "mean": self.mean,
             "std": deviation_of(rank, 2), "change": change.mean, "change_edges": change.edges,
-            "change_states": change.states, "change_starts": change.starts, "change_layer_se": change.layer_se,
-            "beta_edges": np.linspace(0, self.top_beta, BETA_BINS + 1),
+            "change_states": change.states, "beta_edges": np.linspace(0, self.top_beta, BETA_BINS + 1),
             "plane_edges": np.linspace(-1, 1, PLANE_BINS + 1), "modulus_edges": np.linspace(0, 1, MODULUS_BINS + 1),
             **vars(self.tally),
         }  # fmt: skip
@@ -228,13 +225,8 @@ def document_change(rank: np.ndarray, positions: np.ndarray, starts: np.ndarray)
             np.add.at(added, (slice(None), slice(None), place), values)
             total, states = total + added, states + count
             of_each.append(added.mean(1) / np.where(count > 0, count, np.nan))
-    of_each = np.stack(of_each) if of_each else np.empty((0, len(rank), bins))
-    known = np.isfinite(of_each).sum(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        middle = np.nansum(of_each, 0) / known
-        layer_se = np.sqrt(np.nansum((of_each - middle) ** 2, 0) / ((known - 1) * known))
-        mean = total / np.where(states > 0, states, np.nan)
-    return Change(edges, mean, layer_se, states, known.max(0, initial=0), len(of_each))
+    mean = total / np.where(states > 0, states, np.nan)
+    return Change(edges, mean, states, np.stack(of_each) if of_each else np.empty((0, len(rank), bins)))
 
 
 def table(results: list[Result]) -> Table:
