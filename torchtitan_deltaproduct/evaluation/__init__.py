@@ -11,9 +11,9 @@ A new evaluation touches two files: a folder here with `main` and, to be swept, 
 file in `eval/`. One that reads long sequences is a `LongEvaluation` (`long.py`): its texts, ranks, resuming, `--from`,
 JSON and CSV are there already.
 
-    options, ranks, meter, files, figures       command line, processes, progress, results on disk, pictures
-    texts, sample                               which sequences are read, from prepared folders or text
-    long, pieces                                the frame of evaluations over long sequences, what it has measured
+    options, ranks, files, figures      command line, processes, results on disk, pictures
+    texts, sample                       which sequences are read, from prepared folders or text
+    long, pieces                        the frame of evaluations over long sequences, and what it has measured
 
 MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder;
 DATA a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]. What was stopped goes on with the

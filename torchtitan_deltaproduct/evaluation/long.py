@@ -30,7 +30,6 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.models import DeltaProductLM
 
 from .files import read_results, short_names, short_paths, write_array, write_csv, write_json
-from .meter import Meter
 from .options import (
     MOST_ROWS,
     add_model_options,
@@ -42,7 +41,7 @@ from .options import (
     output_folder,
 )
 from .pieces import Arrays, Measured, Pieces, Sequences, Tokens, describe, fingerprint
-from .ranks import Ranks
+from .ranks import Meter, Ranks
 from .swept import Swept, made_by
 from .texts import texts_of
 

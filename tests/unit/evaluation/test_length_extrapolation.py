@@ -385,7 +385,7 @@ def test_wrong_arguments(run, data, tmp_path):
 
 
 def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(f"{HERE}.meter.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(f"{HERE}.ranks.SECONDS_BETWEEN_LINES", 0.0)
     evaluate(tmp_path, run, data / "train", "--sequences", "1", "--batch", "1", "--documents", "packed")
     said = capsys.readouterr().out
     for tokens in (64, 128, 192, 256, 300):

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, normalizers, trainers
 
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer
-from torchtitan_deltaproduct.evaluation.generate.text_stream import MOST_PENDING, StopStrings, TextStream
+from torchtitan_deltaproduct.evaluation.generate.vocabulary import MOST_PENDING, StopStrings, TextStream
 
 TEXTS = [
     "plain text",

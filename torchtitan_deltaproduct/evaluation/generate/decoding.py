@@ -20,8 +20,7 @@ from torchtitan_deltaproduct.models.decode import advance, init_cache, join, sel
 from torchtitan_deltaproduct.models.mixer import MixerCache
 
 from .sampling import Sampling, choose, random_streams
-from .text_stream import TextStream
-from .vocabulary import Vocabulary
+from .vocabulary import TextStream, Vocabulary
 
 SEGMENT = 2048
 """Tokens of a prompt read at a time."""

@@ -17,8 +17,8 @@ from rich.console import Console
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 
 from ..files import read_results
-from ..meter import Meter
 from ..options import add_model_options, add_out_option, at_least, load_models, output_folder
+from ..ranks import Meter
 from ..swept import Swept, made_by
 from .problems import Problem, model_reader, problem_of
 from .results import Criterion, RunResult, Setting, by_setting, table, write_csv, write_json

@@ -17,57 +17,37 @@ MAX_POINTS, LENGTH_POINTS = 128, 24
 def accuracy_figure(settings: list[Setting], path: Path) -> None:
     """Accuracy against length: a row of panels a problem, a line a setting, thin lines its seeds."""
     problems = list(dict.fromkeys(setting.problem.name for setting in settings))
+    columns = 1 if all(setting.problem.formal for setting in settings) else 2
     handles: dict[str, object] = {}
-    with picture(path, "", len(problems), 2, (11.5, 1.1 + 3.3 * len(problems))) as (figure, axes):
+    with picture(path, "", len(problems), columns, (1 + 5.3 * columns, 1.1 + 3.3 * len(problems))) as (figure, axes):
         for row, name in zip(axes, problems, strict=True):
             chosen = [setting for setting in settings if setting.problem.name == name]
-            panels = _formal_panels if chosen[0].problem.formal else _group_panels
-            panels(*row, chosen, handles)
-            handles["guessing"] = row[0].axhline(100 * chosen[0].problem.chance, color="#555555", linestyle=":",
-                                                 linewidth=1.4)  # fmt: skip
+            name, formal, chance = name.replace("_", " "), chosen[0].problem.formal, chosen[0].problem.chance
+            _panel(row[0], chosen, False, handles)
+            row[0].set_title(f"{name}: right {'answers' if formal else 'at position t'}", pad=18)
+            row[0].set_ylabel("accuracy (%)")
+            handles["guessing"] = row[0].axhline(100 * chance, color="#555555", linestyle=":", linewidth=1.4)
+            if formal:
+                scaled = (lambda y, c=chance: (y / 100 - c) / (1 - c), lambda y, c=chance: 100 * (y * (1 - c) + c))
+                row[0].secondary_yaxis("right", functions=scaled).set_ylabel("scaled (0: guessing)")
+                row[-1].set_visible(columns == 1)
+            else:
+                _panel(row[1], chosen, True, handles)
+                row[1].set_title(f"{name}: right at all positions up to t", pad=18)
+                row[1].set_ylabel(f"share of {chosen[0].runs[0].counts.words:,} words (%)")
         if any(len(setting.runs) > 1 for setting in settings):
             handles["thin: a seed each (thick: their mean)"] = Line2D([], [], color="#777777", linewidth=0.7)
         if any(len(setting.runs) == 1 for setting in settings):
             handles["band: 95 % interval over words (Wilson)"] = band_handle()
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-        legend(figure, handles, columns=4)
+        legend(figure, handles, columns=2 * columns)
 
 
-def _group_panels(left, right, settings: list[Setting], handles: dict) -> None:
-    name, words = settings[0].problem.name, settings[0].runs[0].counts.words
-    _panel(left, settings, _at_positions, handles)
-    _panel(right, settings, _up_to_positions, handles)
-    left.set(ylabel="accuracy (%)", xlabel="position t in the word (tokens)")
-    left.set_title(f"{name}: right at position t", pad=18)
-    right.set(ylabel=f"share of {words:,} words (%)", xlabel="position t in the word (tokens)")
-    right.set_title(f"{name}: right at all positions up to t", pad=18)
-
-
-def _formal_panels(left, right, settings: list[Setting], handles: dict) -> None:
-    _panel(left, settings, _by_length, handles)
-    for index, setting in enumerate(settings):
-        own, buckets = _look(settings, index), [run.buckets() for run in setting.runs]
-        values = np.array([[bucket["scaled"] for bucket in row] for row in buckets])
-        place = np.arange(values.shape[1]) + 0.8 / len(settings) * (index - (len(settings) - 1) / 2)
-        light = own["linestyle"] != "-"
-        right.bar(place, np.nanmean(values, axis=0), 0.72 / len(settings), color=own["color"],
-                  alpha=0.45 if light else 1, hatch="//" if light else "")  # fmt: skip
-        for row in values if len(values) > 1 else ():
-            right.plot(place, row, linestyle="", marker="_", color="#000000")
-    right.set_xticks(range(len(buckets[0])), [f"{b['first']}-{b['last']}" for b in buckets[0]], rotation=30, ha="right")
-    left.set(ylabel="accuracy (%)", xlabel="length of the row (tokens)")
-    left.set_title(f"{settings[0].problem.name.replace('_', ' ')}: right answers", pad=18)
-    right.set(xlabel="length of the row (tokens)", ylabel="scaled accuracy (1: all right)")
-    right.set_title("the same, scaled", pad=18)
-    right.set_ylim(min(-0.1, right.get_ylim()[0]), 1.05)
-    right.axhline(0, color="#777777", linewidth=0.8)
-
-
-def _panel(axis, settings: list[Setting], curve, handles: dict) -> None:
+def _panel(axis, settings: list[Setting], prefix: bool, handles: dict) -> None:
     """A line a setting: the mean of its seeds, which are thin lines; of one seed with its band; named at its end."""
     longest, ends = max(setting.problem.length for setting in settings), []
     for index, setting in enumerate(settings):
-        own, curves = _look(settings, index), [curve(run) for run in setting.runs]
+        own, curves = _look(settings, index), [_curve(run, prefix) for run in setting.runs]
         x, middles = curves[0][0], [y for _, y, _, _ in curves]
         if len(curves) == 1:
             band(axis, x, *curves[0][2:], own["color"])
@@ -76,10 +56,11 @@ def _panel(axis, settings: list[Setting], curve, handles: dict) -> None:
         mean, name = np.nanmean(middles, axis=0), setting.label.replace("n_h", "$n_h$")
         (handles[name],) = axis.plot(x, mean, **own, markevery=(index, max(1, len(x) // 8)), markersize=5)
         ends.append((mean[-1], name, own["color"]))
-    axis.set(xlim=(0, longest * 1.01), ylim=(-2, 103))
+    where = "length of the row" if settings[0].problem.formal else "position t in the word"
+    axis.set(xlim=(0, longest * 1.01), ylim=(-2, 103), xlabel=f"{where} (tokens)")
     for length in sorted({setting.problem.train_length for setting in settings}):
         mark_trained(axis, length, length / longest)
-    if 1 < len(settings) <= 8:
+    if 1 < len(settings) <= 8 and not settings[0].problem.formal:
         name_ends(axis, ends)
 
 
@@ -92,28 +73,16 @@ def _look(settings: list[Setting], index: int) -> dict:
     return look(index, len(settings)) | by_n | {"linestyle": lines[same.index(index) % 3]}
 
 
-def _at_positions(run: RunResult) -> tuple:
-    """Positions, percentages right at each and their intervals."""
-    at = np.flatnonzero(run.counts.scored)
-    return _binned(at + 1, run.counts.correct[at], run.counts.scored[at], MAX_POINTS)
-
-
-def _up_to_positions(run: RunResult) -> tuple:
-    """Positions, percentages of words right up to each and their intervals."""
-    at = np.flatnonzero(run.counts.scored)
-    return _binned(at + 1, run.counts.prefix[at], np.full(len(at), run.counts.words), MAX_POINTS)
-
-
-def _by_length(run: RunResult) -> tuple:
-    """Row lengths in stretches, percentages right and their intervals."""
-    at = np.flatnonzero(run.counts.scored)
-    return _binned(at + 1, run.counts.correct[at], run.counts.scored[at], LENGTH_POINTS, pool=True)
-
-
-def _binned(x: np.ndarray, right: np.ndarray, total: np.ndarray, points: int, pool: bool = False) -> tuple:
-    right, total, x, sizes = binned(points, right, total, x)
+def _curve(run: RunResult, prefix: bool) -> tuple[np.ndarray, ...]:
+    """Positions or row lengths, percentages right there (or up to there: `prefix`) and their intervals."""
+    counts, at = run.counts, np.flatnonzero(run.counts.scored)
+    right, total = counts.correct, counts.scored
+    if prefix:
+        right, total = counts.prefix, np.full(run.problem.length, counts.words)
+    points = LENGTH_POINTS if run.problem.formal else MAX_POINTS
+    right, total, x, sizes = binned(points, right[at], total[at], at + 1)
     # Neighbouring positions of one word are not independent: their mean is as uncertain as one of them.
-    share = 1 if pool else sizes
+    share = 1 if run.problem.formal else sizes
     low, high = wilson(right / share, total / share)
     return x / sizes, 100 * right / total, 100 * low, 100 * high
 
@@ -143,7 +112,7 @@ def _beta_panel(axis, head: dict, args) -> None:
         share = 100 * np.array(step["histogram"]) / max(1, sum(step["histogram"]))
         edges = np.linspace(0, top, len(share) + 1)
         axis.stairs(share, edges, fill=True, color=COLOURS[j % len(COLOURS)], alpha=0.25)
-        axis.stairs(share, edges, color=COLOURS[j % len(COLOURS)], linewidth=1.6, label=f"Householder {j}")
+        axis.stairs(share, edges, **look(j, args.num_householder), label=f"Householder {j}")
     axis.set(title=f"head {head['head']}", xlim=(-0.02 * top, 1.02 * top), xlabel=r"$\beta$")
     axis.set_xticks([0, top / 2, top])
 
