@@ -8,7 +8,7 @@ With several models, a third panel shows their losses minus that of the first, s
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ..figures import MARKERS, band, band_handle, legend, look, mark_trained, picture
 from .results import LEAST_SEQUENCES, Result
@@ -48,11 +48,21 @@ def loss_figure(results: list[Result], path: Path, log_positions: bool) -> None:
 
 
 def _label(row, results: list[Result], log_positions: bool) -> None:
-    """Axes and marks of the panels of one dataset."""
+    """Axes and marks of the panels of one dataset: positions, and each training length."""
+    length, trained = results[0].case.length, {result.case.model["train_length"] or 0 for result in results}
+    first = _middle(results[0].buckets[0]) / 1.06 if log_positions else 0
     names = ("loss (nats a token)", "accuracy (%)", "difference in loss (nats a token)")
     for axis, name in zip(row, names, strict=False):
-        axis.set_ylabel(name)
-        _frame(axis, results, log_positions)
+        axis.set(xlabel="position in the sequence (tokens)", ylabel=name)
+        if log_positions:
+            axis.set_xscale("log", base=2)
+            octaves = 2.0 ** np.arange(np.ceil(np.log2(first)), np.floor(np.log2(length)) + 1)
+            axis.xaxis.set_major_locator(FixedLocator(octaves[:: -(-len(octaves) // 10)]))
+            axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(x)))
+        axis.set_xlim(first, length)
+        for end in sorted(end for end in trained if first < end <= length):
+            mark_trained(axis, end, np.log(end / first) / np.log(length / first) if log_positions else end / length)
     _perplexity_axis(row[0])
     if len(row) == 3:
         row[2].set_title(f"loss minus that of {_ending(results[0].case.model['name'])}", loc="left", pad=22)
@@ -85,24 +95,6 @@ def _line(axis, result: Result, name: str, scale: float, own: dict):
     return axis.plot(x, y, **own, markersize=4.5, markevery=max(1, len(x) // 16))[0]
 
 
-def _frame(axis, results: list[Result], log_positions: bool) -> None:
-    """Axis of positions, and a mark at each training length."""
-    length = results[0].case.length
-    first = _middle(results[0].buckets[0]) / 1.06 if log_positions else 0
-    axis.set_xlabel("position in the sequence (tokens)")
-    if log_positions:
-        axis.set_xscale("log", base=2)
-        octaves = 2.0 ** np.arange(np.ceil(np.log2(first)), np.floor(np.log2(length)) + 1)
-        axis.xaxis.set_major_locator(FixedLocator(octaves[:: -(-len(octaves) // 10)]))
-        axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(x)))
-    axis.set_xlim(first, length)
-    for trained in sorted({result.case.model["train_length"] or 0 for result in results}):
-        if first < trained <= length:
-            place = (np.log(trained / first) / np.log(length / first)) if log_positions else trained / length
-            mark_trained(axis, trained, place)
-
-
 def tokens_text(tokens: float) -> str:
     """`512`, `4k`, `1M`: powers of two as they are spoken of, other numbers in full."""
     for unit, name in ((2**20, "M"), (2**10, "k")):
@@ -112,20 +104,12 @@ def tokens_text(tokens: float) -> str:
 
 
 def _perplexity_axis(axis) -> None:
-    """exp(loss) on the right."""
-    low, high = axis.get_ylim()
-    if not np.isfinite([low, high]).all() or high > 50:
-        return
-    # No loss is below 0, no perplexity below 1.
-    low = axis.set_ylim(bottom=max(0, low))[0]
-    second = axis.secondary_yaxis("right", functions=(np.exp, lambda y: np.log(np.maximum(y, 1e-12))))
-    nice = np.array([k * 10.0**e for e in range(22) for k in (1, 1.5, 2, 3, 5, 7)])
-    if high - low < 1:
-        nice = MaxNLocator(6).tick_values(np.exp(low), np.exp(high)).clip(1)
-    inside = nice[(np.log(nice) >= low) & (np.log(nice) <= high)]
-    second.yaxis.set_major_locator(FixedLocator(inside[:: max(1, len(inside) // 6)]))
-    second.yaxis.set_minor_formatter(NullFormatter())
-    second.yaxis.set_minor_locator(NullLocator())
-    second.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
-    second.set_ylabel("perplexity")
-    second.spines["right"].set_visible(True)
+    """exp(loss) on the right, at the marks of the loss; no loss is below 0, no perplexity below 1."""
+    low, high = axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))
+    if np.isfinite([low, high]).all() and high <= 50:
+        ticks = [loss for loss in axis.get_yticks() if low <= loss <= high]
+        labels = [f"{perplexity:,.0f}" if perplexity >= 100 else f"{perplexity:.3g}" for perplexity in np.exp(ticks)]
+        second = axis.secondary_yaxis("right")
+        second.set_yticks(ticks, labels)
+        second.set_ylabel("perplexity")
+        second.spines["right"].set_visible(True)
