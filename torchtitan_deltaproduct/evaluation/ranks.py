@@ -14,7 +14,6 @@ What is done need not take equally long: nobody gives up waiting.
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -69,20 +68,13 @@ class Ranks:
             dist.barrier()
 
 
-@dataclass
 class Meter:
     """Tells how many of `total` tokens are read of what has the `name`, on each of some `ranks`."""
 
-    total: int
-    console: Console
-    name: str = ""
-    ranks: int = 1
-    done: int = 0
-    start: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self):
-        self.last_line = self.start
-        self.each = f" on each of {self.ranks} ranks" if self.ranks > 1 else ""
+    def __init__(self, total: int, console: Console, name: str = "", ranks: int = 1):
+        self.total, self.console, self.name, self.done = total, console, name, 0
+        self.each = f" on each of {ranks} ranks" if ranks > 1 else ""
+        self.start = self.last_line = time.monotonic()
 
     def advance(self, tokens: int) -> None:
         """Counts tokens that were read, and says so every `SECONDS_BETWEEN_LINES`."""

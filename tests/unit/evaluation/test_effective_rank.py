@@ -18,7 +18,7 @@ from torchtitan_deltaproduct.checkpoint.load import load_model
 from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, find_eos_id
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
 from torchtitan_deltaproduct.evaluation import effective_rank
-from torchtitan_deltaproduct.evaluation.effective_rank.results import WINDOW_BINS, document_change
+from torchtitan_deltaproduct.evaluation.effective_rank.results import WINDOW_BINS, Change
 from torchtitan_deltaproduct.evaluation.figures import plt
 from torchtitan_deltaproduct.evaluation.files import slugs
 from torchtitan_deltaproduct.models.decode import init_cache, step
@@ -306,7 +306,7 @@ def test_change_at_document_starts():
     rank = np.full((1, 2, 2, 500), 20.0)
     for sequence, start in starts:
         rank[0, 0, sequence, (positions > start) & (positions <= start + 40)] = 10
-    change = document_change(rank, positions, starts)
+    change = Change(rank, positions, starts)
     # The first start is too near to the start of its sequence.
     assert len(change.of_each) == 3 and change.edges[WINDOW_BINS] == 0 and len(change.states) == 2 * WINDOW_BINS
     assert change.mean[0, 0, WINDOW_BINS : WINDOW_BINS + 2].tolist() == [-10, -10]
@@ -314,8 +314,8 @@ def test_change_at_document_starts():
     assert (change.mean[0, 0, :WINDOW_BINS] == 0).all() and change.states[:WINDOW_BINS].sum() == 3 * 128
     assert change.after(32)[0].tolist() == [-10, 0]
     rank[0, :, 1] *= np.where(positions > 900, 2, 1)
-    assert document_change(rank, positions, starts).of_each[:, 0, WINDOW_BINS].tolist() == [-5, -5, 10]
-    assert np.isnan(document_change(rank, positions, starts[:0]).after(128)).all()
+    assert Change(rank, positions, starts).of_each[:, 0, WINDOW_BINS].tolist() == [-5, -5, 10]
+    assert np.isnan(Change(rank, positions, starts[:0]).after(128)).all()
 
 
 def test_errors(run, data, tmp_path):

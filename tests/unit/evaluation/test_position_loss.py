@@ -110,7 +110,7 @@ def test_buckets_by_hand(planted):
     """Means over sequences, standard errors and intervals with Python's own statistics."""
     loss, correct, parts = planted
     model, lasts = {"name": "m", "label": "m", "step": 1, "train_length": 100}, [1, 64, 65, 300, 1000]
-    result = Result.of(Measured(model, {"name": "d", "kind": "packed"}, parts), lasts)
+    result = Result(Measured(model, {"name": "d", "kind": "packed"}, parts), lasts)
     firsts = [1, 2, 65, 66, 301]
     for bucket, first, last in zip(result.buckets, firsts, lasts, strict=True):
         assert (bucket["first"], bucket["last"], bucket["tokens"]) == (first, last, 5 * (last - first + 1))
@@ -198,7 +198,7 @@ def test_what_is_not_finite_is_said(tmp_path, planted):
     loss[3, 900:] = np.inf
     parts = write_parts(tmp_path / "broken", loss, correct)
     model = {"name": "m", "label": "m", "step": 1, "train_length": 100}
-    result = Result.of(Measured(model, {"name": "d", "kind": "packed"}, parts), [500, 700, 800, 1000])
+    result = Result(Measured(model, {"name": "d", "kind": "packed"}, parts), [500, 700, 800, 1000])
     assert result.broken_from == 701
     assert [math.isfinite(bucket["loss"]) for bucket in result.buckets] == [True, True, False, False]
     write_json(tmp_path / "x.json", result.entry())

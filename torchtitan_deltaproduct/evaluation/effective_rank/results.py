@@ -8,8 +8,7 @@ tokens is first seen by the state at s + 1.
 """
 
 import math
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +25,16 @@ LEAST_BIN = 16
 """Tokens of such a bin, if states are not farther apart."""
 
 
-@dataclass(frozen=True)
 class Change:
     """Effective rank around document starts, less that of the last state before each start.
 
-    Starts nearer to the start of the sequence than the window is long do not count: the state fills up there.
+    Looked at are the states as far as the next start and the one before. Starts nearer to the start of the sequence
+    than the window is long do not count: the state fills up there.
+
+    Args:
+        rank: [L, H, N, P].
+        positions: [P] rising, equally far apart.
+        starts: [D, 2] (sequence, tokens before), sorted.
 
     Attributes:
         edges: [2 * WINDOW_BINS + 1] tokens since the start; the bin (a, b] has a < tokens <= b.
@@ -40,10 +44,30 @@ class Change:
             that follow a shorter one than `every`; NaN where it has no states.
     """
 
-    edges: np.ndarray
-    mean: np.ndarray
-    states: np.ndarray
-    of_each: np.ndarray
+    def __init__(self, rank: np.ndarray, positions: np.ndarray, starts: np.ndarray):
+        width, bins = max(LEAST_BIN, int(positions[0])), 2 * WINDOW_BINS
+        edges, length = width * np.arange(-WINDOW_BINS, WINDOW_BINS + 1), int(positions[-1])
+        total, states = np.zeros((*rank.shape[:2], bins)), np.zeros(bins, dtype=np.int64)
+        of_each = []
+        for sequence in np.unique(starts[:, 0]):
+            own = starts[starts[:, 0] == sequence, 1]
+            for before, start, after in zip([0, *own[:-1]], own, [*own[1:], length], strict=True):
+                if start + edges[0] < 0:
+                    continue
+                first, middle, last = np.searchsorted(
+                    positions, [max(before, start + edges[0]), start, min(after, start + edges[-1])], side="right"
+                )
+                if middle == first:
+                    continue
+                values = rank[:, :, sequence, first:last].astype(np.float64)
+                values -= values[..., middle - first - 1, None]
+                place = np.searchsorted(edges, positions[first:last] - start, side="left") - 1
+                added, count = np.zeros_like(total), np.bincount(place, minlength=bins)
+                np.add.at(added, (slice(None), slice(None), place), values)
+                total, states = total + added, states + count
+                of_each.append(added.mean(1) / np.where(count > 0, count, np.nan))
+        self.edges, self.states, self.mean = edges, states, total / np.where(states > 0, states, np.nan)
+        self.of_each = np.stack(of_each) if of_each else np.empty((0, len(rank), bins))
 
     def after(self, tokens: int) -> np.ndarray:
         """[L, H] mean over the states at most so many tokens after a start; NaN if there are none."""
@@ -53,59 +77,34 @@ class Change:
         return np.average(self.mean[..., chosen], axis=-1, weights=self.states[chosen])
 
 
-@dataclass
 class Result:
     """One model on one dataset; L layers, H heads, N sequences, P positions, n Householders.
 
     Attributes:
         case: the model, the dataset and where its pieces are; DataError if one is damaged.
-        between: [L, H, N, P, n or 1] float32, effective rank after each micro-step (or the last).
-        rank: [L, H, N, P] after the last.
+        between, rank: [L, H, N, P, n or 1] and [L, H, N, P] float32, after each micro-step and after the last.
+        positions: [P] int64: every, 2 every, ...
+        mean, layer_mean: [L, H, P] float64 over sequences, [L, N, P] over heads.
+        trained: index of the last position of the training length; None if it is not known, or there is none.
         starts, tally: see `EffectiveRank.measure`, of all pieces together.
         change: at document starts.
+        top_beta: the largest beta there can be.
         npz: name of its file of numbers.
     """
 
-    case: Measured
-    between: np.ndarray = field(init=False)
-    starts: np.ndarray = field(init=False)
-    tally: Tally = field(init=False)
-    change: Change = field(init=False)
-    npz: str = ""
-
-    def __post_init__(self):
-        pieces = [arrays for _, arrays in self.case.pieces]
+    def __init__(self, case: Measured):
+        self.case, self.npz, every = case, "", case.pieces.about["every"]
+        pieces = [arrays for _, arrays in case.pieces]
         self.between = np.concatenate([arrays["rank"] for arrays in pieces], 2)
         self.rank = self.between[..., -1]
+        self.positions = every * np.arange(1, self.rank.shape[3] + 1)
+        self.mean, self.layer_mean = (self.rank.mean(axis, dtype=np.float64) for axis in (2, 1))
+        positions = min((case.model["train_length"] or 0) // every, len(self.positions))
+        self.trained = positions - 1 if positions else None
         self.starts = np.concatenate([arrays["starts"] for arrays in pieces])
         self.tally = Tally(**{field.name: sum(arrays[field.name] for arrays in pieces) for field in fields(Tally)})
-        self.change = document_change(self.rank, self.positions, self.starts)
-
-    @property
-    def every(self) -> int:
-        return self.case.pieces.about["every"]
-
-    @cached_property
-    def positions(self) -> np.ndarray:
-        """[P] int64: every, 2 every, ..."""
-        return self.every * np.arange(1, self.rank.shape[3] + 1)
-
-    @cached_property
-    def mean(self) -> np.ndarray:
-        """[L, H, P] float64 over sequences."""
-        return self.rank.mean(2, dtype=np.float64)
-
-    @cached_property
-    def layer_mean(self) -> np.ndarray:
-        """[L, N, P] float64 over heads."""
-        return self.rank.mean(1, dtype=np.float64)
-
-    @property
-    def trained(self) -> int | None:
-        """Index of the last position of the training length; None if it is not known, or there is none."""
-        length = self.case.model["train_length"]
-        index = -1 if length is None else min(length // self.every, len(self.positions)) - 1
-        return index if index >= 0 else None
+        self.change = Change(self.rank, self.positions, self.starts)
+        self.top_beta = 2.0 if case.model["allow_neg_eigval"] else 1.0
 
     def growth(self) -> np.ndarray | None:
         """[L] mean at the end over mean at the training length, less 1; None without a position between them."""
@@ -178,11 +177,6 @@ class Result:
         with open(path, "wb") as file:
             np.savez_compressed(file, **content)
 
-    @property
-    def top_beta(self) -> float:
-        """The largest beta there can be."""
-        return 2.0 if self.case.model["allow_neg_eigval"] else 1.0
-
 
 def deviation_of(values: np.ndarray, axis: int) -> np.ndarray:
     """Standard deviation along an axis, float64; NaN of one value."""
@@ -194,39 +188,6 @@ def deviation_of(values: np.ndarray, axis: int) -> np.ndarray:
 def spread(values: np.ndarray) -> dict:
     """[N] -> mean and standard deviation, NaN of one sequence."""
     return {"mean": float(values.mean(dtype=np.float64)), "std": float(deviation_of(values, 0))}
-
-
-def document_change(rank: np.ndarray, positions: np.ndarray, starts: np.ndarray) -> Change:
-    """Looks at the states around each document start, as far as the next start and the one before.
-
-    Args:
-        rank: [L, H, N, P].
-        positions: [P] rising, equally far apart.
-        starts: [D, 2] (sequence, tokens before), sorted.
-    """
-    width, bins = max(LEAST_BIN, int(positions[0])), 2 * WINDOW_BINS
-    edges, length = width * np.arange(-WINDOW_BINS, WINDOW_BINS + 1), int(positions[-1])
-    total, states = np.zeros((*rank.shape[:2], bins)), np.zeros(bins, dtype=np.int64)
-    of_each = []
-    for sequence in np.unique(starts[:, 0]):
-        own = starts[starts[:, 0] == sequence, 1]
-        for before, start, after in zip([0, *own[:-1]], own, [*own[1:], length], strict=True):
-            if start + edges[0] < 0:
-                continue
-            first, middle, last = np.searchsorted(
-                positions, [max(before, start + edges[0]), start, min(after, start + edges[-1])], side="right"
-            )
-            if middle == first:
-                continue
-            values = rank[:, :, sequence, first:last].astype(np.float64)
-            values -= values[..., middle - first - 1, None]
-            place = np.searchsorted(edges, positions[first:last] - start, side="left") - 1
-            added, count = np.zeros_like(total), np.bincount(place, minlength=bins)
-            np.add.at(added, (slice(None), slice(None), place), values)
-            total, states = total + added, states + count
-            of_each.append(added.mean(1) / np.where(count > 0, count, np.nan))
-    mean = total / np.where(states > 0, states, np.nan)
-    return Change(edges, mean, states, np.stack(of_each) if of_each else np.empty((0, len(rank), bins)))
 
 
 def table(results: list[Result]) -> Table:

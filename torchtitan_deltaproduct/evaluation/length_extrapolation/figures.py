@@ -2,7 +2,7 @@
 
 With several models, a third panel shows their losses minus that of the first, sequence by sequence.
 
-    loss_figure([Result.of(...), ...], Path("length_extrapolation.png"), log_positions=True)
+    loss_figure([result, ...], Path("length_extrapolation.png"), log_positions=True)
 """
 
 from pathlib import Path

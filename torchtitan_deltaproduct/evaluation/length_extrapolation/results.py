@@ -148,9 +148,8 @@ def beyond_training(sums: Sums, train_length: int | None, length: int) -> dict |
     return both | mean_interval(change, "difference")
 
 
-@dataclass(frozen=True)
 class Result:
-    """One model on one dataset.
+    """One model on one dataset, in buckets that end at `lasts`, beside the `first` model on the same sequences.
 
     Attributes:
         case: what was measured.
@@ -159,22 +158,15 @@ class Result:
         beyond: `beyond_training`.
     """
 
-    case: Measured
-    sums: Sums
-    buckets: list[dict]
-    beyond: dict | None
-
-    @classmethod
-    def of(cls, case: Measured, lasts: list[int], first: "Result | None" = None) -> "Result":
-        """The result in buckets that end at `lasts`, beside that of the first model on the same sequences."""
+    def __init__(self, case: Measured, lasts: list[int], first: "Result | None" = None):
         length, trained = case.length, case.model["train_length"] or 0
-        sums = Sums.of(case.pieces, [*lasts, trained // 2, min(trained, length), length // 2])
-        buckets = []
+        self.case, self.buckets = case, []
+        self.sums = Sums.of(case.pieces, [*lasts, trained // 2, min(trained, length), length // 2])
         for start, last in zip([1, *(last + 1 for last in lasts[:-1])], lasts, strict=True):
-            other = first.sums.between(start, last)[0] if first else np.full(1, np.nan)
-            change = (sums.between(start, last)[0] if first else 0) - other
-            buckets.append(statistics(sums, start, last) | mean_interval(change, "minus_first"))
-        return cls(case, sums, buckets, beyond_training(sums, trained, length))
+            loss = self.sums.between(start, last)[0]
+            change = loss - first.sums.between(start, last)[0] if first else np.full(1, np.nan)
+            self.buckets.append(statistics(self.sums, start, last) | mean_interval(change, "minus_first"))
+        self.beyond = beyond_training(self.sums, trained, length)
 
     @property
     def compared(self) -> bool:
@@ -225,7 +217,7 @@ def summarise(measured: list[Measured], buckets: str) -> list[Result]:
     results = []
     for case in measured:
         texts = case.pieces.about["texts"]
-        results.append(Result.of(case, lasts, first.get(texts)))
+        results.append(Result(case, lasts, first.get(texts)))
         first.setdefault(texts, results[-1])
     return results
 
