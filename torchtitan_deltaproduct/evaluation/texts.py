@@ -15,6 +15,7 @@ stretches each gives one, drawn by the seed. TEXTS/NAME-KEY holds tokens.npy and
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import re
@@ -93,13 +94,15 @@ def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int
     Raises:
         DataError: there is no such dataset, no tokenizer for it, or not one sequence of that length.
     """
-    stream = _prepared(wanted.data)
+    path = Path(wanted.data)
+    prepared = path.is_dir() and any((path / part / MANIFEST).exists() for part in ("", "train", "validation"))
+    stream = TokenStream(path) if prepared else None
     if not is_dataset(wanted.data) and wanted.split != "train":
         # A name may be meant for another dataset of the same command; a slice would be another number of documents.
         if "[" in wanted.split:
             check_no_split(wanted.data, wanted.split)
         logger.warning("%s has no splits: --split %s does not concern it", wanted.data, wanted.split)
-    if stream is not None:
+    if prepared:
         check_tokenizer(stream)
         source = {"prepared": stream.manifest.content_sha256}
         tokenizer_id, eos_id = stream.manifest.tokenizer_sha256, stream.manifest.eos_id
@@ -114,44 +117,27 @@ def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int
         eos_id = find_eos_id(tokenizer, wanted.eos) if eos_id is None else eos_id
     origin = {"source": source, "tokenizer_sha256": tokenizer_id, "eos_id": eos_id, "version": VERSION}
     target = folder / f"{slug(wanted.data)}-{digest(asdict(wanted) | origin)}"
-    kept = _read(target)
-    if kept is not None:
-        return kept
+    # What an earlier run chose, if it finished and no file was damaged since.
+    with contextlib.suppress(*DAMAGE):
+        about = json.loads(read_text(target / "about.json"))
+        shape = np.load(target / "tokens.npy", mmap_mode="r").shape
+        if shape == (about["sequences"], about["length"] + 1):
+            return Texts(target, about)
     target.mkdir(parents=True, exist_ok=True)
-    if stream is not None:
-        facts = _choose(wanted, stream, target / "tokens.npy")
-    else:
-        work = target / "prepared"
-        try:
-            sample, seen = prepare_sample(wanted, tokenizer, eos_id, work)
-            facts = _choose(wanted, sample, target / "tokens.npy", seen)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    seen = None
+    try:
+        if not prepared:
+            stream, seen = prepare_sample(wanted, tokenizer, eos_id, target / "prepared")
+        chosen = _choose(wanted, stream, target / "tokens.npy", seen)
+    finally:
+        shutil.rmtree(target / "prepared", ignore_errors=True)
     about = {
         "version": VERSION, "wanted": asdict(wanted), "source": source, "eos_id": eos_id,
-        "tokenizer_sha256": tokenizer_id, "length": wanted.length, **facts,
+        "tokenizer_sha256": tokenizer_id, "length": wanted.length, **chosen,
         "sha256": file_sha256(target / "tokens.npy"),
     }  # fmt: skip
     write_json(target / "about.json", about)
     return Texts(target, about)
-
-
-def _read(folder: Path) -> Texts | None:
-    """What an earlier run chose; None if it did not finish, or the file was damaged since."""
-    try:
-        about = json.loads(read_text(folder / "about.json"))
-        shape = np.load(folder / "tokens.npy", mmap_mode="r").shape
-        return Texts(folder, about) if shape == (about["sequences"], about["length"] + 1) else None
-    except DAMAGE:
-        return None
-
-
-def _prepared(data: str) -> TokenStream | None:
-    """The stream of a prepared folder; DataError if it is one, or should be, and cannot be read."""
-    path = Path(data)
-    if path.is_dir() and any((path / part / MANIFEST).exists() for part in ("", "train", "validation")):
-        return TokenStream(path)
-    return None
 
 
 def _source(wanted: Wanted) -> dict:
@@ -175,7 +161,7 @@ def spread(count: int, wanted: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
 
 
-def _choose(wanted: Wanted, stream: TokenStream | None, target: Path, seen: Seen | None = None) -> dict:
+def _choose(wanted: Wanted, stream: TokenStream | None, target: Path, seen: Seen | None) -> dict:
     """Writes tokens.npy and says what was chosen: from a prepared folder places that are spread, else the first."""
     length, asked, kind = wanted.length, wanted.sequences, wanted.documents
     shards = range(len(stream.manifest.shards)) if stream else ()
