@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..figures import band, band_handle, binned, legend, look, picture, shade
+from ..figures import band, band_handle, binned, legend, look, picture, plt, shade
 from ..length_extrapolation.results import student_t
 from .results import Result
 from .transitions import PLANE_BINS
@@ -28,7 +28,6 @@ MAX_POINTS = 256
 LEAST_STARTS = 3
 """Document starts of a bin that is shown: fewer have no interval that says anything."""
 TRAINED = {"color": "#444444", "linewidth": 1, "linestyle": (0, (2, 2)), "zorder": 1}
-MAP = {"aspect": "auto", "interpolation": "none"}
 MEAN = {"color": "#000000", "linewidth": 1.8}
 DOCUMENT = {"color": "#E69F00", "linewidth": 0.8, "alpha": 0.75, "zorder": 0.5}
 
@@ -86,9 +85,7 @@ def documents_figure(result: Result, path: Path) -> None:
     size = (11, min(9.5, max(4.0, 1.5 + 0.07 * len(values))))
     with picture(path, title, 1, 2, size, width_ratios=[1.25, 1]) as (figure, axes):
         left, right = axes[0]
-        extent = (change.edges[0], change.edges[-1], len(values) - 0.5, -0.5)
-        image = left.imshow(values, vmin=-top, vmax=top, cmap="RdBu_r", extent=extent, **MAP)
-        _head_rows(left, layers, heads)
+        image = _head_rows(left, values, layers, change.edges[[0, -1]], vmin=-top, vmax=top, cmap="cividis")
         left.set(title="each head", ylabel=f"layer ({heads} heads each)")
         figure.colorbar(image, ax=left, label="change of the effective rank", pad=0.02, fraction=0.05)
         middles, handles = (change.edges[:-1] + change.edges[1:])[shown] / 2, {}
@@ -118,54 +115,44 @@ def beta_figure(result: Result, path: Path) -> None:
     with picture(path, f"{_of(result)}: tokens by beta", 1, n, size, sharey=True) as (figure, axes):
         for j, axis in enumerate(axes[0]):
             own = np.ma.masked_equal(shares[:, :, j].reshape(rows, bins), 0)
-            extent = (0, result.top_beta, rows - 0.5, -0.5)
-            image = axis.imshow(own, norm=_logarithmic(shares, 0.05), extent=extent, **MAP)
-            axis.set(title=f"Householder {j}", xlabel=r"$\beta$")
-            _head_rows(axis, layers, heads)
-        axes[0, 0].set_ylabel(f"layer ({heads} heads each)")
+            image = _head_rows(axis, own, layers, (0, result.top_beta), norm=_logarithmic(shares, 0.05))
+            axis.set(title=f"Householder {j}", xlabel=r"$\beta$", ylabel="" if j else f"layer ({heads} heads each)")
         figure.colorbar(image, ax=axes, label="share of tokens (%)", pad=0.02, fraction=0.06, aspect=25)
 
 
 def spectrum_figure(result: Result, path: Path) -> None:
-    """Where the eigenvalues of a token's transition lie that are not those of the decay alone; a panel a layer."""
-    counts = result.tally.plane
-    layers, n = len(counts), result.case.model["num_householder"]
-    columns = min(layers, 4 if layers <= 12 else 6)
-    rows = -(-layers // columns)
-    several = f"the {n} eigenvalues" if n > 1 else "the eigenvalue"
+    """Where the eigenvalues of a token's transition lie that are not those of the decay alone; a panel a layer.
+
+    Those of one Householder are all real: a line a head; else the plane of all heads together.
+    """
+    counts, n = result.tally.plane, result.case.model["num_householder"]
+    columns = min(len(counts), 4 if len(counts) <= 12 else 6)
+    rows, plane, handles = -(-len(counts) // columns), n > 1, {}
+    counts = counts.sum(1, keepdims=True) if plane else counts
+    shares = 100 * counts / np.maximum(1, counts.sum((2, 3), keepdims=True))
     size = (max(6.5, 1.4 + 2.3 * columns), 0.9 + 2.5 * rows)
+    several = f"the {n} eigenvalues" if plane else "the eigenvalue"
     title = f"{_of(result)}: {several} of each token's transition"
     with picture(path, title, rows, columns, size, sharex=True, sharey=True) as (figure, axes):
-        _outer_labels(axes, layers, "real part" if n > 1 else "eigenvalue", "imaginary part" if n > 1 else "share (%)")
-        if n > 1:
-            _planes(figure, axes, counts.sum(1))
+        names = ("real part", "imaginary part") if plane else ("eigenvalue", "share (%)")
+        _outer_labels(axes, len(counts), *names)
+        for layer, (axis, share) in enumerate(zip(axes.flat, shares, strict=False)):
+            axis.set(title=f"layer {layer}", xlim=(-1.05, 1.05), xticks=[-1, 0, 1])
+            if plane:
+                shown, norm = np.ma.masked_equal(share[0].T, 0), _logarithmic(shares, 1e-3)
+                image = axis.imshow(shown, norm=norm, origin="lower", extent=(-1, 1, -1, 1), interpolation="none")
+                axis.add_patch(plt.Circle((0, 0), 1, fill=False, color="#888888", linewidth=0.8))
+                axis.set(ylim=(-1.05, 1.05), yticks=[-1, 0, 1])
+                axis.grid(False)
+            else:
+                edges = np.linspace(-1, 1, PLANE_BINS + 1)
+                handles |= _named_heads([axis.stairs(values, edges, color=shade(h, len(share)), linewidth=1.2)
+                                         for h, values in enumerate(share.sum(2))])  # fmt: skip
+        if plane:
+            label = f"share of eigenvalues (%),\nin squares of {2 / PLANE_BINS:.3f}"
+            figure.colorbar(image, ax=axes, label=label, pad=0.02, fraction=0.05, aspect=15 * len(axes))
         else:
-            _lines(figure, axes, counts.sum(3))
-
-
-def _planes(figure, axes, counts: np.ndarray) -> None:
-    """counts [L, real, imaginary], all heads together."""
-    shares = 100 * counts / np.maximum(1, counts.sum((1, 2), keepdims=True))
-    circle, ticks = np.exp(1j * np.linspace(0, 2 * np.pi, 200)), [-1, 0, 1]
-    for layer, (axis, share) in enumerate(zip(axes.flat, shares, strict=False)):
-        shown, norm = np.ma.masked_equal(share.T, 0), _logarithmic(shares, 1e-3)
-        image = axis.imshow(shown, norm=norm, origin="lower", extent=(-1, 1, -1, 1), interpolation="none")
-        axis.plot(circle.real, circle.imag, color="#888888", linewidth=0.8)
-        axis.grid(False)
-        axis.set(title=f"layer {layer}", xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), xticks=ticks, yticks=ticks)
-    label = f"share of eigenvalues (%),\nin squares of {2 / PLANE_BINS:.3f}"
-    figure.colorbar(image, ax=axes, label=label, pad=0.02, fraction=0.05, aspect=15 * len(axes))
-
-
-def _lines(figure, axes, counts: np.ndarray) -> None:
-    """counts [L, H, real]: eigenvalues that are all real."""
-    shares, edges = 100 * counts / np.maximum(1, counts.sum(2, keepdims=True)), np.linspace(-1, 1, PLANE_BINS + 1)
-    handles: dict = {}
-    for layer, (axis, heads) in enumerate(zip(axes.flat, shares, strict=False)):
-        lines = [axis.stairs(share, edges, color=shade(h, len(heads)), linewidth=1.2) for h, share in enumerate(heads)]
-        handles |= _named_heads(lines)
-        axis.set(title=f"layer {layer}", xlim=(-1.05, 1.05), xticks=[-1, 0, 1])
-    legend(figure, handles, columns=4)
+            legend(figure, handles, columns=4)
 
 
 def _logarithmic(shares: np.ndarray, least: float) -> LogNorm | None:
@@ -215,13 +202,17 @@ def _averaged(result: Result, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return x / sizes, y / sizes
 
 
-def _head_rows(axis, layers: int, heads: int) -> None:
-    """Rows that are heads, with a line between layers, which alone are numbered."""
+def _head_rows(axis, values: np.ndarray, layers: int, span: tuple[float, float], **options):
+    """values [layers * heads, X] as colours over `span`, with a line between layers, which alone are numbered."""
+    heads = len(values) // layers
+    extent = (*span, len(values) - 0.5, -0.5)
+    image = axis.imshow(values, extent=extent, aspect="auto", interpolation="none", **options)
     axis.set_yticks(np.arange(layers) * heads + (heads - 1) / 2, range(layers))
     axis.tick_params(axis="y", length=0)
     axis.grid(False)
     for layer in range(1, layers):
         axis.axhline(layer * heads - 0.5, color="#666666", linewidth=0.6)
+    return image
 
 
 def _heads(axis, result: Result, values: np.ndarray, handles: dict) -> None:
