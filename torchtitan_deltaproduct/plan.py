@@ -41,7 +41,7 @@ from .memory import (
     shard_degree,
 )
 from .models import counts
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, orthogonalization_flops
 from .options import value_of
 
 SPARE = 1.2
@@ -128,6 +128,8 @@ def compute_rows(config: JobConfig, world_size: int, seconds: float | None) -> R
          "tokens a parameter"),
         ("FLOPs in total", amount(flops * tokens * training.steps, "FLOP"), ""),
     ]  # fmt: skip
+    if OPTIMIZERS[config.optimizer.name].hidden:
+        rows.append(orthogonalization_row(config, world_size, flops * tokens))
     if seconds is not None:
         rows.append(("time", duration(seconds), f"{tokens * training.steps / seconds:,.0f} tokens/s"))
     return rows
@@ -236,13 +238,27 @@ def context_rows(config: JobConfig, world_size: int, device_memory: float) -> Ro
 
 
 def moments(config: JobConfig) -> str:
-    number = OPTIMIZERS[config.optimizer.name].moments
-    return {1: "one moment", 2: "two moments"}.get(number, f"{number} moments")
+    kind = OPTIMIZERS[config.optimizer.name]
+    words = {1: "one moment", 2: "two moments"}
+    text = words.get(kind.moments, f"{kind.moments} moments")
+    return f"{words[kind.hidden.moments]} of hidden matrices, {text} of the rest" if kind.hidden else text
+
+
+def orthogonalization_row(config: JobConfig, world_size: int, step_flops: float) -> tuple[str, ...]:
+    """What Muon computes in a step, beside forward and backward."""
+    matrices = counts.hidden_matrices(config.model).values()
+    layer = sum(count * orthogonalization_flops(rows, columns) for count, rows, columns in matrices)
+    flops, shards = config.model.num_hidden_layers * layer, shard_degree(config, world_size)
+    share = f"{flops / step_flops:.1%} of the FLOPs of a step"
+    if shards > 1:
+        # Replicas do it side by side, and one of s ranks takes its share of the matrices.
+        replicas = world_size // shards
+        share = f"{flops * replicas / step_flops:.1%} of the FLOPs of a step, each matrix on one of {shards} ranks"
+    return "orthogonalisation", amount(flops, "FLOP"), share
 
 
 def checkpoint_rows(config: JobConfig) -> Rows:
-    checkpoint, parameters = config.checkpoint, counts.total_parameters(config.model)
-    size = checkpoint_bytes(config, parameters)
+    checkpoint, size = config.checkpoint, checkpoint_bytes(config)
     if not checkpoint.enable:
         return [("checkpoints", "none", "checkpoint.enable = false: a run that stops is lost")]
     steps = {*range(checkpoint.interval, config.training.steps + 1, checkpoint.interval), config.training.steps}
@@ -256,7 +272,7 @@ def checkpoint_rows(config: JobConfig) -> Rows:
         ("written", f"{len(steps)}", f"every {checkpoint.interval} steps and at the end{last}"),
         ("kept", f"{kept}", f"{amount(kept * size, 'B')}{of_them}"),
         ("largest at once", amount(min(kept + 1, len(steps)) * size, "B"), "with the one being written"),
-        ("at the end", amount((kept - 1) * size + final_checkpoint_bytes(config, parameters), "B"), ""),
+        ("at the end", amount((kept - 1) * size + final_checkpoint_bytes(config), "B"), ""),
     ]
 
 

@@ -107,15 +107,28 @@ def reload_save_continue(rank: int, argv: list[str], checkpoints: str) -> None:
     continue_on(rank, [argv])
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4)])
-def test_another_number_of_ranks(toy, tmp_path, before, after):
-    run, one = tmp_path / "run", ("--training.local_batch_size", "1")
+@pytest.mark.parametrize(("before", "after", "optimizer"), [(2, 1, "AdamW"), (1, 4, "AdamW"), (1, 2, "Muon")])
+def test_another_number_of_ranks(toy, tmp_path, before, after, optimizer):
+    run, one = tmp_path / "run", ("--training.local_batch_size", "1", "--optimizer.name", optimizer)
     train(toy, tmp_path / "unbroken", *one)
     first = arguments(toy, run, (*one, "--training.steps", "4"))
     run_distributed(continue_on, before, ([first],))
     run_distributed(reload_save_continue, after, (arguments(toy, run, one), str(run / "checkpoint")))
     assert_same_weights(weights(run, 4), weights(run, "again"))
     assert_close(run, tmp_path / "unbroken")
+
+
+def test_muon_goes_on_bit_for_bit(toy, tmp_path):
+    muon, run = ("--optimizer.name", "Muon"), tmp_path / "run"
+    train(toy, tmp_path / "unbroken", *muon)
+    train(toy, run, *muon, "--training.steps", "4", "--checkpoint.async_mode", "async")
+    with pytest.raises(ConfigError, match='optimizer.name was "Muon", is "AdamW".*another optimizer state'):
+        train(toy, run)
+    train(toy, run, *muon)
+    assert learned(run) == learned(tmp_path / "unbroken")
+    assert_same_weights(weights(run, 8), weights(tmp_path / "unbroken", 8))
+    names = [name for name in weights(run, 8) if name.endswith("momentum_buffer")]
+    assert len(names) == 2 * 7 and not any("b_proj" in name or "embeddings" in name for name in names)
 
 
 def test_changed_settings(toy, tmp_path, caplog):

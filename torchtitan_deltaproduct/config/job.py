@@ -155,7 +155,9 @@ class Training(titan.Training):
 @dataclass
 class Optimizer(titan.Optimizer):
     name: Literal[tuple(OPTIMIZERS)] = option("AdamW", breaking("another optimizer state", from_the_start=True))
-    """Optimizer to use."""
+    """Optimizer to use. `Muon`: torch's, of the hidden matrices (q, k, v, output gate and output projections, one
+    matrix a micro-step, and the MLP), and AdamW of everything else. Its updates are scaled to the size of AdamW's
+    (`match_rms_adamw`), so that `lr` and `weight_decay` mean the same to both."""
     lr: float = option(3e-4, NEXT_STEP, POSITIVE, aliases="learning_rate max_lr peak_lr base_lr")
     """Peak learning rate; `[lr_scheduler]` multiplies it by a factor in [0, 1]."""
     beta1: float = option(0.9, NEXT_STEP, BELOW_ONE, aliases="betas b1 adam_beta1")
@@ -163,9 +165,15 @@ class Optimizer(titan.Optimizer):
     beta2: float = option(0.95, NEXT_STEP, BELOW_ONE, aliases="b2 adam_beta2")
     """Decay of the running mean of squared gradients, in [0, 1)."""
     weight_decay: float = option(0.01, NEXT_STEP, COUNT_OR_ZERO, aliases="wd decay")
-    """AdamW weight decay of matrices; norms, biases, A_log, dt_bias, convolutions, embeddings take none."""
+    """Decay of matrices, decoupled and multiplied by the rate: AdamW's and Muon's; norms, biases, A_log, dt_bias,
+    convolutions, embeddings take none. Adam adds it to the gradient."""
+    momentum: float = option(
+        0.95, NEXT_STEP, BELOW_ONE, reader=read_with("optimizer.name", "Muon"), aliases="muon_momentum"
+    )
+    """Muon: decay of the running mean of gradients (Nesterov's), in [0, 1)."""
     implementation: Literal["fused", "foreach", "for-loop"] = option("fused", OTHER_ROUNDING)
-    """`fused` updates without waiting for the device, on the CPU too; the others wait for it once a step more."""
+    """Of Adam and AdamW: `fused` updates without waiting for the device, on the CPU too; the others wait for it once a
+    step more."""
 
 
 @dataclass

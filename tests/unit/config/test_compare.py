@@ -34,6 +34,7 @@ def changes(load, *options, old_extra=None, new_extra=None, base=()):
         ("data.paths", "b,a", "breaking"),
         ("training.seq_len", "16", "breaking"),
         ("optimizer.name", "Adam", "breaking"),
+        ("optimizer.name", "Muon", "breaking"),
         ("optimizer.lr", "1", "notable"),
         ("lr_scheduler.warmup_steps", "1", "notable"),
         ("training.steps", "99999", "notable"),

@@ -60,7 +60,7 @@ def test_setting_a_refused_option_is_an_error_and_its_default_is_not(key, proble
 
 SETTINGS = {
     "one rank in bfloat16, sharded": "--training.mixed_precision_param=bfloat16 --debug.deterministic",
-    "checkpointed": "--activation_checkpoint.mode=selective --model.intermediate_size=none "
+    "checkpointed": "--optimizer.name=Muon --activation_checkpoint.mode=selective --model.intermediate_size=none "
     "--checkpoint.last_save_model_only",
     "compiled": "--compile.enable --compile.backend=eager --activation_checkpoint.mode=memory_budget "
     "--activation_checkpoint.memory_budget=1 --model.use_short_conv=false",
