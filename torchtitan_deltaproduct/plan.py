@@ -261,9 +261,7 @@ def checkpoint_rows(config: JobConfig) -> Rows:
     checkpoint, size = config.checkpoint, checkpoint_bytes(config)
     if not checkpoint.enable:
         return [("checkpoints", "none", "checkpoint.enable = false: a run that stops is lost")]
-    steps = {*range(checkpoint.interval, config.training.steps + 1, checkpoint.interval), config.training.steps}
-    steps |= {1} if checkpoint.enable_first_step_checkpoint else set()
-    reasons = retention(steps, checkpoint.keep_latest_k, checkpoint.keep_every).values()
+    steps, reasons = saved_steps(config), kept_steps(config).values()
     kept, milestones = len(reasons), sum(reason.startswith("milestone") for reason in reasons)
     last = ", the last of all weights only: it cannot be continued" if checkpoint.last_save_model_only else ""
     of_them = f", {milestones} of them milestones, every {checkpoint.keep_every:,} steps" if milestones else ""
@@ -276,21 +274,57 @@ def checkpoint_rows(config: JobConfig) -> Rows:
     ]
 
 
+def saved_steps(config: JobConfig) -> list[int]:
+    """The steps that a run which nothing stops saves."""
+    checkpoint, last = config.checkpoint, config.training.steps
+    first = {1} if checkpoint.enable_first_step_checkpoint else set()
+    return sorted({*range(checkpoint.interval, last + 1, checkpoint.interval), last} | first)
+
+
+def kept_steps(config: JobConfig) -> dict[int, str]:
+    """Those that are there at its end, and why."""
+    return retention(saved_steps(config), config.checkpoint.keep_latest_k, config.checkpoint.keep_every)
+
+
 def schedule_rows(config: JobConfig) -> Rows:
-    """The steps where the schedule turns."""
-    steps = config.training.steps
+    """The phases of the schedule in words, the steps where it turns, and from where a stable phase can be branched."""
+    steps, peak = config.training.steps, config.optimizer.lr
     schedule = Schedule.of(config.lr_scheduler, steps)
-    rates = [config.optimizer.lr * factor for factor in lr_curve(config)]
-    warmup, begin = schedule.warmup_steps, schedule.total_steps - schedule.decay_steps
+    rates = [peak * factor for factor in lr_curve(config)]
+    begin = schedule.total_steps - schedule.decay_steps
+    phases = schedule.phases()
+    words = {
+        "warm-up": f"rises to {peak:.3g}, linearly",
+        "stable": f"stays at {peak:.3g}",
+        "decay": f"falls to {peak * schedule.min_lr_factor:.3g}, {schedule.decay_type}",
+    }
+    rows = [
+        (name, f"steps {first:,} to {last:,}", words[name] + f", beyond the last step, {steps:,}" * (last > steps))
+        for name, (first, last) in phases.items()
+    ]
     marks = {
         1: "first step",
-        warmup: "end of the warm-up",
+        schedule.warmup_steps: "end of the warm-up",
         begin + 1: f"last step at the peak, {schedule.decay_type} decay follows",
         (begin + steps) // 2: "middle of the decay",
         steps: "last step",
     }
     reached = sorted(step for step in marks if 1 <= step <= steps)
-    return [(f"step {step:,}", f"{rates[step - 1]:.3g}", marks[step]) for step in reached]
+    rows += [(f"step {step:,}", f"{rates[step - 1]:.3g}", marks[step]) for step in reached]
+    return rows + (_branch_rows(config, schedule) if {"stable", "decay"} <= phases.keys() else [])
+
+
+def _branch_rows(config: JobConfig, schedule: Schedule) -> Rows:
+    """The newest checkpoint from which the stable phase can be extended once the run is over."""
+    every, last = config.checkpoint.interval, min(schedule.last_at_peak, config.training.steps)
+    if not config.checkpoint.enable or last < every:
+        return [("branch from", "none", f"no checkpoint is saved up to step {last:,}")]
+    kept = [step for step in saved_steps(config) if step <= last and step in kept_steps(config)]
+    newest = last // every * every
+    if kept and kept[-1] == newest:
+        return [("branch from", f"step {newest:,}", "the last checkpoint before the decay, kept to the end")]
+    way = f"the last checkpoint before the decay is step {newest:,}: checkpoint.keep_every keeps such ones"
+    return [("branch from", f"step {kept[-1]:,}" if kept else "none at the end", way)]
 
 
 def lr_curve(config: JobConfig) -> list[float]:

@@ -1,6 +1,7 @@
 """Restart equals no restart: killed at any point, resharded, with other settings."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,36 @@ def test_muon_goes_on_bit_for_bit(toy, tmp_path):
     assert_same_weights(weights(run, 8), weights(tmp_path / "unbroken", 8))
     names = [name for name in weights(run, 8) if name.endswith("momentum_buffer")]
     assert len(names) == 2 * 7 and not any("b_proj" in name or "embeddings" in name for name in names)
+
+
+def test_a_stable_phase_is_branched(toy, tmp_path, capsys):
+    """Cut short in its folder and in another one, and extended again: each is bitwise the run planned like that."""
+    wsd = ("--lr_scheduler.schedule", "wsd", "--lr_scheduler.decay_steps", "3", "--lr_scheduler.total_steps", "none",
+           "--lr_scheduler.warmup_steps", "2", "--checkpoint.keep_latest_k", "0")  # fmt: skip
+    short, long, run, branch = (tmp_path / name for name in ("short", "long", "run", "branch"))
+    train(toy, short, *wsd, "--training.steps", "6")
+    train(toy, long, *wsd)
+    rates = {step: value for (step, name), value in learned(long).items() if name == "lr"}
+    assert [round(100 * rates[step], 9) for step in range(1, 9)] == [0.5, *[1.0] * 5, 0.666666667, 0.333333333]
+    train(toy, run, *wsd)
+    start = tmp_path / "start"
+    shutil.copytree(run / "checkpoint/step-4", start / "step-4")
+    back = ("--checkpoint.load_step", "4")
+    train(toy, run, *wsd, *back, "--training.steps", "6")
+    other = ("--checkpoint.initial_load_path", str(start / "step-4"), "--checkpoint.initial_load_model_only", "false")
+    train(toy, branch, *wsd, *other, "--training.steps", "6")
+    for name in (run, branch):
+        found = learned(name)
+        assert found == {key: value for key, value in learned(short).items() if key in found} and (6, "loss") in found
+        assert_same_weights(weights(name, 6), weights(short, 6))
+    assert "goes on at" not in capsys.readouterr().out
+    with pytest.raises(CheckpointError):
+        train(toy, run, *wsd, *("--checkpoint.load_step", "5"))
+    train(toy, run, *wsd, *back)
+    assert learned(run) == learned(long)
+    assert_same_weights(weights(run, 8), weights(long, 8))
+    train(toy, short, *wsd)
+    assert "step 6 was saved in its decay, at 33% of the peak rate, and goes on at 67%" in capsys.readouterr().out
 
 
 def test_changed_settings(toy, tmp_path, caplog):

@@ -59,6 +59,7 @@ def test_rows(load):
     assert disk["largest at once"][0] == amount(4 * 12 * parameters, "B")
     rates = {row[0]: row[1] for row in found["Learning rate"]}
     assert rates == {
+        "warm-up": "steps 1 to 512", "decay": "steps 513 to 36,240",
         "step 1": "5.86e-07", "step 512": "0.0003", "step 513": "0.0003", "step 18,376": "0.000165",
         "step 36,240": "3e-05",
     }  # fmt: skip
@@ -195,6 +196,46 @@ def saved_elements_per_token(args, batch=2, length=256):
 
 def rows_of(config, part, world_size=8, **given):
     return next(rows for title, rows in plan.sections(config, world_size, **given) if title.startswith(part))
+
+
+def test_wsd_in_words(load):
+    wsd = PAPER.replace('decay_type = "cosine"', 'schedule = "wsd"\ndecay_steps = 4000\ndecay_type = "sqrt"')
+    rows = rows_of(load(wsd), "Learning rate")
+    assert rows[:3] == [
+        ("warm-up", "steps 1 to 512", "rises to 0.0003, linearly"),
+        ("stable", "steps 513 to 32,241", "stays at 0.0003"),
+        ("decay", "steps 32,242 to 36,240", "falls to 3e-05, sqrt"),
+    ]
+    words = "the last checkpoint before the decay"
+    way = f"{words} is step 32,000: checkpoint.keep_every keeps such ones"
+    assert rows[-1] == ("branch from", "none at the end", way)
+    kept = rows_of(load(wsd, "--checkpoint.keep_every=16000"), "Learning rate")[-1]
+    assert kept == ("branch from", "step 32,000", f"{words}, kept to the end")
+    earlier = rows_of(load(wsd, "--checkpoint.keep_every=10000"), "Learning rate")[-1]
+    assert earlier == ("branch from", "step 30,000", way)
+
+
+def test_muon_is_planned(load):
+    """One number of state for each in a hidden matrix and two for the rest; the FLOPs are those of Newton-Schulz."""
+    config = load(PAPER, "--optimizer.name=Muon")
+    parts, args = counts.parameters_by_part(config.model), config.model
+    total, narrow = sum(parts.values()), args.num_hidden_layers * args.hidden_size * args.num_heads * 2
+    hidden = parts["mixer projections"] - narrow + parts["mlp"]
+    assert rank_memory(config, 8, parts)["optimizer state"] == 4 * -(-(2 * total - hidden) // 8)
+    assert checkpoint_bytes(config) == 4 * (3 * total - hidden)
+    assert (
+        rows_of(config, "Checkpoints")[0][2]
+        == "weights and one moment of hidden matrices, two moments of the rest in float32"
+    )
+    compute = {row[0]: row[1:] for row in rows_of(config, "Compute")}
+    # 736 wide, 6 heads of 128, n_h = 2: q, o and two each of k and v; an MLP of 2,048.
+    square, tall = 5 * (4 * 736**2 * 768 + 2 * 736**3), 5 * (4 * 736**2 * 2048 + 2 * 736**3)
+    flops = 24 * (6 * square + 3 * tall)
+    step = counts.training_flops_per_token(args) * 524_288
+    assert compute["orthogonalisation"] == (
+        amount(flops, "FLOP"), f"{flops / step:.1%} of the FLOPs of a step, each matrix on one of 8 ranks"
+    )  # fmt: skip
+    assert "orthogonalisation" not in {row[0] for row in rows_of(load(PAPER), "Compute")}
 
 
 def test_milestones_are_kept_and_counted(load):

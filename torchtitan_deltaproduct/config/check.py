@@ -232,7 +232,11 @@ RULES: list[tuple[str, Judge]] = [
     ("validation.enable validation.paths data.kind",
      lambda c, e: c.validation.enable and not c.validation.paths and not GENERATED.holds(c)
      and "there is nothing to validate on"),
-    ("lr_scheduler.warmup_steps lr_scheduler.decay_ratio lr_scheduler.total_steps training.steps", _warmup),
+    ("lr_scheduler.decay_steps lr_scheduler.decay_ratio",
+     lambda c, e: c.lr_scheduler.decay_steps is not None and c.lr_scheduler.decay_ratio is not None
+     and "two lengths of the decay; give one"),
+    ("lr_scheduler.warmup_steps lr_scheduler.decay_ratio lr_scheduler.decay_steps lr_scheduler.total_steps "
+     "training.steps", _warmup),
     ("lr_scheduler.total_steps training.steps",
      lambda c, e: c.lr_scheduler.total_steps is not None and c.lr_scheduler.total_steps < c.training.steps
      and f"the learning rate would leave its schedule after step {c.lr_scheduler.total_steps}; must cover the run"),

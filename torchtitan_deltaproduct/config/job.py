@@ -177,6 +177,20 @@ class Optimizer(titan.Optimizer):
 
 
 @dataclass
+class LRScheduler(titan.LRScheduler):
+    schedule: Literal["decay", "wsd"] = option("decay", NEXT_STEP, aliases="scheduler lr_schedule lr_scheduler_name")
+    """Phases of the rate after its warm-up; `decay_type` says how it falls. `decay`: it falls to the end of the run,
+    or in its last `decay_ratio`. `wsd` (warm-up, stable, decay): it stays at the peak and falls in the last
+    `decay_steps`, or `decay_ratio`, or tenth of the run. A larger `training.steps` then extends the stable phase, a
+    smaller one ends it earlier; docs/reliability.md says how to branch from any checkpoint."""
+    decay_steps: int | None = option(
+        None, NEXT_STEP, COUNT, reader=read_with("lr_scheduler.schedule", "wsd"),
+        aliases="cooldown_steps cooldown num_decay_steps decay_iters lr_decay_steps",
+    )  # fmt: skip
+    """wsd: steps of the decay at the end of the run, however long that is, in the place of `decay_ratio`."""
+
+
+@dataclass
 class Validation(titan.Validation):
     paths: list[str] = option([], NOT_COMPARABLE, NO_BLANKS, is_path=True)
     """Prepared folders to validate on, in file order: the same windows every time. Generated data
@@ -266,6 +280,7 @@ class JobConfig(titan.JobConfig):
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     guard: Guard = field(default_factory=Guard)

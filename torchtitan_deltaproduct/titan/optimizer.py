@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.config import LRScheduler
 from torchtitan.distributed import ParallelDims
 
-from ..config.job import Optimizer
+from ..config.job import LRScheduler, Optimizer
 from ..config.schedule import Schedule
 from ..models.args import DeltaProductArgs
 from ..models.counts import hidden_matrices
@@ -119,7 +118,7 @@ class Schedules(LRSchedulersContainer):
 
 
 def build_lr_schedulers(optimizers: GroupedOptimizers, config: LRScheduler, training_steps: int) -> Schedules:
-    """Warm-up, then cosine, linear or square-root decay, or warm-up-stable-decay: see `config.schedule`."""
+    """Warm-up, perhaps a stable phase, then cosine, linear or square-root decay: see `config.schedule`."""
     return Schedules(optimizers, Schedule.of(config, training_steps))
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torchtitan.config import LRScheduler
 
-from torchtitan_deltaproduct.config.job import Optimizer
+from torchtitan_deltaproduct.config.job import LRScheduler, Optimizer
 from torchtitan_deltaproduct.config.schedule import Schedule
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
 from torchtitan_deltaproduct.models.counts import hidden_matrices
@@ -108,7 +107,7 @@ def test_a_restart_brings_back_moments_and_step_but_not_settings():
         containers[first].load_state_dict(saved[first])
         containers[second].load_state_dict(saved[second])
         groups = other.optimizers[0].param_groups
-        shape = {"decay_ratio": None, "decay_type": "cosine", "min_lr_factor": 0.0}
+        shape = {"decay_steps": 8, "decay_type": "cosine", "min_lr_factor": 0.0}
         rate = 1e-3 * Schedule(warmup_steps=2, total_steps=10, **shape)(3)
         assert [g["lr"] for g in groups] == [rate, rate] == other_schedules.schedulers[0].get_last_lr()
         assert [(g["weight_decay"], g["betas"], g["foreach"]) for g in groups] == [
