@@ -263,12 +263,15 @@ def checkpoint_rows(config: JobConfig) -> Rows:
         return [("checkpoints", "none", "checkpoint.enable = false: a run that stops is lost")]
     steps, reasons = saved_steps(config), kept_steps(config).values()
     kept, milestones = len(reasons), sum(reason.startswith("milestone") for reason in reasons)
+    # Which they are only validation can tell: this is the most.
+    best = min(checkpoint.keep_best, len(steps) - kept)
+    kept += best
     last = ", the last of all weights only: it cannot be continued" if checkpoint.last_save_model_only else ""
     of_them = f", {milestones} of them milestones, every {checkpoint.keep_every:,} steps" if milestones else ""
     return [
         ("one", amount(size, "B"), f"weights and {moments(config)} in float32"),
         ("written", f"{len(steps)}", f"every {checkpoint.interval} steps and at the end{last}"),
-        ("kept", f"{kept}", f"{amount(kept * size, 'B')}{of_them}"),
+        ("kept", f"{kept}", f"{amount(kept * size, 'B')}{of_them}{', the best by validation among them' * (best > 0)}"),
         ("largest at once", amount(min(kept + 1, len(steps)) * size, "B"), "with the one being written"),
         ("at the end", amount((kept - 1) * size + final_checkpoint_bytes(config), "B"), ""),
     ]

@@ -21,6 +21,7 @@ from tests.toy import (
     wait_for,
     weights,
 )
+from torchtitan_deltaproduct import status
 from torchtitan_deltaproduct.checkpoint import scan
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
@@ -79,6 +80,33 @@ def test_retention_counts_only_complete_ones(toy, tmp_path):
     assert (run / "checkpoint/step-300-bad").is_dir()
     kept = [path.read_text() for path in (run / "checkpoint").glob("step-7.found-*/notes.txt")]
     assert kept == ["not ours"]
+
+
+def test_the_best_is_kept(toy, tmp_path, monkeypatch, capsys):
+    """By the losses in markers, over three launches; one that a stop broke off is made up for and noted by the next."""
+    from torchtitan_deltaproduct.titan.trainer import Trainer
+
+    run = tmp_path / "run"
+    best = ("--checkpoint.keep_best", "1", "--checkpoint.keep_latest_k", "2", "--checkpoint.interval", "1",
+            "--validation.freq", "1")  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "after_validation_batch", lambda self: "SIGTERM" if self.step == 5 else None)
+        train(toy, run, *best)
+    before = {info.step: info.marker.validation_loss for info in scan(run / "checkpoint")}
+    losses = {r["step"]: r["validation_loss"] for r in records(run) if "validation_loss" in r}
+    assert sorted(losses) == [0, 1, 2, 3, 4] and before[5] is None and before[4] == losses[4]
+    train(toy, run, *best, "--training.steps", "5")
+    assert scan(run / "checkpoint")[-1].marker.validation_loss == records(run)[-1]["validation_loss"]
+    # At this rate the loss rises.
+    train(toy, run, *best, "--optimizer.lr", "30")
+    losses = {r["step"]: r["validation_loss"] for r in records(run) if "validation_loss" in r and r["step"]}
+    lowest = min(losses, key=losses.get)
+    assert lowest < 7
+    kept = {info.step: info.marker.validation_loss for info in scan(run / "checkpoint")}
+    assert kept == {step: losses[step] for step in (lowest, 7, 8)}
+    assert "resumed step 5 of 8" in capsys.readouterr().out
+    status.main([str(run)])
+    assert f"step {lowest}, validation loss {losses[lowest]:.4f}" in capsys.readouterr().out
 
 
 def continue_on(rank: int, commands: list[list[str]]) -> None:

@@ -250,6 +250,16 @@ def test_milestones_are_kept_and_counted(load):
     assert disk["largest at once"][0] == amount(11 * size, "B")
 
 
+def test_the_best_take_room_on_disk(load):
+    config = load(
+        PAPER, "--checkpoint.keep_best=2", "--validation.enable", "--validation.paths=a", "--validation.freq=500"
+    )
+    disk = {row[0]: row[1:] for row in rows_of(config, "Checkpoints")}
+    size = checkpoint_bytes(config)
+    assert disk["kept"] == ("5", f"{amount(5 * size, 'B')}, the best by validation among them")
+    assert disk["largest at once"][0] == amount(6 * size, "B")
+
+
 def test_fits_or_does_not(load):
     memory = {row[0]: row[1:] for row in rows_of(load(PAPER), "Memory")}
     needed = 1.2 * sum(rank_memory(load(PAPER), 8, counts.parameters_by_part(load(PAPER).model)).values())

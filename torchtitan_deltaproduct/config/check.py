@@ -191,6 +191,13 @@ def _profile_cycle(c: JobConfig, e: Environment) -> str | None:
     return f"shorter than one cycle of {cycle} steps, profiler_warmup + profiler_active" if too_short else None
 
 
+def _best(c: JobConfig, e: Environment) -> str | None:
+    saved, validated = c.checkpoint.interval, c.validation.freq
+    if not c.checkpoint.keep_best or saved % validated == 0 or validated % saved == 0:
+        return None
+    return f"few saved steps would be validated: one of interval = {saved} and freq = {validated} must divide the other"
+
+
 def _run_folder(c: JobConfig, e: Environment) -> str | None:
     path = Path(c.job.dump_folder).absolute()
     lowest = next(place for place in (path, *path.parents) if os.path.lexists(place))
@@ -260,6 +267,7 @@ RULES: list[tuple[str, Judge]] = [
      and "nothing to compile: components is empty"),
     ("checkpoint.keep_every checkpoint.interval", lambda c, e: c.checkpoint.keep_every % c.checkpoint.interval
      and f"no milestone would be saved: must be a multiple of interval = {c.checkpoint.interval}"),
+    ("checkpoint.keep_best checkpoint.interval validation.freq", _best),
     ("guard.hang_seconds comm.train_timeout_seconds",
      lambda c, e: c.guard.hang_seconds and c.guard.hang_seconds >= c.comm.train_timeout_seconds
      and f"collectives give up after {c.comm.train_timeout_seconds} s, before stacks are written; must be below that"),

@@ -226,6 +226,12 @@ class Checkpoint(titan.Checkpoint):
     """Complete checkpoints kept, newest first; 0: keep all; 1 is not allowed."""
     keep_every: int = option(0, SAVING, COUNT_OR_ZERO)
     """Steps divisible by it are milestones, kept for good; 0: none."""
+    keep_best: int = option(
+        0, SAVING, COUNT_OR_ZERO, aliases="save_best save_top_k keep_top_k load_best_model_at_end",
+        reader=read_with("validation.enable", True, otherwise="the best is by validation loss: set validation.enable"),
+    )  # fmt: skip
+    """So many of the checkpoints with the lowest validation loss are kept besides; 0: none. A checkpoint has a loss if
+    its step was validated; a restart goes on from the newest all the same."""
     verify_on_load: bool = option(True, harmless("whether checksums are compared"))
     """Compare the checksum of every file before resuming; a damaged checkpoint gives way to the one before."""
 

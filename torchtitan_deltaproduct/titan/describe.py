@@ -95,4 +95,5 @@ def _saving(config) -> str:
     mode = "" if config.async_mode == "disabled" else f", {config.async_mode}"
     kept = f"the newest {config.keep_latest_k} kept" if config.keep_latest_k else "all kept"
     kept += f", and every {config.keep_every:,}th step" if config.keep_every and config.keep_latest_k else ""
+    kept += f", and the best {config.keep_best} by validation" if config.keep_best and config.keep_latest_k else ""
     return f"checkpoint every {config.interval:,} steps{mode}, {kept}"
