@@ -159,8 +159,12 @@ def data_rows(config: JobConfig, world_size: int) -> Rows:
 
 
 def _validation_rows(config: JobConfig) -> Rows:
-    paths = config.validation.paths if config.validation.enable else []
-    return [_set_row("validation", path, config)[1] for path in paths]
+    validation = config.validation
+    rows = [_set_row("validation", path, config)[1] for path in (validation.paths if validation.enable else [])]
+    if prompts := len(validation.prompts):
+        words = f"{validation.sample_tokens} tokens each, greedy and sampled, every {validation.freq:,} steps"
+        rows.append(("samples", f"{prompts} prompt{'s' * (prompts > 1)}", words))
+    return rows
 
 
 def _set_row(name: str, path: str, config: JobConfig) -> tuple[Manifest | None, tuple[str, ...]]:

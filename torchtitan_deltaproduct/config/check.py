@@ -239,6 +239,8 @@ RULES: list[tuple[str, Judge]] = [
     ("validation.enable validation.paths data.kind",
      lambda c, e: c.validation.enable and not c.validation.paths and not GENERATED.holds(c)
      and "there is nothing to validate on"),
+    ("validation.prompts validation.enable", lambda c, e: c.validation.prompts and not c.validation.enable
+     and "samples are drawn at each validation, and there is none"),
     ("lr_scheduler.decay_steps lr_scheduler.decay_ratio",
      lambda c, e: c.lr_scheduler.decay_steps is not None and c.lr_scheduler.decay_ratio is not None
      and "two lengths of the decay; give one"),

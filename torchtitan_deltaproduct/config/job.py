@@ -200,6 +200,14 @@ class Validation(titan.Validation):
     steps: int = option(-1, NOT_COMPARABLE, at_least_or(-1, 1, "every window of the set"), reader=TEXT)
     """Windows to read, in units of `local_batch_size`, evenly spaced and the same for any number of ranks; -1: every
     window of the set once."""
+    prompts: list[str] = option([], harmless("what to show"), reader=TEXT, aliases="sample_prompts generate_prompts")
+    """Texts that the model continues at each validation, greedy and sampled: in the log, RUN/samples.jsonl and
+    TensorBoard. "" is the beginning of a document. Every rank gathers the whole weights for it."""
+    sample_tokens: int = option(
+        64, harmless("what to show"), COUNT, aliases="max_new_tokens",
+        reader=Reader("validation.prompts", lambda config: bool(config.validation.prompts), "only read with prompts"),
+    )  # fmt: skip
+    """Tokens added to each of `prompts`, at most."""
     lengths: list[int] = option(
         [], harmless("which lengths to report"),
         Range(lambda value: all(length >= 1 for length in value), "must all be at least 1"), reader=GENERATED,
