@@ -79,21 +79,22 @@ def separator_id(data, tokenizer_path: str = "") -> int | None:
 
     Args:
         data: the `[data]` table.
-        tokenizer_path: folder with tokenizer.json, for streaming.
+        tokenizer_path: folder with tokenizer.json, for streaming and for tokens of others.
 
     Raises:
         ConfigError: streaming without a tokenizer. DataError: the data or the tokenizer is missing or damaged, or no
             separator is named.
     """
+    # Tables that an earlier version wrote have no `eos`.
+    eos = getattr(data, "eos", "")
     if data.kind == "prepared":
-        from .shards.manifest import read_manifest
+        from .shards.corpora import open_manifest
 
-        return read_manifest(data.paths[0]).eos_id
+        return open_manifest(data.paths[0], tokenizer_path, eos).eos_id
     if data.kind == "streaming":
         from .text.tokenizer import find_eos_id
 
         if not tokenizer_path:
             raise ConfigError("model.hf_assets_path is empty: streaming needs a folder with tokenizer.json")
-        # Tables that an earlier version wrote have no `eos`.
-        return find_eos_id(tokenizer_path, getattr(data, "eos", ""), option="data.eos")
+        return find_eos_id(tokenizer_path, eos, option="data.eos")
     return None

@@ -27,7 +27,7 @@ def check_data(config: JobConfig) -> list[str] | None:
     training = config.data.paths if config.data.kind == "prepared" else []
     validation = config.validation.paths if config.validation.enable else []
     paths = [*training, *validation]
-    streams = open_streams(paths, "data.paths") if paths else []
+    streams = open_streams(paths, "data.paths", config.model.hf_assets_path, config.data.eos) if paths else []
     manifests = dict(zip(paths, (stream.manifest for stream in streams), strict=True))
     for path, manifest in manifests.items():
         if manifest.vocab_size > config.model.vocab_size:

@@ -16,6 +16,7 @@ from .generated.languages import FormalSource
 from .loader import Batch
 from .packing import IGNORE
 from .shards.held_out_windows import HeldOutWindows
+from .shards.prepared import open_streams
 
 
 class HeldOut:
@@ -72,24 +73,28 @@ def held_out_text(
     dp_rank: int = 0,
     dp_world_size: int = 1,
     reset_state_at_documents: bool = False,
+    tokenizer_path: str = "",
+    eos: str = "",
 ) -> HeldOut:
-    """The windows of prepared folders.
+    """The windows of prepared folders, or of token files of others.
 
     Args:
-        paths: prepared folders, read one after the other.
+        paths: the folders and files, read one after the other.
         seq_len: window length in tokens; the last window of each folder may be partly ignored.
         local_batch_size: windows of one batch on this rank.
         steps: -1 reads every window once; else steps * local_batch_size windows, evenly spaced so that every
             part of every folder is represented.
         dp_rank: index of this rank, of `dp_world_size`.
         reset_state_at_documents: adds `document_starts`; as in training. It changes no label.
+        tokenizer_path, eos: see `open_stream`.
 
     Raises:
         ConfigError: `paths` or `steps` cannot be used. DataError: a folder is missing, damaged or empty.
     """
     if steps == 0 or steps < -1:
         raise ConfigError(f"validation.steps is {steps}: expected -1 (the whole set) or at least 1")
-    source = HeldOutWindows(paths, seq_len, reset_state_at_documents, max(0, steps * local_batch_size))
+    streams = open_streams(paths, "validation.paths", tokenizer_path, eos)
+    source = HeldOutWindows(streams, seq_len, reset_state_at_documents, max(0, steps * local_batch_size))
     return HeldOut(source, source.samples, local_batch_size, dp_rank, dp_world_size)
 
 

@@ -118,6 +118,8 @@ class Validator(HeldOutValidator):
             dp_rank=self.dp_rank,
             dp_world_size=self.dp_world_size,
             reset_state_at_documents=job_config.data.reset_state_at_documents,
+            tokenizer_path=job_config.model.hf_assets_path,
+            eos=job_config.data.eos,
         )
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:

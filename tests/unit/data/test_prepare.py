@@ -18,7 +18,7 @@ import pytest
 
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
-from torchtitan_deltaproduct.data.show import document, verify
+from torchtitan_deltaproduct.data.show import verify
 from torchtitan_deltaproduct.data.text.prepare import Settings, locked, main, prepare
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer, token_bytes
 from torchtitan_deltaproduct.errors import ConfigError, DataError
@@ -34,7 +34,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def texts_of(folder: Path) -> list[str]:
     stream, tokenizer = TokenStream(folder), load_tokenizer(folder / "tokenizer")
-    documents = [document(stream, number).tolist() for number in range(stream.manifest.documents)]
+    documents = [stream.document(number).tolist() for number in range(stream.manifest.documents)]
     assert all(tokens[-1] == 0 and 0 not in tokens[:-1] for tokens in documents)
     return [tokenizer.decode(tokens[:-1]) for tokens in documents]
 

@@ -18,7 +18,6 @@ from tests.toy import REPO
 from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
-from torchtitan_deltaproduct.data.show import document
 from torchtitan_deltaproduct.data.text import units as tokenize_units
 from torchtitan_deltaproduct.data.text.files import kind_of, list_files
 from torchtitan_deltaproduct.data.text.plan import make_plan
@@ -151,7 +150,7 @@ def test_text_never_makes_a_separator(tmp_path):
     tokens = np.empty(stream.tokens, dtype=np.int64)
     stream.read(0, tokens)
     assert manifest.documents == (tokens == manifest.eos_id).sum() == 100
-    first = document(stream, 0).tolist()
+    first = stream.document(0).tolist()
     assert load_tokenizer(out / "tokenizer").decode(first[:-1]) == "a<|endoftext|>b"
 
 

@@ -1,6 +1,6 @@
 """The windows of prepared folders in file order, all of them or some, and the bytes of text behind their tokens.
 
-source = HeldOutWindows(["data/code/validation"], seq_len=2048, reset=False, most=64)
+source = HeldOutWindows(open_streams(["data/code/validation"], "validation.paths"), seq_len=2048, reset=False, most=64)
 bits = nats.sum() / math.log(2) / source.token_bytes[labels[labels != -100]].sum()
 """
 
@@ -14,7 +14,7 @@ from torchtitan_deltaproduct.errors import DataError
 from ..loader import Batch
 from ..packing import all_windows
 from ..text.tokenizer import token_bytes
-from .prepared import open_streams, read_windows
+from .prepared import read_windows
 from .shards import TokenStream
 
 COUNTED = 1 << 22
@@ -35,7 +35,7 @@ class HeldOutWindows:
     """`samples` windows; the last of each folder may be partly padding.
 
     Args:
-        paths: prepared folders, read one after the other.
+        streams: of prepared folders or token files of others, read one after the other.
         seq_len: window length in tokens.
         reset: adds `document_starts` to the batch.
         most: windows to take, evenly spaced over all folders; 0, or more than there are: all.
@@ -43,15 +43,14 @@ class HeldOutWindows:
 
     split = "validation"
 
-    def __init__(self, paths: list[str], seq_len: int, reset: bool, most: int = 0):
-        self.streams = open_streams(paths, "validation.paths")
-        self.vocab_size = self.streams[0].manifest.vocab_size
-        self.tokenizer_path = str(self.streams[0].folder / "tokenizer")
+    def __init__(self, streams: list[TokenStream], seq_len: int, reset: bool, most: int = 0):
+        self.streams, self.tokenizer_path = streams, streams[0].tokenizer_path
+        self.vocab_size = streams[0].manifest.vocab_size
         self.seq_len, self.reset = seq_len, reset
         self.bounds = np.cumsum([0, *(all_windows(stream.tokens, seq_len) for stream in self.streams)])
         total = int(self.bounds[-1])
         if not total:
-            raise DataError(f"{paths[0]} holds no tokens.\nPrepare a validation set that is not empty.")
+            raise DataError(f"{streams[0].folder} holds no tokens.\nPrepare a validation set that is not empty.")
         self.samples = min(most, total) or total
 
     def batch(self, samples: np.ndarray) -> Batch:
@@ -68,6 +67,9 @@ class HeldOutWindows:
         tokens, a space before each document) it is not, and only the manifests know the bytes that were read.
         """
         table = token_bytes(self.tokenizer_path, self.vocab_size, self.streams[0].manifest.eos_id)
+        if not all(stream.manifest.bytes for stream in self.streams):
+            # The tokens of others: how much text they were made of is not recorded.
+            return torch.from_numpy(table.astype(np.float64))
         counts = sum(count_tokens(stream) for stream in self.streams)
         if not table @ counts:
             # Nothing but unknown tokens: each has an equal share.

@@ -15,15 +15,18 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from ..loader import Batch, Geometry, Loader
 from ..packing import full_windows, read_window
-from ..text.tokenizer import tokenizer_sha256
+from ..text.tokenizer import find_eos_id, tokenizer_sha256
+from .corpora import open_stream
 from .order import Order
 from .shards import TokenStream
 
 
 def build(data, geometry: Geometry, tokenizer_path: str) -> Loader:
     """The loader of `[data] kind = "prepared"`."""
+    # Tables that an earlier version wrote have no `eos`.
+    streams = open_streams(data.paths, "data.paths", tokenizer_path, getattr(data, "eos", ""))
     source = PreparedSource(
-        data.paths, data.weights, geometry.seq_len, data.seed, data.shuffle, data.reset_state_at_documents
+        streams, data.weights, geometry.seq_len, data.seed, data.shuffle, data.reset_state_at_documents
     )
     if tokenizer_path and tokenizer_sha256(tokenizer_path) != source.streams[0].manifest.tokenizer_sha256:
         raise DataError(
@@ -33,18 +36,19 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> Loader:
     return Loader(source, geometry, data.num_workers, data.prefetch_factor)
 
 
-def open_streams(paths: list[str], field: str) -> list[TokenStream]:
-    """Opens prepared folders and checks that one tokenizer made them all.
+def open_streams(paths: list[str], field: str, tokenizer_path: str = "", eos: str = "") -> list[TokenStream]:
+    """Opens prepared folders, or token files of others, and checks that one tokenizer made them all.
 
     Args:
-        paths: prepared folders.
+        paths: the folders and files.
         field: name of the setting they come from, for messages.
+        tokenizer_path, eos: see `open_stream`.
     """
     if not paths:
         raise ConfigError(
             f"{field} is empty: name at least one folder made by `python -m torchtitan_deltaproduct.data.prepare`"
         )
-    streams = [TokenStream(path) for path in paths]
+    streams = [open_stream(path, tokenizer_path, eos) for path in paths]
     first = streams[0]
     for stream in streams:
         theirs, ours = stream.manifest, first.manifest
@@ -54,12 +58,16 @@ def open_streams(paths: list[str], field: str) -> list[TokenStream]:
                 "Prepare one of them again with the other's tokenizer folder."
             )
         check_tokenizer(stream)
+        if eos and find_eos_id(stream.tokenizer_path, eos, "data.eos") != theirs.eos_id:
+            raise DataError(
+                f"{stream.folder} was prepared with token {theirs.eos_id} as its separator, not data.eos = {eos!r}"
+            )
     return streams
 
 
 def check_tokenizer(stream: TokenStream) -> None:
     """Raises DataError unless the tokenizer in the prepared folder is the one its tokens were made with."""
-    folder = stream.folder / "tokenizer"
+    folder = stream.tokenizer_path
     if tokenizer_sha256(folder) != stream.manifest.tokenizer_sha256:
         raise DataError(
             f"{folder}/tokenizer.json is not the tokenizer that {stream.folder} was prepared with.\n"
@@ -97,7 +105,7 @@ class PreparedSource:
     """Samples out of prepared folders.
 
     Args:
-        paths: prepared folders.
+        streams: of prepared folders or token files of others.
         weights: share of samples of each; empty makes them one pool of windows.
         seq_len: window length in tokens.
         seed: of the shuffle.
@@ -105,11 +113,12 @@ class PreparedSource:
         reset: adds `document_starts` to the batch.
     """
 
-    def __init__(self, paths: list[str], weights: list[float], seq_len: int, seed: int, shuffle: bool, reset: bool):
-        self.streams = open_streams(paths, "data.paths")
-        self.vocab_size = self.streams[0].manifest.vocab_size
-        self.tokenizer_path = str(self.streams[0].folder / "tokenizer")
-        self.paths, self.weights = [str(path) for path in paths], list(weights)
+    def __init__(
+        self, streams: list[TokenStream], weights: list[float], seq_len: int, seed: int, shuffle: bool, reset: bool
+    ):
+        self.streams, self.tokenizer_path = streams, streams[0].tokenizer_path
+        self.vocab_size = streams[0].manifest.vocab_size
+        self.paths, self.weights = [str(stream.folder) for stream in streams], list(weights)
         self.seq_len, self.reset = seq_len, reset
         sizes = [full_windows(stream.tokens, seq_len) for stream in self.streams]
         # Window w of the pool is window w - bounds[k] of set k.
@@ -161,7 +170,7 @@ class PreparedSource:
         shares = self.sequence.quotas / self.sequence.quotas.sum() if self.weights else np.diff(self.bounds)
         shares = shares / shares.sum()
         sets = ", ".join(
-            f"{path} ({stream.tokens:,} tokens in {stream.manifest.documents:,} documents, {share:.1%} of samples)"
+            f"{path} ({stream.manifest.counts()}, {share:.1%} of samples)"
             for path, stream, share in zip(self.paths, self.streams, shares, strict=True)
         )
         return f"prepared data: {sets}; {int(self.bounds[-1]):,} windows of {self.seq_len:,} tokens"

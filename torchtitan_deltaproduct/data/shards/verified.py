@@ -28,6 +28,7 @@ from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import read_bytes, write_atomically
 
 from .manifest import Manifest
+from .megatron import own_index
 
 NOTE = ".verified-{}.npy"
 """Of the first digits of `content_sha256`: [folders + 2 * shards, 3] int64, see `state`; `.bin` and `.idx` in turns."""
@@ -180,7 +181,10 @@ def check_size(path: str | Path, size: int | None, expected: int) -> None:
 def file_size(manifest: Manifest, shard: int, suffix: str) -> int:
     """Bytes of a file of a shard, by the manifest."""
     row = manifest.shards.rows[shard]
-    return int(row["tokens"]) * manifest.token_bytes if suffix == ".bin" else int(row["documents"]) * 8
+    if suffix == ".bin":
+        return int(row["tokens"]) * manifest.token_bytes
+    documents = int(row["documents"])
+    return own_index(documents).size if manifest.version > 2 else 8 * documents
 
 
 def digest_of(manifest: Manifest, shard: int, suffix: str) -> str:

@@ -13,14 +13,13 @@ from pathlib import Path
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
+from ..shards.manifest import WORK
 from ..shards.shards import token_dtype
 from .files import list_files
 from .sources import Unit, check_no_split, plan_dataset_units, plan_units
 from .tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
 from .units import Preparation
 
-WORK = ".prepare"
-"""Folder of what an unfinished result needs to go on."""
 # Without --shard-mb: 64 units, so that a few dozen workers share the work, within these sizes of input text.
 UNITS, LEAST_UNIT_BYTES, MOST_UNIT_BYTES = 64, 1 << 20, 256 << 20
 

@@ -28,10 +28,11 @@ from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.files import read_text, write_atomically
 
-from ..shards.manifest import NAME, TABLE, Manifest, Shard, read_manifest, write_manifest
+from ..shards.manifest import NAME, TABLE, WORK, Manifest, Shard, read_manifest, write_manifest
+from ..shards.megatron import own_index
 from ..shards.verified import SUFFIXES, THREADS, Verified, file_sha256, file_states, state
 from .files import make_folder
-from .plan import WORK, Plan, Settings, log, make_plan
+from .plan import Plan, Settings, log, make_plan
 from .sources import BadRecord
 from .tokenizer import MOST_UNKNOWN, copy_tokenizer
 from .units import Preparation, tokenize_units
@@ -223,7 +224,9 @@ def intact(out: Path, record: dict, verify: bool) -> bool:
                 now = state(os.stat(path))
             except OSError:
                 return False
-            # An earlier version kept no states.
+            # An earlier version had another index, or kept no states.
+            if suffix == ".idx" and now[0] != own_index(shard["documents"]).size:
+                return False
             untouched = "states" in record and record["states"][part][place] == now
             if (verify or not untouched) and file_sha256(path) != shard[f"{suffix[1:]}_sha256"]:
                 return False
