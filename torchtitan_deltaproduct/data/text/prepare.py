@@ -17,6 +17,7 @@ import argparse
 import fcntl
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -329,11 +330,9 @@ def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
     lines = []
     for part in plan_parts:
         manifest = read_manifest(out / part)
-        size = manifest.tokens * int(manifest.dtype.removeprefix("uint")) // 8
         lines.append(
-            f"  {out / part}: {manifest.tokens:,} tokens in {manifest.documents:,} documents, "
-            f"{manifest.bytes / max(1, manifest.tokens - manifest.documents):.2f} bytes a token, "
-            f"{size / 1e6:.1f} MB in {len(manifest.shards)} shards"
+            f"  {out / part}: {manifest.counts()}, {manifest.bytes_a_token:.2f} bytes a token, "
+            f"{manifest.tokens * manifest.token_bytes / 1e6:.1f} MB in {len(manifest.shards)} shards"
         )
     if manifest.empty_documents or manifest.bad_records:
         named = f" (named in {out / BAD_RECORDS}), such as" if manifest.bad_records else ""
@@ -344,8 +343,23 @@ def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
     if manifest.unknown_tokens:
         share = manifest.unknown_tokens / max(1, sum(read_manifest(out / part).tokens for part in plan_parts))
         lines.append(f"  unknown: {manifest.unknown_tokens:,} tokens ({share:.1%}) that the vocabulary cannot write")
-    lines.append(f'  to train on it: [data] paths = ["{out / plan_parts[0]}"]')
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, "  to train on it, with this or another TOML:", f"    {next_command(out, plan_parts, manifest)}"]
+    )
+
+
+def next_command(out: Path, parts: tuple[str, ...], manifest: Manifest) -> str:
+    """A command that trains on the folder; the vocabulary is that of the tokenizer, made a multiple of 64."""
+    held_out = ["--validation.paths", str(out / parts[1])] if len(parts) > 1 else ["--validation.no-enable"]
+    words = ["bash", "launch/local.sh", "train_configs/own_text.toml", "--job.dump_folder", f"outputs/{out.name}"]
+    words += [
+        "--data.paths",
+        str(out / parts[0]),
+        *held_out,
+        "--model.vocab_size",
+        str(-(-manifest.vocab_size // 64) * 64),
+    ]
+    return shlex.join([*words, "--model.hf_assets_path", str(out / parts[0] / "tokenizer")])
 
 
 def first_bad(out: Path) -> list[BadRecord]:
@@ -362,7 +376,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("out", type=path, help="folder to make")
     add("--input", nargs="+", default=[], type=path, metavar="PATH",
-        help="text, .jsonl(.gz) or .parquet files, or folders")  # fmt: skip
+        help="text, JSON, CSV (also packed) or Parquet files, or folders")  # fmt: skip
     add("--dataset", default="", type=path, metavar="NAME[:CONFIG]",
         help="instead of --input: a dataset of the hub or disk")  # fmt: skip
     add("--split", default="train", type=text, help="split of --dataset")

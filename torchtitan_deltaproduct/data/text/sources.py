@@ -1,30 +1,35 @@
 """Where text comes from: files, folders and `datasets`, cut into units that are read independently.
 
     a.txt, b.py, ...              text: one document a file               unit: some files
-    *.jsonl, *.json, ...          one JSON object a line (also .gz)       unit: a range of bytes (.gz: all)
+    *.jsonl, *.json, ...          one JSON object a line                  unit: a range of bytes (packed: all)
+    *.json that begins with [     one JSON object an item                 unit: the file
+    *.csv                         one document a row below the header     unit: the file
     *.parquet, *.parq, *.pq       one document a row                      unit: a range of row groups
     a name or path of `datasets`  one document a row                      unit: a range of rows
 
     units = plan_units(["corpus/"], field="text", unit_bytes=1 << 26)
     for record in read_unit(units[0]): ...          # Document, or BadRecord: the file, the line, the reason
 
+All but Parquet may be packed, as .gz or .zst.
 A document never spans two units, and the cut depends on the inputs alone, so any number of processes may
 share them.
 """
 
-import gzip
+import csv
+import io
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError, UserError, first_line
 
-from .files import READ_ERRORS, SUFFIXES, UTF8_BOM, kind_of, list_files, warn_of_json
+from .files import READ_ERRORS, SUFFIXES, UTF8_BOM, begins_as_list, kind_of, list_files, open_unpacked, warn_of_json
 
-UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+UTF16_BOMS, NEWLINE = (b"\xff\xfe", b"\xfe\xff"), b"\n"
 ROWS_AT_ONCE = 256
 
 
@@ -49,7 +54,7 @@ class Unit:
     """A piece of the input that one process reads in one go.
 
     Attributes:
-        kind: `text`, `json`, `parquet` or `dataset`.
+        kind: `text`, `json`, `list` (of JSON), `csv`, `parquet` or `dataset`.
         paths: one file, or for `text` several; for `dataset` its name, configuration and split.
         start: first byte (`json`), row group (`parquet`) or row (`dataset`).
         stop: one past the last; -1 for the whole file.
@@ -72,16 +77,21 @@ def plan_units(inputs: Iterable[str | Path], field: str, unit_bytes: int) -> lis
     gathered = 0
     for file in list_files(inputs):
         name, size = str(file), file.stat().st_size
-        kind, packed = kind_of(file)
+        kind, packing = kind_of(file)
         if kind == "text":
-            warn_of_json(file, packed)
+            warn_of_json(file)
             texts.append((name, size))
             gathered += size
             if gathered < unit_bytes:
                 continue
         units += _text_unit(texts)
         gathered = 0
-        if kind == "json" and packed:
+        if kind == "csv":
+            csv_columns(name, field)
+            units.append(Unit("csv", (name,), 0, -1, size, field))
+        elif kind == "json" and begins_as_list(file):
+            units.append(Unit("list", (name,), 0, -1, size, field))
+        elif kind == "json" and packing:
             units.append(Unit("json", (name,), 0, -1, size, field))
         elif kind == "json":
             for start in range(0, size, unit_bytes):
@@ -106,8 +116,7 @@ def plan_dataset_units(name: str, config: str, split: str, field: str, unit_rows
 
 def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
     """All records of a unit in order; those that cannot be read as `BadRecord`."""
-    readers = {"text": _read_texts, "json": _read_json, "parquet": _read_parquet, "dataset": _read_dataset}
-    return readers[unit.kind](unit)
+    return READERS[unit.kind](unit)
 
 
 def is_saved_dataset(path: str | Path) -> bool:
@@ -229,22 +238,96 @@ def _text_types() -> dict:
 
 def _read_texts(unit: Unit) -> Iterator[Document | BadRecord]:
     for name in unit.paths:
-        raw = Path(name).read_bytes()
-        if kind_of(name)[1]:
-            try:
-                raw = gzip.decompress(raw)
-            except READ_ERRORS as error:
-                yield BadRecord(name, "line 1", f"damaged gzip ({error})")
-                continue
+        if isinstance(raw := _whole(name), BadRecord):
+            yield raw
+            continue
         if raw.startswith(UTF16_BOMS) or raw.count(0) > len(raw) // 8:
             yield BadRecord(name, "line 1", "UTF-16 text, or no text at all; expected UTF-8")
             continue
-        raw = raw.removeprefix(UTF8_BOM)
         try:
             yield Document(raw.decode(), name)
         except UnicodeDecodeError as error:
-            line = raw.count(b"\n", 0, error.start) + 1
-            yield BadRecord(name, f"line {line}", "invalid UTF-8")
+            yield _not_utf8(name, raw, error)
+
+
+def _whole(name: str) -> bytes | BadRecord:
+    """What is in a file, without a mark of UTF-8; an unpacked one that cannot be read is an error."""
+    packing = kind_of(name)[1]
+    try:
+        with open_unpacked(name) as file:
+            return file.read().removeprefix(UTF8_BOM)
+    except READ_ERRORS as error:
+        if not packing:
+            raise
+        return BadRecord(name, "line 1", f"damaged {packing} ({error})")
+
+
+def _not_utf8(name: str, raw: bytes, error: UnicodeDecodeError) -> BadRecord:
+    return BadRecord(name, f"line {raw.count(NEWLINE, 0, error.start) + 1}", "invalid UTF-8")
+
+
+def _read_list(unit: Unit) -> Iterator[Document | BadRecord]:
+    name = unit.paths[0]
+    if isinstance(raw := _whole(name), BadRecord):
+        yield raw
+        return
+    try:
+        items = json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        yield _not_utf8(name, raw, error)
+        return
+    except (ValueError, RecursionError) as error:
+        yield BadRecord(name, f"line {getattr(error, 'lineno', 1)}", f"invalid JSON, all of the list is lost ({error})")
+        return
+    for number, item in enumerate(items, start=1):
+        text, reason = _text_of_object(item, unit.field)
+        yield BadRecord(name, f"item {number}", reason) if reason else Document(text, name)
+
+
+def _csv_rows(file: BinaryIO) -> "csv.reader":
+    """Rows of a CSV file; bytes that are not UTF-8 are lone surrogates in them."""
+    csv.field_size_limit(sys.maxsize)
+    return csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""), strict=True)
+
+
+def csv_columns(name: str, field: str) -> list[str]:
+    """The header of a CSV file; DataError if it has none, or no column `field`."""
+    try:
+        with open_unpacked(name) as file:
+            columns = next(_csv_rows(file), [])
+        "".join(columns).encode()
+    except (*READ_ERRORS, csv.Error, UnicodeEncodeError) as error:
+        raise DataError(f"{name} cannot be read as CSV ({error}).\nRemove it or copy it again.") from None
+    if field not in columns:
+        raise DataError(no_field(name, field, columns))
+    if columns.count(field) > 1:
+        raise DataError(f"{name} has {columns.count(field)} columns {field!r}: which one is not known.")
+    return columns
+
+
+def _read_csv(unit: Unit) -> Iterator[Document | BadRecord]:
+    name, (columns, packing) = unit.paths[0], (csv_columns(unit.paths[0], unit.field), kind_of(unit.paths[0])[1])
+    column = columns.index(unit.field)
+    with open_unpacked(name) as file:
+        rows = _csv_rows(file)
+        next(rows)
+        while True:
+            line = f"line {rows.line_num + 1}"
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield BadRecord(name, line, f"invalid CSV ({error})")
+                continue
+            except READ_ERRORS as error:
+                yield BadRecord(name, line, f"damaged {packing or 'file'}, the rest is lost ({error})")
+                return
+            if row and len(row) != len(columns):
+                yield BadRecord(name, line, f"{len(row)} fields, and {len(columns)} columns in the header")
+            elif row:
+                text, reason = _checked(row[column].encode(errors="surrogateescape"), unit.field)
+                yield BadRecord(name, line, reason) if reason else Document(text, name)
 
 
 def _read_json(unit: Unit) -> Iterator[Document | BadRecord]:
@@ -263,16 +346,16 @@ def _read_json(unit: Unit) -> Iterator[Document | BadRecord]:
 
 
 def lines_of(unit: Unit) -> Iterator[bytes | BadRecord]:
-    """The lines that begin in a unit of JSON; a BadRecord where a .gz is damaged."""
+    """The lines that begin in a unit of JSON; a BadRecord where a packed file is damaged."""
     name = unit.paths[0]
     if unit.stop == -1:
         number = 0
         try:
-            with gzip.open(name) as file:
+            with open_unpacked(name) as file:
                 for number, line in enumerate(file, start=1):  # noqa: B007 (used below)
                     yield line
         except READ_ERRORS as error:
-            yield BadRecord(name, f"line {number + 1}", f"damaged gzip, the rest is lost ({error})")
+            yield BadRecord(name, f"line {number + 1}", f"damaged {kind_of(name)[1]}, the rest is lost ({error})")
         return
     with open(name, "rb") as file:
         if unit.start:
@@ -304,6 +387,11 @@ def _text_of_line(line: bytes, field: str) -> tuple[str, str]:
         return "", "invalid UTF-8"
     except (ValueError, RecursionError) as error:
         return "", f"invalid JSON ({error})"
+    return _text_of_object(record, field)
+
+
+def _text_of_object(record: object, field: str) -> tuple[str, str]:
+    """The text in a JSON object, and the reason why it has none."""
     if not isinstance(record, dict):
         return "", f"expected a JSON object, found {type(record).__name__}"
     if field not in record:
@@ -387,3 +475,13 @@ def checked_rows(values: Iterable, name: str, first: int, field: str) -> Iterato
     for row, value in enumerate(values, start=first + 1):
         text, reason = _checked(value, field)
         yield BadRecord(name, f"row {row}", reason) if reason else Document(text, name)
+
+
+READERS = {
+    "text": _read_texts,
+    "json": _read_json,
+    "list": _read_list,
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "dataset": _read_dataset,
+}

@@ -40,6 +40,7 @@ MOST_UNKNOWN = 0.01
 """Share of unknown tokens up to which text is taken for what the tokenizer was made for."""
 # Those that name the separator, the one that counts first.
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Names of the separator, tried in this order when no configuration file names it.
 USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>")
 
@@ -188,12 +189,18 @@ def _alphabet(inner: HfTokenizer) -> frozenset[str] | None:
 def tokenizer_file(path: str | Path) -> Path:
     """`path`/tokenizer.json, or DataError."""
     file = Path(path, "tokenizer.json")
-    if not file.is_file():
+    if file.is_file():
+        return file
+    if HUB_NAME.fullmatch(str(path)) and not Path(path).parent.exists():
+        folder = f"data/{Path(path).name}"
         raise DataError(
-            f"There is no tokenizer.json in {path}.\n"
-            "Name a folder that has one, or make it with torchtitan_deltaproduct.data.train_tokenizer."
+            f"There is no folder {path}. If the hub has a tokenizer of that name, fetch it and name {folder}:\n"
+            f'hf download {path} --include "*token*" --local-dir {folder}'
         )
-    return file
+    raise DataError(
+        f"There is no tokenizer.json in {path}.\n"
+        "Name a folder that has one, or make it with torchtitan_deltaproduct.data.train_tokenizer."
+    )
 
 
 def tokenizer_sha256(path: str | Path) -> str:

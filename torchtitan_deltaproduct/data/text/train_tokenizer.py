@@ -121,10 +121,14 @@ def identity(units: list[Unit]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train_tokenizer", description=__doc__.split("\n")[0])
-    parser.add_argument("input", nargs="+", type=path, help="text, .jsonl(.gz) or .parquet files, or folders")
+    parser.add_argument(
+        "input", nargs="+", type=path, help="text, JSON, CSV (also packed) or Parquet files, or folders"
+    )
     parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="folder to write")
     parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="entries of the vocabulary")
-    parser.add_argument("--text-field", default="text", type=text, metavar="NAME", help="JSON field or Parquet column")
+    parser.add_argument(
+        "--text-field", default="text", type=text, metavar="NAME", help="JSON field or column that holds the text"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer in the folder")
     options = parser.parse_args(arguments)
     made = train_tokenizer(options.input, options.vocab_size, options.out, options.text_field, options.overwrite)
