@@ -8,7 +8,7 @@ Called before any process group starts, by the launchers on the machine that sub
 from ..config.job import JobConfig
 from ..errors import ConfigError
 from . import GENERATED
-from .generated.group_words import GENERATOR
+from .generated import GENERATOR
 from .held_out import held_out_lengths
 from .shards.prepared import open_streams
 

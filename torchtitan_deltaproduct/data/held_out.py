@@ -20,16 +20,9 @@ from .shards.prepared import open_streams
 
 
 class HeldOut:
-    """Samples 0 .. samples - 1 of a source, cut into batches for this rank.
+    """Samples 0 .. samples - 1 of a source, for all ranks together, cut into batches for this one; ConfigError if none.
 
-    Args:
-        source: makes the samples; what is particular to it (`token_bytes`, `classes`, `chance`) is asked of it.
-        samples: of all ranks together; the same for any number of ranks, which share them.
-        local_batch_size: samples of one batch on this rank.
-        dp_rank: index of this rank, of `dp_world_size`.
-
-    Raises:
-        ConfigError: there is nothing to read.
+    What is particular to a source (`token_bytes`, `classes`, `chance`) is asked of `source`.
     """
 
     def __init__(
@@ -70,23 +63,21 @@ def held_out_text(
     seq_len: int,
     local_batch_size: int,
     steps: int = -1,
-    dp_rank: int = 0,
-    dp_world_size: int = 1,
     reset_state_at_documents: bool = False,
     tokenizer_path: str = "",
     eos: str = "",
+    **ranks: int,
 ) -> HeldOut:
-    """The windows of prepared folders, or of token files of others.
+    """The windows of `seq_len` tokens of prepared folders or token files of others, one after the other.
 
     Args:
-        paths: the folders and files, read one after the other.
-        seq_len: window length in tokens; the last window of each folder may be partly ignored.
+        paths, tokenizer_path, eos: see `open_stream`.
+        seq_len: the last window of each may be partly ignored.
         local_batch_size: windows of one batch on this rank.
         steps: -1 reads every window once; else steps * local_batch_size windows, evenly spaced so that every
             part of every folder is represented.
-        dp_rank: index of this rank, of `dp_world_size`.
         reset_state_at_documents: adds `document_starts`; as in training. It changes no label.
-        tokenizer_path, eos: see `open_stream`.
+        ranks: `dp_rank` and `dp_world_size`.
 
     Raises:
         ConfigError: `paths` or `steps` cannot be used. DataError: a folder is missing, damaged or empty.
@@ -95,7 +86,7 @@ def held_out_text(
         raise ConfigError(f"validation.steps is {steps}: expected -1 (the whole set) or at least 1")
     streams = open_streams(paths, "validation.paths", tokenizer_path, eos)
     source = HeldOutWindows(streams, seq_len, reset_state_at_documents, max(0, steps * local_batch_size))
-    return HeldOut(source, source.samples, local_batch_size, dp_rank, dp_world_size)
+    return HeldOut(source, source.samples, local_batch_size, **ranks)
 
 
 def held_out_sequences(
@@ -105,22 +96,19 @@ def held_out_sequences(
     local_batch_size: int,
     samples: int,
     split: str = "validation",
-    dp_rank: int = 0,
-    dp_world_size: int = 1,
     min_length: int | None = None,
     max_length: int | None = None,
+    **ranks: int,
 ) -> HeldOut:
-    """The generated sequences of one length that belong to a `[data]` table.
+    """The generated sequences of one length that belong to a `[data]` table; a curriculum plays no part.
 
     Args:
-        data: the `[data]` table; a curriculum plays no part here.
+        data: the `[data]` table.
         seq_len: tokens of a row; may be longer than in training.
-        local_batch_size: rows of one batch on this rank.
-        samples: rows of all ranks together.
+        local_batch_size, samples: rows of one batch on this rank, and of all ranks together.
         split: `validation` or `test`.
-        dp_rank: index of this rank, of `dp_world_size`.
-        min_length: formal languages: fewest tokens of a row, in place of `data.min_length`.
-        max_length: formal languages: most tokens of a row, in place of `data.max_length`.
+        min_length, max_length: tokens of a row of a formal language, in place of those in `data`.
+        ranks: `dp_rank` and `dp_world_size`.
 
     Raises:
         ConfigError: `data.kind` is not generated, or the settings cannot be run.
@@ -135,7 +123,7 @@ def held_out_sequences(
         source = FormalSource(data.language, seq_len, low, high, data.seed, split)
     else:
         raise ConfigError(f'data.kind is {data.kind!r}: only "group_word" and "formal_language" are generated')
-    return HeldOut(source, samples, local_batch_size, dp_rank, dp_world_size)
+    return HeldOut(source, samples, local_batch_size, **ranks)
 
 
 def held_out_lengths(data, *, seq_len: int, lengths: list[int], **options) -> dict[int, HeldOut]:

@@ -20,8 +20,9 @@ import pytest
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.data.show import verify
+from torchtitan_deltaproduct.data.text.documents import BadRecord, Document
 from torchtitan_deltaproduct.data.text.prepare import Settings, locked, main, prepare
-from torchtitan_deltaproduct.data.text.sources import BadRecord, Document, plan_units, read_unit
+from torchtitan_deltaproduct.data.text.sources import plan_units, read_unit
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer, token_bytes
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
@@ -320,12 +321,12 @@ def test_damaged_gzip_and_parquet_are_reported(tmp_path, tokenizer):
     ("a.csv", b'text\none\n"open', ["one"], [("line 3", "invalid CSV (unexpected end of data)")]),
     ("a.json", b'[{"text": "one"}, {"body": 1}, 7, {"text": null}]', ["one"],
      [("item 2", "no field 'text'; fields: body"), ("item 3", "found int"), ("item 4", "is NoneType")]),
-    ("a.json", b'\n[\n{"text": "one"},\n', [], [("line 4", "invalid JSON, all of the list is lost")]),
-    ("a.json", b'[\n{"text": "\xff"}]', [], [("line 2", "invalid UTF-8")]),
+    ("a.json", b'\n[\n{"text": "one"},\n', [], [("item 1", "line 4: all of the list is lost")]),
+    ("a.json", b'[\n{"text": "\xff"}]', [], [("item 1", "invalid UTF-8 in line 2")]),
     ("a.json", b'{"text": "one"}\n[1]\n', ["one"], [("line 2", "found list")]),
     ("a.json.gz", gzip.compress(b'[{"text": "one"}]')[:-9], [], [("line 1", "damaged gzip")]),
     ("a.jsonl.zst", b"no zstd", [], [("line 1", "damaged zstd, the rest is lost")]),
-    ("a.txt.zst", zstd(b"one" * 99)[:-2], [], [("line 1", "damaged zstd (Truncated compressed stream)")]),
+    ("a.txt.zst", zstd(b"one" * 99)[:-2], [], [("line 1", "is lost (Truncated compressed stream)")]),
 ])  # fmt: skip
 def test_damage_in_every_kind_is_named(tmp_path, name, content, documents, bad):
     (tmp_path / name).write_bytes(content)

@@ -19,11 +19,13 @@ from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.data.text import units as tokenize_units
+from torchtitan_deltaproduct.data.text.arrow import plan_dataset_units
+from torchtitan_deltaproduct.data.text.documents import Unit
 from torchtitan_deltaproduct.data.text.files import kind_of, list_files
 from torchtitan_deltaproduct.data.text.plan import make_plan
 from torchtitan_deltaproduct.data.text.prepare import Settings, main, prepare
 from torchtitan_deltaproduct.data.text.records import open_records
-from torchtitan_deltaproduct.data.text.sources import Unit, plan_dataset_units, plan_units, read_unit
+from torchtitan_deltaproduct.data.text.sources import plan_units, read_unit
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer
 from torchtitan_deltaproduct.data.text.train_tokenizer import main as train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError

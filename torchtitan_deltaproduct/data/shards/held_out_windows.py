@@ -12,9 +12,8 @@ import torch
 from torchtitan_deltaproduct.errors import DataError
 
 from ..loader import Batch
-from ..packing import all_windows
 from ..text.tokenizer import token_bytes
-from .prepared import read_windows
+from .prepared import Windows
 from .shards import TokenStream
 
 COUNTED = 1 << 22
@@ -31,23 +30,13 @@ def count_tokens(stream: TokenStream) -> np.ndarray:
     return counts
 
 
-class HeldOutWindows:
-    """`samples` windows; the last of each folder may be partly padding.
-
-    Args:
-        streams: of prepared folders or token files of others, read one after the other.
-        seq_len: window length in tokens.
-        reset: adds `document_starts` to the batch.
-        most: windows to take, evenly spaced over all folders; 0, or more than there are: all.
-    """
+class HeldOutWindows(Windows):
+    """`samples` windows, at most `most` (0: all), spread over all streams; the last of each may be partly padding."""
 
     split = "validation"
 
     def __init__(self, streams: list[TokenStream], seq_len: int, reset: bool, most: int = 0):
-        self.streams, self.tokenizer_path = streams, streams[0].tokenizer_path
-        self.vocab_size = streams[0].manifest.vocab_size
-        self.seq_len, self.reset = seq_len, reset
-        self.bounds = np.cumsum([0, *(all_windows(stream.tokens, seq_len) for stream in self.streams)])
+        super().__init__(streams, [-(-stream.tokens // seq_len) for stream in streams], seq_len, reset)
         total = int(self.bounds[-1])
         if not total:
             raise DataError(f"{streams[0].folder} holds no tokens.\nPrepare a validation set that is not empty.")
@@ -55,8 +44,7 @@ class HeldOutWindows:
 
     def batch(self, samples: np.ndarray) -> Batch:
         """samples: [n] int64 below `samples` -> ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels)."""
-        windows = samples * self.bounds[-1] // self.samples
-        return read_windows(self.streams, self.bounds, windows, self.seq_len, self.reset)
+        return self.read(samples * self.bounds[-1] // self.samples)
 
     @cached_property
     def token_bytes(self) -> torch.Tensor:
@@ -64,17 +52,17 @@ class HeldOutWindows:
 
         The table of `tokenizer.token_bytes`, scaled so that all tokens of the set have the bytes of its text. The
         factor is 1 for byte-level vocabularies. Where the tokenizer changes the text (Unicode normalisation, unknown
-        tokens, a space before each document) it is not, and only the manifests know the bytes that were read.
+        tokens, a space before each document) it is not, and only the manifests know the bytes that were read: those
+        of files that other programs made do not, and the table stays as it is.
         """
-        table = token_bytes(self.tokenizer_path, self.vocab_size, self.streams[0].manifest.eos_id)
+        eos_id = self.streams[0].manifest.eos_id
+        table = token_bytes(self.tokenizer_path, self.vocab_size, eos_id).astype(np.float64)
         if not all(stream.manifest.bytes for stream in self.streams):
-            # The tokens of others: how much text they were made of is not recorded.
-            return torch.from_numpy(table.astype(np.float64))
+            return torch.from_numpy(table)
         counts = sum(count_tokens(stream) for stream in self.streams)
         if not table @ counts:
             # Nothing but unknown tokens: each has an equal share.
-            table = np.ones_like(table)
-            table[self.streams[0].manifest.eos_id] = 0
+            table[:] = np.arange(self.vocab_size) != eos_id
         text_bytes = sum(stream.manifest.bytes for stream in self.streams)
         return torch.from_numpy(table * (text_bytes / (table @ counts)))
 

@@ -31,9 +31,10 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .. import separator_id
 from ..loader import Batch, Geometry, Loader
-from ..packing import read_window
+from ..packing import read_windows
+from ..text.arrow import check_no_split, is_saved_dataset
+from ..text.documents import BadRecord, Document
 from ..text.records import open_records
-from ..text.sources import BadRecord, Document, check_no_split, is_saved_dataset
 from ..text.tokenizer import MOST_UNKNOWN, Tokenizer, load_tokenizer, tokenizer_sha256
 from .order import Permutation
 
@@ -55,18 +56,7 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> "StreamingLoader":
         )
     if data.shuffle_buffer < 0:
         raise ConfigError(f"data.shuffle_buffer is {data.shuffle_buffer}: expected 0 or more documents")
-    source = StreamingSource(
-        dataset=data.dataset,
-        config=data.dataset_config,
-        split=data.split,
-        field=data.text_field,
-        shuffle_buffer=data.shuffle_buffer,
-        seed=data.seed,
-        seq_len=geometry.seq_len,
-        reset=data.reset_state_at_documents,
-        tokenizer_path=tokenizer_path,
-        eos_id=separator_id(data, tokenizer_path),
-    )
+    source = StreamingSource(data, geometry.seq_len, tokenizer_path)
     return StreamingLoader(source, geometry, data.num_workers, data.prefetch_factor)
 
 
@@ -97,28 +87,20 @@ class Chunk(NamedTuple):
 
 
 class StreamingSource:
-    """What to stream and how; see `[data]`. Picklable: it opens nothing until it is read.
+    """What the table `data` says to stream, and how. Picklable: it opens nothing until it is read."""
 
-    Args:
-        dataset: name on the hub, or a local file or folder.
-        config: configuration of the dataset; empty for the default.
-        split: of the dataset.
-        field: column that holds the text.
-        shuffle_buffer: documents of a block; 0 keeps file order.
-        seed: of the shuffle.
-        seq_len: window length in tokens.
-        reset: adds `document_starts` to the batch.
-        tokenizer_path: folder with tokenizer.json.
-        eos_id: separator between documents.
-    """
-
-    def __init__(self, *, dataset, config, split, field, shuffle_buffer, seed, seq_len, reset, tokenizer_path, eos_id):
-        self.dataset, self.config, self.split, self.field = dataset, config, split, field
-        self.shuffle_buffer, self.seed = shuffle_buffer, seed
-        self.seq_len, self.reset = seq_len, reset
-        self.tokenizer_path, self.eos_id = tokenizer_path, eos_id
+    def __init__(self, data, seq_len: int, tokenizer_path: str):
+        self.dataset, self.config, self.split, self.field = (
+            data.dataset,
+            data.dataset_config,
+            data.split,
+            data.text_field,
+        )
+        self.shuffle_buffer, self.seed = data.shuffle_buffer, data.seed
+        self.seq_len, self.reset = seq_len, data.reset_state_at_documents
+        self.tokenizer_path, self.eos_id = tokenizer_path, separator_id(data, tokenizer_path)
         self.vocab_size = load_tokenizer(tokenizer_path).vocab_size
-        self.said_unknown = False
+        self.warned_of_unknown = False
 
     def order(self) -> dict[str, object]:
         """All that decides which tokens sample i has, as far as the name of a dataset decides its rows."""
@@ -174,20 +156,20 @@ class StreamingSource:
         position = start
         for first in range(start.documents, len(block), CHUNK):
             position = position._replace(documents=first)
-            some = [record.text for record in block[first : first + CHUNK] if isinstance(record, Document)]
-            encoded = tokenizer.encode_batch(some)
-            self._say_unknown(tokenizer, some, encoded)
+            texts = [record.text for record in block[first : first + CHUNK] if isinstance(record, Document)]
+            encoded = tokenizer.encode_batch(texts)
+            self._warn_of_unknown(tokenizer, texts, encoded)
             documents = [[*ids, self.eos_id] for ids in encoded if ids]
             lengths = [len(document) for document in documents]
             tokens = np.fromiter(chain.from_iterable(documents), np.int64, sum(lengths))
             yield Chunk(position, tokens, np.cumsum([0, *lengths[:-1]]) if lengths else np.empty(0, np.int64))
             position = position._replace(tokens=position.tokens + len(tokens))
 
-    def _say_unknown(self, tokenizer: Tokenizer, texts: list[str], encoded: list[list[int]]) -> None:
+    def _warn_of_unknown(self, tokenizer: Tokenizer, texts: list[str], encoded: list[list[int]]) -> None:
         """One warning for each opening of the stream if the tokenizer was not made for such text."""
         unknown, tokens = sum(map(tokenizer.count_unknown, texts, encoded)), sum(map(len, encoded))
-        if not self.said_unknown and unknown > MOST_UNKNOWN * tokens:
-            self.said_unknown = True
+        if not self.warned_of_unknown and unknown > MOST_UNKNOWN * tokens:
+            self.warned_of_unknown = True
             logger.warning("data: %d of %d tokens of %s are unknown to the tokenizer", unknown, tokens, self.dataset)
 
 
@@ -204,7 +186,6 @@ class StreamWindow:
         self.chunks = source.chunks(start)
 
     def read(self, start: int, out: np.ndarray) -> int:
-        """Copies tokens `start`, `start + 1`, ... into `out: [n] int64`; returns n."""
         self._reach(start + len(out))
         base = self.first
         for chunk in self.held:
@@ -215,7 +196,6 @@ class StreamWindow:
         return len(out)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Stream positions in [start, stop) where a document begins: [d] int64."""
         self._reach(stop)
         starts = np.concatenate([chunk.starts + chunk.position.tokens for chunk in self.held])
         return starts[(starts >= start) & (starts < stop)]
@@ -238,22 +218,16 @@ class _Stream(torch.utils.data.IterableDataset):
     """Micro-batches of this rank with the position after each."""
 
     def __init__(self, source: StreamingSource, geometry: Geometry, sample: int, position: Position):
-        self.source, self.geometry = source, geometry
-        self.sample, self.position = sample, position
+        self.source, self.geometry, self.sample, self.position = source, geometry, sample, position
 
     def __iter__(self) -> Iterator[tuple[Batch, Position]]:
         seq_len, sample = self.source.seq_len, self.sample
         window = StreamWindow(self.source, self.position)
         while True:
-            rows = self.geometry.rows(sample)
-            inputs = torch.empty(len(rows), seq_len, dtype=torch.int64)
-            labels = torch.empty_like(inputs)
-            starts = torch.empty(inputs.shape, dtype=torch.bool)
-            for row, index in enumerate(rows.tolist()):
-                read_window(window, index, inputs[row].numpy(), labels[row].numpy(), starts[row].numpy())
+            rows = self.geometry.rows(sample).tolist()
+            batch = read_windows([window] * len(rows), rows, seq_len, self.source.reset)
             sample += self.geometry.micro_batch
-            batch = {"input": inputs, "document_starts": starts} if self.source.reset else {"input": inputs}
-            yield (batch, labels), window.forget(sample * seq_len - 1)
+            yield batch, window.forget(sample * seq_len - 1)
 
 
 class StreamingLoader(Loader):

@@ -15,8 +15,10 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from ..shards.manifest import WORK
 from ..shards.shards import token_dtype
+from .arrow import check_no_split, plan_dataset_units
+from .documents import Unit
 from .files import list_files
-from .sources import Unit, check_no_split, plan_dataset_units, plan_units
+from .sources import plan_units
 from .tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
 from .units import Preparation
 

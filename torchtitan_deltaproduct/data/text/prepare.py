@@ -32,9 +32,9 @@ from torchtitan_deltaproduct.files import read_text, write_atomically
 from ..shards.manifest import NAME, TABLE, WORK, Manifest, Shard, read_manifest, write_manifest
 from ..shards.megatron import own_index
 from ..shards.verified import SUFFIXES, THREADS, Verified, file_sha256, file_states, state
+from .documents import BadRecord
 from .files import make_folder
 from .plan import Plan, Settings, log, make_plan
-from .sources import BadRecord
 from .tokenizer import MOST_UNKNOWN, copy_tokenizer
 from .units import Preparation, tokenize_units
 

@@ -21,9 +21,10 @@ from torchtitan_deltaproduct.arguments import path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.files import read_text, write_atomically, write_json
 
+from .documents import BadRecord, Unit
 from .files import make_folder
 from .progress import Progress
-from .sources import BadRecord, Unit, plan_units, read_unit
+from .sources import plan_units, read_unit
 from .tokenizer import load_tokenizer
 
 EOS = "<|endoftext|>"
