@@ -28,7 +28,7 @@ import numpy as np
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from ..text.tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
-from .manifest import NAME, WORK, Manifest, Shard, ShardTable, read_manifest
+from .manifest import NAME, WORK, Manifest, Shard, read_manifest
 from .megatron import HEADER, Index, read_index
 from .shards import INT64, TokenStream, token_dtype
 from .verified import THREADS
@@ -81,7 +81,7 @@ def open_manifest(path: str | Path, tokenizer_path: str = "", eos: str = "") -> 
 
 
 class File(NamedTuple):
-    """A file of tokens, as a header says and a first look shows."""
+    """What a look at a file of tokens shows."""
 
     name: str
     size: int
@@ -91,10 +91,21 @@ class File(NamedTuple):
     """Bytes before the first token."""
     index: Index | None
     """Of a Megatron corpus."""
-    ended: int
-    """Of the documents looked at, those that end with the separator."""
-    looked_at: int
+    ended: list[bool]
+    """Of the documents looked at, whether the separator ends them."""
     fingerprint: str
+
+    def starts(self, read: Callable[[int, int], np.ndarray], first: int, last: int) -> np.ndarray:
+        """Where the documents first .. last - 1 of a Megatron file begin, in tokens: [last - first] int64.
+
+        `read(byte, count)` gives int64 of the index. A document may be of several sequences.
+        """
+        sequences = read(self.index.document_indices + 8 * first, last - first)
+        low, high = sequences[0].item(), sequences[-1].item()
+        if not 0 <= low <= high < self.index.sequences or (np.diff(sequences) < 0).any():
+            raise DataError(f"{self.name}.idx is damaged at document {first:,}: copy it again")
+        pointers = read(self.index.pointers + 8 * low, high + 1 - low)
+        return pointers[sequences - low] // np.dtype(self.dtype).itemsize
 
 
 class Corpus(NamedTuple):
@@ -116,112 +127,100 @@ def read_corpus(path: str | Path, names: tuple[str, ...], tokenizer_path: str, e
     with ThreadPoolExecutor(THREADS) as pool:
         files = list(pool.map(lambda name: _look(name, token_dtype(vocab_size), eos_id), names))
     first = files[0]
-    for file in files:
-        if file.dtype != first.dtype:
-            raise DataError(
-                f"{file.name} holds {file.dtype} and {first.name} {first.dtype}.\nName them as separate paths."
-            )
-    ended, looked_at = (sum(getattr(file, name) for file in files) for name in ("ended", "looked_at"))
-    inserts = first.index is not None and not ended
+    if other := next((file for file in files if file.dtype != first.dtype), None):
+        raise DataError(
+            f"{other.name} holds {other.dtype} and {first.name} {first.dtype}.\nName them as separate paths."
+        )
+    ended = [end for file in files for end in file.ended]
+    inserts = first.index is not None and not any(ended)
     if inserts:
         logger.warning("data: the documents of %s have no separator at their ends: token %d is put there", path, eos_id)
-    elif ended < looked_at:
-        wrong = next(file for file in files if file.ended < file.looked_at)
+    elif not all(ended):
+        wrong = next(file.name for file in files if not all(file.ended))
         raise DataError(
-            f"{looked_at - ended} of {looked_at} documents looked at in {path} do not end with the separator, token "
-            f"{eos_id}, such as one of {wrong.name}.\nName the token that ends them with data.eos, or make the corpus "
+            f"{ended.count(False)} of {len(ended)} documents looked at in {path} do not end with the separator, token "
+            f"{eos_id}, such as one of {wrong}.\nName the token that ends them with data.eos, or make the corpus "
             "again so that all do (Megatron: --append-eod) or none does."
         )
-    rows = []
-    for file in files:
-        documents = file.index.documents if file.index else 0
-        tokens = (file.size - file.offset) // np.dtype(file.dtype).itemsize + documents * inserts
-        rows.append(Shard("", tokens, documents, 0, file.fingerprint, "0" * 64))
+    documents = [file.index.documents if file.index else 0 for file in files]
+    itemsize = np.dtype(first.dtype).itemsize
+    tokens = [(file.size - file.offset) // itemsize + inserts * n for file, n in zip(files, documents, strict=True)]
+    prints = [file.fingerprint for file in files]
     manifest = Manifest(
         dtype=first.dtype, vocab_size=vocab_size, eos_id=eos_id, tokenizer_sha256=tokenizer_sha256(tokenizer_path),
-        tokens=sum(row.tokens for row in rows), documents=sum(row.documents for row in rows), bytes=0,
-        empty_documents=0, bad_records=0, source={"read as": "Megatron" if first.index else "npy"},
-        shards=ShardTable.of(rows),
+        tokens=sum(tokens), documents=sum(documents), bytes=0, empty_documents=0, bad_records=0,
+        source={"read as": "Megatron" if first.index else "npy"},
+        shards=[Shard("", n, d, 0, digest, "0" * 64) for n, d, digest in zip(tokens, documents, prints, strict=True)],
     )  # fmt: skip
     return Corpus(manifest, files, inserts)
 
 
 def _look(name: str, dtype: str, eos_id: int) -> File:
-    """Reads the header of a file, its last tokens or the ends of some documents, and some blocks of it."""
+    """Reads the header of a file, the ends of some documents or the last token, and some blocks of it."""
     try:
         if name.endswith(".npy"):
-            return _look_at_npy(name, dtype, eos_id)
+            with FileIO(name) as file:
+                return _look_at_npy(name, file, dtype, eos_id)
         with FileIO(f"{name}.idx") as index_file, FileIO(f"{name}.bin") as file:
-            index_size, size = (os.fstat(each.fileno()).st_size for each in (index_file, file))
-            index = read_index(f"{name}.idx", index_size, os.pread(index_file.fileno(), HEADER.size, 0))
-            starts = StartsOf(index, partial(_array, index_file, INT64))
-            itemsize = np.dtype(index.dtype).itemsize
-            last = starts(index.documents - 1, index.documents)[0] * itemsize
-            if size % itemsize or not 0 <= last < size or starts(0, 1)[0]:
-                raise DataError(f"{name}.bin has {size:,} bytes, which is not what {name}.idx says.\nCopy both again.")
-            looked_at = np.unique(np.linspace(0, index.documents - 1, LOOKED_AT, dtype=np.int64)).tolist()
-            ends = [starts(number + 1, number + 2)[0] for number in looked_at if number + 1 < index.documents]
-            ends.append(size // itemsize)
-            final = [_array(file, np.dtype(index.dtype), (end - 1) * itemsize, 1)[0] for end in ends if end > 0]
-            ended, prints = sum(int(token) == eos_id for token in final), [_blocks(index_file), _blocks(file)]
-            return File(name, size, index.dtype, 0, index, ended, len(final), _digest(prints))
+            return _look_at_megatron(name, index_file, file, eos_id)
     except OSError as error:
         raise DataError(f"{error.filename or name} cannot be read: {error.strerror}.") from None
 
 
-def _look_at_npy(name: str, dtype: str, eos_id: int) -> File:
-    with FileIO(name) as file:
-        size, offset = os.fstat(file.fileno()).st_size, 0
-        if file.read(6) == b"\x93NUMPY":
-            try:
-                file.seek(0)
-                old = np.lib.format.read_magic(file) == (1, 0)
-                read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-                shape, by_columns, kind = read(file)
-            except ValueError as error:
-                raise DataError(f"{name} is a damaged .npy file: {error}.") from None
-            if kind.kind not in "iu" or kind.newbyteorder("<") != kind or (by_columns and len(shape) > 1):
-                raise DataError(f"{name} holds {kind}; expected whole numbers, little endian, in the order of rows.")
-            dtype, offset = f"uint{8 * kind.itemsize}", file.tell()
-        tokens, rest = divmod(size - offset, np.dtype(dtype).itemsize)
-        if rest or not tokens:
-            raise DataError(
-                f"{name} has {size:,} bytes, which is no whole number of {dtype} tokens, the type for this vocabulary."
-            )
-        (last,) = _array(file, np.dtype(dtype), size - np.dtype(dtype).itemsize, 1)
-        return File(name, size, dtype, offset, None, int(last) == eos_id, 1, _digest([_blocks(file)]))
+def _look_at_megatron(name: str, index_file: FileIO, file: FileIO, eos_id: int) -> File:
+    size, header = _size(file), os.pread(index_file.fileno(), HEADER.size, 0)
+    index = read_index(f"{name}.idx", _size(index_file), header)
+    seen = File(name, size, index.dtype, 0, index, [], _fingerprint(index_file, file))
+    dtype, starts = np.dtype(index.dtype), partial(seen.starts, partial(_array, index_file, INT64))
+    last = starts(index.documents - 1, index.documents)[0] * dtype.itemsize
+    if size % dtype.itemsize or not 0 <= last < size or starts(0, 1)[0]:
+        raise DataError(f"{name}.bin has {size:,} bytes, which is not what {name}.idx says.\nCopy both again.")
+    some = np.unique(np.linspace(1, index.documents, LOOKED_AT, dtype=np.int64)).tolist()
+    ends = [starts(n, n + 1)[0] if n < index.documents else size // dtype.itemsize for n in some]
+    tokens = [_array(file, dtype, (end - 1) * dtype.itemsize, 1)[0] for end in ends if end]
+    return seen._replace(ended=[int(token) == eos_id for token in tokens])
+
+
+def _look_at_npy(name: str, file: FileIO, dtype: str, eos_id: int) -> File:
+    size, offset = _size(file), 0
+    if file.read(6) == b"\x93NUMPY":
+        try:
+            file.seek(0)
+            old = np.lib.format.read_magic(file) == (1, 0)
+            read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+            shape, by_columns, kind = read(file)
+        except ValueError as error:
+            raise DataError(f"{name} is a damaged .npy file: {error}.") from None
+        if kind.kind not in "iu" or kind.newbyteorder("<") != kind or (by_columns and len(shape) > 1):
+            raise DataError(f"{name} holds {kind}; expected whole numbers, little endian, in the order of rows.")
+        # Unsigned, as in `megatron`.
+        dtype, offset = f"uint{8 * kind.itemsize}", file.tell()
+    itemsize = np.dtype(dtype).itemsize
+    if size == offset or (size - offset) % itemsize:
+        raise DataError(
+            f"{name} has {size:,} bytes, which is no whole number of {dtype} tokens, the type for this vocabulary."
+        )
+    last = _array(file, np.dtype(dtype), size - itemsize, 1)[0]
+    return File(name, size, dtype, offset, None, [int(last) == eos_id], _fingerprint(file))
 
 
 def _array(file: FileIO, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
     return np.frombuffer(os.pread(file.fileno(), count * dtype.itemsize, int(offset)), dtype=dtype.newbyteorder("<"))
 
 
-def _blocks(file: FileIO) -> bytes:
-    """The size of a file and some blocks of it, the first and the last among them."""
-    size = os.fstat(file.fileno()).st_size
-    places = [(size - BLOCK) * number // (BLOCKS - 1) for number in range(BLOCKS)] if size > BLOCK else [0]
-    return b"%d" % size + b"".join(os.pread(file.fileno(), BLOCK, place) for place in places)
+def _size(file: FileIO) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
-def _digest(parts: list[bytes]) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-class StartsOf(NamedTuple):
-    """Where the documents of a Megatron file begin, which may be of several sequences each."""
-
-    index: Index
-    read: Callable[[int, int], np.ndarray]
-    """(byte, count) -> [count] int64 of the index."""
-
-    def __call__(self, first: int, last: int) -> np.ndarray:
-        """Documents first .. last - 1: [last - first] int64, in tokens."""
-        sequences = self.read(self.index.document_indices + 8 * first, last - first)
-        low, high = sequences[0].item(), sequences[-1].item()
-        if not 0 <= low <= high < self.index.sequences or (np.diff(sequences) < 0).any():
-            raise DataError(f"the index of a Megatron corpus is damaged at document {first:,}: copy it again")
-        pointers = self.read(self.index.pointers + 8 * low, high + 1 - low)
-        return pointers[sequences - low] // np.dtype(self.index.dtype).itemsize
+def _fingerprint(*files: FileIO) -> str:
+    """Checksum of the sizes of files and of some blocks of each, the first and the last among them."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = _size(file)
+        digest.update(b"%d" % size)
+        for number in range(BLOCKS):
+            digest.update(os.pread(file.fileno(), BLOCK, max(0, size - BLOCK) * number // (BLOCKS - 1)))
+    return digest.hexdigest()
 
 
 class CorpusStream(TokenStream):
@@ -273,12 +272,12 @@ class CorpusStream(TokenStream):
         return tokens
 
     def _starts(self, shard: int, first: int, last: int) -> np.ndarray:
-        read = partial(self._read, shard, ".idx", INT64)
-        return StartsOf(self.files[shard].index, read)(first, last) + np.arange(first, last) * self.inserts
+        starts = self.files[shard].starts(partial(self._read, shard, ".idx", INT64), first, last)
+        return starts + np.arange(first, last) * self.inserts
 
     def _open_file(self, shard: int, suffix: str) -> FileIO:
         file = FileIO(self.path(shard, suffix))
         expected = self.files[shard].index.size if suffix == ".idx" else self.files[shard].size
-        if (size := os.fstat(file.fileno()).st_size) != expected:
+        if (size := _size(file)) != expected:
             raise DataError(f"{self.path(shard, suffix)} has {size:,} bytes, and had {expected:,} at the start.")
         return file

@@ -69,6 +69,11 @@ class Plan:
     vocab_size: int
     tokenizer_sha256: str
 
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The folder of each part of the result."""
+        return {part: Path(self.job.out, part) for part in self.job.parts}
+
 
 def make_plan(settings: Settings) -> Plan:
     """Cuts the input into units and computes the checksum that identifies the result."""
