@@ -40,12 +40,13 @@ def check_data(config: JobConfig) -> list[str] | None:
 
 
 def check_generated(config: JobConfig) -> list[str]:
-    """The version of the generator, after making its sources: a wrong name of a group is found here."""
+    """The version of the generator, after making its sources: a wrong name of a group shows here."""
     key = "data.group" if config.data.kind == "group_word" else "data.language"
-    origin = config.provenance.get(key, "default")
+    origin, lengths = config.provenance.get(key, "default"), config.validation.lengths
     try:
-        lengths = {"seq_len": config.training.seq_len, "lengths": config.validation.lengths}
-        sets = held_out_lengths(config.data, **lengths, local_batch_size=1, samples=1)
+        sets = held_out_lengths(
+            config.data, seq_len=config.training.seq_len, lengths=lengths, local_batch_size=1, samples=1
+        )
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
     if sets[0].source.vocab_size > config.model.vocab_size:

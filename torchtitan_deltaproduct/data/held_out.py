@@ -3,36 +3,88 @@
 held_out = held_out_text(["data/code/validation"], seq_len=2048, local_batch_size=8)       # all of its windows
 held_out = held_out_sequences(config.data, seq_len=512, local_batch_size=64, samples=2048, split="test")
 for inputs, labels in held_out: ...            # one pass; a rank that runs out gets rows whose labels are all -100
+bits = nats.sum() / math.log(2) / held_out.source.token_bytes[labels[labels != -100]].sum()
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
+import torch
 
-from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .generated.group_words import GroupWordSource
 from .generated.languages import FormalSource
 from .loader import Batch
 from .packing import IGNORE
-from .shards.held_out_windows import HeldOutWindows
-from .shards.prepared import open_streams
+from .shards.prepared import Windows, open_streams
+from .shards.shards import TokenStream
+from .text.tokenizer import token_bytes
+
+COUNTED = 1 << 22
+"""Tokens counted at a time."""
+
+
+def count_tokens(stream: TokenStream) -> np.ndarray:
+    """How often each id occurs: [vocab_size] int64."""
+    counts = np.zeros(stream.manifest.vocab_size, dtype=np.int64)
+    for first in range(0, stream.tokens, COUNTED):
+        piece = np.empty(min(COUNTED, stream.tokens - first), dtype=np.int64)
+        stream.read(first, piece)
+        counts += np.bincount(piece, minlength=len(counts))
+    return counts
+
+
+class HeldOutWindows(Windows):
+    """`samples` windows, at most `most` (0: all), spread over all streams; the last of each may be partly padding."""
+
+    split = "validation"
+
+    def __init__(self, streams: list[TokenStream], seq_len: int, reset: bool, most: int = 0):
+        super().__init__(streams, [-(-stream.tokens // seq_len) for stream in streams], seq_len, reset)
+        total = int(self.bounds[-1])
+        if not total:
+            raise DataError(f"{streams[0].folder} holds no tokens.\nPrepare a validation set that is not empty.")
+        self.samples = min(most, total) or total
+
+    def batch(self, samples: np.ndarray) -> Batch:
+        """samples: [n] int64 below `samples` -> ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels)."""
+        return self.read(samples * self.bounds[-1] // self.samples)
+
+    @cached_property
+    def token_bytes(self) -> torch.Tensor:
+        """UTF-8 bytes of text that each token stands for, 0 for the separator: [vocab_size] float64.
+
+        The table of `tokenizer.token_bytes`, scaled so that all tokens of the set have the bytes of its text. The
+        factor is 1 for byte-level vocabularies. Where the tokenizer changes the text (Unicode normalisation, unknown
+        tokens, a space before each document) it is not, and only the manifests know the bytes that were read: those
+        of files that other programs made do not, and the table stays as it is.
+        """
+        eos_id = self.streams[0].manifest.eos_id
+        table = token_bytes(self.tokenizer_path, self.vocab_size, eos_id).astype(np.float64)
+        if not all(stream.manifest.bytes for stream in self.streams):
+            return torch.from_numpy(table)
+        counts = sum(count_tokens(stream) for stream in self.streams)
+        if not table @ counts:
+            # Nothing but unknown tokens: each has an equal share.
+            table[:] = np.arange(self.vocab_size) != eos_id
+        text_bytes = sum(stream.manifest.bytes for stream in self.streams)
+        return torch.from_numpy(table * (text_bytes / (table @ counts)))
+
+    def describe(self) -> str:
+        tokens = sum(stream.tokens for stream in self.streams)
+        names = " + ".join(str(stream.folder) for stream in self.streams)
+        return f"windows of {self.seq_len:,} of {names} ({tokens:,} tokens)"
 
 
 class HeldOut:
     """Samples 0 .. samples - 1 of a source, for all ranks together, cut into batches for this one; ConfigError if none.
 
-    What is particular to a source (`token_bytes`, `classes`, `chance`) is asked of `source`.
+    What is particular to a source (`token_bytes` of text, `classes` and `chance` of generated ones) is asked of it.
     """
 
-    def __init__(
-        self,
-        source: GroupWordSource | FormalSource | HeldOutWindows,
-        samples: int,
-        local_batch_size: int,
-        dp_rank: int = 0,
-        dp_world_size: int = 1,
-    ):
+    def __init__(self, source, samples: int, local_batch_size: int, dp_rank: int = 0, dp_world_size: int = 1):
         if samples < 1 or local_batch_size < 1:
             raise ConfigError(
                 f"validation of {samples} samples in batches of {local_batch_size}: both must be at least 1"

@@ -127,14 +127,13 @@ class Loader:
 
     def _wrap(self, dataset: torch.utils.data.Dataset, **options) -> DataLoader:
         if self.num_workers:
-            options["prefetch_factor"] = self.prefetch_factor
+            options |= {"prefetch_factor": self.prefetch_factor, "worker_init_fn": ignore_stop_signals}
         # A generator of its own: a loader made anew on restart must not draw from the global one.
         return DataLoader(
             dataset,
             batch_size=None,
             collate_fn=_as_is,
             num_workers=self.num_workers,
-            worker_init_fn=ignore_stop_signals if self.num_workers else None,
             generator=torch.Generator(),
             **options,
         )

@@ -47,7 +47,6 @@ class Group:
 
     @property
     def order(self) -> int:
-        """Number of elements."""
         return len(self.table)
 
     @property

@@ -27,6 +27,8 @@ from torchtitan_deltaproduct.files import read_text, write_atomically, write_jso
 NAME, TABLE, WORK = "manifest.json", "shards.npy", ".prepare"
 """Files of a prepared folder, and the folder of what an unfinished one needs to go on."""
 FORMAT = "torchtitan-deltaproduct tokens"
+RESTORE = "Restore it from a copy or prepare again."
+CHANGED = f"{{}} was changed after it was written: its checksum does not match.\n{RESTORE}"
 VERSION = 3
 """Of what is written; older ones are read as well. Up to version 2 an .idx was int64, for each document the position
 after its separator; version 1 held the shards as a list in manifest.json."""
@@ -46,11 +48,7 @@ class Shard:
 
 
 class ShardTable(Sequence):
-    """The shards of a folder as one array, for there may be many.
-
-    Attributes:
-        rows: [shards] with the fields of `Shard`: names as bytes, counts int64, checksums of 32 bytes.
-    """
+    """The shards of a folder, maybe many, as one array: names as bytes, counts int64, checksums of 32 bytes."""
 
     def __init__(self, rows: np.ndarray):
         self.rows = rows
@@ -175,7 +173,7 @@ def _read(folder: Path, *_state: int) -> Manifest:
     except OSError as error:
         raise DataError(f"{folder} cannot be read as a folder of tokens: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}).\nRestore it from a copy or prepare again.") from None
+        raise DataError(f"{path} is damaged ({error}).\n{RESTORE}") from None
     if body.get("format") != FORMAT:
         raise DataError(f"{path} is not a manifest of prepared tokens (no format = {FORMAT!r}).")
     version = body.get("version")
@@ -185,7 +183,7 @@ def _read(folder: Path, *_state: int) -> Manifest:
             "Prepare the data again, or use the release that wrote it."
         )
     if body.pop("manifest_sha256", None) != _checksum(body):
-        raise DataError(_changed(path))
+        raise DataError(CHANGED.format(path))
     del body["format"]
     if version == 1:
         return Manifest(**{**body, "shards": [Shard(**shard) for shard in body["shards"]]})
@@ -199,20 +197,11 @@ def _read_table(path: Path, digest: str) -> ShardTable:
     try:
         table = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}).\nRestore it from a copy or prepare again."
-        ) from None
+        raise DataError(f"{path} cannot be read ({error.strerror}).\n{RESTORE}") from None
     if hashlib.sha256(table).hexdigest() != digest:
-        raise DataError(_changed(path))
+        raise DataError(CHANGED.format(path))
     # Mapped, so that the processes of a machine share it.
     return ShardTable(np.load(path, mmap_mode="r").view(np.ndarray))
-
-
-def _changed(path: Path) -> str:
-    return (
-        f"{path} was changed after it was written: its checksum does not match.\n"
-        "Restore it from a copy or prepare again."
-    )
 
 
 def _checksum(body: dict) -> str:
@@ -221,18 +210,14 @@ def _checksum(body: dict) -> str:
 
 def _missing(folder: Path) -> str:
     if not folder.exists():
-        return (
-            f"There is no folder {folder}.\n"
-            f"Make it: python -m torchtitan_deltaproduct.data.prepare {folder} --input ... --tokenizer ..."
-        )
+        make = f"python -m torchtitan_deltaproduct.data.prepare {folder} --input ... --tokenizer ..."
+        return f"There is no folder {folder}.\nMake it: {make}"
     inner = [name for name in ("train", "validation") if (folder / name / NAME).is_file()]
     if inner:
         return f"{folder} has no {NAME}, but these have: {', '.join(str(folder / name) for name in inner)}"
     if (folder / WORK).exists() or (folder.parent / WORK).exists():
-        return (
-            f"{folder} has no {NAME}: its preparation did not finish.\n"
-            "Run the same prepare command again; it continues."
-        )
+        again = "Run the same prepare command again; it continues."
+        return f"{folder} has no {NAME}: its preparation did not finish.\n{again}"
     return (
         f"{folder} has no {NAME}: it is not a folder made by torchtitan_deltaproduct.data.prepare, nor are there "
         "Megatron (.bin and .idx) or .npy files of tokens."

@@ -37,12 +37,9 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class ShardWriter:
-    """Writes one shard. The files get their names in `close`; before that they are `<name>.bin.tmp<pid>`.
+    """Writes one shard of tokens of type `dtype`: `name` in a prepared folder, such as `shards/00003`.
 
-    Args:
-        folder: the prepared folder.
-        name: of the shard inside it, such as `shards/00003`.
-        dtype: `uint16` or `uint32`.
+    The files get their names in `close`; before that they are `<name>.bin.tmp<pid>`.
     """
 
     def __init__(self, folder: Path, name: str, dtype: str):
@@ -74,14 +71,8 @@ class ShardWriter:
         self.file.close()
         for suffix in (".bin", ".idx"):
             os.replace(self._temporary(suffix), f"{self.path}{suffix}")
-        return Shard(
-            self.name,
-            self.tokens,
-            len(self.ends),
-            self.text_bytes,
-            self.digest.hexdigest(),
-            hashlib.sha256(index).hexdigest(),
-        )
+        digests = self.digest.hexdigest(), hashlib.sha256(index).hexdigest()
+        return Shard(self.name, self.tokens, len(self.ends), self.text_bytes, *digests)
 
     def abandon(self) -> None:
         """Removes what was written."""

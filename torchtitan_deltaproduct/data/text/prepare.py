@@ -216,11 +216,10 @@ def intact(out: Path, record: dict, verify: bool) -> bool:
                 now = state(os.stat(path))
             except OSError:
                 return False
-            # An earlier version had another index, or kept no states.
+            # An earlier version had another index.
             if suffix == ".idx" and now[0] != own_index(shard["documents"]).size:
                 return False
-            untouched = "states" in record and record["states"][part][place] == now
-            if (verify or not untouched) and file_sha256(path) != shard[f"{suffix[1:]}_sha256"]:
+            if (verify or record["states"][part][place] != now) and file_sha256(path) != shard[f"{suffix[1:]}_sha256"]:
                 return False
     return True
 
@@ -229,8 +228,7 @@ def hold_out_one(plan: Plan, records: list[dict], workers: int, max_bad_records:
     """The records, at least one document among them held out: of those to train on, the one with the smallest draw."""
     job = plan.job
     missing = job.validation_fraction and not any(record["shards"]["validation"] for record in records)
-    # What an interrupted run of an earlier version left says nothing of draws.
-    least = min((record.get("least", 1.0) for record in records), default=1.0)
+    least = min((record["least"] for record in records), default=1.0)
     if not missing or least == 1.0:
         return records
     log(f"no {job.split_by} was drawn at --validation-fraction {job.validation_fraction}: the nearest one is held out")
@@ -244,7 +242,7 @@ def hold_out_one(plan: Plan, records: list[dict], workers: int, max_bad_records:
 
 def check_unknown(records: list[dict], limit: float) -> None:
     """Raises DataError if the share of unknown tokens is above `limit`."""
-    unknown = sum(record.get("unknown", 0) for record in records)
+    unknown = sum(record["unknown"] for record in records)
     tokens = sum(shard.tokens - shard.documents for shard in shards_of(records))
     if unknown > limit * tokens:
         raise DataError(
@@ -262,9 +260,7 @@ def shards_of(records: list[dict], part: str | None = None) -> list[Shard]:
 def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> None:
     """Tokenizer copies, the list of bad records and, last, the manifests; then the working folder goes."""
     bad = [BadRecord(*entry) for record in records for entry in record["bad"]]
-    empty, unknown, spelled = (
-        sum(record.get(key, 0) for record in records) for key in ("empty", "unknown", "separators")
-    )
+    empty, unknown, spelled = (sum(record[key] for record in records) for key in ("empty", "unknown", "separators"))
     if spelled:
         log(f"warning: {spelled} documents hold the separator inside, as it is an ordinary token of this tokenizer")
     manifests = {}

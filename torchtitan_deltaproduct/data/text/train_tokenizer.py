@@ -34,29 +34,16 @@ RECORD = "training.json"
 def train_tokenizer(
     inputs: list[str], vocab_size: int, out: str, text_field: str = "text", overwrite: bool = False
 ) -> bool:
-    """Trains a tokenizer and writes its folder.
+    """Trains a tokenizer of `vocab_size` entries on files and folders as `prepare` takes them, and writes its folder.
 
-    Args:
-        inputs: files and folders as `prepare` takes them.
-        vocab_size: entries of the vocabulary, 257 or more: 256 bytes and the separator.
-        out: folder to write tokenizer.json and tokenizer_config.json to.
-        text_field: JSON field or Parquet column that holds the text.
-        overwrite: replaces another tokenizer in `out`.
-
-    Returns:
-        False if the folder held this result already.
+    Returns False if the folder held this result already; `overwrite` replaces another one.
     """
     if vocab_size < 257:
         raise ConfigError(f"--vocab-size is {vocab_size}: expected at least 257 (256 bytes and the separator)")
     folder = Path(out)
     make_folder(folder)
     units = plan_units(inputs, text_field, unit_bytes=1 << 24)
-    record = {
-        "inputs": inputs,
-        "vocab_size": vocab_size,
-        "text_field": text_field,
-        "content": identity(units),
-    }
+    record = {"inputs": inputs, "vocab_size": vocab_size, "text_field": text_field, "content": identity(units)}
     if (folder / "tokenizer.json").exists() and not overwrite:
         try:
             same = json.loads(read_text(folder / RECORD)) == record
@@ -73,9 +60,8 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     # Sorted: the library's list of the 256 characters has another order in each process.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-    )
+    special = {"special_tokens": [EOS], "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **special)
     with Progress("read text", sum(unit.size for unit in units)) as progress:
         tokenizer.train_from_iterator(texts(units, progress), trainer)
     save(tokenizer, folder, record)
@@ -101,12 +87,8 @@ def texts(units: list[Unit], progress: Progress) -> Iterator[str]:
 
 def save(tokenizer: Tokenizer, folder: Path, record: dict) -> None:
     """Writes the folder in the form that Hugging Face loads; tokenizer.json comes last."""
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": EOS,
-        "eos_token": EOS,
-        "clean_up_tokenization_spaces": False,
-    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOS, "eos_token": EOS}
+    config["clean_up_tokenization_spaces"] = False
     (folder / "tokenizer.json").unlink(missing_ok=True)
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / RECORD, record)
