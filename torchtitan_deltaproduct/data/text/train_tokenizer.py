@@ -7,12 +7,9 @@ same input gives the same tokenizer. A folder that holds the result already is l
 """
 
 import argparse
-import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,6 +20,7 @@ from torchtitan_deltaproduct.files import read_text, write_atomically, write_jso
 
 from .documents import BadRecord, Unit
 from .files import make_folder
+from .plan import identity
 from .progress import Progress
 from .sources import plan_units, read_unit
 from .tokenizer import load_tokenizer
@@ -43,7 +41,8 @@ def train_tokenizer(
     folder = Path(out)
     make_folder(folder)
     units = plan_units(inputs, text_field, unit_bytes=1 << 24)
-    record = {"inputs": inputs, "vocab_size": vocab_size, "text_field": text_field, "content": identity(units)}
+    content = identity(units, {name for unit in units for name in unit.paths})
+    record = {"inputs": inputs, "vocab_size": vocab_size, "text_field": text_field, "content": content}
     if (folder / "tokenizer.json").exists() and not overwrite:
         try:
             same = json.loads(read_text(folder / RECORD)) == record
@@ -93,13 +92,6 @@ def save(tokenizer: Tokenizer, folder: Path, record: dict) -> None:
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / RECORD, record)
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-
-
-def identity(units: list[Unit]) -> str:
-    """Checksum of the input files' names, sizes and times."""
-    names = sorted({name for unit in units for name in unit.paths})
-    stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
-    return hashlib.sha256(json.dumps([[asdict(unit) for unit in units], stats]).encode()).hexdigest()
 
 
 def main(arguments: list[str] | None = None) -> int:
