@@ -123,6 +123,8 @@ class Validator(HeldOutValidator):
             dp_rank=self.dp_rank,
             dp_world_size=self.dp_world_size,
             reset_state_at_documents=job_config.data.reset_state_at_documents,
+            tokenizer_path=job_config.model.hf_assets_path,
+            eos=job_config.data.eos,
         )
         if config.prompts:
             self.samples = Samples(config.prompts, config.sample_tokens, config.paths[0])
