@@ -30,8 +30,8 @@ from torchtitan_deltaproduct.data.shards.manifest import NAME as MANIFEST
 from torchtitan_deltaproduct.data.shards.prepared import check_tokenizer
 from torchtitan_deltaproduct.data.shards.shards import TokenStream, token_dtype
 from torchtitan_deltaproduct.data.shards.verified import file_sha256
+from torchtitan_deltaproduct.data.text.arrow import check_no_split
 from torchtitan_deltaproduct.data.text.files import list_files
-from torchtitan_deltaproduct.data.text.sources import check_no_split
 from torchtitan_deltaproduct.data.text.tokenizer import find_eos_id, tokenizer_sha256
 from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import read_text

@@ -21,7 +21,7 @@ from ..options import add_model_options, add_out_option, at_least, load_models, 
 from ..ranks import Meter
 from ..swept import Swept, made_by
 from .problems import Problem, model_reader, problem_of
-from .results import Criterion, RunResult, Setting, by_setting, table, write_csv, write_json
+from .results import Criterion, RunResult, Setting, by_setting, read_settings, table, write_csv, write_json
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -112,4 +112,14 @@ def metrics(folder: Path) -> dict[str, float | None]:
     }
 
 
-SWEPT = Swept("state_tracking", metrics, parse)
+def compare(files: list[Path], names: list[str], stem: Path) -> None:
+    """The curves of several runs, over their seeds where they differ in nothing else: `stem`.png, .csv and .json."""
+    from .figures import accuracy_figure
+
+    settings = read_settings(files)
+    accuracy_figure(settings, stem.with_suffix(".png"))
+    write_csv(stem.with_suffix(".csv"), settings)
+    write_json(stem.with_suffix(".json"), settings, Criterion(), {})
+
+
+SWEPT = Swept("state_tracking", metrics, parse, compare=compare)

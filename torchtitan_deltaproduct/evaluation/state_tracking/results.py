@@ -81,6 +81,17 @@ class RunResult:
         seeds = (config["data"]["seed"], config["debug"]["seed"])
         return cls(loaded.label, problem, counts, settings, seeds, loaded.step, config["training"]["steps"])
 
+    @classmethod
+    def from_dict(cls, record: dict, setting: dict) -> "RunResult":
+        """The run of a record that `to_dict` made, and of the record of its setting."""
+        formal = "prefix_correct" not in record
+        problem = Problem(setting["problem"], formal, record["train_length"], record["length"], record["chance"], (),
+                          record["test_seed"])  # fmt: skip
+        counts = [record["scored"], record["correct"], record.get("prefix_correct", [0] * record["length"])]
+        seeds = (record["data_seed"], record["model_seed"])
+        return cls(record["run"], problem, Counts(record["words"], *map(np.array, counts)), setting["settings"], seeds,
+                   record["step"], record["steps_planned"])  # fmt: skip
+
     @property
     def n_h(self) -> int:
         return self.settings["model.num_householder"]
@@ -217,6 +228,12 @@ def by_setting(results: list[RunResult]) -> list[Setting]:
             parts.append(f"to {own.problem.length} tokens")
         setting.differs = ", ".join(parts)
     return settings
+
+
+def read_settings(paths: list[Path]) -> list[Setting]:
+    """The runs of several files of `write_json`, by setting; DataError if one is damaged."""
+    records = [setting for path in paths for setting in files.read_results(path, "settings")]
+    return by_setting([RunResult.from_dict(run, setting) for setting in records for run in setting["runs"]])
 
 
 def table(settings: list[Setting], criterion: Criterion) -> Table:
