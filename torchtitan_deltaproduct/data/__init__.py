@@ -40,15 +40,9 @@ GENERATED = ("group_word", "formal_language")
 
 
 def build_loader(
-    data,
-    *,
-    seq_len: int,
-    local_batch_size: int,
-    global_batch_size: int,
-    dp_rank: int = 0,
-    dp_world_size: int = 1,
+    data, *, seq_len: int, local_batch_size: int, global_batch_size: int, dp_rank: int = 0, dp_world_size: int = 1,
     tokenizer_path: str = "",
-) -> "Loader":
+) -> "Loader":  # fmt: skip
     """The training loader that a `[data]` table asks for: iterating yields micro-batches forever, from its state on.
 
     Args:

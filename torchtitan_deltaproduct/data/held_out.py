@@ -110,26 +110,18 @@ class HeldOut:
 
 
 def held_out_text(
-    paths: list[str],
-    *,
-    seq_len: int,
-    local_batch_size: int,
-    steps: int = -1,
-    reset_state_at_documents: bool = False,
-    tokenizer_path: str = "",
-    eos: str = "",
-    **ranks: int,
-) -> HeldOut:
+    paths: list[str], *, seq_len: int, local_batch_size: int, steps: int = -1, reset_state_at_documents: bool = False,
+    tokenizer_path: str = "", eos: str = "", **ranks: int,
+) -> HeldOut:  # fmt: skip
     """The windows of `seq_len` tokens of prepared folders or token files of others, one after the other.
 
     Args:
         paths, tokenizer_path, eos: see `open_stream`.
-        seq_len: the last window of each may be partly ignored.
-        local_batch_size: windows of one batch on this rank.
+        seq_len: tokens of a window; the last of each may be partly ignored.
         steps: -1 reads every window once; else steps * local_batch_size windows, evenly spaced so that every
             part of every folder is represented.
         reset_state_at_documents: adds `document_starts`; as in training. It changes no label.
-        ranks: `dp_rank` and `dp_world_size`.
+        local_batch_size, ranks: see `HeldOut`.
 
     Raises:
         ConfigError: `paths` or `steps` cannot be used. DataError: a folder is missing, damaged or empty.
@@ -142,25 +134,17 @@ def held_out_text(
 
 
 def held_out_sequences(
-    data,
-    *,
-    seq_len: int,
-    local_batch_size: int,
-    samples: int,
-    split: str = "validation",
-    min_length: int | None = None,
-    max_length: int | None = None,
-    **ranks: int,
-) -> HeldOut:
+    data, *, seq_len: int, local_batch_size: int, samples: int, split: str = "validation",
+    min_length: int | None = None, max_length: int | None = None, **ranks: int,
+) -> HeldOut:  # fmt: skip
     """The generated sequences of one length that belong to a `[data]` table; a curriculum plays no part.
 
     Args:
         data: the `[data]` table.
         seq_len: tokens of a row; may be longer than in training.
-        local_batch_size, samples: rows of one batch on this rank, and of all ranks together.
         split: `validation` or `test`.
         min_length, max_length: tokens of a row of a formal language, in place of those in `data`.
-        ranks: `dp_rank` and `dp_world_size`.
+        local_batch_size, samples, ranks: see `HeldOut`.
 
     Raises:
         ConfigError: `data.kind` is not generated, or the settings cannot be run.

@@ -25,11 +25,7 @@ SHOWN_TOKENS = 200
 
 
 def verify(folder: str | Path) -> int:
-    """Compares every shard file with its checksum; returns the number of files.
-
-    Raises:
-        DataError: names the files that are missing, have another size, or differ.
-    """
+    """Compares every shard file with its checksum, DataError names those that differ; returns the number of files."""
     manifest = read_manifest(folder)
     file_states(Path(folder), manifest)
     files = [(shard, suffix) for shard in range(len(manifest.shards)) for suffix in SUFFIXES]
@@ -66,8 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--document", type=int, default=0, metavar="N", help="document to show (default: 0)")
     parser.add_argument("--verify", action="store_true", help="check every file against its checksum")
     options = parser.parse_args(arguments)
-    console = Console()
-    stream = open_stream(options.folder, options.tokenizer)
+    console, stream = Console(), open_stream(options.folder, options.tokenizer)
     console.print(table(stream))
     tokens = stream.document(options.document)
     tokenizer = load_tokenizer(stream.tokenizer_path, stream.manifest.eos_id)

@@ -62,10 +62,8 @@ def find_files(path: str | Path) -> list[str]:
 def open_stream(path: str | Path, tokenizer_path: str = "", eos: str = "") -> TokenStream:
     """Opens a prepared folder, or token files of others.
 
-    Args:
-        path: the folder or file.
-        tokenizer_path: folder with the tokenizer.json of the files of others; a prepared folder has its own.
-        eos: text of the token between documents, if it is not the one that the tokenizer names.
+    These need the folder of their tokenizer.json; and the text of the token between documents, if it is not the one
+    that the tokenizer names.
 
     Raises:
         ConfigError: files of others, and no tokenizer. DataError: the data is missing, damaged or does not fit.

@@ -6,8 +6,7 @@
                     shards/00000.bin   token ids, little endian
                     shards/00000.idx   where documents begin, as in a Megatron corpus (megatron.py)
 
-    manifest = read_manifest("data/code/train"); manifest.tokens; manifest.shards[3].name
-The files carry checksums. `python -m torchtitan_deltaproduct.data.show FOLDER` prints what they say.
+`python -m torchtitan_deltaproduct.data.show FOLDER` prints what it says.
 """
 
 import hashlib
@@ -146,12 +145,9 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Reads and checks manifest.json and the table of shards; once in a process unless the file changes.
+    """Reads and checks manifest.json and the table of shards, once in a process unless the file changes.
 
-    The shard files are not looked at: `verified` does that.
-
-    Raises:
-        DataError: it is missing, damaged, or of another version.
+    The shard files are not looked at: `verified` does that. DataError: it is missing, damaged, or of another version.
     """
     folder = Path(folder)
     try:

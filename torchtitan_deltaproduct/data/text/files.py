@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,14 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         why = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
         raise DataError(f"{folder} cannot be made: {why}; choose another folder") from None
+
+
+def read_record(path: Path) -> dict | None:
+    """What an earlier run noted in a JSON file; None if there is none, or it is damaged."""
+    try:
+        return json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -33,7 +33,7 @@ from ..shards.manifest import NAME, TABLE, WORK, Manifest, Shard, read_manifest,
 from ..shards.megatron import own_index
 from ..shards.verified import SUFFIXES, THREADS, Verified, file_sha256, file_states, state
 from .documents import BadRecord
-from .files import make_folder
+from .files import make_folder, read_record
 from .plan import Plan, Settings, log, make_plan
 from .tokenizer import MOST_UNKNOWN, copy_tokenizer
 from .units import Preparation, tokenize_units
@@ -42,14 +42,9 @@ BAD_RECORDS = "bad_records.jsonl"
 
 
 def prepare(
-    settings: Settings,
-    workers: int = 0,
-    max_bad_records: int = 100,
-    overwrite: bool = False,
-    max_unknown: float = MOST_UNKNOWN,
-    verify: bool = False,
-    part: tuple[int, int] | None = None,
-) -> bool:
+    settings: Settings, workers: int = 0, max_bad_records: int = 100, overwrite: bool = False,
+    max_unknown: float = MOST_UNKNOWN, verify: bool = False, part: tuple[int, int] | None = None,
+) -> bool:  # fmt: skip
     """Makes the prepared folder, or folders `train` and `validation` inside it.
 
     Args:
@@ -138,9 +133,8 @@ def make_room(out: Path, plan: Plan, overwrite: bool, keep: str, alone: bool) ->
     begun = out / WORK / "plan.json"
     sources = [read_record(begun) or {}] if begun.is_file() else []
     # To be overwritten, a dataset need not be readable.
-    sources += [
-        {} if overwrite else read_manifest(folder).source for folder in targets(out) if (folder / NAME).is_file()
-    ]
+    made = [folder for folder in targets(out) if (folder / NAME).is_file()]
+    sources += [{} if overwrite else read_manifest(folder).source for folder in made]
     other = [source for source in sources if source.get("plan") != plan.source["plan"]]
     if other and not overwrite:
         raise DataError(
@@ -199,16 +193,11 @@ def finished_units(out: Path, numbers: range, verify: bool) -> dict[int, dict]:
     return records
 
 
-def read_record(path: Path) -> dict | None:
-    """A JSON file of the working folder; None if it is damaged."""
-    try:
-        return json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 def intact(out: Path, record: dict, verify: bool) -> bool:
     """Whether the shards of a unit are those of its record: untouched since, or with the right checksums."""
+    if "least" not in record:
+        # Of an earlier version.
+        return False
     for part, shard in record["shards"].items():
         for place, suffix in enumerate(SUFFIXES if shard else ()):
             path = out / part / (shard["name"] + suffix)
@@ -273,14 +262,11 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
             )
         if os.path.realpath(tokenizer) != os.path.realpath(folder / "tokenizer"):
             copy_tokenizer(tokenizer, folder / "tokenizer", plan.job.eos_id)
-        tokens, documents, text_bytes = (
-            sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents", "bytes")
-        )
+        totals = {name: sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents", "bytes")}
         manifests[folder] = Manifest(
-            dtype=plan.job.dtype, vocab_size=plan.vocab_size, eos_id=plan.job.eos_id,
-            tokenizer_sha256=plan.tokenizer_sha256, tokens=tokens, documents=documents, bytes=text_bytes,
-            empty_documents=empty, bad_records=len(bad), unknown_tokens=unknown,
-            source={**plan.source, "part": part}, shards=shards,
+            dtype=plan.job.dtype, vocab_size=plan.vocab_size, eos_id=plan.job.eos_id, **totals, shards=shards,
+            tokenizer_sha256=plan.tokenizer_sha256, empty_documents=empty, bad_records=len(bad), unknown_tokens=unknown,
+            source={**plan.source, "part": part},
         )  # fmt: skip
     if bad:
         lines = [json.dumps({"file": file, "position": place, "reason": reason}) for file, place, reason in bad]
@@ -301,47 +287,34 @@ def no_documents(part: str, job: Preparation, bad: list[BadRecord]) -> str:
         return f"Name other files with {'--validation-input' if part == 'validation' else '--input'}."
     if job.split_by == "token":
         return "No document is long enough to be cut: give more input, or another --validation-fraction."
-    return (
-        "One document cannot be on both sides: --split-by token holds out the end of each, --validation-input PATH "
-        "other files."
-    )
+    apart = "--split-by token holds out the end of each, --validation-input PATH other files."
+    return f"One document cannot be on both sides: {apart}"
 
 
-def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
+def summary(out: Path, parts: tuple[str, ...]) -> str:
     """What the folder holds and how to train on it."""
     lines = []
-    for part in plan_parts:
+    for part in parts:
         manifest = read_manifest(out / part)
         lines.append(
             f"  {out / part}: {manifest.counts()}, {manifest.bytes_a_token:.2f} bytes a token, "
             f"{manifest.tokens * manifest.token_bytes / 1e6:.1f} MB in {len(manifest.shards)} shards"
         )
-    if manifest.empty_documents or manifest.bad_records:
-        named = f" (named in {out / BAD_RECORDS}), such as" if manifest.bad_records else ""
-        lines.append(
-            f"  left out: {manifest.empty_documents} empty documents, {manifest.bad_records} unreadable records{named}"
-        )
+    empty, bad = manifest.empty_documents, manifest.bad_records
+    if empty or bad:
+        named = f" (named in {out / BAD_RECORDS}), such as" if bad else ""
+        lines.append(f"  left out: {empty} empty documents, {bad} unreadable records{named}")
         lines += [f"    {record}" for record in first_bad(out)]
     if manifest.unknown_tokens:
-        share = manifest.unknown_tokens / max(1, sum(read_manifest(out / part).tokens for part in plan_parts))
+        share = manifest.unknown_tokens / max(1, sum(read_manifest(out / part).tokens for part in parts))
         lines.append(f"  unknown: {manifest.unknown_tokens:,} tokens ({share:.1%}) that the vocabulary cannot write")
-    return "\n".join(
-        [*lines, "  to train on it, with this or another TOML:", f"    {next_command(out, plan_parts, manifest)}"]
-    )
-
-
-def next_command(out: Path, parts: tuple[str, ...], manifest: Manifest) -> str:
-    """A command that trains on the folder; the vocabulary is that of the tokenizer, made a multiple of 64."""
     held_out = ["--validation.paths", str(out / parts[1])] if len(parts) > 1 else ["--validation.no-enable"]
     words = ["bash", "launch/local.sh", "train_configs/own_text.toml", "--job.dump_folder", f"outputs/{out.name}"]
-    words += [
-        "--data.paths",
-        str(out / parts[0]),
-        *held_out,
-        "--model.vocab_size",
-        str(-(-manifest.vocab_size // 64) * 64),
-    ]
-    return shlex.join([*words, "--model.hf_assets_path", str(out / parts[0] / "tokenizer")])
+    words += ["--data.paths", str(out / parts[0]), *held_out]
+    # A vocabulary that is a multiple of 64 is fastest.
+    words += ["--model.vocab_size", str(-(-manifest.vocab_size // 64) * 64)]
+    words += ["--model.hf_assets_path", str(out / parts[0] / "tokenizer")]
+    return "\n".join([*lines, "  to train on it, with this or another TOML:", f"    {shlex.join(words)}"])
 
 
 def first_bad(out: Path) -> list[BadRecord]:

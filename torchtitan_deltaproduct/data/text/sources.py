@@ -206,11 +206,7 @@ def _read_csv(unit: Unit, name: str) -> Iterator[Entry]:
 
 
 READERS = {
-    "text": ("line", _read_text),
-    "json": ("line", _read_json),
-    "list": ("item", _read_list),
-    "csv": ("line", _read_csv),
-    "parquet": ("row", read_parquet),
-    "dataset": ("row", read_dataset),
-}
+    "text": ("line", _read_text), "json": ("line", _read_json), "list": ("item", _read_list),
+    "csv": ("line", _read_csv), "parquet": ("row", read_parquet), "dataset": ("row", read_dataset),
+}  # fmt: skip
 """What a place in a file is called, and what reads it."""
