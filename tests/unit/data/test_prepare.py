@@ -106,10 +106,10 @@ def command(out: Path, tokenizer: str, corpus: Path, *options: str) -> list[str]
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """About 6 MB, so 6 shards: text files, and one JSON lines file that is cut in the middle of lines."""
-    folder = make_corpus(tmp_path_factory.mktemp("corpus"), 300)
+    """About 4 MB, so 4 shards: text files, and one JSON lines file that is cut in the middle of lines."""
+    folder = make_corpus(tmp_path_factory.mktemp("corpus"), 100)
     texts = ["def f(x):\n    return x\n", "naïve 日本 ", "0123 <|endoftext|>"]
-    lines = [json.dumps({"text": f"{n} {texts[n % 3] * 40}", "n": n}) + "\n" for n in range(4500)]
+    lines = [json.dumps({"text": f"{n} {texts[n % 3] * 40}", "n": n}) + "\n" for n in range(3000)]
     (folder / "lines.jsonl").write_text("".join(lines))
     return folder
 
@@ -129,10 +129,9 @@ def test_workers_do_not_change_a_byte(tmp_path, tokenizer, corpus, uninterrupted
     assert files_of(tmp_path / "out") == uninterrupted
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_again_and_again_then_finished_gives_the_same_bytes(tmp_path, tokenizer, corpus, uninterrupted, seed):
+def test_killed_again_and_again_then_finished_gives_the_same_bytes(tmp_path, tokenizer, corpus, uninterrupted):
     """Killed at a random moment, once before and then after each further shard."""
-    out, rng, seen, kills = tmp_path / "out", random.Random(seed), 0, 0
+    out, rng, seen, kills = tmp_path / "out", random.Random(0), 0, 0
     while True:
         with open(tmp_path / "log", "a") as log:
             process = subprocess.Popen(command(out, tokenizer, corpus, "--workers", "2"), stdout=log, stderr=log)
@@ -179,13 +178,13 @@ def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uni
 def test_parts_on_several_machines(tmp_path, tokenizer, corpus, uninterrupted):
     """Two at a time and one after them, then what is left: the same bytes as in one go."""
     out = tmp_path / "out"
-    parts = [command(out, tokenizer, corpus, "--workers", "1", "--part", f"{number}/4") for number in (1, 2, 3)]
+    parts = [command(out, tokenizer, corpus, "--workers", "1", "--part", f"{number}/3") for number in (1, 2, 3)]
     together = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for words in parts[:2]]
     for process in together:
         _, errors = process.communicate()
-        assert process.returncode == 0 and "of 4" not in errors and "/4 of" in errors, errors
+        assert process.returncode == 0 and "continuing" not in errors and "/3 of" in errors, errors
     whole = len(list(out.glob(".prepare/0*.json")))
-    assert 0 < whole < 9 and not list(out.rglob("manifest.json"))
+    assert whole == 3 and not list(out.rglob("manifest.json"))
     subprocess.run(parts[2], check=True, capture_output=True)
     assert len(list(out.glob(".prepare/0*.json"))) > whole
     with locked(out, fcntl.LOCK_SH):
