@@ -74,6 +74,9 @@ def test_every_kind_of_input_becomes_the_same_documents(tmp_path, tokenizer):
     for number, text in enumerate(texts):
         (tmp_path / "h" / f"{number:03d}.txt.zst").write_bytes(zstd(text.encode()))
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d", "e.csv", "f.json", "g.jsonl.zst", "h"):
+        units = plan_units([tmp_path / name], "body", 1 << 10)
+        assert [record.text for unit in units for record in read_unit(unit)] == texts, name
+    for name in ("c.parquet", "h"):
         out = tmp_path / f"out_{name[0]}"
         assert prepare(Settings(str(out), tokenizer, [str(tmp_path / name)], text_field="body"), workers=1)
         assert texts_of(out) == texts, name
@@ -104,6 +107,11 @@ def command(out: Path, tokenizer: str, corpus: Path, *options: str) -> list[str]
     return [*start, "--tokenizer", tokenizer, "--validation-fraction", "0.2", "--shard-mb", "1", *options]
 
 
+def here(words: list[str]) -> int:
+    """The exit code of a `command` in this process."""
+    return main(words[3:])
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """About 4 MB, so 4 shards: text files, and one JSON lines file that is cut in the middle of lines."""
@@ -117,7 +125,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, tokenizer, corpus) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "out"
-    subprocess.run(command(out, tokenizer, corpus, "--workers", "1"), check=True, capture_output=True)
+    assert here(command(out, tokenizer, corpus, "--workers", "1")) == 0
     found = files_of(out)
     assert len([name for name in found if name.endswith(".bin")]) >= 8
     assert not any(".tmp" in name or ".prepare" in name for name in found)
@@ -125,7 +133,7 @@ def uninterrupted(tmp_path_factory, tokenizer, corpus) -> dict[str, bytes]:
 
 
 def test_workers_do_not_change_a_byte(tmp_path, tokenizer, corpus, uninterrupted):
-    subprocess.run(command(tmp_path / "out", tokenizer, corpus, "--workers", "3"), check=True, capture_output=True)
+    assert here(command(tmp_path / "out", tokenizer, corpus, "--workers", "3")) == 0
     assert files_of(tmp_path / "out") == uninterrupted
 
 
@@ -150,7 +158,7 @@ def test_killed_again_and_again_then_finished_gives_the_same_bytes(tmp_path, tok
 
 
 @pytest.mark.parametrize("options", [[], ["--verify"]])
-def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uninterrupted, options):
+def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uninterrupted, options, capsys):
     """Those that were written to; with --verify those too that are as large, as old and the same file."""
     out = tmp_path / "out"
     process = subprocess.Popen(command(out, tokenizer, corpus, "--workers", "1"), stderr=subprocess.DEVNULL)
@@ -164,18 +172,12 @@ def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uni
     shard.write_bytes(b"\0" * before.st_size)
     if options:
         os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
-    done = subprocess.run(
-        command(out, tokenizer, corpus, *options),
-        check=True,
-        stderr=subprocess.PIPE,
-        text=True,
-        stdout=subprocess.DEVNULL,
-    )
-    assert "is damaged and is made again" in done.stderr
+    assert here(command(out, tokenizer, corpus, *options)) == 0
+    assert "is damaged and is made again" in capsys.readouterr().err
     assert files_of(out) == uninterrupted
 
 
-def test_parts_on_several_machines(tmp_path, tokenizer, corpus, uninterrupted):
+def test_parts_on_several_machines(tmp_path, tokenizer, corpus, uninterrupted, capsys):
     """Two at a time and one after them, then what is left: the same bytes as in one go."""
     out = tmp_path / "out"
     parts = [command(out, tokenizer, corpus, "--workers", "1", "--part", f"{number}/3") for number in (1, 2, 3)]
@@ -185,15 +187,13 @@ def test_parts_on_several_machines(tmp_path, tokenizer, corpus, uninterrupted):
         assert process.returncode == 0 and "continuing" not in errors and "/3 of" in errors, errors
     whole = len(list(out.glob(".prepare/0*.json")))
     assert whole == 3 and not list(out.rglob("manifest.json"))
-    subprocess.run(parts[2], check=True, capture_output=True)
+    assert here(parts[2]) == 0
     assert len(list(out.glob(".prepare/0*.json"))) > whole
-    with locked(out, fcntl.LOCK_SH):
-        refused = subprocess.run(command(out, tokenizer, corpus), stderr=subprocess.PIPE, text=True)
-        assert refused.returncode == 2 and "Another prepare is writing" in refused.stderr
-    done = subprocess.run(command(out, tokenizer, corpus), check=True, stderr=subprocess.PIPE, text=True)
-    assert "shards are there already" in done.stderr and files_of(out) == uninterrupted
-    again = subprocess.run(parts[0], check=True, capture_output=True, text=True)
-    assert again.stdout.startswith("already prepared:")
+    with locked(out, fcntl.LOCK_SH), pytest.raises(DataError, match="Another prepare is writing"):
+        here(command(out, tokenizer, corpus))
+    assert here(command(out, tokenizer, corpus)) == 0
+    assert "shards are there already" in capsys.readouterr().err and files_of(out) == uninterrupted
+    assert here(parts[0]) == 0 and capsys.readouterr().out.startswith("already prepared:")
 
 
 @pytest.mark.parametrize("part, more", [((0, 4), {}), ((5, 4), {}), ((1, 4), {"overwrite": True})])
