@@ -43,6 +43,10 @@ RESUME, NON_FINITE = "tests/dist/test_resume.py", "tests/dist/test_non_finite.py
 MUTANTS = [
     Mutant(*fields)
     for fields in [
+        # jobs
+        ("jobs.py", "if code == 0 and self.job.is_done():", "if code == 0:", "tests/unit/test_jobs.py"),
+        ("jobs.py", "gpus[place % len(gpus)]", "gpus[min(place, len(gpus) - 1)]", "tests/unit/test_jobs.py"),
+        ("jobs.py", "if place not in running and waiting:", "if waiting:", "tests/unit/test_jobs.py"),
         # ops
         ("ops/recurrent.py", "decay = None if g is None else g.to(dtype).exp()", "decay = None if g is None else (-g).to(dtype).exp()", PARITY),
         ("ops/recurrent.py", "for row in range(t * n, (t + 1) * n):", "for row in reversed(range(t * n, (t + 1) * n)):", PARITY),

@@ -38,10 +38,8 @@ class Wanted:
 
     Attributes:
         data: the dataset; a name of `datasets` may have a configuration, NAME:CONFIGURATION.
-        length: tokens predicted in each sequence.
-        sequences: how many at most.
-        documents: `auto`, `long` or `packed`.
-        seed: which ones.
+        length, sequences: tokens predicted in each sequence, and how many at most.
+        documents, seed: `auto`, `long` or `packed`, and which ones.
         split, text_field: of a dataset; the field also of JSON and Parquet files.
         eos: text of the separator; empty: as `find_eos_id`. Prepared folders know theirs.
         search_bytes: of text looked through for long documents at most.
