@@ -8,6 +8,7 @@ python -m torchtitan_deltaproduct.data.show data/code/train --verify          # 
 import argparse
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -64,7 +65,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     console, stream = Console(), open_stream(options.folder, options.tokenizer)
     console.print(table(stream))
-    tokens = stream.document(options.document)
+    if stream.manifest.documents:
+        tokens = stream.document(options.document)
+    else:
+        # Of files without an index, the beginning.
+        tokens = np.empty(min(SHOWN_TOKENS, stream.tokens), dtype=np.int64)
+        stream.read(0, tokens)
     tokenizer = load_tokenizer(stream.tokenizer_path, stream.manifest.eos_id)
     shown = tokens[:SHOWN_TOKENS].tolist()
     pieces = Text()

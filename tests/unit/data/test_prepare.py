@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -443,3 +444,20 @@ def test_a_full_disk_is_one_clear_error(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(DataError, match=r"disk of .* is full; finished shards are kept"):
         units._run_unit(0, unit)
     assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_shards_of_an_interrupted_earlier_version_are_made_again(tmp_path, tokenizer, capsys):
+    """Their .idx was int64 alone, where each document ends; the rest of the record is as it is now."""
+    make_jsonl(tmp_path / "a.jsonl", 30), (tmp_path / "b.jsonl").write_text("{\n")
+    words = [str(tmp_path / "out"), "--tokenizer", tokenizer, "--workers", "1", "--input"]
+    words += [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(DataError, match="--max-bad-records"):
+        main([*words, "--max-bad-records", "0"])
+    path, index = tmp_path / "out/.prepare/00000.json", tmp_path / "out/shards/00000.idx"
+    index.write_bytes(np.arange(1, 31).astype("<i8").tobytes())
+    record = json.loads(path.read_text())
+    record["shards"][""]["idx_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    record["states"][""][1] = [index.stat().st_size, index.stat().st_mtime_ns, index.stat().st_ino]
+    path.write_text(json.dumps(record))
+    assert main(words) == 0 and "is damaged and is made again" in capsys.readouterr().err
+    assert len(texts_of(tmp_path / "out")) == 30 and verify(tmp_path / "out") == 2

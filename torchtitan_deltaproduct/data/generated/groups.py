@@ -138,13 +138,11 @@ def _cycles(perm: np.ndarray) -> str:
 
 
 def symmetric(n: int) -> Group:
-    """S_n: all permutations of n points."""
     perms = np.array(list(permutations(range(n))), dtype=np.int16)
     return Group(f"S{n}", perms, _table_of(perms), tuple(map(_cycles, perms)))
 
 
 def alternating(n: int) -> Group:
-    """A_n: the even permutations of n points."""
     perms = np.array(list(permutations(range(n))), dtype=np.int16)
     pairs = np.triu(np.ones((n, n), dtype=bool), 1)
     inversions = ((perms[:, :, None] > perms[:, None, :]) & pairs).sum(axis=(1, 2))

@@ -95,9 +95,8 @@ class Manifest:
     bytes: int
     """UTF-8 bytes of the text."""
     empty_documents: int
-    """Documents without text; left out."""
     bad_records: int
-    """Records that could not be read; left out."""
+    """Those that could not be read; left out, as are documents without text."""
     source: dict
     """How the folder was made: inputs, options, and `plan`, their checksum."""
     shards: ShardTable | Sequence[Shard] = field(default_factory=list)
@@ -112,7 +111,6 @@ class Manifest:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token in a shard."""
         return np.dtype(self.dtype).itemsize
 
     @property

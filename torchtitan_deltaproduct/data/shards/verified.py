@@ -160,7 +160,6 @@ def check_size(path: str | Path, size: int | None, expected: int) -> None:
 
 
 def file_size(manifest: Manifest, shard: int, suffix: str) -> int:
-    """Bytes of a file of a shard, by the manifest."""
     row = manifest.shards.rows[shard]
     if suffix == ".bin":
         return int(row["tokens"]) * manifest.token_bytes

@@ -12,6 +12,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -59,11 +60,9 @@ def begins_as_list(path: Path) -> bool:
     """Whether a `.json` file, which may be JSON lines, holds one list."""
     if not re.search(r"\.json\b", path.name.lower()):
         return False
-    try:
-        with open_unpacked(path) as file:
-            return file.read(1 << 10).removeprefix(UTF8_BOM).lstrip().startswith(b"[")
-    except READ_ERRORS:
-        return False
+    with suppress(*READ_ERRORS), open_unpacked(path) as file:
+        return file.read(1 << 10).removeprefix(UTF8_BOM).lstrip().startswith(b"[")
+    return False
 
 
 def list_files(inputs: Iterable[str | Path]) -> list[Path]:
@@ -103,10 +102,8 @@ def make_folder(folder: Path) -> None:
 
 def read_record(path: Path) -> dict | None:
     """What an earlier run noted in a JSON file; None if there is none, or it is damaged."""
-    try:
+    with suppress(OSError, ValueError, RecursionError):
         return json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -4,7 +4,6 @@
     prepare data/code --tokenizer data/tokenizer --input corpus/ --validation-fraction 0.02 --workers 8
     prepare data/web --tokenizer data/tokenizer --input part-*.jsonl.gz --text-field content
     prepare data/fineweb --tokenizer data/mistral --dataset HuggingFaceFW/fineweb:sample-10BT
-    prepare data/book --tokenizer data/tokenizer --input book.txt --validation-fraction 0.05 --split-by token
     prepare data/web ... --part 3/16         # one of 16 machines on one file system; then, once, without --part
 
 The input is cut into units (sources.py); each becomes one shard. A run that was killed continues: shards that are
@@ -21,7 +20,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,7 +132,7 @@ def make_room(out: Path, plan: Plan, overwrite: bool, keep: str, alone: bool) ->
     begun = out / WORK / "plan.json"
     sources = [read_record(begun) or {}] if begun.is_file() else []
     # To be overwritten, a dataset need not be readable.
-    made = [folder for folder in targets(out) if (folder / NAME).is_file()]
+    made = [folder for folder in (out, out / "train", out / "validation") if (folder / NAME).is_file()]
     sources += [{} if overwrite else read_manifest(folder).source for folder in made]
     other = [source for source in sources if source.get("plan") != plan.source["plan"]]
     if other and not overwrite:
@@ -154,11 +153,6 @@ def make_room(out: Path, plan: Plan, overwrite: bool, keep: str, alone: bool) ->
             leftover.unlink()
 
 
-def targets(out: Path) -> list[Path]:
-    """The folders in which a prepared dataset may lie."""
-    return [out, out / "train", out / "validation"]
-
-
 def differences(other: dict, ours: dict) -> str:
     """The settings in which two sources differ, in words."""
     names = (other.keys() | ours.keys()) - {"plan", "part"}
@@ -169,10 +163,11 @@ def differences(other: dict, ours: dict) -> str:
 
 def clear(out: Path, keep: str) -> None:
     """Removes what prepare wrote, manifests first, but the tokenizer `keep`."""
-    for folder in targets(out):
+    folders = out, out / "train", out / "validation"
+    for folder in folders:
         for file in (folder / NAME, folder / TABLE, *folder.glob(".verified*")):
             file.unlink(missing_ok=True)
-    for folder in targets(out):
+    for folder in folders:
         shutil.rmtree(folder / "shards", ignore_errors=True)
         if os.path.realpath(folder / "tokenizer") != os.path.realpath(keep):
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
@@ -230,7 +225,6 @@ def hold_out_one(plan: Plan, records: list[dict], workers: int, max_bad_records:
 
 
 def check_unknown(records: list[dict], limit: float) -> None:
-    """Raises DataError if the share of unknown tokens is above `limit`."""
     unknown = sum(record["unknown"] for record in records)
     tokens = sum(shard.tokens - shard.documents for shard in shards_of(records))
     if unknown > limit * tokens:
@@ -241,7 +235,6 @@ def check_unknown(records: list[dict], limit: float) -> None:
 
 
 def shards_of(records: list[dict], part: str | None = None) -> list[Shard]:
-    """The shards of a part, or of all."""
     shards = [shard for record in records for name, shard in record["shards"].items() if part in (None, name)]
     return [Shard(**shard) for shard in shards if shard]
 
@@ -292,7 +285,6 @@ def no_documents(part: str, job: Preparation, bad: list[BadRecord]) -> str:
 
 
 def summary(out: Path, parts: tuple[str, ...]) -> str:
-    """What the folder holds and how to train on it."""
     lines = []
     for part in parts:
         manifest = read_manifest(out / part)
@@ -319,11 +311,9 @@ def summary(out: Path, parts: tuple[str, ...]) -> str:
 
 def first_bad(out: Path) -> list[BadRecord]:
     """The first three records that could not be read."""
-    try:
-        lines = read_text(out / BAD_RECORDS).splitlines()[:3]
-        return [BadRecord(*json.loads(line).values()) for line in lines]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return []
+    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return [BadRecord(*json.loads(line).values()) for line in read_text(out / BAD_RECORDS).splitlines()[:3]]
+    return []
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -354,7 +344,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def part_of(word: str) -> tuple[int, int]:
-    """`3/16` -> (3, 16)."""
     number, _, parts = word.partition("/")
     if not (number.isdecimal() and parts.isdecimal()):
         raise argparse.ArgumentTypeError(f"{word}: expected I/N, such as 3/16")

@@ -16,6 +16,7 @@ import re
 import shutil
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -174,7 +175,6 @@ def _alphabet(inner: HfTokenizer) -> frozenset[str] | None:
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """`path`/tokenizer.json, or DataError."""
     file = Path(path, "tokenizer.json")
     if file.is_file():
         return file
@@ -191,7 +191,6 @@ def tokenizer_file(path: str | Path) -> Path:
 
 
 def tokenizer_sha256(path: str | Path) -> str:
-    """Checksum of tokenizer.json."""
     return hashlib.sha256(tokenizer_file(path).read_bytes()).hexdigest()
 
 
@@ -219,10 +218,9 @@ def copy_tokenizer(source: str | Path, target: str | Path, eos_id: int | None = 
 
 def same_tokenizer(source: str | Path, target: str | Path, eos_id: int | None) -> bool:
     """Whether `target` holds all that `copy_tokenizer` would make of `source`."""
-    try:
+    with suppress(DataError):
         return tokenizer_sha256(source) == tokenizer_sha256(target) and eos_id in (None, named_eos_id(target))
-    except DataError:
-        return False
+    return False
 
 
 def find_eos_id(path: str | Path, eos: str = "", option: str = "--eos TOKEN") -> int:
