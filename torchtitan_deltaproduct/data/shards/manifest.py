@@ -27,6 +27,7 @@ NAME, TABLE, WORK = "manifest.json", "shards.npy", ".prepare"
 """Files of a prepared folder, and the folder of what an unfinished one needs to go on."""
 FORMAT = "torchtitan-deltaproduct tokens"
 RESTORE = "Restore it from a copy or prepare again."
+UNREADABLE = "{} cannot be read as a folder of tokens: {}."
 CHANGED = f"{{}} was changed after it was written: its checksum does not match.\n{RESTORE}"
 VERSION = 3
 """Of what is written; older ones are read as well. Up to version 2 an .idx was int64, for each document the position
@@ -153,7 +154,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_missing(folder)) from None
     except OSError as error:
-        raise DataError(f"{folder} cannot be read as a folder of tokens: {error.strerror}.") from None
+        raise DataError(UNREADABLE.format(folder, error.strerror)) from None
     return _read(folder, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -165,7 +166,7 @@ def _read(folder: Path, *_state: int) -> Manifest:
         if not isinstance(body, dict):
             raise ValueError("it is not a JSON object")
     except OSError as error:
-        raise DataError(f"{folder} cannot be read as a folder of tokens: {error.strerror}.") from None
+        raise DataError(UNREADABLE.format(folder, error.strerror)) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}).\n{RESTORE}") from None
     if body.get("format") != FORMAT:
@@ -210,8 +211,8 @@ def _missing(folder: Path) -> str:
     if inner:
         return f"{folder} has no {NAME}, but these have: {', '.join(str(folder / name) for name in inner)}"
     if (folder / WORK).exists() or (folder.parent / WORK).exists():
-        again = "Run the same prepare command again; it continues."
-        return f"{folder} has no {NAME}: its preparation did not finish.\n{again}"
+        unfinished = "its preparation did not finish.\nRun the same prepare command again; it continues."
+        return f"{folder} has no {NAME}: {unfinished}"
     return (
         f"{folder} has no {NAME}: it is not a folder made by torchtitan_deltaproduct.data.prepare, nor are there "
         "Megatron (.bin and .idx) or .npy files of tokens."
