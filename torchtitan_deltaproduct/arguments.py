@@ -1,8 +1,8 @@
 """What words of a command line become, for argparse's `type`.
 
-    parser.add_argument("--input", type=path)       # "~/corpus" -> "/home/me/corpus"
-    parser.add_argument("--eos", type=text)         # UTF-8 whatever the locale says of the terminal
-    print(shown(os.fsdecode(b"caf\\xe9")))         # caf\\xe9
+parser.add_argument("--input", type=path)       # "~/corpus" -> "/home/me/corpus"
+parser.add_argument("--eos", type=text)         # UTF-8 whatever the locale says of the terminal
+print(shown(os.fsdecode(b"caf\\xe9")))         # caf\\xe9
 """
 
 import os

@@ -1,7 +1,7 @@
 """What is known of accelerators by name: the peak that MFU and `plan` divide by, and their memory. The one table of it.
 
 peak_flops("NVIDIA H100 80GB HBM3")      # 989e12
-memory("H100")                           # 80.0
+memory_gb("H100")                        # 80.0
 """
 
 import re

@@ -25,7 +25,9 @@ from .config import Environment, JobConfig, load_config
 from .config.schedule import Schedule
 from .config.schema import schema
 from .config.values import nearest, shorten, show
-from .data.shards.manifest import Manifest, read_manifest
+from .data.shards.corpora import open_manifest
+from .data.shards.manifest import NAME as MANIFEST
+from .data.shards.manifest import Manifest
 from .data.shards.verified import file_states
 from .data.text.tokenizer import Tokenizer, tokenizer_sha256
 from .devices import PEAK_FLOPS, memory_gb, peak_flops
@@ -187,21 +189,22 @@ def _validation_rows(config: JobConfig) -> Rows:
 def _set_row(name: str, path: str, config: JobConfig) -> tuple[Manifest | None, tuple[str, ...]]:
     """The manifest of a prepared folder, None if it cannot be trained on, and the row that tells of it."""
     try:
-        manifest = read_manifest(path)
-        file_states(Path(path), manifest)
-        if tokenizer_sha256(Path(path, "tokenizer")) != manifest.tokenizer_sha256:
-            raise DataError(f"its tokenizer is not the one it was prepared with; copy {path} again")
+        manifest = open_manifest(path, config.model.hf_assets_path, config.data.eos)
+        if Path(path, MANIFEST).is_file():
+            file_states(Path(path), manifest)
+            if tokenizer_sha256(Path(path, "tokenizer")) != manifest.tokenizer_sha256:
+                raise DataError(f"its tokenizer is not the one it was prepared with; copy {path} again")
         if manifest.vocab_size > config.model.vocab_size:
             raise DataError(
                 f"has token ids up to {manifest.vocab_size - 1:,}, but model.vocab_size = {config.model.vocab_size:,}"
             )
         if manifest.tokens < config.training.seq_len:
             raise DataError(f"has {manifest.tokens:,} tokens, less than one window of {config.training.seq_len:,}")
-    except DataError as error:
+    except UserError as error:
         return None, (name, path, f"CANNOT BE USED: {str(error).splitlines()[0]}")
     unused = config.model.vocab_size - manifest.vocab_size
     fits = f"tokenizer of {manifest.vocab_size:,}, {unused:,} rows of the embedding unused"
-    return manifest, (name, path, f"{manifest.tokens:,} tokens in {manifest.documents:,} documents; {fits}")
+    return manifest, (name, path, f"{manifest.counts()}; {fits}")
 
 
 def _tokenizer_rows(config: JobConfig) -> Rows:

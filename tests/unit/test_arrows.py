@@ -12,7 +12,7 @@ from tests.toy import REPO
 
 PACKAGE = "torchtitan_deltaproduct"
 LAYERS = [
-    {"errors", "files", "history", "events", "arguments", "devices", "formats", "options", "optimizers",
+    {"errors", "files", "history", "events", "arguments", "devices", "formats", "jobs", "options", "optimizers",
      "torch_internals"},  # fmt: skip
     {"ops"},
     {"models"},

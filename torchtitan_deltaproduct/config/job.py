@@ -62,7 +62,8 @@ class Model(DeltaProductArgs, titan.Model):
         "", notable("prepared data records its own tokenizer"),
         reader=TEXT, is_path=True, aliases="tokenizer tokenizer_name",
     )  # fmt: skip
-    """Folder with tokenizer.json. prepared: empty, or that of the data's manifest. streaming: what makes the tokens."""
+    """Folder with tokenizer.json. prepared: empty, or that of the data's manifest; for token files of other programs
+    the one that made them. streaming: what makes the tokens."""
 
 
 @dataclass
@@ -76,7 +77,8 @@ class Data:
         [], OTHER_DATA, NO_BLANKS, is_path=True, aliases="path data_path data_dir train_data train_path paths_train",
         reader=read_with("data.kind", "prepared", otherwise="paths name prepared folders, which {} does not read"),
     )  # fmt: skip
-    """Prepared folders to train on; several make a mixture."""
+    """Prepared folders to train on; several make a mixture. Megatron corpora (`.bin` with `.idx`) and `.npy` files of
+    token ids, or folders of them, are read as they are, with the tokenizer of `model.hf_assets_path`."""
     weights: list[float] = option(
         [], OTHER_ORDER, Range(lambda value: all(share > 0 for share in value), "must all be positive"), reader=PREPARED
     )
@@ -105,9 +107,9 @@ class Data:
     """streaming: split to train on."""
     text_field: str = option("text", OTHER_DATA, NOT_EMPTY, reader=STREAMING)
     """streaming: column that holds the text."""
-    eos: str = option("", OTHER_DATA, reader=STREAMING)
-    """streaming: text of the token that separates documents; empty: the one that the tokenizer names. Prepared data
-    records its own (`prepare --eos`)."""
+    eos: str = option("", OTHER_DATA, reader=TEXT)
+    """Text of the token that separates documents; empty: the one that the tokenizer names. A prepared folder records
+    its own (`prepare --eos`)."""
     shuffle_buffer: int = option(0, OTHER_ORDER, COUNT_OR_ZERO, reader=STREAMING)
     """streaming: documents in a block that is shuffled; 0: file order. Resuming re-reads one block."""
     group: str = option("", OTHER_DATA, reader=GROUP_WORD)

@@ -123,9 +123,11 @@ class Validator(HeldOutValidator):
             dp_rank=self.dp_rank,
             dp_world_size=self.dp_world_size,
             reset_state_at_documents=job_config.data.reset_state_at_documents,
+            tokenizer_path=job_config.model.hf_assets_path,
+            eos=job_config.data.eos,
         )
         if config.prompts:
-            self.samples = Samples(config.prompts, config.sample_tokens, config.paths[0])
+            self.samples = Samples(config.prompts, config.sample_tokens, self.loader.source.streams[0])
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         totals = torch.zeros(3, dtype=torch.float64)  # summed loss, tokens, bytes

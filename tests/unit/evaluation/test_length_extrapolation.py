@@ -1,5 +1,6 @@
 """The command: results against independent loops, killed and resumed, on two ranks, in other buckets; and errors."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -385,7 +386,7 @@ def test_wrong_arguments(run, data, tmp_path):
 
 
 def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(f"{HERE}.long.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(f"{HERE}.ranks.SECONDS_BETWEEN_LINES", 0.0)
     evaluate(tmp_path, run, data / "train", "--sequences", "1", "--batch", "1", "--documents", "packed")
     said = capsys.readouterr().out
     for tokens in (64, 128, 192, 256, 300):
@@ -399,7 +400,7 @@ def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys):
 
     def notes(model):
         case = Measured({"name": "m"}, {"said": "", **texts.about}, None, model)
-        return length_extrapolation.evaluation.notes(case, options)[1:]
+        return length_extrapolation.evaluation.notes([case], options)[1:]
 
     assert notes(loaded) == []
     assert notes(reset) == ["m was trained with its state reset at documents; here it is carried across them"]
@@ -443,7 +444,8 @@ def test_names(run):
 def test_long_names(whole):
     file, names = whole / "length_extrapolation.json", ["a/very/long/path/to/run-1"]
     (result,) = summarise(length_extrapolation.evaluation.read([file], names), "2")
-    other = dataclasses.replace(result, model=result.model | {"name": "a/very/long/path/to/run-2"})
+    other = copy.copy(result)
+    other.case = dataclasses.replace(result.case, model=result.case.model | {"name": "a/very/long/path/to/run-2"})
     console = Console(width=60)
     with console.capture() as said:
         console.print(table([result, other]))
