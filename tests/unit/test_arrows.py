@@ -12,15 +12,17 @@ from tests.toy import REPO
 
 PACKAGE = "torchtitan_deltaproduct"
 LAYERS = [
-    {"errors", "files", "history", "events", "arguments", "devices", "formats", "options", "optimizers",
+    {"errors", "files", "history", "events", "arguments", "devices", "flops", "formats", "options", "optimizers",
      "torch_internals"},  # fmt: skip
     {"ops"},
     {"models"},
     {"config"},
-    {"memory", "data"},
+    {"memory", "data", "runs"},
     {"checkpoint"},
     {"titan", "evaluation", "plan", "doctor", "status"},
-    {"train"},
+    {"train", "compare"},
+    {"report"},
+    {"__main__"},
 ]
 """Rooms and top-level modules from the lowest up; each may import those of lower layers, the lowest one another too."""
 ROOTS = (PACKAGE, "launch", "eval", "benchmarks")
