@@ -1,9 +1,9 @@
 """The parser of our commands, and what words of a command line become, for argparse's `type`.
 
-    parser = Parser("torchtitan_deltaproduct.compare", __doc__)
-    parser.add_argument("--input", type=path)       # "~/corpus" -> "/home/me/corpus"
-    parser.add_argument("--eos", type=text)         # UTF-8 whatever the locale says of the terminal
-    print(shown(os.fsdecode(b"caf\\xe9")))         # caf\\xe9
+parser = Parser("torchtitan_deltaproduct.compare", __doc__)
+parser.add_argument("--input", type=path)       # "~/corpus" -> "/home/me/corpus"
+parser.add_argument("--eos", type=text)         # UTF-8 whatever the locale says of the terminal
+print(shown(os.fsdecode(b"caf\\xe9")))         # caf\\xe9
 """
 
 import argparse
@@ -54,6 +54,21 @@ def text(word: str) -> str:
         return os.fsencode(word).decode()
     except UnicodeError:
         raise ConfigError(f"{word!a} is not UTF-8 text") from None
+
+
+def seconds(word: str) -> float:
+    """Seconds to wait, at least one.
+
+    Raises:
+        ConfigError: it is no such number.
+    """
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 1e6:
+        raise ConfigError(f"{word!a}: expected seconds, from 1 to a million")
+    return value
 
 
 def shown(name: str | os.PathLike) -> str:

@@ -30,8 +30,10 @@ from .runs import Run, read_run, shown
 UNLEARNED = ("job.", "metrics.", "profiling.", "comm.", "guard.", "checkpoint.")
 """Tables that change nothing that is learned: names, logging, saving, stopping."""
 SEEDS = ("debug.seed", "data.seed")
-BINS = 100
+BINS = 50
 """Points of a curve of training losses."""
+LIMIT = 1 << 18
+"""Bytes of a metrics.jsonl that are read, and a little for each validation."""
 HIGHLIGHTED = 8
 """Groups with a line of their own in a picture; others are grey."""
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
@@ -48,7 +50,7 @@ def main(words: list[str] | None = None) -> None:
     runs, refused = read_runs(options.runs)
     names = short_names(runs)
     changed = differences(runs)
-    groups = grouped(runs, names, changed)
+    groups = sorted(grouped(runs, names, changed), key=Group.rank)
     picture = options.out or ("" if options.json else "compare.png")
     if options.json:
         content = {
@@ -81,7 +83,7 @@ def read_runs(folders: Iterable[str]) -> tuple[list[Run], list[UserError]]:
     runs, refused = {}, []
     for folder in folders:
         try:
-            runs.setdefault(os.path.realpath(folder), read_run(folder))
+            runs.setdefault(os.path.realpath(folder), read_run(folder, LIMIT))
         except UserError as error:
             refused.append(error)
     if not runs:
@@ -149,8 +151,7 @@ def summary(run: Run, name: str, changed: dict[str, str]) -> dict[str, Any]:
 def table(runs: list[Run], names: list[str], changed: dict[str, str]) -> Table:
     """A line a run, the best validation loss first; runs without one behind them, by their training loss."""
     lines = [(run, summary(run, name, changed)) for run, name in zip(runs, names, strict=True)]
-    lines.sort(key=lambda line: tuple(math.inf if x is None else x for x in (
-        line[1]["best_validation_loss"], line[1]["train_loss"])))  # fmt: skip
+    lines.sort(key=lambda line: rank(line[0]))
     result = Table(title_justify="left", caption_justify="left")
     for name in ("run", "settings that differ"):
         result.add_column(name, overflow="fold")
@@ -172,6 +173,11 @@ def table(runs: list[Run], names: list[str], changed: dict[str, str]) -> Table:
     return result
 
 
+def rank(run: Run) -> tuple[float, float]:
+    """Its best validation loss; then its training loss."""
+    return (run.best["validation_loss"] if run.best else math.inf, math.inf if run.last_loss is None else run.last_loss)
+
+
 def cell(value: float | None, form: Any) -> str:
     """A number by a format or a function; "" for None."""
     if value is None:
@@ -187,13 +193,21 @@ class Group:
     runs: list[Run]
     names: list[str]
 
+    def rank(self) -> tuple[float, float]:
+        """That of the best of its runs."""
+        return min(map(rank, self.runs))
+
     def spread(self) -> dict[str, Any]:
         """Over seeds: mean and half-width of the 95 % interval (None below three) of the losses that all have."""
         result: dict[str, Any] = {"seeds": len(self.runs)}
         validations = [run.validations[-1]["validation_loss"] if run.validations else None for run in self.runs]
         bests = [run.best["validation_loss"] if run.best else None for run in self.runs]
         trained = [run.last_loss for run in self.runs]
-        for name, values in (("validation_loss", validations), ("best_validation_loss", bests), ("train_loss", trained)):
+        for name, values in (
+            ("validation_loss", validations),
+            ("best_validation_loss", bests),
+            ("train_loss", trained),
+        ):
             known = None not in values
             result[name] = mean_and_interval(values) if known else (None, None)
         return result
@@ -243,7 +257,7 @@ AXES = ("steps", "tokens", "seconds of running", "FLOPs")
 
 
 def curve(run: Run, validated: bool, width: float) -> dict[int, tuple[float, tuple[float | None, ...]]]:
-    """The points of a run in a picture: by step, or by bin of `width` steps, the loss and where it is on each of `AXES`.
+    """The points of a run: by step, or by bin of `width` steps, the loss and where it is on each of `AXES`.
 
     Args:
         run: the run.
@@ -254,85 +268,104 @@ def curve(run: Run, validated: bool, width: float) -> dict[int, tuple[float, tup
     steps = [record["step"] for record in counted]
 
     def place(record: dict[str, Any]) -> tuple[float | None, ...]:
-        # A validation has no tokens of its own: those of the step before it.
-        at = max(bisect(steps, record["step"]) - 1, 0)
-        tokens = counted[at]["tokens"] if counted and record["step"] else None if record["step"] else 0
-        flops = run.flops_per_token
-        return (record["step"], tokens, run.seconds.get(record.get("time")),
-                tokens * flops if tokens is not None and flops else None)  # fmt: skip
+        # A validation has no tokens of its own: those of the newest step read before it, and in proportion.
+        step = record["step"]
+        at = counted[max(bisect(steps, step) - 1, 0)] if counted else {"step": 0}
+        tokens = at["tokens"] / at["step"] * step if at["step"] > 0 else None
+        flops = tokens * run.flops_per_token if tokens is not None and run.flops_per_token else None
+        return step, tokens, run.seconds.get(record.get("time")), flops
 
     if validated:
         return {record["step"]: (record["validation_loss"], place(record)) for record in run.validations}
     bins: dict[int, list[dict[str, Any]]] = {}
     for record in run.steps:
         bins.setdefault(int(record["step"] / width), []).append(record)
-    return {bin: (sum(r["loss"] for r in found) / len(found), place(found[-1])) for bin, found in bins.items()}
+    return {number: (sum(r["loss"] for r in within) / len(within), place(within[-1]))
+            for number, within in bins.items()}  # fmt: skip
 
 
-def mean_curve(curves: list[dict], axis: int) -> list[tuple[float, float, float | None]]:
-    """Where all runs of a group have a point: mean place on an axis, mean loss, half of its 95 % interval."""
+Points = list[tuple[float, float, float | None]]
+"""Of a line: place on an axis, loss, half of its 95 % interval."""
+
+
+def mean_curve(curves: list[dict], axis: int) -> Points:
+    """The mean of a group's curves where all of them have a point."""
     result = []
     for key in sorted(set.intersection(*map(set, curves))):
         places = [points[key][1][axis] for points in curves]
         if None not in places:
-            mean, half = mean_and_interval([points[key][0] for points in curves])
-            result.append((sum(places) / len(places), mean, half))
+            result.append((sum(places) / len(places), *mean_and_interval([points[key][0] for points in curves])))
     return sorted(result, key=lambda point: point[0])
 
 
 def draw(groups: list[Group], path: Path) -> bool:
-    """Writes the picture: a panel for each of `AXES`; False, and no file, if no run has a loss."""
+    """Writes the picture: a panel for each of `AXES`, lines for the first of the groups and grey ones for the others.
+
+    Returns:
+        False, and there is no file, if no run has a loss yet.
+    """
     validated = any(run.validations for group in groups for run in group.runs)
-    longest = max((run.records[-1]["step"] for group in groups for run in group.runs if run.records), default=0)
-    width = max(longest / BINS, 1)
+    steps = [record["step"] for group in groups for run in group.runs for record in run.records[-1:]]
+    width = max(max(steps, default=0) / BINS, 1)
     curves = [[curve(run, validated, width) for run in group.runs] for group in groups]
-    ends = {number: min(loss for loss, _ in points.values())
-            for number, members in enumerate(curves) for points in members if points}  # fmt: skip
-    if not ends:
+    lines = [[mean_curve(members, axis) for members in curves] for axis in range(len(AXES))]
+    drawn = [number for number, points in enumerate(lines[0]) if points]
+    if not drawn:
         return False
 
-    from .evaluation.figures import COLOURS, picture  # matplotlib takes half a second
+    from .evaluation.figures import picture  # matplotlib takes half a second
 
-    best = sorted(ends, key=ends.get)[:HIGHLIGHTED]
-    what = "validation loss" if validated else "training loss"
-    title = f"{what}, nats a token" + (f"; grey: {len(ends) - len(best)} others" if len(ends) > len(best) else "")
-    dashes = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+    others = len(drawn) - HIGHLIGHTED
+    title = f"{'validation' if validated else 'training'} loss, nats a token"
+    title += f"; {others} more groups in grey" if others > 0 else ""
     with picture(path, title, 2, 2, (13, 8.5), sharey=True) as (_, panels):
-        for axis, (panel, name) in enumerate(zip(panels.flat, AXES, strict=True)):
-            labels, lines = [], [mean_curve(members, axis) if all(members) else [] for members in curves]
-            for number in sorted(ends, key=ends.get, reverse=True):
-                points = lines[number]
-                if not points:
-                    continue
-                rank = best.index(number) if number in best else None
-                x, y, half = zip(*points, strict=True)
-                look = {"color": "#c8c8c8", "linewidth": 0.8, "zorder": 1}
-                if rank is not None:
-                    look = {"color": COLOURS[rank % len(COLOURS)], "linestyle": dashes[rank % len(dashes)],
-                            "linewidth": 1.8, "zorder": 3}  # fmt: skip
-                    labels.append((y[-1], x[-1], group_label(groups[number]), look["color"]))
-                panel.plot(x, y, marker="o" if len(x) == 1 else None, markersize=4, **look)
-                if rank is not None and half[0] is not None:
-                    low, high = ([m + sign * h for m, h in zip(y, half, strict=True)] for sign in (-1, 1))
-                    panel.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
-            panel.set_xlabel(name)
-            missing = sum(not lines[number] for number in ends)
-            if missing:
-                panel.set_title(f"not known of {missing} group{'s' * (missing > 1)}", fontsize=9, fontweight="normal")
-            panel.set_ylim(*loss_range([points for points in lines if points]))
-            label_ends(panel, labels)
+        # Shared by all panels.
+        panels[0, 0].set_ylim(*loss_range([lines[0][number] for number in drawn]))
+        for panel, name, all_points in zip(panels.flat, AXES, lines, strict=True):
+            draw_panel(panel, name, [(groups[number], all_points[number]) for number in drawn])
     return True
+
+
+def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]]) -> None:
+    """Loss on one axis, the groups in their order."""
+    from matplotlib.ticker import EngFormatter
+
+    from .evaluation.figures import COLOURS
+
+    dashes = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+    unit = 1
+    if name.startswith("seconds") and max((points[-1][0] for _, points in lines if points), default=0) > 3 * 3600:
+        name, unit = "hours of running", 3600
+    labels = []
+    for number, (group, points) in enumerate(lines):
+        if not points:
+            continue
+        x, y, half = zip(*((place / unit, loss, half) for place, loss, half in points), strict=True)
+        look = {"color": "#c8c8c8", "linewidth": 0.8, "zorder": 1, "marker": "o" if len(x) == 1 else None}
+        if number < HIGHLIGHTED:
+            look |= {"color": COLOURS[number % len(COLOURS)], "linestyle": dashes[number % len(dashes)],
+                     "linewidth": 1.8, "zorder": 3}  # fmt: skip
+            labels.append((y[-1], x[-1], group_label(group), look["color"]))
+            if half[0] is not None:
+                low, high = ([m + sign * h for m, h in zip(y, half, strict=True)] for sign in (-1, 1))
+                panel.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        panel.plot(x, y, **look)
+    panel.set_xlabel(name)
+    panel.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    if missing := sum(not points for _, points in lines):
+        panel.set_title(f"not known of {missing} of {len(lines)}", fontsize=9, fontweight="normal")
+    label_ends(panel, labels)
 
 
 def group_label(group: Group) -> str:
     """The name of a group beside its line, and what the line is of."""
     seeds = len(group.runs)
-    name = group.name if len(group.name) <= 48 else group.name[:47] + "…"
-    return name if seeds == 1 else f"{name} ({seeds} seeds{', too few for an interval' if seeds == 2 else ''})"
+    name = group.name if len(group.name) <= 44 else group.name[:43] + "…"
+    return name if seeds == 1 else f"{name} ({seeds} seeds{', no interval' if seeds == 2 else ''})"
 
 
-def loss_range(lines: list[list[tuple[float, float, float | None]]]) -> tuple[float, float]:
-    """From the lowest loss to the highest that a line has after its first tenth: its beginning would flatten the rest."""
+def loss_range(lines: list[Points]) -> tuple[float, float]:
+    """From the lowest loss to the highest after the first tenth of a line: the beginning would flatten the rest."""
     low = min((y for points in lines for _, y, _ in points), default=0.0)
     high = max((y for points in lines for _, y, _ in points[len(points) // 10 :]), default=1.0)
     margin = 0.06 * (high - low) or 0.1
@@ -340,14 +373,15 @@ def loss_range(lines: list[list[tuple[float, float, float | None]]]) -> tuple[fl
 
 
 def label_ends(panel: Any, labels: list[tuple[float, float, str, str]]) -> None:
-    """Names lines right of the panel at the height of their ends, moved apart where they would overlap."""
+    """Names lines on the right of a panel, at the height of their ends or above where there is no room."""
     low, high = panel.get_ylim()
-    gap, last = 0.05 * (high - low), -math.inf
-    for y, _, text, colour in sorted(labels):
-        last = max(min(max(y, low), high), last + gap)
+    gap, place = 0.05 * (high - low), -math.inf
+    for y, x, text, colour in sorted(labels):
+        place = max(min(max(y, low), high), place + gap)
         panel.annotate(
-            text.replace("$", r"\$"), (1, last), xycoords=("axes fraction", "data"), xytext=(6, 0),
-            textcoords="offset points", va="center", fontsize=8, color=colour, annotation_clip=False,
+            text.replace("$", r"\$"), (x, y), xytext=(1.04, place), textcoords=("axes fraction", "data"),
+            va="center", fontsize=8, color=colour, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ BLOCK = 1 << 16
 """Bytes read at once from an end."""
 WHOLE = 1 << 20
 """Bytes up to which a file is read whole."""
-POINTS, VALIDATIONS, AROUND = 256, 128, 1 << 12
-"""Of a longer file: places looked at, validations looked up, and bytes read at each."""
+VALIDATIONS, AROUND = 128, 1 << 12
+"""Of a longer file: validations looked up, and bytes read at each place, of which there are `WHOLE / AROUND`."""
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -33,9 +33,9 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def parse(data: bytes) -> Iterator[dict[str, Any]]:
-    """The JSON objects of some lines; a line that does not parse is left out."""
-    return (record for record in map(parse_line, data.splitlines()) if record is not None)
+def parse(data: bytes, word: bytes = b"") -> Iterator[dict[str, Any]]:
+    """The JSON objects of some lines that hold a word; a line that does not parse is left out."""
+    return (record for record in map(parse_line, (x for x in data.splitlines() if word in x)) if record is not None)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -104,13 +104,14 @@ def blocks_from_the_end(file: BinaryIO) -> Iterator[tuple[int, list[bytes]]]:
         end, size = start + cut, BLOCK
 
 
-def overview(path: Path, validated_every: int | None) -> tuple[list[dict[str, Any]], bool]:
+def overview(path: Path, validated_every: int | None, limit: int = WHOLE) -> tuple[list[dict[str, Any]], bool]:
     """Records of a metrics.jsonl in its order: all of a short file; of a long one its end and places all over it.
 
     Args:
         path: the file; one that is not there has no records.
         validated_every: steps between validations, whose records are looked up, the newest and others evenly, up to
             `VALIDATIONS`; None: only those met by chance.
+        limit: bytes up to which a file is read whole, and of a longer one about as many.
 
     Returns:
         The records, and whether they are all there are.
@@ -118,15 +119,16 @@ def overview(path: Path, validated_every: int | None) -> tuple[list[dict[str, An
     try:
         with open_records(path) as file:
             size = os.fstat(file.fileno()).st_size
-            if size <= WHOLE:
+            if size <= limit:
                 return list(filter(of_a_step, parse(os.pread(file.fileno(), size, 0)))), True
-            places = [(size * i // POINTS, AROUND) for i in range(POINTS)] + [(size - WHOLE // 4, WHOLE // 4)]
+            points = limit // AROUND
+            places = [(size * i // points, AROUND) for i in range(points)] + [(size - limit // 4, limit // 4)]
             newest = filter(of_a_step, in_order(file, [(size - BLOCK, BLOCK)]))
             last = max((record["step"] for record in newest), default=0)
             if validated_every:
                 steps = range(last // validated_every * validated_every, -1, -validated_every)
                 steps = steps[:: -(-len(steps) // VALIDATIONS)]
-                places += [(place_of(file, size, step), 3 * AROUND) for step in steps]
+                places += [(place_of(file, size, step), 3 * AROUND, b"validation") for step in steps]
             return list(filter(of_a_step, in_order(file, places))), False
     except OSError:
         return [], True
@@ -145,11 +147,16 @@ def place_of(file: BinaryIO, size: int, step: int) -> int:
     return low
 
 
-def in_order(file: BinaryIO, places: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """The records at some places of a file (where, and how many bytes), by where they are, each once."""
+def in_order(file: BinaryIO, places: list[tuple]) -> Iterator[dict[str, Any]]:
+    """The records at some places of a file, by where they are, each once.
+
+    Args:
+        file: the file.
+        places: of each where, how many bytes, and, if not all records are wanted, a word that is in those.
+    """
     end = 0
-    for start, size in sorted((max(start, 0), size) for start, size in places):
+    for start, size, *word in sorted((max(start, 0), *rest) for start, *rest in places):
         if size and start + size > end:
             begin, data = part(file, max(start, end), start + size - max(start, end))
             end = max(end, begin + len(data))
-            yield from parse(data)
+            yield from parse(data, *word)

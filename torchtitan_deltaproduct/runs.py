@@ -116,8 +116,8 @@ class Run:
         return flops if 0 < flops < LARGEST else None
 
 
-def read_run(folder: str | os.PathLike) -> Run:
-    """Reads a run folder.
+def read_run(folder: str | os.PathLike, limit: int = WHOLE) -> Run:
+    """Reads a run folder; of a metrics.jsonl longer than `limit` bytes about as many (see `history.overview`).
 
     Raises:
         UserError: there is no folder, or neither records nor events in it.
@@ -131,7 +131,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         snapshot = None
         problems.append("config.json: " + str(error).split("; ")[0].removeprefix(f"{path / 'config.json'} "))
     snapshot = snapshot or {}
-    found, whole = overview(path / "metrics.jsonl", validated_every(snapshot))
+    found, whole = overview(path / "metrics.jsonl", validated_every(snapshot), limit)
     records = [{name: value for name, value in r.items() if value is None or abs(value) < LARGEST} for r in found]
     events = read_events(path)
     if not records and not events:

@@ -1,4 +1,4 @@
-"""The custom ops' FLOPs for `torch.utils.flop_counter.FlopCounterMode`, by the formula of `flops`; on meta tensors too."""
+"""The custom ops' FLOPs for `torch.utils.flop_counter.FlopCounterMode`, by the formula of `flops`; on meta too."""
 
 from typing import Any
 
