@@ -8,7 +8,6 @@
 Needs neither torch nor the machine that trains; of years of records the newest and places all over them are read.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config.snapshots import read_snapshot
+from .config.values import shorten, show
 from .errors import CheckpointError, UserError
 from .events import began, read_events
 from .files import read_bytes
@@ -177,6 +177,6 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown(value: Any, width: int = 40) -> str:
-    """A setting as text of at most `width` characters."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= width else text[: width - 1] + "…"
+    """A setting as text of at most `width` characters, none of them invisible."""
+    text = value if isinstance(value, str) else show(value)
+    return shorten("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: 4 * width]), width)

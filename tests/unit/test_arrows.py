@@ -20,7 +20,7 @@ LAYERS = [
     {"memory", "data", "runs"},
     {"checkpoint"},
     {"titan", "evaluation", "plan", "doctor", "status"},
-    {"train", "compare"},
+    {"train", "compare", "curves"},
     {"report"},
     {"__main__"},
 ]
