@@ -52,13 +52,15 @@ class Curve:
         smooth = binned(self.raw)
         if len(self.raw) > 2 * len(smooth):
             axis.plot(*zip(*binned(self.raw, 6 * BINS), strict=True), color=FIRST, linewidth=0.6, alpha=0.3)
-        for points, colour, name in ((smooth, FIRST, "training"), (self.exact, SECOND, "validation")):
-            if points:
-                marker = "o" if len(points) < 30 else None
-                axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, marker=marker, markersize=3)
-                if self.exact:
-                    axis.annotate(name, points[-1], xytext=(4, 0), textcoords="offset points", color=colour,
-                                  fontsize=9, va="bottom" if colour == FIRST else "top", annotation_clip=False)  # fmt: skip
+        both = [(smooth, FIRST, "training"), (self.exact, SECOND, "validation")]
+        both = sorted((line for line in both if line[0]), key=lambda line: line[0][-1][1])
+        for number, (points, colour, name) in enumerate(both):
+            marker = "o" if len(points) < 30 else None
+            axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, marker=marker, markersize=3)
+            if len(both) > 1:
+                # The lower line's name below its end, so that they do not overlap.
+                axis.annotate(name, points[-1], xytext=(5, 0), textcoords="offset points", color=colour, fontsize=9,
+                              va="bottom" if number else "top", annotation_clip=False)  # fmt: skip
         for step in self.marks:
             axis.axvline(step, color=TEXT, linewidth=0.7, linestyle=(0, (2, 3)), alpha=0.6)
         if self.highest is not None:

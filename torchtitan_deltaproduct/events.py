@@ -1,7 +1,7 @@
 """RUN/events.jsonl: what happened to a run, one JSON line an event, over all its launches.
 
     {"event": "launch", "time": 1764000000.0, "step": 12000, "ranks": 8, "host": "n1", "slurm_job": "123",
-     "slurm_restart": 2, "resumed_from": 12000}
+     "slurm_restart": 2, "arguments": ["--job.config_file", "x.toml"], "resumed_from": 12000}
     {"event": "stop", "time": 1764003600.0, "step": 12345, "reason": "signal", "detail": "SIGUSR1", "saved": true}
 
     append(run, "launch", step=0, ranks=8)
@@ -15,6 +15,7 @@ by this file whether to start the run again, and `status` tells its story from i
 import json
 import os
 import socket
+import sys
 import time
 import types
 from pathlib import Path
@@ -108,6 +109,7 @@ def began(events: list[dict[str, Any]]) -> float | None:
 
 
 def whereabouts() -> dict[str, Any]:
-    """Host and SLURM job of this process, for a `launch`."""
+    """Host, SLURM job and command line of this process, for a `launch`."""
     job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")
-    return {"host": socket.gethostname(), "slurm_job": job, "slurm_restart": int(restart) if restart else None}
+    return {"host": socket.gethostname(), "slurm_job": job, "slurm_restart": int(restart) if restart else None,
+            "arguments": sys.argv[1:]}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Writes a run as one page: what was asked, curves, launches, checkpoints, samples, evaluations, data, provenance.
+"""Writes a run as one page: curves, what was asked, launches, checkpoints, samples, evaluations, data, provenance.
 
     python -m torchtitan_deltaproduct.report outputs/run                    outputs/run/report.html, complete in itself
     python -m torchtitan_deltaproduct.report outputs/run --markdown         outputs/run/report.md, pictures in report/
@@ -145,13 +145,14 @@ def content(run: Run, now: float) -> dict[str, Any]:
     """
     job = run.part("config").get("job")
     description = job.get("description") if isinstance(job, dict) else None
+    described = "" if description in (None, "", "default job") else shown(description, 200)
     how = re.sub(r"\[/?\w*\]", "", state(run.events, {}, now)).replace("\\[", "[") if run.events else ""
-    written = f"written {stamp(now)}"
-    parts = [part for part in (asked(run), training(run), launches(run), checkpoints(run), samples(run),
+    written = f"page written {stamp(now)}"
+    parts = [part for part in (training(run), asked(run), launches(run), checkpoints(run), samples(run),
                                evaluations(run), data(run), provenance(run)) if part]  # fmt: skip
     return {
         "title": arguments.shown(run.path.resolve().name),
-        "subtitle": [text for text in (description and shown(description, 200), f"{how}; {written}") if text],
+        "subtitle": [text for text in (described, "; ".join(filter(None, (how, written)))) if text],
         "numbers": list(numbers(run)),
         "problems": run.problems,
         "sections": parts,
@@ -215,8 +216,9 @@ def launches(run: Run) -> Section:
         how = ending(next((stop for stop in stops if stop["reason"] != "lost_peer"), stops[0] if stops else None),
                      newest=end == len(run.events)).removeprefix(", ")  # fmt: skip
         job = f", SLURM job {launch['slurm_job']}" if launch.get("slurm_job") else ""
-        rows.append((str(number), stamp(launch["time"]), f"{launch['step']:,}",
-                     shown(launch.get("ranks", "?")), shown(f"{launch.get('host')}{job}"), shown(how, 200)))  # fmt: skip
+        host = shown(f"{launch.get('host')}{job}")
+        ranks = shown(launch.get("ranks", "?"))
+        rows.append((str(number), stamp(launch["time"]), f"{launch['step']:,}", ranks, host, shown(how, 200)))
     if rows:
         header = ("", "started", "from step", "ranks", "host", "ended")
         section.tables.append(Cells(rows[-LINES:], header))
@@ -278,13 +280,13 @@ def evaluations(run: Run) -> Section:
             found = json.loads(read_text(path))
             table = harness_table(found) if path.parent != folder else results_table(path.stem, found)
         except (OSError, ValueError, RecursionError):
-            section.notes.append(f"{path.relative_to(run.path)} cannot be read")
+            section.notes.append(shown(f"{path.relative_to(run.path)} cannot be read", 200))
             continue
         if table:
-            table.title = f"{path.stem.split('_20')[0].replace('_', ' ')}: {path.relative_to(run.path)}"
+            table.title = shown(str(path.relative_to(run.path)), 120)
             section.tables.append(table)
     for path in inside(folder, "*.png"):
-        name = arguments.shown(path.relative_to(folder))
+        name = shown(str(path.relative_to(folder)), 120)
         size = path.stat().st_size
         if size > room:
             section.notes.append(f"{name} is left out: {amount(size, 'B')}")
