@@ -7,6 +7,7 @@
 """
 
 import errno
+import heapq
 import json
 import os
 import stat
@@ -125,11 +126,17 @@ def overview(path: Path, validated_every: int | None, limit: int = WHOLE) -> tup
             places = [(size * i // points, AROUND) for i in range(points)] + [(size - limit // 4, limit // 4)]
             newest = filter(of_a_step, in_order(file, [(size - BLOCK, BLOCK)]))
             last = max((record["step"] for record in newest), default=0)
+            records = list(filter(of_a_step, in_order(file, places)))
             if validated_every:
                 steps = range(last // validated_every * validated_every, -1, -validated_every)
                 steps = steps[:: -(-len(steps) // VALIDATIONS)]
-                places += [(place_of(file, size, step), 3 * AROUND, b"validation") for step in steps]
-            return list(filter(of_a_step, in_order(file, places))), False
+                validations = in_order(
+                    file, [(place_of(file, size, step), 3 * AROUND) for step in steps], b"validation_"
+                )
+                met = {record["step"] for record in records if "validation_loss" in record}
+                others = [record for record in filter(of_a_step, validations) if record["step"] not in met]
+                records = list(heapq.merge(records, others, key=lambda record: record["step"]))
+            return records, False
     except OSError:
         return [], True
 
@@ -147,16 +154,11 @@ def place_of(file: BinaryIO, size: int, step: int) -> int:
     return low
 
 
-def in_order(file: BinaryIO, places: list[tuple]) -> Iterator[dict[str, Any]]:
-    """The records at some places of a file, by where they are, each once.
-
-    Args:
-        file: the file.
-        places: of each where, how many bytes, and, if not all records are wanted, a word that is in those.
-    """
+def in_order(file: BinaryIO, places: list[tuple[int, int]], word: bytes = b"") -> Iterator[dict[str, Any]]:
+    """The records that hold a word at some places of a file (where, and how many bytes), in order, each once."""
     end = 0
-    for start, size, *word in sorted((max(start, 0), *rest) for start, *rest in places):
+    for start, size in sorted((max(start, 0), size) for start, size in places):
         if size and start + size > end:
             begin, data = part(file, max(start, end), start + size - max(start, end))
             end = max(end, begin + len(data))
-            yield from parse(data, *word)
+            yield from parse(data, word)

@@ -22,6 +22,7 @@ from .checkpoint import scan
 from .curves import Curve, curves_of
 from .data.shards.manifest import read_manifest
 from .errors import UserError, exit_on_user_error
+from .events import last_stop
 from .files import read_bytes, read_text, write_atomically
 from .formats import amount, count, duration
 from .history import ends
@@ -74,7 +75,7 @@ class Picture:
         return "data:image/png;base64," + base64.b64encode(self.content).decode()
 
     def save(self, folder: Path) -> str:
-        name = re.sub(r"[^\w.-]+", "_", self.title)
+        name = "eval_" + re.sub(r"[^\w.-]+", "_", self.title)
         (folder / name).write_bytes(self.content)
         return f"{folder.name}/{name}"
 
@@ -122,7 +123,7 @@ def write(run: Run, path: Path, markdown: bool = False) -> None:
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     environment = jinja2.Environment(loader=loader, autoescape=not markdown, undefined=jinja2.StrictUndefined,
                                      trim_blocks=True)  # fmt: skip
-    environment.filters |= {"md": escape_markdown, "indented": lambda text: re.sub("^", "    ", text, flags=re.M)}
+    environment.filters |= {"md": escape_markdown, "indented": indented}
     folder = path.with_suffix("")
     if markdown:
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +134,12 @@ def write(run: Run, path: Path, markdown: bool = False) -> None:
 def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     text = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$<>-])", r"\\\1", text)
+    return re.sub(r"([\\`*_{}\[\]#!|~$])", r"\\\1", text)
+
+
+def indented(text: str) -> str:
+    """Text as a code block of Markdown, whatever ends its lines."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def content(run: Run, now: float) -> dict[str, Any]:
@@ -210,11 +216,10 @@ def launches(run: Run) -> Section:
     section = Section("Launches and failures")
     starts = [number for number, event in enumerate(run.events) if event["event"] == "launch"]
     rows = []
-    for number, (begin, end) in enumerate(zip(starts, [*starts[1:], len(run.events)], strict=True), start=1):
+    for number, begin in enumerate(starts, start=1):
+        end = starts[number] if number < len(starts) else len(run.events)
         launch, after = run.events[begin], run.events[begin:end]
-        stops = [event for event in after if event["event"] == "stop"]
-        how = ending(next((stop for stop in stops if stop["reason"] != "lost_peer"), stops[0] if stops else None),
-                     newest=end == len(run.events)).removeprefix(", ")  # fmt: skip
+        how = ending(last_stop(after), newest=end == len(run.events)).removeprefix(", ")
         job = f", SLURM job {launch['slurm_job']}" if launch.get("slurm_job") else ""
         host = shown(f"{launch.get('host')}{job}")
         ranks = shown(launch.get("ranks", "?"))
@@ -230,7 +235,7 @@ def launches(run: Run) -> Section:
             rest = {key: value for key, value in event.items() if key not in ("event", "time", "step")}
             when = stamp(event.get("time"))
             rows.append((when, f"{event['step']:,}", event["event"].replace("_", " "), shown(rest, 200)))
-        section.tables.append(Cells(rows, ("when", "step", "what", "more"), f"{len(troubles)} failures"))
+        section.tables.append(Cells(rows, ("when", "step", "what", "more"), f"failures: {len(troubles)}"))
     elif run.events:
         section.notes.append("no step was skipped, no spike seen, no save failed")
     return section
