@@ -2,7 +2,7 @@
 
 config = write_toml(tmp_path, make_data(tmp_path))
 train(config, run, "--training.steps", "6")                       # in this process
-launch(config, run, "--training.steps", "6", ranks=2)             # torchrun, gloo
+launch(config, run, "--training.steps", "6", ranks=2)             # two ranks, gloo
 losses = {r["step"]: r["loss"] for r in records(run) if "loss" in r}
 """
 
@@ -12,7 +12,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import sysconfig
 import time
 import warnings
@@ -21,11 +20,11 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
+from tests.processes import REPO as REPO
+from tests.processes import Process, start
 from torchtitan_deltaproduct.checkpoint.safe_dcp import SafeReader
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.data.text import prepare, train_tokenizer
-
-REPO = Path(__file__).resolve().parents[1]
 
 TOML = """
 [job]
@@ -102,20 +101,16 @@ def train(config: Path, run: Path, *options: str) -> None:
         os.environ.update(saved)
 
 
-def launch(config: Path, run: Path, *options: str, ranks: int = 1, wait: bool = True) -> subprocess.Popen:
-    """Starts torchrun (or, for one rank, plain python) in a process group of its own; output goes to run.log."""
+def launch(config: Path, run: Path, *options: str, ranks: int = 1, wait: bool = True) -> Process:
+    """Starts the training command on some ranks, in a session of its own; output goes to run.log."""
     module = ["-m", "torchtitan_deltaproduct.train", *arguments(config, run, options)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), *module]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(f"{run}.log", "a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=REPO, env=environment, start_new_session=True)
+    process = start(module, f"{run}.log", ranks=ranks if ranks > 1 else 0)
     if wait:
         assert process.wait(timeout=300) == 0, log_of(run)[-4000:]
     return process
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: Process | subprocess.Popen) -> None:
     """SIGKILL to a process and all its descendants (torchrun's workers have sessions of their own)."""
     for pid in [process.pid, *descendants(process.pid)]:
         with contextlib.suppress(ProcessLookupError):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tests.dist.helper import run_distributed
+from tests.processes import run_distributed
 from tests.toy import arguments, assert_close, kill, launch, learned, log_of, records, train, wait_for
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM

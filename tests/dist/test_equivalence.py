@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.dist.helper import run_distributed
+from tests.processes import run_distributed
 from tests.toy import arguments, assert_close, learned, records, train
 from torchtitan_deltaproduct.config import load_config
 

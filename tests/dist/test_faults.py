@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from tests.dist.helper import run_distributed
-from tests.dist.test_signals import start
+from tests.dist.test_signals import begin
+from tests.processes import run_distributed
 from tests.toy import (
     REPO,
     arguments,
@@ -405,7 +405,7 @@ def test_walltime(toy, unbroken, tmp_path):
     """Stops by itself in time, and the next launch goes on."""
     run = tmp_path / "run"
     limit = ("--guard.walltime_minutes", "1", "--guard.walltime_margin_seconds", "58")
-    assert start(toy, run, *limit).wait(timeout=240) == 0, log_of(run)[-3000:]
+    assert begin(toy, run, *limit).wait(timeout=240) == 0, log_of(run)[-3000:]
     stop = last_stop(read_events(run))
     assert (stop["reason"], stop["detail"], stop["saved"]) == ("walltime", "", True) and stop["step"] < 8
     train(toy, run)

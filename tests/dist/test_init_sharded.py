@@ -7,10 +7,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from tests.processes import run_distributed
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
 from torchtitan_deltaproduct.models.init import plain_name
-
-from .helper import run_distributed
 
 
 def small_args(tied: bool) -> DeltaProductArgs:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.dist.helper import run_distributed
+from tests.processes import run_distributed
 from tests.toy import arguments, learned, records, train, weights
 from torchtitan_deltaproduct.checkpoint import scan
 from torchtitan_deltaproduct.config import load_config

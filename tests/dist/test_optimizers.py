@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from tests.dist.helper import run_distributed
+from tests.processes import run_distributed
 from torchtitan_deltaproduct import optimizers
 from torchtitan_deltaproduct.optimizers import clip_gradients, local
 

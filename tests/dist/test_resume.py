@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist.helper import run_distributed
+from tests.processes import run_distributed
 from tests.toy import (
     arguments,
     assert_close,

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from tests import processes
 from tests.toy import (
     REPO,
     arguments,
@@ -40,13 +41,15 @@ MOMENTS = {
 }
 
 
-def start(config, run, *options, ranks=1):
+def begin(config, run, *options, ranks=1):
     """Starts `slow_train`, under our torchrun for several ranks."""
     module = ["-m", "tests.dist.slow_train", *arguments(config, run, options)]
     torchrun = ["-m", "launch.torchrun", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), *module]
+    if ranks == 1:
+        return processes.start(module, f"{run}.log")
     with open(f"{run}.log", "a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *torchrun, *module]
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=REPO, env=environment, start_new_session=True)
 
 
@@ -74,7 +77,7 @@ def unbroken(toy, tmp_path_factory):
 
 def stop_and_go_on(toy, run, unbroken, moment, number, *, target="rank 0", ranks=1, options=(), twice=False):
     """Signals a run at a moment, checks how it ended, lets it go on, and compares it with one that never stopped."""
-    process = start(toy, run, *options, ranks=ranks)
+    process = begin(toy, run, *options, ranks=ranks)
     for rank in range(ranks):
         wait_for(run, f"{MOMENTS[moment]} on rank {rank}", 240)
     pid = process.pid if target == "torchrun" else pid_of(run, int(target.split()[1]))

@@ -80,7 +80,7 @@ class Cluster:
 
     def start(self) -> None:
         """Starts the daemons and waits until both nodes are idle."""
-        from tests.dist.helper import free_port  # here, because it imports torch, which the guardian can do without
+        from tests.processes import free_port  # here, because it imports torch, which the guardian can do without
 
         self.folder.chmod(0o755)
         for name in ("state", "spool-n1", "spool-n2"):

@@ -11,7 +11,7 @@ import pytest
 
 from launch import ssh
 from launch.node import Layout, layout_of, threads
-from tests.dist.helper import free_port
+from tests.processes import free_port
 from tests.toy import REPO, assert_same_weights, kill, learned, log_of, records, wait_for, weights
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.events import last_stop, read_events

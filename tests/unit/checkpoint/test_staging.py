@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tests.dist.helper import free_port
+from tests.processes import free_port
 from torchtitan_deltaproduct.checkpoint.staging import ALIGNMENT, Slot, Stager, lay_out
 
 

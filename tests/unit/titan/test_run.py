@@ -50,6 +50,7 @@ def test_the_command(toy, tmp_path):
 
 INTERRUPTED = """
 import builtins, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A suite run in the background has it ignored.
 original, module = builtins.__import__, sys.argv.pop(1)
 def interrupted(name, *given, **more):
     if name == "torch" and "torch" not in sys.modules:

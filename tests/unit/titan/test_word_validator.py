@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dist.helper import run_distributed
+from tests.processes import run_distributed
 from tests.toy import arguments, assert_same_weights, learned, records, train, weights
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.data.held_out import held_out_sequences

@@ -1,0 +1,214 @@
+"""Processes that start with everything imported, on one rank or several.
+
+    process = start(["-m", "torchtitan_deltaproduct.train", ...], log, ranks=2)     # like subprocess.Popen, logged
+    run_distributed(check, world_size=2, args=(16,))        # check(rank, 16) on two gloo ranks; failures raise here
+
+Importing torch and torchtitan takes four seconds, and a suite needs it hundreds of times. So one process a session
+imports them, has no thread yet, and forks: a copy runs as `python -m ...` would. Of several ranks a leader has the part
+of torchrun: it makes the store, sets RANK and its siblings, ends all when one fails, and passes signals on.
+"""
+
+import atexit
+import os
+import pickle
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Process:
+    """What `subprocess.Popen` tells of a process, of one that was forked elsewhere."""
+
+    def __init__(self, pid: int):
+        self.pid, self.returncode = pid, None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = _ask("poll", self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float = 600) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def start(words: list[str], log: Path | str, ranks: int = 0) -> Process:
+    """Starts `python WORDS` ("-m", a module, its arguments) in a session of its own, its output appended to `log`.
+
+    With `ranks` it runs on each of so many, as under torchrun.
+    """
+    assert words[0] == "-m"
+    return _fork((_run_module, words[1:]), log, ranks)
+
+
+def run_distributed(function: Callable, world_size: int = 2, args: tuple = ()) -> None:
+    """Calls `function(rank, *args)`, a function of a module, on each rank with the gloo process group up.
+
+    Raises:
+        AssertionError: a rank failed; the message ends with what was printed.
+    """
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        process = _fork((_call_on_rank, (pickle.dumps((function, args)), sys.path)), log.name, world_size)
+        code = process.wait()
+        said = log.read()
+    assert code == 0, f"{function.__name__} on {world_size} ranks: exit code {code}\n{said[-6000:]}"
+    print(said)
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+# The test's side.
+
+_server: Connection | None = None
+
+
+def _ask(*request):
+    global _server
+    if _server is None:
+        ours, theirs = socket.socketpair()
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from tests.processes import serve; serve()", str(theirs.fileno())],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=REPO, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+        _server = Connection(ours.detach())
+        atexit.register(lambda: (_server.close(), process.wait()))
+    _server.send(request)
+    return _server.recv()
+
+
+def _fork(program: tuple[Callable, tuple | list], log: Path | str, ranks: int) -> Process:
+    return Process(_ask("fork", program, str(log), ranks, os.environ | {"OMP_NUM_THREADS": "1"}))
+
+
+# The side of the process that forks.
+
+
+def serve() -> None:
+    """Forks what is asked for until the other side is closed; in a copy, runs the program."""
+    import torchtitan_deltaproduct.titan.run  # noqa: F401
+
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
+    connection = Connection(int(sys.argv[1]))
+    while True:
+        try:
+            what, *details = connection.recv()
+        except EOFError:
+            return
+        if what == "poll":
+            pid, status = os.waitpid(details[0], os.WNOHANG)
+            connection.send(os.waitstatus_to_exitcode(status) if pid else None)
+        elif pid := os.fork():
+            connection.send(pid)
+        else:
+            connection.close()
+            break
+    # Here and not inside the loop, so that the program ends as any program does.
+    _become(*details)
+
+
+def _become(program: tuple[Callable, tuple | list], log: str, ranks: int, environment: dict[str, str]) -> None:
+    """Runs the program in a session of its own, as the leader of `ranks` copies if there are any."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    os.environ.clear()
+    os.environ.update(environment)
+    if ranks:
+        _lead(ranks)
+    function, arguments = program
+    function(*arguments)
+
+
+def _lead(ranks: int) -> None:
+    """Returns in each rank; the leader does not return."""
+    pids, pipes = [], []
+    for rank in range(ranks):
+        receive, send = os.pipe()
+        if (pid := os.fork()) == 0:
+            os.close(send)
+            port = os.read(receive, 10).decode()
+            os.close(receive)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0",
+                           "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                           "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+            return
+        os.close(receive)
+        pids.append(pid)
+        pipes.append(send)
+
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for pipe in pipes:
+        os.write(pipe, str(store.port).encode())
+        os.close(pipe)
+
+    def end_all(number: int, *_) -> None:
+        for pid in pids:
+            os.kill(pid, number)
+
+    for number in _SIGNALS:
+        signal.signal(number, end_all)
+    failed, deadline = False, float("inf")
+    while pids:
+        for pid in list(pids):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                pids.remove(pid)
+                if status and not failed:
+                    failed, deadline = True, time.monotonic() + 30
+                    end_all(signal.SIGTERM)
+        if time.monotonic() > deadline:
+            end_all(signal.SIGKILL)
+        time.sleep(0.01)
+    os._exit(failed)
+
+
+def _run_module(name: str, *arguments: str) -> None:
+    sys.argv = [name, *arguments]
+    sys.path[0] = os.getcwd()
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _call_on_rank(pickled: bytes, path: list[str]) -> None:
+    import torch.distributed as dist
+
+    sys.path[:] = path
+    function, args = pickle.loads(pickled)
+    dist.init_process_group("gloo")
+    try:
+        function(int(os.environ["RANK"]), *args)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    # Some of torch's C++ threads may still run, and the interpreter's teardown then aborts now and again ("terminate
+    # called without an active exception"). All that the test wanted is done.
+    sys.stdout.flush()
+    os._exit(0)
