@@ -22,21 +22,27 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         module: whose command it is.
-        doc: its doc string: the first line, which `--help` shows.
-        usage: the words it takes; the rest is "[options]". None: argparse lists them all.
+        doc: its doc string: `--help` shows the first line, or all with `in_full`.
+        options: of argparse's parser.
     """
 
-    def __init__(self, module: str, doc: str, usage: str | None = None) -> None:
+    def __init__(self, module: str, doc: str, in_full: bool = False, **options) -> None:
         prog = sys.argv[0] if sys.argv[0].startswith(f"{COMMAND} ") else f"python -m {module}"
-        usage = None if usage is None else f"{prog} {usage} [options]".replace("%", "%%")
-        super().__init__(prog=prog, usage=usage, description=doc.split("\n")[0], formatter_class=Help)
+        description = doc if in_full else doc.split("\n")[0]
+        super().__init__(prog=prog, description=description, formatter_class=Help, **options)
 
 
-class Help(argparse.HelpFormatter):
-    """Lines as wide as the terminal, 120 where there is none."""
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Lines as wide as the terminal, 120 where there is none; what may be left out is one word of the usage."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=shutil.get_terminal_size((120, 24)).columns)
+        super().__init__(prog, max_help_position=32, width=shutil.get_terminal_size((120, 24)).columns)
+
+    def _format_usage(self, usage, actions, groups, prefix):
+        needed = [action for action in actions if action.required or not action.option_strings]
+        if usage is not None or len(actions) - len(needed) < 6:
+            return super()._format_usage(usage, actions, groups, prefix)
+        return super()._format_usage(None, needed, [], prefix).rstrip() + " [options]\n\n"
 
 
 def path(word: str) -> str:

@@ -9,7 +9,6 @@ under its name only after it was read back: the weights must be the run's, bit f
 the run's logits.
 """
 
-import argparse
 import logging
 import shutil
 import warnings
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..arguments import path, text
+from ..arguments import Parser, path, text
 from ..data.text.tokenizer import copy_tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError, DataError, exit_on_user_error
 from ..files import utf8_path
@@ -199,9 +198,7 @@ def _open_with_fla(folder: Path, expected: dict[str, torch.Tensor]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m torchtitan_deltaproduct.checkpoint.to_hf", description=__doc__.split("\n")[0]
-    )
+    parser = Parser("torchtitan_deltaproduct.checkpoint.to_hf", __doc__)
     add = parser.add_argument
     add("run", type=path, metavar="RUN", help="run folder, or one of its checkpoint/step-N")
     add("out", type=path, metavar="OUT", help="folder to make")

@@ -7,11 +7,10 @@
 Exit code 0: all that was read is as it was written; 1: something is not, or nothing is complete.
 """
 
-import argparse
 import time
 from pathlib import Path
 
-from ..arguments import path
+from ..arguments import Parser, path
 from ..errors import CheckpointError, exit_on_user_error
 from .folders import CheckpointInfo, inspect, scan
 from .ls import checkpoint_folder
@@ -37,9 +36,7 @@ def chosen(run: Path, step: int | None) -> list[CheckpointInfo]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m torchtitan_deltaproduct.checkpoint.verify", description=__doc__.split("\n")[0]
-    )
+    parser = Parser("torchtitan_deltaproduct.checkpoint.verify", __doc__)
     parser.add_argument("run", metavar="RUN", type=path, help="run folder, or one checkpoint/step-N")
     parser.add_argument("--step", type=int, help="only this step (default: all)")
     options = parser.parse_args(arguments)

@@ -6,7 +6,6 @@ The pre-tokenizer is GPT-2's; the only special token is `<|endoftext|>`, id 0, w
 same input gives the same tokenizer. A folder that holds the result already is left as it is.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from torchtitan_deltaproduct.arguments import path, text
+from torchtitan_deltaproduct.arguments import Parser, path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.files import read_text, write_atomically, write_json
 
@@ -120,7 +119,7 @@ def identity(units: list[Unit]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train_tokenizer", description=__doc__.split("\n")[0])
+    parser = Parser("torchtitan_deltaproduct.data.train_tokenizer", __doc__)
     parser.add_argument("input", nargs="+", type=path, help="text, .jsonl(.gz) or .parquet files, or folders")
     parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="folder to write")
     parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="entries of the vocabulary")

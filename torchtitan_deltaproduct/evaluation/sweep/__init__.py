@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from torchtitan_deltaproduct.arguments import path
+from torchtitan_deltaproduct.arguments import Parser, path
 from torchtitan_deltaproduct.errors import ConfigError
 
 from ..options import make_folder
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None, submit: Submit | None = None) -> in
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.sweep", description=__doc__.split("\n")[0])
+    parser = Parser("eval.sweep", __doc__)
     add = parser.add_argument
     add("file", type=path, metavar="SWEEP.toml", help="models, datasets and evals; see eval/example_sweep.toml")
     add("--dry-run", action="store_true", help="print the jobs and their commands, run nothing")
