@@ -29,7 +29,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, module: str, doc: str, in_full: bool = False, **options) -> None:
         prog = sys.argv[0] if sys.argv[0].startswith(f"{COMMAND} ") else f"python -m {module}"
         description = doc if in_full else doc.split("\n")[0]
-        super().__init__(prog=prog, description=description, formatter_class=Help, **options)
+        super().__init__(prog=prog, description=description, formatter_class=Help, add_help=False, **options)
+        # Lines that every help of argparse has, and that say nothing.
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+        self._positionals.title = self._optionals.title = None
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
