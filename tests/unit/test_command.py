@@ -64,6 +64,18 @@ def test_help_and_version_are_quick():
     assert len(helped.stdout.splitlines()) < 30 and all(name in helped.stdout for name in command.COMMANDS)
 
 
+@pytest.mark.parametrize("name", [name for name in command.COMMANDS if name not in ("completion", "eval lm-harness")])
+def test_the_help_of_a_command_is_short(name, monkeypatch, capsys):
+    """lm-eval's is its own."""
+    monkeypatch.setattr(sys, "argv", ["deltaproduct", *name.split(), "--help"])
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as ended:
+        command.run(sys.argv[1:])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and 4 < len(lines) < 30
+    assert name == "train" or lines[0].startswith(f"usage: deltaproduct {name} ")
+
+
 @pytest.mark.parametrize(("words", "said"), [
     ("stats x", "no command stats; nearest: deltaproduct status"),
     ("eval generat", "no command 'eval generat'; nearest: deltaproduct eval generate"),
