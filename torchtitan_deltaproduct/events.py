@@ -26,6 +26,8 @@ from .history import ends
 NAME = "events.jsonl"
 LIMIT = 1 << 22
 """Bytes of it that are read: some 40,000 events, the newest."""
+LATEST = 1e11
+"""Seconds since 1970 that are no time any more; nor are NaN and infinity."""
 
 
 def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
@@ -77,6 +79,9 @@ FIELDS: dict[str, dict[str, type | types.UnionType]] = {
 def fits(record: dict[str, Any]) -> bool:
     """Whether a record is an event with all that readers of its kind count on."""
     expected = {"event": str} | FIELDS.get(str(record.get("event")), {})
+    when = record.get("time", 0.0)
+    if not (isinstance(when, int | float) and abs(when) < LATEST):
+        return False
     return all(name in record and isinstance(record[name], kind) for name, kind in expected.items())
 
 
