@@ -67,15 +67,15 @@ def test_parity(head_dim, documents, strided):
 
 
 @pytest.mark.usefixtures("short_pieces")
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("width", [2, 3, 5, 8])
+@pytest.mark.parametrize(("width", "documents"), [(2, True), (3, False), (5, True), (8, False), (8, True)])
 def test_widths(width, documents):
     check(*make(2, 37, 64, width, documents), 32)
 
 
 @pytest.mark.usefixtures("short_pieces")
-@pytest.mark.parametrize("length", [1, 2, 3, 8, 31, 33])
-@pytest.mark.parametrize("head_dim", [None, 96])
+@pytest.mark.parametrize(
+    ("length", "head_dim"), [(1, 96), (2, None), (3, 96), (8, None), (31, 96), (33, None), (33, 96)]
+)
 def test_lengths_and_odd_channels(length, head_dim):
     """Shorter than the width, at the ends of pieces; a head that is no power of two, channels beyond a block."""
     check(*make(2, length, 288, 4, documents=length > 3, strided=True), head_dim)
@@ -142,6 +142,7 @@ def test_obstacles_are_named():
             short_conv(*arguments, **options)
 
 
+@pytest.mark.usefixtures("short_pieces")
 def test_several_at_once_are_each_alone():
     """Also where one of them is not part of the loss."""
     parts = [make(2, 20, channels, 4) for channels in (32, 64, 48)]
@@ -157,8 +158,9 @@ def test_several_at_once_are_each_alone():
 
 
 @pytest.mark.usefixtures("short_pieces")
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("width", "head_dim", "cut"), [(4, None, 21), (4, 32, 3), (2, 96, 16), (8, 64, 7)])
+@pytest.mark.parametrize(("width", "head_dim", "cut", "documents"), [
+    (4, None, 21, True), (4, 32, 3, False), (2, 96, 16, True), (8, 64, 7, False), (8, 64, 7, True),
+])  # fmt: skip
 def test_halo(width, head_dim, cut, documents):
     """A sequence in two parts, the second given what the first ends with, is the sequence: gradients, too."""
     x, weight, positions, dy = make(2, 37, 2 * (head_dim or 64), width, documents)
