@@ -153,7 +153,7 @@ def table(runs: list[Run], names: list[str], changed: dict[str, str]) -> Table:
     lines = [(run, summary(run, name, changed)) for run, name in zip(runs, names, strict=True)]
     lines.sort(key=lambda line: rank(line[0]))
     result = Table(title_justify="left", caption_justify="left")
-    for name in ("run", "settings that differ"):
+    for name in ("run", "settings that differ") if changed else ("run",):
         result.add_column(name, overflow="fold")
     for name in ("step", "train loss", "validation", "best (step)", "bits/byte", "tokens", "tokens/s", "goodput",
                  "running", "FLOPs"):  # fmt: skip
@@ -162,7 +162,7 @@ def table(runs: list[Run], names: list[str], changed: dict[str, str]) -> Table:
         best = line["best_validation_loss"]
         result.add_row(
             escape(line["run"]) + (" [red]*[/]" if run.problems else ""),
-            escape(", ".join(setting_words(run, changed))),
+            *([escape(", ".join(setting_words(run, changed)))] if changed else []),
             cell(line["step"], "{:,}"), cell(line["train_loss"], "{:.4f}"), cell(line["validation_loss"], "{:.4f}"),
             "" if best is None else f"{best:.4f} ({line['best_step']:,})", cell(line["bits_per_byte"], "{:.4f}"),
             cell(line["tokens"], count), cell(line["tokens_per_second"], "{:,.0f}"), cell(line["goodput"], "{:.1%}"),
