@@ -21,6 +21,8 @@ BLOCK = 1 << 16
 """Bytes read at once from an end."""
 WHOLE = 1 << 20
 """Bytes up to which a file is read whole."""
+NUMBERS = {int, float, bool, type(None)}
+"""Types of JSON's numbers, and null."""
 VALIDATIONS, AROUND = 128, 1 << 12
 """Of a longer file: validations looked up, and bytes read at each place, of which there are `WHOLE / AROUND`."""
 
@@ -54,7 +56,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 def of_a_step(record: dict[str, Any]) -> bool:
     """Whether a record is one of metrics.jsonl: `{"step": 20, "loss": 5.1, ...}`, numbers and nulls."""
-    return type(record.get("step")) is int and all(isinstance(v, int | float | None) for v in record.values())
+    return type(record.get("step")) is int and NUMBERS.issuperset(map(type, record.values()))
 
 
 def open_records(path: Path) -> BinaryIO:
@@ -131,7 +133,7 @@ def overview(path: Path, validated_every: int | None, limit: int = WHOLE) -> tup
                 steps = range(last // validated_every * validated_every, -1, -validated_every)
                 steps = steps[:: -(-len(steps) // VALIDATIONS)]
                 validations = in_order(
-                    file, [(place_of(file, size, step), 3 * AROUND) for step in steps], b"validation_"
+                    file, [(place_of(file, size, step, last), 3 * AROUND) for step in steps], b"validation_"
                 )
                 met = {record["step"] for record in records if "validation_loss" in record}
                 others = [record for record in filter(of_a_step, validations) if record["step"] not in met]
@@ -141,16 +143,31 @@ def overview(path: Path, validated_every: int | None, limit: int = WHOLE) -> tup
         return [], True
 
 
-def place_of(file: BinaryIO, size: int, step: int) -> int:
-    """A place at most `AROUND` bytes before the first record of a step, by halving."""
-    low, high = 0, size
+def place_of(file: BinaryIO, size: int, step: int, last: int) -> int:
+    """A place at most `AROUND` bytes before the first record of a step.
+
+    It is looked for where it would be if all lines were as long, a little to the side that is still far, and further
+    each time that it turns out to be further: in few looks where lines are alike, in the logarithm of them at worst.
+
+    Args:
+        file: the file.
+        size: of it, in bytes.
+        step: to be found.
+        last: about the step at its end.
+    """
+    low, high, below, above = 0, size, 0, max(last, 1)
+    aside = -AROUND // 2
     while high - low > AROUND:
-        middle = (low + high) // 2
+        share = (step - below) / (above - below) if below <= step < above else 0.5
+        middle = low + int((high - low) * share) + aside
+        middle = min(max(middle, low + AROUND // 2), high - AROUND // 2)
         first = next(filter(of_a_step, parse(part(file, middle, AROUND)[1])), None)
         if first is None or first["step"] >= step:
-            high = middle
+            high, above = middle, first["step"] if first else above
+            aside = 4 * aside if aside < 0 else -AROUND // 2
         else:
-            low = middle
+            low, below = middle, first["step"]
+            aside = 4 * aside if aside > 0 else AROUND // 2
     return low
 
 
