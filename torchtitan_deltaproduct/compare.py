@@ -25,7 +25,7 @@ from rich.table import Table
 from . import arguments
 from .errors import UserError, exit_on_user_error
 from .formats import amount, count, duration
-from .runs import Run, read_run, shown
+from .runs import Run, read_run, short_names, shown
 
 UNLEARNED = ("job.", "metrics.", "profiling.", "comm.", "guard.", "checkpoint.")
 """Tables that change nothing that is learned: names, logging, saving, stopping."""
@@ -48,7 +48,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON; a picture only if --out names one")
     options = parser.parse_args(words)
     runs, refused = read_runs(options.runs)
-    names = short_names(runs)
+    names = short_names([run.path for run in runs])
     changed = differences(runs)
     groups = sorted(grouped(runs, names, changed), key=Group.rank)
     picture = options.out or ("" if options.json else "compare.png")
@@ -89,13 +89,6 @@ def read_runs(folders: Iterable[str]) -> tuple[list[Run], list[UserError]]:
     if not runs:
         raise refused[0]
     return list(runs.values()), refused
-
-
-def short_names(runs: list[Run]) -> list[str]:
-    """The paths below the folder that all lie in; of a single run, its own name."""
-    paths = [os.path.realpath(run.path) for run in runs]
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return [arguments.shown(os.path.relpath(path, common)) for path in paths]
 
 
 def differences(runs: list[Run]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from . import arguments
 from .config.snapshots import read_snapshot
 from .config.values import shorten, show
 from .errors import CheckpointError, UserError
@@ -174,6 +175,13 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         deeper = isinstance(value, Mapping) and prefix.count(".") < DEPTH
         flat |= flatten(value, f"{prefix}{name}.") if deeper else {f"{prefix}{name}": value}
     return flat
+
+
+def short_names(runs: list[Path]) -> list[str]:
+    """Paths below the folder that all lie in, as text; of a single run, its own name."""
+    paths = [os.path.realpath(run) for run in runs]
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [arguments.shown(os.path.relpath(path, common)) for path in paths]
 
 
 def shown(value: Any, width: int = 40) -> str:

@@ -24,9 +24,14 @@ from .events import LIMIT, NAME, last_stop, read_events
 from .files import read_text
 from .formats import sparkline
 from .history import VALIDATIONS, overview
+from .runs import short_names
 
 LAUNCHES = 20
 """Lines of launches that are shown."""
+ROW = ("state", "step", "loss", "validation", "best", "tokens/s", "to go")
+"""What the line of one of several runs says."""
+WIDE = 110
+"""Characters of a terminal that has room for all of it, with curves."""
 FRESH = 60.0
 """Seconds after which a heartbeat is no longer taken for a living run."""
 
@@ -38,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     while True:
-        content, refused = reports(list(map(Path, options.runs)), time.time())
+        content, refused = reports(list(map(Path, options.runs)), time.time(), console.width)
         if options.watch:
             # Does nothing where the output is no terminal.
             console.clear()
@@ -50,8 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
         time.sleep(options.watch)
 
 
-def reports(runs: list[Path], now: float) -> tuple[Table, list[UserError]]:
+def reports(runs: list[Path], now: float, width: int) -> tuple[Table, list[UserError]]:
     """All of one run, or a line for each of several; and why others are left out.
+
+    Args:
+        runs: the run folders.
+        now: seconds since 1970.
+        width: of the terminal, in characters.
 
     Raises:
         UserError: none of the folders is a run's.
@@ -67,11 +77,14 @@ def reports(runs: list[Path], now: float) -> tuple[Table, list[UserError]]:
     if len(runs) == 1:
         return report(runs[0], now), refused
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("run", overflow="fold")
-    for name in ("state", "step", "loss", "validation", "best", "tokens/s", "to go"):
+    table.add_column("run", overflow="fold", min_width=8)
+    wide = width >= WIDE
+    columns = [name for name in ROW if wide or name not in ("best", "tokens/s")]
+    for name in columns:
         table.add_column(name, no_wrap=True)
-    for run, records, _, events in good:
-        table.add_row(*row(run, records, events, now))
+    for name, (run, records, _, events) in zip(short_names([run for run, *_ in good]), good, strict=True):
+        cells = row(run, records, events, now, blocks=12 if wide else 0)
+        table.add_row(escape(name), *(cells[name] for name in columns))
     return table, refused
 
 
@@ -89,19 +102,28 @@ def read(run: Path) -> tuple[list[dict], bool, list[dict]]:
     return records, whole, events
 
 
-def row(run: Path, records: list[dict], events: list[dict], now: float) -> list[str]:
-    """One run of several: name, state, step, loss, newest and best validation loss, tokens a second, time to go."""
+def row(run: Path, records: list[dict], events: list[dict], now: float, blocks: int) -> dict[str, str]:
+    """What the line of one of several runs says, see `ROW`.
+
+    Args:
+        run: the folder.
+        records, events: of it.
+        now: seconds since 1970.
+        blocks: width of the curve of losses; 0: none.
+    """
     steps, total = [r for r in records if "loss" in r], setting(run, "training", "steps")
-    how = re.split("[:,]", state(events, read_json(run / "heartbeat.json"), now))[0]
-    step = f"{steps[-1]['step']:,}" + (f" of {total:,}" if total else "") if steps else ""
+    how = re.split(r"[:,]| \d", state(events, read_json(run / "heartbeat.json"), now))[0]
+    step = f"{steps[-1]['step']:,}" + (f"/{total:,}" if total else "") if steps else ""
     values = [r["validation_loss"] for r in records if r.get("validation_loss") is not None]
-    validated = (f"{values[-1]:.4f}", f"{min(values):.4f}") if values else ("", "")
+    newest, best = (f"{values[-1]:.4f}", f"{min(values):.4f}") if values else ("", "")
     typical = typical_step(steps)
     left = (total or 0) - steps[-1]["step"] if steps else 0
     speed = f"{typical['tokens_per_second']:,.0f}" if typical else ""
     to_go = ago(left * typical["seconds"]) if typical and left > 0 else ""
-    curve = losses(steps, width=16).partition(" over ")[0]
-    return [escape(str(run)), how, step, curve, *validated, speed, to_go]
+    last = [r["loss"] for r in steps if r["loss"] is not None]
+    curve = f"{sparkline(last, blocks)} " if blocks and last else ""
+    loss = f"{curve}{sum(last[-20:]) / len(last[-20:]):.4f}" if last else ""
+    return dict(zip(ROW, (how, step, loss, newest, best, speed, to_go), strict=True))
 
 
 def report(run: Path, now: float) -> Table:
