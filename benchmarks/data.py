@@ -38,6 +38,7 @@ from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.generated.groups import parse_group
 from torchtitan_deltaproduct.data.shards.manifest import Manifest, Shard, write_manifest
+from torchtitan_deltaproduct.data.shards.megatron import own_index
 from torchtitan_deltaproduct.data.shards.verified import Verified
 from torchtitan_deltaproduct.data.text.prepare import Settings, prepare
 from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, tokenizer_sha256
@@ -147,7 +148,7 @@ def make_sparse_set(folder: Path, tokenizer: str, seq_len: int) -> Path:
     for number in range(100):
         name = f"shards/{number:05d}"
         (folder / "shards").mkdir(parents=True, exist_ok=True)
-        for suffix, size in ((".bin", tokens * 2), (".idx", documents * 8)):
+        for suffix, size in ((".bin", tokens * 2), (".idx", own_index(documents).size)):
             with open(folder / (name + suffix), "wb") as file:
                 os.truncate(file.fileno(), size)
         shards.append(Shard(name, tokens, documents, tokens, "0" * 64, "0" * 64))

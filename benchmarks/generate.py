@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchtitan_deltaproduct.evaluation.generate.decoding import read_prompts
-from torchtitan_deltaproduct.evaluation.generate.sampling import Sampler, Sampling
+from torchtitan_deltaproduct.evaluation.generate.sampling import Sampling, choose, random_streams
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
 from torchtitan_deltaproduct.models.counts import state_bytes
 from torchtitan_deltaproduct.models.decode import step
@@ -88,7 +88,7 @@ class Place:
     def __init__(self, model: DeltaProductLM, position: int, options: argparse.Namespace):
         text = torch.randint(options.vocab, (position,), generator=torch.Generator().manual_seed(0)).tolist()
         self.model, self.position = model, position
-        self.sampler = Sampler(Sampling(temperature=1.0), [0])
+        self.sampling, self.streams = Sampling(temperature=1.0), random_streams([0])
         Memory.forget_peak()
         start = time.perf_counter()
         self.logits, self.cache = read_prompts(model, [text], options.segment)
@@ -105,7 +105,7 @@ class Place:
         """One block."""
         start = self.clock()
         for _ in range(tokens):
-            (token,) = self.sampler.choose(self.logits)
+            (token,) = choose(self.logits, self.sampling, self.streams)
             self.logits, self.cache = step(self.model, torch.tensor([token]), self.cache)
         self.seconds.append((self.clock() - start) / tokens)
 

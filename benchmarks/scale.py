@@ -48,6 +48,7 @@ MOST_SECONDS, MOST_CALLS = 0.5, 100
 def make_set(folder: Path, shards: int) -> Path:
     """Files of zeros as long as they must be, and the manifest and note of a set that was used before."""
     from torchtitan_deltaproduct.data.shards.manifest import Manifest, Shard, write_manifest
+    from torchtitan_deltaproduct.data.shards.megatron import index_bytes
     from torchtitan_deltaproduct.data.shards.verified import Verified
     from torchtitan_deltaproduct.data.text.tokenizer import tokenizer_sha256
 
@@ -55,13 +56,13 @@ def make_set(folder: Path, shards: int) -> Path:
     (folder / "shards").mkdir()
     words = models.WordLevel({"<|endoftext|>": 0, "x": 1}, unk_token="x")
     Tokenizer(words).save(str(folder / "tokenizer/tokenizer.json"))
-    ends = (np.arange(1, DOCUMENTS + 1) * (TOKENS // DOCUMENTS)).astype("<i8").tobytes()
+    index = index_bytes(np.arange(1, DOCUMENTS + 1) * (TOKENS // DOCUMENTS), "uint16")
     table = []
     for number in range(shards):
         name = f"shards/{number:05d}"
         with open(folder / f"{name}.bin", "wb") as file:
             os.truncate(file.fileno(), TOKENS * 2)
-        (folder / f"{name}.idx").write_bytes(ends)
+        (folder / f"{name}.idx").write_bytes(index)
         table.append(Shard(name, TOKENS, DOCUMENTS, TOKENS, "0" * 64, "0" * 64))
     counts = (shards * TOKENS, shards * DOCUMENTS, shards * TOKENS)
     sha = tokenizer_sha256(folder / "tokenizer")
@@ -112,6 +113,7 @@ def own_command(folder: Path, windows: int) -> list[str]:
 
 def continue_seconds(folder: Path, shards: int) -> float:
     """Seconds in which prepare finds `shards` finished shards of 64 MB unchanged: sparse files, and their records."""
+    from torchtitan_deltaproduct.data.shards.megatron import own_index
     from torchtitan_deltaproduct.data.shards.verified import state
     from torchtitan_deltaproduct.data.text.prepare import WORK, finished_units
 
@@ -119,12 +121,12 @@ def continue_seconds(folder: Path, shards: int) -> float:
         (folder / name).mkdir(parents=True)
     for number in range(shards):
         states = []
-        for suffix, size in ((".bin", 64 << 20), (".idx", 512)):
+        for suffix, size in ((".bin", 64 << 20), (".idx", own_index(20).size)):
             path = folder / f"shards/{number:05d}{suffix}"
             with open(path, "wb") as file:
                 os.truncate(file.fileno(), size)
             states.append(state(path.stat()))
-        shard = {"name": f"shards/{number:05d}", "bin_sha256": "0" * 64, "idx_sha256": "0" * 64}
+        shard = {"name": f"shards/{number:05d}", "documents": 20, "bin_sha256": "0" * 64, "idx_sha256": "0" * 64}
         record = {"shards": {"": shard}, "states": {"": states}, "bad": []}
         (folder / WORK / f"{number:05d}.json").write_text(json.dumps(record))
     begin = time.perf_counter()

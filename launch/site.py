@@ -110,7 +110,7 @@ def conform_table(value: Any) -> dict[str, str]:
         raise ValueError('expected a table, such as env = {NCCL_DEBUG = "WARN"}')
     for name, text in value.items():
         if not isinstance(text, str):
-            raise ValueError(f"{name}: expected a string; write {name} = \"{text}\"")
+            raise ValueError(f'{name}: expected a string; write {name} = "{text}"')
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise ValueError(f"{name}: not the name of an environment variable")
     return value
@@ -133,60 +133,44 @@ def seconds_of(time: str) -> int:
     return 3600 * hours + 60 * minutes + seconds
 
 
-def _one_line(value: str) -> str:
+def one_line(value: str) -> str:
     hidden = control_characters(value)
     return f"must be one line, without {hidden}" if hidden else ""
 
 
-def _time(value: str) -> str:
-    if value:
-        seconds_of(value)
+def judge_time(limit: str) -> str:
+    if limit:
+        seconds_of(limit)
     return ""
 
 
-def _gres(value: str) -> str:
-    return _one_line(value) if not value or "{gpus}" in value else "must contain {gpus}, which stands for their number"
+def judge_gres(gres: str) -> str:
+    return one_line(gres) if not gres or "{gpus}" in gres else "must contain {gpus}, which stands for their number"
 
 
-def _words(value: str) -> str:
-    shlex.split(value)
-    return _one_line(value)
+def judge_container(words: str) -> str:
+    shlex.split(words)
+    return one_line(words)
 
 
-def _not_negative(value: int) -> str:
-    return "must not be negative" if value < 0 else ""
-
-
-def _signal_seconds(value: int) -> str:
-    return "" if 1 <= value <= 65535 else "must be 1 to 65535, the range of sbatch --signal"
-
-
-OWNED = {
-    **dict.fromkeys(("nodes", "N"), "--nodes"),
-    **dict.fromkeys(("ntasks", "n", "ntasks-per-node", "tasks-per-node"), "--ranks-per-node and --gpus-per-node"),
-    **dict.fromkeys(("output", "o", "error", "e", "nodefile", "F", "open-mode", "chdir", "D", "signal",
-                     "requeue", "no-requeue", "array", "a", "wrap", "parsable", "test-only", "wait", "W"),
-                    "no other way: the launcher counts on its own"),
-    **dict.fromkeys(("job-name", "J"), "--job-name"),
-    **dict.fromkeys(("dependency", "d"), "--dependency"),
-    **dict.fromkeys(("cpus-per-task", "c"), 'the key "cpus_per_rank"'),
-    **dict.fromkeys(("gres", "gpus", "G", "gpus-per-node", "gpus-per-task", "ntasks-per-gpu"),
-                    'the keys "gpus_per_node" and "gres"'),
-    **dict.fromkeys(("time", "t"), 'the key "time"'),
-    **dict.fromkeys(("mem",), 'the key "mem"'),
-    **dict.fromkeys(("partition", "p"), 'the key "partition"'),
-    **dict.fromkeys(("account", "A"), 'the key "account"'),
-    **dict.fromkeys(("qos", "q"), 'the key "qos"'),
-    **dict.fromkeys(("constraint", "C"), 'the key "constraint"'),
-}
+OWNED = {option: owner for options, owner in {
+    "nodes N": "--nodes",
+    "ntasks n ntasks-per-node tasks-per-node": "--ranks-per-node and --gpus-per-node",
+    "output o error e nodefile F open-mode chdir D signal requeue no-requeue array a wrap parsable test-only wait W":
+        "no other way: the launcher counts on its own",
+    "job-name J": "--job-name",
+    "dependency d": "--dependency",
+    "cpus-per-task c": 'the key "cpus_per_rank"',
+    "gres gpus G gpus-per-node gpus-per-task ntasks-per-gpu": 'the keys "gpus_per_node" and "gres"',
+    "time t": 'the key "time"', "mem": 'the key "mem"', "partition p": 'the key "partition"',
+    "account A": 'the key "account"', "qos q": 'the key "qos"', "constraint C": 'the key "constraint"',
+}.items() for option in options.split()}  # fmt: skip
 """Options of sbatch -> what sets them. Repeated in `extra` they would win over it, and the job would not know."""
-
-
 WITHOUT_VALUE = "HIOQVhksv"
 """Letters of sbatch that take no value."""
 
 
-def _options(value: list[str]) -> str:
+def judge_extra(value: list[str]) -> str:
     for line in value:
         if not re.fullmatch(r"-\S.*", line) or control_characters(line):
             return f'{line!r}: expected an option of sbatch, such as "--reservation=name"'
@@ -201,25 +185,20 @@ def owned(word: str) -> str:
     """What sets this option of sbatch, so that `extra` must not; "" for an option that may stand in `extra`."""
     if not word.startswith("--"):
         # -HN4 is -H and -N4: every letter counts up to the first that takes the rest as its value.
-        letters = word[1:]
-        while letters[:1] and letters[0] in WITHOUT_VALUE:
-            letters = letters[1:]
-        return OWNED.get(letters[:1], "")
+        return OWNED.get(word[1:].lstrip(WITHOUT_VALUE)[:1], "")
     name = word[2:].partition("=")[0]
-    if name in OWNED:
-        return OWNED[name]
     # sbatch takes the beginning of an option for the option.
-    reasons = (why for option, why in OWNED.items() if len(option) > 1 and name and option.startswith(name))
-    return next(reasons, "")
+    begun = (owner for option, owner in OWNED.items() if len(option) > 1 and name and option.startswith(name))
+    return OWNED.get(name) or next(begun, "")
 
 
 JUDGES: dict[str, Callable[[Any], str]] = {
-    **dict.fromkeys(("partition", "account", "qos", "constraint", "mem", "rdzv_host"), _one_line),
-    **dict.fromkeys(("gpus_per_node", "cpus_per_rank"), _not_negative),
-    "time": _time,
-    "gres": _gres,
-    "container": _words,
-    "signal_seconds": _signal_seconds,
-    "extra": _options,
+    **dict.fromkeys(("partition", "account", "qos", "constraint", "mem", "rdzv_host"), one_line),
+    **dict.fromkeys(("gpus_per_node", "cpus_per_rank"), lambda count: "must not be negative" if count < 0 else ""),
+    "time": judge_time,
+    "gres": judge_gres,
+    "container": judge_container,
+    "signal_seconds": lambda s: "" if 1 <= s <= 65535 else "must be 1 to 65535, the range of sbatch --signal",
+    "extra": judge_extra,
 }
-"""Key -> what is wrong with a value of the right type, or ""."""
+"""Key -> what is wrong with a value of the right type: "" for nothing, or a ValueError's reason."""

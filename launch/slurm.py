@@ -9,21 +9,37 @@ job saves and requeues itself when it is preempted or out of time, see launch/re
     scancel --signal=USR1 JOB      save and requeue
     scancel --signal=INT JOB       save and end
     scancel JOB                    end; the ranks have the cluster's KillWait (often 30 s) to save
+
+A launch leaves in the run folder what it takes to tell later what ran, RUN/launch/001, 002, ...:
+
+    x.toml          the TOML as it was; the job reads this copy, so that editing the original changes nothing queued
+    code/           the packages of this project as they were; the job runs this copy, for the same reason
+    overrides.json  the command line's settings
+    git.txt         revision and changed files; git.diff: what the changes are
+    packages.txt    every installed package, as pip freeze lists them
+    env.json        who, where, when, with which versions
 """
 
 import argparse
+import getpass
+import os
+import platform
 import shlex
+import shutil
+import socket
 import sys
+import time
+from importlib import metadata
 from pathlib import Path
 
 from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.config.snapshots import versions
+from torchtitan_deltaproduct.data.check import check_data
 from torchtitan_deltaproduct.errors import ConfigError, DataError, UserError, exit_on_user_error
+from torchtitan_deltaproduct.files import write_json
 
-from .job import TrainingJob, render
-from .record import CODE, new_folder, next_folder, record
-from .sbatch import ROOT, ask, require_sbatch, submit
+from .sbatch import ROOT, TrainingJob, ask, copy_code, render, require_sbatch, submit
 from .site import Site, load_site, seconds_of
 
 
@@ -37,12 +53,16 @@ def main(arguments: list[str] | None = None) -> None:
         ["--job.config_file", options.config, *overrides],
         Environment(options.nodes * ranks, cuda=True if gpus else None, files=True),
     )
-    warn_of_data(config)
+    try:
+        check_data(config)
+    except DataError as error:
+        # Data may live where only the nodes can see it.
+        print(f"warning: {str(error).splitlines()[0]} (seen from this machine)", file=sys.stderr)
     run, toml = Path(config.job.dump_folder).absolute(), Path(options.config)
 
     def job_in(folder: Path) -> TrainingJob:
         return TrainingJob(
-            folder / toml.name, overrides, run, folder, Path.cwd(), folder / CODE if options.snapshot else ROOT,
+            folder / toml.name, overrides, run, folder, Path.cwd(), folder / "code" if options.snapshot else ROOT,
             options.nodes, ranks, gpus, options.job_name or toml.stem, options.time, options.dependency,
             options.max_requeues, options.max_restarts,
         )  # fmt: skip
@@ -58,8 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
         record(job.folder, toml, overrides, ["python", "-m", "launch.slurm", *words])
     shown = site_file or "none, so the cluster's defaults; see launch/site_example.toml"
     print(f"site TOML: {shown}", file=sys.stderr)
-    what = "a copy, made now" if options.snapshot else "the checkout, as it is when the job starts"
-    print(f"code: {job.code} ({what}), revision {versions().get('git', 'unknown')}", file=sys.stderr)
+    origin = "a copy, made now" if options.snapshot else "the checkout, as it is when the job starts"
+    print(f"code: {job.code} ({origin}), revision {versions().get('git', 'unknown')}", file=sys.stderr)
     if options.dry_run:
         print(text, end="")
         return
@@ -74,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser("launch.slurm", __doc__, in_full=True, allow_abbrev=False)
+    parser = Parser("launch.slurm", __doc__.partition("\nA launch leaves")[0], in_full=True, allow_abbrev=False)
     add = parser.add_argument
     add("config", metavar="TOML", help="what to train")
     add("--nodes", type=at_least(1), default=1, help="(default: 1)")
@@ -128,16 +148,6 @@ def check_time(limit: str, site: Site) -> None:
         )
 
 
-def warn_of_data(config) -> None:
-    """Data may live where only the nodes can see it: what is wrong with it here is a warning."""
-    from torchtitan_deltaproduct.data.check import check_data
-
-    try:
-        check_data(config)
-    except DataError as error:
-        print(f"warning: {str(error).splitlines()[0]} (seen from this machine)", file=sys.stderr)
-
-
 def refuse_second_job(run: Path) -> None:
     """Two jobs in one run folder would overwrite each other's checkpoints.
 
@@ -146,15 +156,70 @@ def refuse_second_job(run: Path) -> None:
     """
     noted = [path.read_text(encoding="utf-8", errors="replace").strip() for path in sorted(run.glob("launch/*/job_id"))]
     jobs = [job for job in noted if job.isdecimal()]
-    if not jobs:
-        return
     listed = ["squeue", "--noheader", "--jobs", ",".join(jobs), "--format=%i %T"]
-    alive = ask(*listed).stdout.split("\n")[0].split()
+    alive = ask(*listed).stdout.split("\n")[0].split() if jobs else []
     if alive:
         raise UserError(
             f"job {alive[0]} is {alive[1]} in {run} already\n"
             f"scancel {alive[0]}, or start after it with --dependency afterany:{alive[0]}"
         )
+
+
+def next_folder(run: Path) -> Path:
+    """The folder that the next launch of a run will get."""
+    taken = [int(path.name) for path in run.glob("launch/[0-9]*") if path.name.isdecimal()]
+    return run / "launch" / f"{max(taken, default=0) + 1:03d}"
+
+
+def new_folder(run: Path) -> Path:
+    """Makes the folder of a launch; two launches at once get two."""
+    while True:
+        folder = next_folder(run)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be made: {error.strerror}; choose another job.dump_folder") from None
+
+
+def record(folder: Path, config: Path, overrides: list[str], command: list[str]) -> None:
+    """Writes the files listed above to the folder of a launch; `command` is what the user typed."""
+    shutil.copyfile(config, folder / config.name)
+    copy_code(folder / "code")
+    write_json(folder / "overrides.json", overrides)
+    write_json(folder / "env.json", {
+        "command": shlex.join(command), "folder": str(Path.cwd()), "host": socket.gethostname(), "user": user(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "platform": platform.platform(), "python": sys.executable,
+        "versions": versions(),
+    })  # fmt: skip
+    packages = {f"{package.metadata['Name']}=={package.version}" for package in metadata.distributions()}
+    texts = {
+        "packages.txt": "".join(f"{line}\n" for line in sorted(packages, key=str.lower)),
+        "git.txt": git("log", "-1", "--format=%H %cI %s") + git("status", "--short"),
+        "git.diff": git("diff", "HEAD"),
+    }
+    for name, text in texts.items():
+        if text or name != "git.diff":
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def user() -> str:
+    """The user's name, or number where none is known: in a container, say."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def git(*command: str) -> str:
+    """What git prints about this checkout; "" where it is none, or there is no git."""
+    try:
+        done = ask("git", "-C", str(ROOT), *command)
+    except FileNotFoundError:
+        return ""
+    return done.stdout if done.returncode == 0 else ""
 
 
 if __name__ == "__main__":

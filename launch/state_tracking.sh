@@ -7,4 +7,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/install.sh
 install_project ""
-python -m launch.state_tracking "$@"
+python -m launch.reproduce S3 --seeds 1 "$@"

@@ -43,6 +43,10 @@ RESUME, NON_FINITE = "tests/dist/test_resume.py", "tests/dist/test_non_finite.py
 MUTANTS = [
     Mutant(*fields)
     for fields in [
+        # jobs
+        ("jobs.py", "if code == 0 and self.job.is_done():", "if code == 0:", "tests/unit/test_jobs.py"),
+        ("jobs.py", "gpus[place % len(gpus)]", "gpus[min(place, len(gpus) - 1)]", "tests/unit/test_jobs.py"),
+        ("jobs.py", "if place not in running and waiting:", "if waiting:", "tests/unit/test_jobs.py"),
         # ops
         ("ops/recurrent.py", "decay = None if g is None else g.to(dtype).exp()", "decay = None if g is None else (-g).to(dtype).exp()", PARITY),
         ("ops/recurrent.py", "for row in range(t * n, (t + 1) * n):", "for row in reversed(range(t * n, (t + 1) * n)):", PARITY),
@@ -82,12 +86,15 @@ MUTANTS = [
         ("data/loader.py", "self.sample += self.geometry.micro_batch", "self.sample += self.geometry.local_batch_size", DATA + "test_loader.py"),
         ("data/held_out.py", "labels[max(0, self.samples - first) :] = IGNORE", "pass", DATA + "test_held_out.py"),
         ("data/held_out.py", "return -(-self.samples // (self.local_batch_size * self.dp_world_size))", "return self.samples // (self.local_batch_size * self.dp_world_size)", DATA + "test_held_out.py"),
-        ("data/shards/held_out_windows.py", "return torch.from_numpy(table * (text_bytes / (table @ counts)))", "return torch.from_numpy(table)", DATA + "test_held_out.py"),
-        ("data/shards/held_out_windows.py", "windows = samples * self.bounds[-1] // self.samples", "windows = samples", DATA + "test_held_out.py"),
+        ("data/held_out.py", "return torch.from_numpy(table * (text_bytes / (table @ counts)))", "return torch.from_numpy(table)", DATA + "test_held_out.py"),
+        ("data/held_out.py", "self.read(samples * self.bounds[-1] // self.samples)", "self.read(samples)", DATA + "test_held_out.py"),
         ("data/shards/order.py", "by_remainder[: PERIOD - sum(counts)]", "by_remainder[:0]", DATA + "test_order.py"),
         ("data/shards/order.py", "permutation = _permutation(int(self.sizes[s]), self.seed, s, e)", "permutation = _permutation(int(self.sizes[s]), self.seed, s, 0)", DATA + "test_order.py"),
         ("data/shards/manifest.py", "if hashlib.sha256(table).hexdigest() != digest:", "if False:", DATA + "test_manifest.py"),
         ("data/shards/manifest.py", "parts = [self.dtype, self.eos_id, self.tokenizer_sha256]", "parts = [self.dtype, self.tokenizer_sha256]", DATA + "test_manifest.py"),
+        ("data/shards/megatron.py", "(stops - lengths) * itemsize", "stops * itemsize", DATA + "test_corpora.py"),
+        ("data/shards/corpora.py", "return starts + np.arange(first, last) * self.inserts", "return starts", DATA + "test_corpora.py"),
+        ("data/shards/corpora.py", "if len(glued := np.setdiff1d(starts, after_separators)):", "if False:", DATA + "test_corpora.py"),
         ("data/counter.py", "return mix(mix((counter * _GOLDEN) ^ key[0]) + key[1])", "return mix(mix((counter * _GOLDEN) ^ key[0]))", DATA + "test_group_word.py " + DATA + "test_formal.py"),
         ("data/generated/languages.py", "negative = size >= 3, size % 2 == 0", "negative = size >= 2, size % 2 == 0", DATA + "test_formal.py"),
         ("data/generated/groups.py", "inversions % 2 == 0", "inversions % 2 == 1", DATA + "test_groups.py"),

@@ -37,6 +37,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval generate": ("eval.generate", "prompts in, text out"),
     "eval sweep": ("eval.sweep", "models x datasets x evaluations from one TOML"),
     "slurm": ("launch.slurm", "train on a SLURM cluster"),
+    "grid": ("launch.grid", "many runs from one TOML: settings x seeds"),
+    "reproduce": ("launch.reproduce", "run the claims of this project again"),
     "completion": (f"{PACKAGE}.__main__", "print what makes bash or zsh complete these names"),
 }
 """Of each command the module, whose `main` it is, and what it does."""

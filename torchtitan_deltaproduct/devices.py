@@ -1,6 +1,6 @@
 """What is known of accelerators by name: the peak that MFU and `plan` divide by. The one table of it.
 
-    peak_flops("NVIDIA H100 80GB HBM3")      # 989e12
+peak_flops("NVIDIA H100 80GB HBM3")      # 989e12
 """
 
 import re

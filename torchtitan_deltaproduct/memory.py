@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from .config.job import JobConfig
+from .models import counts
 from .models.args import DeltaProductArgs
 from .models.loss import peak_bytes
 from .ops.triton_backend import HEAD_DIMS, MAX_HOUSEHOLDER, Geometry, native
@@ -51,7 +52,7 @@ def rank_memory(config: JobConfig, world_size: int, parts: Mapping[str, int]) ->
         "weights": 0 if offloaded else _FLOAT32 * own,
         # Reduced ones are sharded; up to the last micro-batch a rank holds all of its own.
         "gradients": _FLOAT32 * (sum(parts.values()) if accumulates(config, world_size) else 0 if offloaded else own),
-        "optimizer state": 0 if offloaded else OPTIMIZERS[config.optimizer.name].moments * _FLOAT32 * own,
+        "optimizer state": 0 if offloaded else _FLOAT32 * -(-state_numbers(config) // shard_degree(config, world_size)),
         "gathered weights": _gathered_weights(config, world_size, parts) * width,
         "activations": int(tokens * activation_elements(config) * width),
         "loss": peak_bytes(tokens, config.model.vocab_size, config.model.hidden_size, width, _compiles_loss(config)),
@@ -132,18 +133,30 @@ def activation_width(config: JobConfig) -> int:
     return 4 if config.training.mixed_precision_param == "float32" else 2
 
 
-def checkpoint_bytes(config: JobConfig, parameters: int) -> int:
+def hidden_parameters(config: JobConfig) -> int:
+    """Parameters in the hidden matrices of all layers."""
+    matrices = counts.hidden_matrices(config.model).values()
+    return config.model.num_hidden_layers * sum(count * rows * columns for count, rows, columns in matrices)
+
+
+def state_numbers(config: JobConfig) -> int:
+    """Float32 numbers of the optimizer's state, all ranks together."""
+    kind = OPTIMIZERS[config.optimizer.name]
+    return kind.state_numbers(counts.total_parameters(config.model), hidden_parameters(config))
+
+
+def checkpoint_bytes(config: JobConfig) -> int:
     """A full checkpoint, all ranks together: weights and the optimizer's moments in float32."""
-    return (1 + OPTIMIZERS[config.optimizer.name].moments) * _FLOAT32 * parameters
+    return _FLOAT32 * (counts.total_parameters(config.model) + state_numbers(config))
 
 
-def final_checkpoint_bytes(config: JobConfig, parameters: int) -> int:
+def final_checkpoint_bytes(config: JobConfig) -> int:
     """The last checkpoint of the run, which may hold weights only."""
     checkpoint = config.checkpoint
     if not checkpoint.last_save_model_only:
-        return checkpoint_bytes(config, parameters)
+        return checkpoint_bytes(config)
     width = {"float32": 4, "bfloat16": 2, "float16": 2}[checkpoint.export_dtype]
-    return width * parameters
+    return width * counts.total_parameters(config.model)
 
 
 def activation_elements(config: JobConfig) -> float:

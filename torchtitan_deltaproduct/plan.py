@@ -23,7 +23,9 @@ from .config import Environment, JobConfig, load_config
 from .config.schedule import Schedule
 from .config.schema import schema
 from .config.values import nearest, shorten, show
-from .data.shards.manifest import Manifest, read_manifest
+from .data.shards.corpora import open_manifest
+from .data.shards.manifest import NAME as MANIFEST
+from .data.shards.manifest import Manifest
 from .data.shards.verified import file_states
 from .data.text.tokenizer import Tokenizer, tokenizer_sha256
 from .devices import PEAK_FLOPS, peak_flops
@@ -42,7 +44,7 @@ from .memory import (
     shard_degree,
 )
 from .models import counts
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, orthogonalization_flops
 from .options import value_of
 
 SPARE = 1.2
@@ -129,6 +131,8 @@ def compute_rows(config: JobConfig, world_size: int, seconds: float | None) -> R
          "tokens a parameter"),
         ("FLOPs in total", amount(flops * tokens * training.steps, "FLOP"), ""),
     ]  # fmt: skip
+    if OPTIMIZERS[config.optimizer.name].hidden:
+        rows.append(orthogonalization_row(config, world_size, flops * tokens))
     if seconds is not None:
         rows.append(("time", duration(seconds), f"{tokens * training.steps / seconds:,.0f} tokens/s"))
     return rows
@@ -158,28 +162,33 @@ def data_rows(config: JobConfig, world_size: int) -> Rows:
 
 
 def _validation_rows(config: JobConfig) -> Rows:
-    paths = config.validation.paths if config.validation.enable else []
-    return [_set_row("validation", path, config)[1] for path in paths]
+    validation = config.validation
+    rows = [_set_row("validation", path, config)[1] for path in (validation.paths if validation.enable else [])]
+    if prompts := len(validation.prompts):
+        words = f"{validation.sample_tokens} tokens each, greedy and sampled, every {validation.freq:,} steps"
+        rows.append(("samples", f"{prompts} prompt{'s' * (prompts > 1)}", words))
+    return rows
 
 
 def _set_row(name: str, path: str, config: JobConfig) -> tuple[Manifest | None, tuple[str, ...]]:
     """The manifest of a prepared folder, None if it cannot be trained on, and the row that tells of it."""
     try:
-        manifest = read_manifest(path)
-        file_states(Path(path), manifest)
-        if tokenizer_sha256(Path(path, "tokenizer")) != manifest.tokenizer_sha256:
-            raise DataError(f"its tokenizer is not the one it was prepared with; copy {path} again")
+        manifest = open_manifest(path, config.model.hf_assets_path, config.data.eos)
+        if Path(path, MANIFEST).is_file():
+            file_states(Path(path), manifest)
+            if tokenizer_sha256(Path(path, "tokenizer")) != manifest.tokenizer_sha256:
+                raise DataError(f"its tokenizer is not the one it was prepared with; copy {path} again")
         if manifest.vocab_size > config.model.vocab_size:
             raise DataError(
                 f"has token ids up to {manifest.vocab_size - 1:,}, but model.vocab_size = {config.model.vocab_size:,}"
             )
         if manifest.tokens < config.training.seq_len:
             raise DataError(f"has {manifest.tokens:,} tokens, less than one window of {config.training.seq_len:,}")
-    except DataError as error:
+    except UserError as error:
         return None, (name, path, f"CANNOT BE USED: {str(error).splitlines()[0]}")
     unused = config.model.vocab_size - manifest.vocab_size
     fits = f"tokenizer of {manifest.vocab_size:,}, {unused:,} rows of the embedding unused"
-    return manifest, (name, path, f"{manifest.tokens:,} tokens in {manifest.documents:,} documents; {fits}")
+    return manifest, (name, path, f"{manifest.counts()}; {fits}")
 
 
 def _tokenizer_rows(config: JobConfig) -> Rows:
@@ -237,45 +246,96 @@ def context_rows(config: JobConfig, world_size: int, device_memory: float) -> Ro
 
 
 def moments(config: JobConfig) -> str:
-    number = OPTIMIZERS[config.optimizer.name].moments
-    return {1: "one moment", 2: "two moments"}.get(number, f"{number} moments")
+    kind = OPTIMIZERS[config.optimizer.name]
+    words = {1: "one moment", 2: "two moments"}
+    text = words.get(kind.moments, f"{kind.moments} moments")
+    return f"{words[kind.hidden.moments]} of hidden matrices, {text} of the rest" if kind.hidden else text
+
+
+def orthogonalization_row(config: JobConfig, world_size: int, step_flops: float) -> tuple[str, ...]:
+    """What Muon computes in a step, beside forward and backward."""
+    matrices = counts.hidden_matrices(config.model).values()
+    layer = sum(count * orthogonalization_flops(rows, columns) for count, rows, columns in matrices)
+    flops, shards = config.model.num_hidden_layers * layer, shard_degree(config, world_size)
+    share = f"{flops / step_flops:.1%} of the FLOPs of a step"
+    if shards > 1:
+        # Replicas do it side by side, and one of s ranks takes its share of the matrices.
+        replicas = world_size // shards
+        share = f"{flops * replicas / step_flops:.1%} of the FLOPs of a step, each matrix on one of {shards} ranks"
+    return "orthogonalisation", amount(flops, "FLOP"), share
 
 
 def checkpoint_rows(config: JobConfig) -> Rows:
-    checkpoint, parameters = config.checkpoint, counts.total_parameters(config.model)
-    size = checkpoint_bytes(config, parameters)
+    checkpoint, size = config.checkpoint, checkpoint_bytes(config)
     if not checkpoint.enable:
         return [("checkpoints", "none", "checkpoint.enable = false: a run that stops is lost")]
-    steps = {*range(checkpoint.interval, config.training.steps + 1, checkpoint.interval), config.training.steps}
-    steps |= {1} if checkpoint.enable_first_step_checkpoint else set()
-    reasons = retention(steps, checkpoint.keep_latest_k, checkpoint.keep_every).values()
+    steps, reasons = saved_steps(config), kept_steps(config).values()
     kept, milestones = len(reasons), sum(reason.startswith("milestone") for reason in reasons)
+    # Which they are only validation can tell: this is the most.
+    best = min(checkpoint.keep_best, len(steps) - kept)
+    kept += best
     last = ", the last of all weights only: it cannot be continued" if checkpoint.last_save_model_only else ""
     of_them = f", {milestones} of them milestones, every {checkpoint.keep_every:,} steps" if milestones else ""
     return [
         ("one", amount(size, "B"), f"weights and {moments(config)} in float32"),
         ("written", f"{len(steps)}", f"every {checkpoint.interval} steps and at the end{last}"),
-        ("kept", f"{kept}", f"{amount(kept * size, 'B')}{of_them}"),
+        ("kept", f"{kept}", f"{amount(kept * size, 'B')}{of_them}{', the best by validation among them' * (best > 0)}"),
         ("largest at once", amount(min(kept + 1, len(steps)) * size, "B"), "with the one being written"),
-        ("at the end", amount((kept - 1) * size + final_checkpoint_bytes(config, parameters), "B"), ""),
+        ("at the end", amount((kept - 1) * size + final_checkpoint_bytes(config), "B"), ""),
     ]
 
 
+def saved_steps(config: JobConfig) -> list[int]:
+    """The steps that a run which nothing stops saves."""
+    checkpoint, last = config.checkpoint, config.training.steps
+    first = {1} if checkpoint.enable_first_step_checkpoint else set()
+    return sorted({*range(checkpoint.interval, last + 1, checkpoint.interval), last} | first)
+
+
+def kept_steps(config: JobConfig) -> dict[int, str]:
+    """Those that are there at its end, and why."""
+    return retention(saved_steps(config), config.checkpoint.keep_latest_k, config.checkpoint.keep_every)
+
+
 def schedule_rows(config: JobConfig) -> Rows:
-    """The steps where the schedule turns."""
-    steps = config.training.steps
+    """The phases of the schedule in words, the steps where it turns, and from where a stable phase can be branched."""
+    steps, peak = config.training.steps, config.optimizer.lr
     schedule = Schedule.of(config.lr_scheduler, steps)
-    rates = [config.optimizer.lr * factor for factor in lr_curve(config)]
-    warmup, begin = schedule.warmup_steps, schedule.total_steps - schedule.decay_steps
+    rates = [peak * factor for factor in lr_curve(config)]
+    begin = schedule.total_steps - schedule.decay_steps
+    phases = schedule.phases()
+    words = {
+        "warm-up": f"rises to {peak:.3g}, linearly",
+        "stable": f"stays at {peak:.3g}",
+        "decay": f"falls to {peak * schedule.min_lr_factor:.3g}, {schedule.decay_type}",
+    }
+    rows = [
+        (name, f"steps {first:,} to {last:,}", words[name] + f", beyond the last step, {steps:,}" * (last > steps))
+        for name, (first, last) in phases.items()
+    ]
     marks = {
         1: "first step",
-        warmup: "end of the warm-up",
+        schedule.warmup_steps: "end of the warm-up",
         begin + 1: f"last step at the peak, {schedule.decay_type} decay follows",
         (begin + steps) // 2: "middle of the decay",
         steps: "last step",
     }
     reached = sorted(step for step in marks if 1 <= step <= steps)
-    return [(f"step {step:,}", f"{rates[step - 1]:.3g}", marks[step]) for step in reached]
+    rows += [(f"step {step:,}", f"{rates[step - 1]:.3g}", marks[step]) for step in reached]
+    return rows + (_branch_rows(config, schedule) if {"stable", "decay"} <= phases.keys() else [])
+
+
+def _branch_rows(config: JobConfig, schedule: Schedule) -> Rows:
+    """The newest checkpoint from which the stable phase can be extended once the run is over."""
+    every, last = config.checkpoint.interval, min(schedule.last_at_peak, config.training.steps)
+    if not config.checkpoint.enable or last < every:
+        return [("branch from", "none", f"no checkpoint is saved up to step {last:,}")]
+    kept = [step for step in saved_steps(config) if step <= last and step in kept_steps(config)]
+    newest = last // every * every
+    if kept and kept[-1] == newest:
+        return [("branch from", f"step {newest:,}", "the last checkpoint before the decay, kept to the end")]
+    way = f"the last checkpoint before the decay is step {newest:,}: checkpoint.keep_every keeps such ones"
+    return [("branch from", f"step {kept[-1]:,}" if kept else "none at the end", way)]
 
 
 def lr_curve(config: JobConfig) -> list[float]:

@@ -270,7 +270,8 @@ def samples(run: Run) -> Section:
     for prompt, by_step in found.items():
         steps = sorted(by_step)
         some = {steps[round(i * (len(steps) - 1) / (SAMPLED - 1))] for i in range(SAMPLED)}
-        section.samples.append(Sample(shown(prompt, 200), [pair for step in sorted(some) for pair in by_step[step]]))
+        heading = shown(prompt, 200) or "(the beginning of a document)"
+        section.samples.append(Sample(heading, [pair for step in sorted(some) for pair in by_step[step]]))
     return section
 
 

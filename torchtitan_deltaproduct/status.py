@@ -3,9 +3,10 @@
     python -m torchtitan_deltaproduct.status outputs/run                       all of one run
     python -m torchtitan_deltaproduct.status outputs/*/run --watch 10          a line a run, every ten seconds
 
-Reads no checkpoint and needs neither torch nor the machine that trains.
+Of checkpoints it reads no more than the markers. It needs neither torch nor the machine that trains.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -19,7 +20,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from .arguments import Parser, path, seconds
-from .errors import UserError, exit_on_user_error
+from .checkpoint.folders import step_folders
+from .checkpoint.marker import read_marker
+from .errors import CheckpointError, UserError, exit_on_user_error
 from .events import LIMIT, NAME, last_stop, read_events
 from .files import read_text
 from .formats import sparkline
@@ -149,6 +152,7 @@ def report(run: Path, now: float) -> Table:
         ("speed", speed(steps, total)),
         ("trouble", trouble(steps, events)),
         ("checkpoint", checkpoint(events, now)),
+        ("best kept", best_kept(run)),
         *launches(events, cut=size_of(run / NAME) > LIMIT),
     ]:
         if text:
@@ -271,6 +275,19 @@ def checkpoint(events: list[dict], now: float) -> str:
     when, took = ago(now - newest["time"]), newest["seconds"]
     why = escape(newest["reason"])
     return f"step {newest['step']:,}, complete with checksums {when} ago, took {took:.1f} s ({why})"
+
+
+def best_kept(run: Path) -> str:
+    """The checkpoints that `checkpoint.keep_best` keeps, by their markers; "" if it keeps none."""
+    count = setting(run, "checkpoint", "keep_best")
+    if not count:
+        return ""
+    losses, name = [], read_json(run / "config.json")["config"]["checkpoint"].get("folder", "checkpoint")
+    for step, folder in step_folders(run / str(name)):
+        with contextlib.suppress(CheckpointError):
+            loss = read_marker(folder).validation_loss
+            losses += [(loss, step)] if loss is not None else []
+    return "; ".join(f"step {step:,}, validation loss {loss:.4f}" for loss, step in sorted(losses)[:count])
 
 
 def size_of(path: Path) -> int:

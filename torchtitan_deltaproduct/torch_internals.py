@@ -11,8 +11,9 @@ used where they are needed.
 """
 
 import contextlib
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -58,6 +59,13 @@ def forget_checkpoint_process(terminate: bool = False) -> None:
     if terminate and process is not None:
         part(process, "_save_process").terminate()
     executor._CHECKPOINT_PROCESS = None
+
+
+@cache
+def muon_parts() -> tuple[Callable, Callable]:
+    """torch.optim.Muon's orthogonalisation, and its learning rate of a matrix by its shape."""
+    module = import_module("torch.optim._muon")
+    return part(module, "_zeropower_via_newtonschulz"), part(module, "_adjust_lr")
 
 
 def start_compile_workers() -> None:

@@ -1,5 +1,10 @@
 """A non-finite gradient on one rank: no rank updates, the step is counted, and it ends after N in a row."""
 
+import json
+import os
+import signal
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,7 +20,7 @@ def held(trainer) -> dict[str, torch.Tensor]:
     """Copies of this rank's part of the weights, the moments and their step, by name."""
     tensors = dict(trainer.model_parts[0].named_parameters())
     names = {p: name for name, p in tensors.items()}
-    for p, state in trainer.optimizers.optimizers[0].state.items():
+    for p, state in (item for optimizer in trainer.optimizers for item in optimizer.state.items()):
         tensors |= {f"{names[p]}.{name}": value for name, value in state.items()}
     return {name: local(tensor).detach().clone() for name, tensor in tensors.items()}
 
@@ -65,8 +70,49 @@ def test_one_bad_rank_skips_the_step_everywhere(toy, tmp_path):
 
 
 def test_one_rank_disagrees_about_the_norm(toy, tmp_path):
-    run_distributed(poisoned, 2, (arguments(toy, tmp_path / "run", ("--checkpoint.no-enable",)), 1, (3,), "norm"))
+    """Under Muon, which looks at the device's answer itself."""
+    options = ("--checkpoint.no-enable", "--optimizer.name", "Muon")
+    run_distributed(poisoned, 2, (arguments(toy, tmp_path / "run", options), 1, (3,), "norm"))
     assert [r["skipped_steps"] for r in records(tmp_path / "run") if "lr" in r] == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def skipped_and_signalled(rank: int, argv: list[str], folder: str) -> None:
+    """Trains with a NaN on rank 3 in step 3 and a signal to rank 2 in step 5; notes what this rank came to."""
+    from torchtitan_deltaproduct.titan import trainer
+    from torchtitan_deltaproduct.titan.run import run
+
+    seen = {}
+
+    class Troubled(trainer.Trainer):
+        def forward_backward_step(self, **given):
+            seen.update(trainer=self)
+            if (rank, self.step) == (3, 3):
+                given["global_valid_tokens"] = given["global_valid_tokens"] * float("nan")
+            if (rank, self.step) == (2, 5):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().forward_backward_step(**given)
+
+    original, trainer.Trainer = trainer.Trainer, Troubled
+    try:
+        run(load_config(argv))
+    finally:
+        trainer.Trainer = original
+    found = seen["trainer"]
+    ranks = found.parallel_dims.get_mesh("loss").size()
+    told = {"step": found.step, "skipped": found.skipped_steps, "loss ranks": ranks}
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps(told))
+
+
+def test_replicas_of_shards_agree(toy, tmp_path):
+    """HSDP, 2 x 2: what one rank of one replica meets, all ranks of all replicas answer, after the same step."""
+    options = ("--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "2",
+               "--training.local_batch_size", "1", "--validation.no-enable")  # fmt: skip
+    run_distributed(skipped_and_signalled, 4, (arguments(toy, tmp_path / "run", options), str(tmp_path)))
+    told = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    assert told[0] == {"step": told[0]["step"], "skipped": 1, "loss ranks": 4} and told == told[:1] * 4
+    assert told[0]["step"] in (5, 6) and scan(tmp_path / "run/checkpoint")[-1].step == told[0]["step"]
+    steps = [r for r in records(tmp_path / "run") if "lr" in r]
+    assert [r["step"] for r in steps if r["loss"] is None] == [3] and steps[-1]["step"] == told[0]["step"]
 
 
 def test_the_first_step_is_bad(toy, tmp_path):
@@ -106,9 +152,9 @@ def test_too_many_in_a_row(toy, tmp_path):
 
 
 def test_non_finite_weights_are_not_saved(toy, tmp_path, monkeypatch):
-    from torchtitan_deltaproduct.titan.optimizer import TwoGroupOptimizers
+    from torchtitan_deltaproduct.titan.optimizer import GroupedOptimizers
 
-    original = TwoGroupOptimizers.step
+    original = GroupedOptimizers.step
     count = []
 
     def step(self, skip):
@@ -117,7 +163,7 @@ def test_non_finite_weights_are_not_saved(toy, tmp_path, monkeypatch):
         if len(count) == 4:
             next(self.model_parts[0].parameters()).data[0, 0] = float("inf")
 
-    monkeypatch.setattr(TwoGroupOptimizers, "step", step)
+    monkeypatch.setattr(GroupedOptimizers, "step", step)
     with pytest.raises(NonFiniteError, match="weights at step 4 are not finite and were not saved"):
         train(toy, tmp_path / "run", "--validation.no-enable")
     assert [i.step for i in scan(tmp_path / "run/checkpoint")] == [2]

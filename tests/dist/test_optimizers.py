@@ -1,4 +1,4 @@
-"""Clipping and Adam on local parts are torch's: on one rank and more, over shards, replicas and plain tensors."""
+"""Clipping, Adam and Muon on parts are torch's: on one rank and more, over shards, replicas and plain tensors."""
 
 import copy
 import importlib
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.processes import run_distributed
 from torchtitan_deltaproduct import optimizers
@@ -54,7 +54,7 @@ def same_clipping(meshes: list) -> None:
 
 
 def same_updates(mesh) -> None:
-    for name in optimizers.OPTIMIZERS:
+    for name in (name for name, kind in optimizers.OPTIMIZERS.items() if kind.hidden is None):
         for implementation in ({"fused": True}, {"foreach": True}, {"foreach": False}):
             runs = []
             for module in (optimizers, torch.optim):
@@ -72,6 +72,40 @@ def same_updates(mesh) -> None:
                 assert type(ours) is type(theirs) and torch.equal(local(ours), local(theirs)), (name, implementation)
 
 
+def same_muon(mesh) -> None:
+    """Bit for bit torch's Muon of whole matrices, two of which are stacked in one parameter here."""
+    torch.manual_seed(0)
+    # Of five rows on four ranks one has none.
+    shapes, settings = [(5, 6), (9, 2), (12, 7), (1, 8)], {"lr": 0.1, "weight_decay": 0.5}
+    modules = nn.Sequential(*(nn.Linear(columns, rows, bias=False) for rows, columns in shapes))
+    whole = [nn.Parameter(w.detach().clone()) for m in modules for w in m.weight.chunk(2 if m is modules[2] else 1)]
+    fully_shard(modules, mesh=mesh)
+    weights = [module.weight for module in modules]
+    groups = [{"params": [weights[0], weights[1], weights[3]]}, {"params": [weights[2]], "stacked": 2}]
+    ours = optimizers.Muon(groups, adjust_lr_fn="match_rms_adamw", **settings)
+    theirs = torch.optim.Muon(whole, adjust_lr_fn="match_rms_adamw", **settings)
+    for step in range(4):
+        gradients = [torch.randn(shape, generator=torch.Generator().manual_seed(step)) for shape in shapes]
+        skipped = step == 2
+        for weight, gradient in zip(weights, gradients, strict=True):
+            given = gradient * float("nan") if skipped else gradient
+            weight.grad = distribute_tensor(given, weight.device_mesh, weight.placements, src_data_rank=None)
+        ours.found_inf = torch.tensor(float(skipped))
+        ours.step()
+        if not skipped:
+            split = [part for i, gradient in enumerate(gradients) for part in gradient.chunk(2 if i == 2 else 1)]
+            for parameter, gradient in zip(whole, split, strict=True):
+                parameter.grad = gradient.clone()
+            theirs.step()
+        found = [part for i, w in enumerate(weights) for part in full(w).chunk(2 if i == 2 else 1)]
+        momenta = [ours.state[w]["momentum_buffer"] for w in weights]
+        assert all(m.placements == w.placements for m, w in zip(momenta, weights, strict=True))
+        kept = [part for i, m in enumerate(momenta) for part in full(m).chunk(2 if i == 2 else 1)]
+        for parameter, weight, momentum in zip(whole, found, kept, strict=True):
+            assert torch.equal(weight, parameter), (step, parameter.shape)
+            assert torch.equal(momentum, theirs.state[parameter]["momentum_buffer"])
+
+
 def check(rank: int, ranks: int) -> None:
     flat = init_device_mesh("cpu", (ranks,))
     shape = (min(2, ranks), max(1, ranks // 2))
@@ -80,6 +114,7 @@ def check(rank: int, ranks: int) -> None:
         same_clipping(meshes)
     for mesh in (flat, replicas):
         same_updates(mesh)
+        same_muon(mesh)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

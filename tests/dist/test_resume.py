@@ -1,6 +1,7 @@
 """Restart equals no restart: killed at any point, resharded, with other settings."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tests.toy import (
     wait_for,
     weights,
 )
+from torchtitan_deltaproduct import status
 from torchtitan_deltaproduct.checkpoint import scan
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
@@ -80,6 +82,33 @@ def test_retention_counts_only_complete_ones(toy, tmp_path):
     assert kept == ["not ours"]
 
 
+def test_the_best_is_kept(toy, tmp_path, monkeypatch, capsys):
+    """By the losses in markers, over three launches; one that a stop broke off is made up for and noted by the next."""
+    from torchtitan_deltaproduct.titan.trainer import Trainer
+
+    run = tmp_path / "run"
+    best = ("--checkpoint.keep_best", "1", "--checkpoint.keep_latest_k", "2", "--checkpoint.interval", "1",
+            "--validation.freq", "1")  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "after_validation_batch", lambda self: "SIGTERM" if self.step == 5 else None)
+        train(toy, run, *best)
+    before = {info.step: info.marker.validation_loss for info in scan(run / "checkpoint")}
+    losses = {r["step"]: r["validation_loss"] for r in records(run) if "validation_loss" in r}
+    assert sorted(losses) == [0, 1, 2, 3, 4] and before[5] is None and before[4] == losses[4]
+    train(toy, run, *best, "--training.steps", "5")
+    assert scan(run / "checkpoint")[-1].marker.validation_loss == records(run)[-1]["validation_loss"]
+    # At this rate the loss rises.
+    train(toy, run, *best, "--optimizer.lr", "30")
+    losses = {r["step"]: r["validation_loss"] for r in records(run) if "validation_loss" in r and r["step"]}
+    lowest = min(losses, key=losses.get)
+    assert lowest < 7
+    kept = {info.step: info.marker.validation_loss for info in scan(run / "checkpoint")}
+    assert kept == {step: losses[step] for step in (lowest, 7, 8)}
+    assert "resumed step 5 of 8" in capsys.readouterr().out
+    status.main([str(run)])
+    assert f"step {lowest}, validation loss {losses[lowest]:.4f}" in capsys.readouterr().out
+
+
 def continue_on(rank: int, commands: list[list[str]]) -> None:
     from torchtitan_deltaproduct.titan.run import run
 
@@ -107,15 +136,58 @@ def reload_save_continue(rank: int, argv: list[str], checkpoints: str) -> None:
     continue_on(rank, [argv])
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4)])
-def test_another_number_of_ranks(toy, tmp_path, before, after):
-    run, one = tmp_path / "run", ("--training.local_batch_size", "1")
+@pytest.mark.parametrize(("before", "after", "optimizer"), [(2, 1, "AdamW"), (1, 4, "AdamW"), (1, 2, "Muon")])
+def test_another_number_of_ranks(toy, tmp_path, before, after, optimizer):
+    run, one = tmp_path / "run", ("--training.local_batch_size", "1", "--optimizer.name", optimizer)
     train(toy, tmp_path / "unbroken", *one)
     first = arguments(toy, run, (*one, "--training.steps", "4"))
     run_distributed(continue_on, before, ([first],))
     run_distributed(reload_save_continue, after, (arguments(toy, run, one), str(run / "checkpoint")))
     assert_same_weights(weights(run, 4), weights(run, "again"))
     assert_close(run, tmp_path / "unbroken")
+
+
+def test_muon_goes_on_bit_for_bit(toy, tmp_path):
+    muon, run = ("--optimizer.name", "Muon"), tmp_path / "run"
+    train(toy, tmp_path / "unbroken", *muon)
+    train(toy, run, *muon, "--training.steps", "4", "--checkpoint.async_mode", "async")
+    with pytest.raises(ConfigError, match='optimizer.name was "Muon", is "AdamW".*another optimizer state'):
+        train(toy, run)
+    train(toy, run, *muon)
+    assert learned(run) == learned(tmp_path / "unbroken")
+    assert_same_weights(weights(run, 8), weights(tmp_path / "unbroken", 8))
+    names = [name for name in weights(run, 8) if name.endswith("momentum_buffer")]
+    assert len(names) == 2 * 7 and not any("b_proj" in name or "embeddings" in name for name in names)
+
+
+def test_a_stable_phase_is_branched(toy, tmp_path, capsys):
+    """Cut short in its folder and in another one, and extended again: each is bitwise the run planned like that."""
+    wsd = ("--lr_scheduler.schedule", "wsd", "--lr_scheduler.decay_steps", "3", "--lr_scheduler.total_steps", "none",
+           "--lr_scheduler.warmup_steps", "2", "--checkpoint.keep_latest_k", "0")  # fmt: skip
+    short, long, run, branch = (tmp_path / name for name in ("short", "long", "run", "branch"))
+    train(toy, short, *wsd, "--training.steps", "6")
+    train(toy, long, *wsd)
+    rates = {step: value for (step, name), value in learned(long).items() if name == "lr"}
+    assert [round(100 * rates[step], 9) for step in range(1, 9)] == [0.5, *[1.0] * 5, 0.666666667, 0.333333333]
+    train(toy, run, *wsd)
+    start = tmp_path / "start"
+    shutil.copytree(run / "checkpoint/step-4", start / "step-4")
+    back = ("--checkpoint.load_step", "4")
+    train(toy, run, *wsd, *back, "--training.steps", "6")
+    other = ("--checkpoint.initial_load_path", str(start / "step-4"), "--checkpoint.initial_load_model_only", "false")
+    train(toy, branch, *wsd, *other, "--training.steps", "6")
+    for name in (run, branch):
+        found = learned(name)
+        assert found == {key: value for key, value in learned(short).items() if key in found} and (6, "loss") in found
+        assert_same_weights(weights(name, 6), weights(short, 6))
+    assert "goes on at" not in capsys.readouterr().out
+    with pytest.raises(CheckpointError):
+        train(toy, run, *wsd, *("--checkpoint.load_step", "5"))
+    train(toy, run, *wsd, *back)
+    assert learned(run) == learned(long)
+    assert_same_weights(weights(run, 8), weights(long, 8))
+    train(toy, short, *wsd)
+    assert "step 6 was saved in its decay, at 33% of the peak rate, and goes on at 67%" in capsys.readouterr().out
 
 
 def test_changed_settings(toy, tmp_path, caplog):

@@ -65,10 +65,10 @@ def test_peak_memory(backend):
 def test_the_host_waits_once_a_step(toy, tmp_path, monkeypatch, accumulated):
     """From step 3 on (compiled, Adam's state made) whatever waits for the device raises, but for the wait for one event
     after the update was launched."""
-    from torchtitan_deltaproduct.titan.optimizer import TwoGroupOptimizers
+    from torchtitan_deltaproduct.titan.optimizer import GroupedOptimizers
     from torchtitan_deltaproduct.titan.trainer import Trainer
 
-    step, update, synchronize, order = Trainer.train_step, TwoGroupOptimizers.step, torch.cuda.Event.synchronize, []
+    step, update, synchronize, order = Trainer.train_step, GroupedOptimizers.step, torch.cuda.Event.synchronize, []
 
     def strict_step(self, feed):
         torch.cuda.set_sync_debug_mode("error" if self.step >= 3 else "default")
@@ -87,7 +87,7 @@ def test_the_host_waits_once_a_step(toy, tmp_path, monkeypatch, accumulated):
         synchronize(self)
 
     monkeypatch.setattr(Trainer, "train_step", strict_step)
-    monkeypatch.setattr(TwoGroupOptimizers, "step", noted_update)
+    monkeypatch.setattr(GroupedOptimizers, "step", noted_update)
     monkeypatch.setattr(torch.cuda.Event, "synchronize", noted_wait)
     model = ("--model.hidden_size", "128", "--model.head_dim", "64", "--compile.enable", "--checkpoint.no-enable")
     toys.train(toy, tmp_path / "run", *model, "--training.local_batch_size", str(4 // accumulated))

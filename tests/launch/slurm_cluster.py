@@ -115,15 +115,15 @@ class Cluster:
 
     def processes(self) -> list[int]:
         """Processes other than this one that carry the cluster's configuration in their environment."""
-        mark, found = f"SLURM_CONF={self.folder}/slurm.conf".encode(), []
+        mark, pids = f"SLURM_CONF={self.folder}/slurm.conf".encode(), []
         for entry in Path("/proc").iterdir():
             # Processes come and go while we look.
             with contextlib.suppress(OSError):
                 if entry.name.isdigit() and int(entry.name) != os.getpid():
                     words = (entry / "environ").read_bytes().split(b"\0")
                     if mark in words and (entry / "exe").exists():
-                        found.append(int(entry.name))
-        return found
+                        pids.append(int(entry.name))
+        return pids
 
     def run(self, *command: str, check: bool = True) -> str:
         """Runs a command against the cluster.
@@ -144,10 +144,10 @@ class Cluster:
         """Waits until a job is in `state`, and other fields of `scontrol show job` are as expected."""
         end, wanted = time.monotonic() + seconds, {"JobState": state, **expected}
         while True:
-            found = self.job(job)
-            if all(found.get(name) == value for name, value in wanted.items()):
-                return found
-            assert time.monotonic() < end, f"job {job} is not {wanted} after {seconds} s: {found}"
+            shown = self.job(job)
+            if all(shown.get(name) == value for name, value in wanted.items()):
+                return shown
+            assert time.monotonic() < end, f"job {job} is not {wanted} after {seconds} s: {shown}"
             time.sleep(0.1)
 
     def until_empty(self, seconds: float = 60) -> None:

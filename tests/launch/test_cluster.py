@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import job as job_module
-from launch import slurm
-from launch.arrays import submit_array
+from launch import sbatch, slurm
+from launch.sbatch import submit_array
 from launch.site import read_site
 from tests.launch.slurm_cluster import Cluster
 from tests.toy import REPO, assert_same_weights, learned, weights
@@ -40,11 +39,11 @@ class Training:
     def until(self, text: str, seconds: float = 240, count: int = 1) -> None:
         """Waits until the job has printed `text` so many times."""
         end = time.monotonic() + seconds
-        while self.said().count(text) < count:
-            assert time.monotonic() < end, f"{text!r} x {count} is not in\n{self.said()[-4000:]}"
+        while self.printed().count(text) < count:
+            assert time.monotonic() < end, f"{text!r} x {count} is not in\n{self.printed()[-4000:]}"
             time.sleep(0.1)
 
-    def said(self) -> str:
+    def printed(self) -> str:
         return self.output.read_text()
 
     def stops(self) -> list[tuple]:
@@ -66,7 +65,7 @@ def submit(cluster, toy, tmp_path, monkeypatch, capsys):
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, cluster.environment[name])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(job_module, "TRAIN", "tests.dist.slow_train")
+    monkeypatch.setattr(sbatch, "TRAIN", "tests.dist.slow_train")
     # The copy of the code that a job runs has no tests in it.
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     site = tmp_path / "site.toml"
@@ -97,8 +96,8 @@ def test_two_nodes_requeued_after_a_signal(submit, unbroken):
     first, second = training.decisions()
     assert first.startswith(f"job {training.job}, requeued 0 times: requeue: signal at step ")
     assert second == f"job {training.job}, requeued 1 times: no requeue: finished at step 8"
-    said = training.said()
-    assert "on SIGUSR1)" in said and "resumed step" in said and "FSDP2 over 2 ranks" in said
+    printed = training.printed()
+    assert "on SIGUSR1)" in printed and "resumed step" in printed and "FSDP2 over 2 ranks" in printed
     assert learned(training.run) == learned(unbroken)
     assert_same_weights(weights(training.run, 8), weights(unbroken, 8))
 
@@ -124,7 +123,7 @@ def test_out_of_time(submit):
     training.cluster.run("scontrol", "update", f"JobId={training.job}", "TimeLimit=10")
     training.until("no requeue: finished at step 8")
     assert training.stops()[0] == ("walltime", "", True) and training.stops()[-1] == ("finished", "", True)
-    assert "walltime: until " in training.said() and "(SLURM_JOB_END_TIME)" in training.said()
+    assert "walltime: until " in training.printed() and "(SLURM_JOB_END_TIME)" in training.printed()
 
 
 def test_refused_settings_are_not_requeued(submit):
@@ -133,7 +132,7 @@ def test_refused_settings_are_not_requeued(submit):
     (decision,) = training.decisions()
     # Such a launch never owned the run folder, and leaves no word in it: the exit code decides.
     assert "no requeue: ended with exit code 2 before training began" in decision
-    assert training.said().count("There is no folder nowhere") == 1
+    assert training.printed().count("There is no folder nowhere") == 1
 
 
 def test_array(cluster, tmp_path, monkeypatch):
@@ -145,9 +144,9 @@ def test_array(cluster, tmp_path, monkeypatch):
     job = submit_array(commands, tmp_path / "evals", read_site(tmp_path / "site.toml"), max_parallel=2)
     for number in range(6):
         cluster.wait_for(f"{job}_{number}", "FAILED" if number == 4 else "COMPLETED", 60)
-        said = (tmp_path / f"evals/{job}_{number}.out").read_text()
-        assert said.startswith(f"task {number} of 0-5: ") and f"\nresult {number}\n" in said
-        assert ("task 4 of 0-5 failed with exit code 3" in said) is (number == 4)
+        printed = (tmp_path / f"evals/{job}_{number}.out").read_text()
+        assert printed.startswith(f"task {number} of 0-5: ") and f"\nresult {number}\n" in printed
+        assert ("task 4 of 0-5 failed with exit code 3" in printed) is (number == 4)
     assert not (tmp_path / f"evals/{job}_6.out").exists()
 
 

@@ -39,7 +39,7 @@ def test_command(command):
     assert words[0] == "python"
     target = words[1:3] if words[1] == "-m" else words[1:2]
     options = words[len(target) + 1 :]
-    check_config([word for word in options if word.startswith("train_configs/")])
+    check_config([word for word in options if word.startswith("train_configs/") and "/claims/" not in word])
     shown = subprocess.run([sys.executable, *target, "--help"], cwd=REPO, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr[-1000:]
     for option in options:

@@ -14,7 +14,7 @@ def stop(reason, detail="", saved=True, step=1234):
     return {"event": "stop", "time": 20.0, "step": step, "reason": reason, "detail": detail, "saved": saved}
 
 
-@pytest.mark.parametrize(("events", "code", "expected", "told"), [
+@pytest.mark.parametrize(("events", "code", "expected", "message"), [
     ([LAUNCH, stop("signal", "SIGUSR1")], 138, True, "signal at step 1,234: SIGUSR1"),
     ([LAUNCH, stop("signal", "SIGTERM", saved=False)], 143, True, "SIGTERM, without a new checkpoint"),
     ([LAUNCH, stop("walltime")], 0, True, "walltime at step 1,234"),
@@ -42,9 +42,9 @@ def stop(reason, detail="", saved=True, step=1234):
     ([], 0, False, "exit code 0 before"),
     ([stop("signal", "SIGUSR1", saved=False, step=0)], 138, True, "signal at step 0"),
 ])  # fmt: skip
-def test_decide(events, code, expected, told):
-    found, why = requeue.decide(events, 0, 3, code)
-    assert (found, told in why) == (expected, True), why
+def test_decide(events, code, expected, message):
+    decision, why = requeue.decide(events, 0, 3, code)
+    assert (decision, message in why) == (expected, True), why
     # Whatever asks for a requeue gets it N times, and none after.
     assert requeue.decide(events, 2, 3, code)[0] is expected
     last, why = requeue.decide(events, 3, 3, code)
@@ -73,9 +73,11 @@ def test_main(tmp_path, monkeypatch, capsys, reason, slurm, seconds_left, code):
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     arguments = [str(tmp_path), "--max", "3", "--code", "138", "--since", "9.5", "--ended-by-slurm", slurm]
     assert requeue.main(arguments) == code
-    said = capsys.readouterr().out.strip()
-    assert said.startswith("job 123, requeued 2 times: " + ("requeue: " if code == requeue.REQUEUE else "no requeue: "))
-    assert (tmp_path / "launch/requeues.log").read_text().endswith(said + "\n")
+    printed = capsys.readouterr().out.strip()
+    assert printed.startswith(
+        "job 123, requeued 2 times: " + ("requeue: " if code == requeue.REQUEUE else "no requeue: ")
+    )
+    assert (tmp_path / "launch/requeues.log").read_text().endswith(printed + "\n")
     assert requeue.main([*arguments[:2], "2", *arguments[3:]]) != requeue.REQUEUE
 
 
@@ -105,5 +107,5 @@ def test_any_flipped_bit_leaves_a_verdict(tmp_path):
         for bit in range(8):
             flipped = content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
             (tmp_path / "events.jsonl").write_bytes(flipped)
-            found = requeue.of_this_start(requeue.read_events(tmp_path), 0.0)
-            assert isinstance(requeue.decide(found, 0, 3, 143)[0], bool)
+            events = requeue.of_this_start(requeue.read_events(tmp_path), 0.0)
+            assert isinstance(requeue.decide(events, 0, 3, 143)[0], bool)

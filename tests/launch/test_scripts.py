@@ -42,7 +42,7 @@ def start(script, run, *words: str, **environment: str) -> subprocess.Popen:
                                 env=ENVIRONMENT | environment, start_new_session=True)  # fmt: skip
 
 
-@pytest.mark.parametrize(("script", "words", "environment", "told"), [
+@pytest.mark.parametrize(("script", "words", "environment", "message"), [
     ("local.sh", [], {}, "the first argument must be a TOML file"),
     ("local.sh", ["--training.steps", "3"], {}, "the first argument must be a TOML file"),
     ("local.sh", ["toy.toml"], {"NPROC": "two"}, "NPROC=two: expected a whole number of at least 1"),
@@ -52,22 +52,22 @@ def start(script, run, *words: str, **environment: str) -> subprocess.Popen:
     ("multinode.sh", ["toy.toml"], {"HOSTS": "n1 n1"}, 'HOSTS="n1 n1": expected names of different hosts'),
     ("multinode.sh", [], {"HOSTS": "n1"}, "what to train is missing"),
 ])  # fmt: skip
-def test_wrong_use_is_one_message(tmp_path, script, words, environment, told):
+def test_wrong_use_is_one_message(tmp_path, script, words, environment, message):
     process = start(script, tmp_path / "run", *words, **environment)
     assert process.wait(timeout=60) == 2
-    said = log_of(tmp_path / "run")
-    assert told in said and said.startswith("error: ") and len(said.splitlines()) <= 3
+    printed = log_of(tmp_path / "run")
+    assert message in printed and printed.startswith("error: ") and len(printed.splitlines()) <= 3
 
 
-@pytest.mark.parametrize(("variables", "told"), [
+@pytest.mark.parametrize(("variables", "message"), [
     ({"NNODES": "2"}, "NNODES=2 needs RDZV_ENDPOINT"),
     ({"NNODES": "0"}, "NNODES=0: expected a whole number of at least 1"),
     ({"NNODES": "2", "RDZV_ENDPOINT": "n1:1", "NODE_RANK": "2"}, "NODE_RANK=2: counts from 0, and NNODES=2"),
     ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1"),
     ({"NNODES": "2", "RDZV_ENDPOINT": "n1:1"}, "RDZV_ID=: RDZV_ENDPOINT needs a random word"),
 ])  # fmt: skip
-def test_wrong_variables(variables, told):
-    with pytest.raises(ConfigError, match=told):
+def test_wrong_variables(variables, message):
+    with pytest.raises(ConfigError, match=message):
         layout_of({"NPROC": "1"} | variables)
 
 
@@ -110,13 +110,13 @@ def hosts(tmp_path):
 def test_two_nodes_over_ssh(toy, tmp_path, hosts, unbroken):
     """A real rendezvous of two nodes, with values that a shell would take apart."""
     run = tmp_path / "a run"
-    odd = "it's \"$HOME\""
+    odd = 'it\'s "$HOME"'
     words = [str(toy), "--job.dump_folder", str(run), "--model.flavor", odd]
     process = start("multinode.sh", run, *words, HOSTS="n1 n2", **hosts)
     assert process.wait(timeout=300) == 0, log_of(run)[-3000:]
-    said = log_of(run).splitlines()
-    assert any(line.startswith("n1: ") and "finished: step 8 of 8" in line for line in said)
-    assert all(line.startswith(("n1: ", "n2: ")) for line in said)
+    printed = log_of(run).splitlines()
+    assert any(line.startswith("n1: ") and "finished: step 8 of 8" in line for line in printed)
+    assert all(line.startswith(("n1: ", "n2: ")) for line in printed)
     assert records(run)[-1]["step"] == 8 and odd in (run / "config.json").read_text().replace('\\"', '"')
     assert learned(run) == learned(unbroken)
 
@@ -140,8 +140,8 @@ sys.exit(ssh.main(["x.toml"]))"""
         assert process.wait(timeout=30) == 130
     finally:
         kill(process)
-    said = log_of(run)
-    assert "n1: got INT" in said and "n2: got INT" in said and "SIGINT goes to n1, n2" in said
+    printed = log_of(run)
+    assert "n1: got INT" in printed and "n2: got INT" in printed and "SIGINT goes to n1, n2" in printed
 
 
 def test_a_host_that_cannot_be_reached_ends_the_others(toy, tmp_path, hosts):
@@ -158,10 +158,10 @@ def test_forwarded_variables():
     exports = ssh.remote_exports(["me@a", "b"], 1, environment | {"RDZV_ID": "7"})
     shell = ["bash", "-c", 'export HOSTS=1; eval "$(cat)"; exec /usr/bin/env -0']
     done = subprocess.run(shell, input=exports, capture_output=True, text=True)
-    found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
+    exported = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
     expected = {"PATH": "/p", "NCCL_DEBUG": "INFO", "MINE": "it's", "HF_TOKEN": "hf_x\ny", "WANDB_API_KEY": "w",
                 "NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "a:29400", "RDZV_ID": "7"}  # fmt: skip
-    assert expected.items() <= found.items() and not {"SECRET", "ENV", "HOSTS"} & found.keys()
+    assert expected.items() <= exported.items() and not {"SECRET", "ENV", "HOSTS"} & exported.keys()
     command = ssh.remote_command(["x.toml"])
     assert "/p" not in command.replace(str(REPO), "") and "7" not in command.replace(str(REPO), "")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.record import user
 from launch.site import Site, load_site, read_site, seconds_of
+from launch.slurm import user
 from tests.toy import REPO
 from torchtitan_deltaproduct.errors import ConfigError
 
@@ -21,7 +21,7 @@ def test_the_example_shows_every_key():
     assert all(f"\n{key.name} = " in text or f"\n# {key.name} = " in text or key.name == "env" for key in fields(Site))
 
 
-@pytest.mark.parametrize(("text", "told"), [
+@pytest.mark.parametrize(("text", "message"), [
     ('partitions = "gpu"', "site.toml:1: partitions = \"gpu\": no such key; nearest: 'partition'"),
     ('\nqueue = "x"', "site.toml:2: queue = \"x\": no such key; there are: partition, account"),
     ("gpus_per_node = 8.0", "gpus_per_node = 8.0: expected a whole number; write 8"),
@@ -51,11 +51,11 @@ def test_the_example_shows_every_key():
     ('extra = ["--x=1\\n#SBATCH -N 3"]', "expected an option of sbatch"),
     ("time = ", "not a readable TOML file"),
 ])  # fmt: skip
-def test_what_is_wrong_is_named(tmp_path, text, told):
+def test_what_is_wrong_is_named(tmp_path, text, message):
     (tmp_path / "site.toml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         read_site(tmp_path / "site.toml")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("option", ["-HN4", "-vo/tmp/o", "--gpus=8", "--ntasks-per-gpu=2", "--error=/tmp/e", "-F/x"])
@@ -104,8 +104,8 @@ def test_where_it_is_looked_for(tmp_path, monkeypatch):
         path.write_text(f'partition = "{name}"')
         if name == "variable":
             monkeypatch.setenv("DELTAPRODUCT_SITE", str(path))
-        site, found = load_site(str(path) if name == "given" else None)
-        assert (site.partition, found) == (name, path)
+        site, file = load_site(str(path) if name == "given" else None)
+        assert (site.partition, file) == (name, path)
     with pytest.raises(ConfigError, match="--site nowhere.toml: no such file"):
         load_site("nowhere.toml")
     monkeypatch.setenv("DELTAPRODUCT_SITE", "nowhere.toml")

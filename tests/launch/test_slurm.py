@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
-from launch.record import new_folder
 from launch.sbatch import ROOT
+from launch.slurm import new_folder
 from tests.toy import REPO
 from torchtitan_deltaproduct.config.snapshots import versions
 from torchtitan_deltaproduct.errors import ConfigError, UserError, exit_on_user_error
@@ -25,15 +25,10 @@ def bench(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def stand_ins(bench, monkeypatch):
-    """sbatch that takes everything as job 77, and squeue that says what is in the file `queue`."""
-    programs = bench / "bin"
-    programs.mkdir()
+def stand_ins(bench, stand_in):
+    """sbatch that takes everything as job 77, and squeue that prints the file `queue`."""
     (bench / "queue").touch()
-    for name, script in {"sbatch": 'echo "$@" >>sbatch.log; echo "77;cluster"', "squeue": "cat queue"}.items():
-        (programs / name).write_text(f"#!/bin/sh\ncd {bench}\n{script}\n")
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    stand_in(sbatch='echo "$@" >>sbatch.log; echo "77;cluster"', squeue="cat queue")
     return bench
 
 
@@ -43,15 +38,15 @@ def words(toy, *more: str) -> list[str]:
 
 def test_dry_run_prints_and_writes_nothing(toy, bench, capsys):
     slurm.main(words(toy, "--dry-run", "--training.max_norm", "0.5", "--time", "2:00:00"))
-    said = capsys.readouterr()
-    assert said.out.startswith("#!/bin/bash\n# toy on 2 nodes x 1 rank")
-    assert f"--job.config_file {bench}/run/launch/001/toy.toml" in said.out
-    assert "    --training.max_norm 0.5 || code=$?\n" in said.out and "--time=2:00:00" in said.out
-    assert "site TOML: none" in said.err and list(bench.iterdir()) == []
-    subprocess.run(["bash", "-n"], input=said.out, text=True, check=True)
+    printed = capsys.readouterr()
+    assert printed.out.startswith("#!/bin/bash\n# toy on 2 nodes x 1 rank")
+    assert f"--job.config_file {bench}/run/launch/001/toy.toml" in printed.out
+    assert "    --training.max_norm 0.5 || code=$?\n" in printed.out and "--time=2:00:00" in printed.out
+    assert "site TOML: none" in printed.err and list(bench.iterdir()) == []
+    subprocess.run(["bash", "-n"], input=printed.out, text=True, check=True)
 
 
-@pytest.mark.parametrize(("more", "told"), [
+@pytest.mark.parametrize(("more", "message"), [
     (["--training.stepz", "3"], "--training.stepz 3: no such option; nearest: --training.steps"),
     (["--ranks-per-node", "3"], "global_batch_size = 4: must be a multiple of local_batch_size x 6 ranks = 12"),
     (["--gpus-per-node", "2"], "--gpus-per-node, one rank a GPU, or --ranks-per-node"),
@@ -59,10 +54,10 @@ def test_dry_run_prints_and_writes_nothing(toy, bench, capsys):
     (["--time", "soon"], "--time soon: expected a time as sbatch takes it"),
     (["--site", "nowhere.toml"], "--site nowhere.toml: no such file"),
 ])  # fmt: skip
-def test_what_is_wrong_is_said_before_anything_is_written(toy, bench, more, told):
+def test_what_is_wrong_is_said_before_anything_is_written(toy, bench, more, message):
     with pytest.raises(ConfigError) as caught:
         slurm.main(words(toy, *more))
-    assert told in str(caught.value) and list(bench.iterdir()) == []
+    assert message in str(caught.value) and list(bench.iterdir()) == []
 
 
 @pytest.mark.parametrize("more", [
@@ -88,9 +83,9 @@ def test_without_slurm(toy, bench, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit) as caught:
         exit_on_user_error(lambda: slurm.main(words(toy)))
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and "no sbatch on this machine" in said and "--dry-run" in said
-    assert "bash launch/local.sh" in said and not (bench / "run").exists()
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and "no sbatch on this machine" in printed and "--dry-run" in printed
+    assert "bash launch/local.sh" in printed and not (bench / "run").exists()
 
 
 def test_what_a_launch_leaves(toy, stand_ins, capsys):
@@ -98,8 +93,8 @@ def test_what_a_launch_leaves(toy, stand_ins, capsys):
     slurm.main(words(toy, "--training.max_norm", "0.5"))
     folder = stand_ins / "run/launch/001"
     assert (stand_ins / "sbatch.log").read_text() == f"--parsable {folder}/job.sbatch\n"
-    said = capsys.readouterr().out.splitlines()
-    assert said == [f"submitted job 77 on 2 nodes x 1 rank: {folder}/job.sbatch", f"tail -f {folder}/77.out"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"submitted job 77 on 2 nodes x 1 rank: {folder}/job.sbatch", f"tail -f {folder}/77.out"]
     assert (folder / "77.out").read_text() == "" and (folder / "toy.toml").read_text() == toy.read_text()
     overrides = ["--job.dump_folder", "run", "--training.max_norm", "0.5"]
     assert json.loads((folder / "overrides.json").read_text()) == overrides
@@ -115,29 +110,29 @@ def test_the_job_runs_a_copy_of_the_code(toy, stand_ins, capsys):
     """Editing the checkout changes nothing queued; the copy knows its revision, and comes before the current folder."""
     slurm.main(words(toy))
     code = stand_ins / "run/launch/001/code"
-    said = capsys.readouterr().err
-    assert f"code: {code} (a copy, made now), revision " in said
+    printed = capsys.readouterr().err
+    assert f"code: {code} (a copy, made now), revision " in printed
     assert {path.name for path in code.iterdir()} == {"torchtitan_deltaproduct", "launch", "eval", "REVISION"}
     for name in ("torchtitan_deltaproduct/train.py", "launch/requeue.py", "eval/generate.py"):
         assert (code / name).read_bytes() == (REPO / name).read_bytes()
     lines = (stand_ins / "run/launch/001/job.sbatch").read_text().splitlines()
     exports = "\n".join(line for line in lines if line.startswith("export PYTHON"))
-    show = "import launch, torchtitan_deltaproduct.config.snapshots as s; print(launch, s, s.versions()[\"git\"])"
+    show = 'import launch, torchtitan_deltaproduct.config.snapshots as s; print(launch, s, s.versions()["git"])'
     shell = ["bash", "-c", f"{exports}\n{sys.executable} -c '{show}'"]
     done = subprocess.run(shell, cwd=REPO, capture_output=True, text=True)
     for text in (code / "launch/__init__.py", code / "torchtitan_deltaproduct/config/snapshots.py", versions()["git"]):
         assert str(text) in done.stdout, done.stderr
     slurm.main(words(toy, "--no-snapshot", "--dry-run"))
-    said = capsys.readouterr()
-    assert f"export PYTHONPATH={ROOT}$" in said.out and "the checkout, as it is when the job starts" in said.err
+    printed = capsys.readouterr()
+    assert f"export PYTHONPATH={ROOT}$" in printed.out and "the checkout, as it is when the job starts" in printed.err
 
 
 @pytest.mark.parametrize(("answer", "job"), [
     ("-----\n   Welcome to cluster 3\n--> Verifying queue (normal)...OK\n519605", "519605"),
     ("519605;two", "519605"), ("12 nodes are down\n519605\n", "519605"),
 ])  # fmt: skip
-def test_a_banner_is_not_the_job(toy, stand_ins, capsys, answer, job):
-    (stand_ins / "bin/sbatch").write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n")
+def test_a_banner_is_not_the_job(toy, stand_ins, stand_in, capsys, answer, job):
+    stand_in(sbatch=f"cat <<'END'\n{answer}\nEND")
     slurm.main(words(toy))
     assert f"submitted job {job} on" in capsys.readouterr().out
     (stand_ins / "queue").write_text(f"{job} PENDING\n")
@@ -145,14 +140,13 @@ def test_a_banner_is_not_the_job(toy, stand_ins, capsys, answer, job):
         slurm.main(words(toy))
 
 
-def test_an_answer_without_a_job_is_said(toy, stand_ins):
-    (stand_ins / "bin/sbatch").write_text("#!/bin/sh\necho Welcome\n")
+def test_an_answer_without_a_job_is_said(toy, stand_ins, stand_in):
+    stand_in(sbatch="echo Welcome")
     with pytest.raises(UserError, match="its answer names no job: 'Welcome'"):
         slurm.main(words(toy))
     # What such a launch left is no job to wait for.
     (stand_ins / "run/launch/001/job_id").write_text("Welcome to cluster 3\n")
-    (stand_ins / "bin/sbatch").write_text("#!/bin/sh\necho 5\n")
-    (stand_ins / "bin/squeue").write_text("#!/bin/sh\nexit 9\n")
+    stand_in(sbatch="echo 5", squeue="exit 9")
     slurm.main(words(toy))
 
 
@@ -166,8 +160,8 @@ def test_one_job_a_run(toy, stand_ins):
     assert "#SBATCH --dependency=afterany:77" in (stand_ins / "run/launch/002/job.sbatch").read_text()
 
 
-def test_a_refusal_is_passed_on(toy, stand_ins):
-    (stand_ins / "bin/sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+def test_a_refusal_is_passed_on(toy, stand_ins, stand_in):
+    stand_in(sbatch="echo 'sbatch: error: invalid partition' >&2; exit 1")
     with pytest.raises(UserError, match=r"(?s)sbatch refused .*job.sbatch:.*invalid partition"):
         slurm.main(words(toy))
 

@@ -57,10 +57,10 @@ def test_ranks_save_whatever_comes(start, tmp_path):
         process.send_signal(number)
         time.sleep(0.3)
     assert process.wait(timeout=60) == 128 + signal.SIGUSR1
-    said = log_of(run)
-    assert "rank 0 saved on SIGUSR1\n" in said and "rank 1 saved on SIGUSR1\n" in said
-    assert said.count("torchrun: SIGTERM: the ranks are stopping already, they have up to 300 s to save") == 2
-    assert "torchrun: stopped by SIGUSR1" in said and "Traceback" not in said
+    printed = log_of(run)
+    assert "rank 0 saved on SIGUSR1\n" in printed and "rank 1 saved on SIGUSR1\n" in printed
+    assert printed.count("torchrun: SIGTERM: the ranks are stopping already, they have up to 300 s to save") == 2
+    assert "torchrun: stopped by SIGUSR1" in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
@@ -86,14 +86,14 @@ def test_time_to_save_has_an_end(start, tmp_path):
     assert time.monotonic() - begin < 20 and "saved" not in log_of(run)
 
 
-@pytest.mark.parametrize(("code", "starts", "told"), [
+@pytest.mark.parametrize(("code", "starts", "message"), [
     (2, 1, ""), (7, 2, "torchrun: rank 1 was the first to fail (exit code 7)"),
 ])  # fmt: skip
-def test_refusals_are_not_repeated_and_failures_are(start, tmp_path, code, starts, told):
+def test_refusals_are_not_repeated_and_failures_are(start, tmp_path, code, starts, message):
     process = start("leave", str(code))
     assert process.wait(timeout=120) == (2 if code == 2 else 1)
-    said = log_of(tmp_path / "run")
-    assert said.count("rank 1 starts") == starts and told in said and "Traceback" not in said
+    printed = log_of(tmp_path / "run")
+    assert printed.count("rank 1 starts") == starts and message in printed and "Traceback" not in printed
 
 
 def test_a_wrong_timeout(start, tmp_path):
@@ -114,12 +114,12 @@ for name in ("/proc/net/tcp", "/proc/net/tcp6"):
 for pid in ("self", os.getppid()):
     for handle in pathlib.Path(f"/proc/{pid}/fd").iterdir():
         try:
-            found = table.get(os.readlink(handle))
+            address = table.get(os.readlink(handle))
         except FileNotFoundError:
             continue
-        if found:
+        if address:
             # In one write, or two ranks could share a line.
-            os.write(1, f"listens on {found.split(':')[0]}; ".encode())
+            os.write(1, f"listens on {address.split(':')[0]}; ".encode())
 dist.barrier()
 """
 

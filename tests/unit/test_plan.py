@@ -59,6 +59,7 @@ def test_rows(load):
     assert disk["largest at once"][0] == amount(4 * 12 * parameters, "B")
     rates = {row[0]: row[1] for row in found["Learning rate"]}
     assert rates == {
+        "warm-up": "steps 1 to 512", "decay": "steps 513 to 36,240",
         "step 1": "5.86e-07", "step 512": "0.0003", "step 513": "0.0003", "step 18,376": "0.000165",
         "step 36,240": "3e-05",
     }  # fmt: skip
@@ -74,7 +75,7 @@ def test_memory_is_sharded(load):
     assert one["weights"] == 4 * sum(parts.values()) and one["optimizer state"] == 2 * one["weights"]
     assert eight["weights"] == -(-sum(parts.values()) // 8) * 4
     assert one["activations"] == eight["activations"]
-    assert checkpoint_bytes(config, sum(parts.values())) == one["weights"] + one["optimizer state"]
+    assert checkpoint_bytes(config) == one["weights"] + one["optimizer state"]
     replicated = rank_memory(load(PAPER, "--parallelism.data_parallel_replicate_degree=2"), 8, parts)
     assert replicated["weights"] == -(-sum(parts.values()) // 4) * 4
 
@@ -197,6 +198,46 @@ def rows_of(config, part, world_size=8, **given):
     return next(rows for title, rows in plan.sections(config, world_size, **given) if title.startswith(part))
 
 
+def test_wsd_in_words(load):
+    wsd = PAPER.replace('decay_type = "cosine"', 'schedule = "wsd"\ndecay_steps = 4000\ndecay_type = "sqrt"')
+    rows = rows_of(load(wsd), "Learning rate")
+    assert rows[:3] == [
+        ("warm-up", "steps 1 to 512", "rises to 0.0003, linearly"),
+        ("stable", "steps 513 to 32,241", "stays at 0.0003"),
+        ("decay", "steps 32,242 to 36,240", "falls to 3e-05, sqrt"),
+    ]
+    words = "the last checkpoint before the decay"
+    way = f"{words} is step 32,000: checkpoint.keep_every keeps such ones"
+    assert rows[-1] == ("branch from", "none at the end", way)
+    kept = rows_of(load(wsd, "--checkpoint.keep_every=16000"), "Learning rate")[-1]
+    assert kept == ("branch from", "step 32,000", f"{words}, kept to the end")
+    earlier = rows_of(load(wsd, "--checkpoint.keep_every=10000"), "Learning rate")[-1]
+    assert earlier == ("branch from", "step 30,000", way)
+
+
+def test_muon_is_planned(load):
+    """One number of state for each in a hidden matrix and two for the rest; the FLOPs are those of Newton-Schulz."""
+    config = load(PAPER, "--optimizer.name=Muon")
+    parts, args = counts.parameters_by_part(config.model), config.model
+    total, narrow = sum(parts.values()), args.num_hidden_layers * args.hidden_size * args.num_heads * 2
+    hidden = parts["mixer projections"] - narrow + parts["mlp"]
+    assert rank_memory(config, 8, parts)["optimizer state"] == 4 * -(-(2 * total - hidden) // 8)
+    assert checkpoint_bytes(config) == 4 * (3 * total - hidden)
+    assert (
+        rows_of(config, "Checkpoints")[0][2]
+        == "weights and one moment of hidden matrices, two moments of the rest in float32"
+    )
+    compute = {row[0]: row[1:] for row in rows_of(config, "Compute")}
+    # 736 wide, 6 heads of 128, n_h = 2: q, o and two each of k and v; an MLP of 2,048.
+    square, tall = 5 * (4 * 736**2 * 768 + 2 * 736**3), 5 * (4 * 736**2 * 2048 + 2 * 736**3)
+    flops = 24 * (6 * square + 3 * tall)
+    step = counts.training_flops_per_token(args) * 524_288
+    assert compute["orthogonalisation"] == (
+        amount(flops, "FLOP"), f"{flops / step:.1%} of the FLOPs of a step, each matrix on one of 8 ranks"
+    )  # fmt: skip
+    assert "orthogonalisation" not in {row[0] for row in rows_of(load(PAPER), "Compute")}
+
+
 def test_milestones_are_kept_and_counted(load):
     """As retention keeps them: 7 of 5,000 steps, and the 3 newest, one of which is the end."""
     config = load(PAPER, "--checkpoint.keep_every", "5000")
@@ -207,6 +248,16 @@ def test_milestones_are_kept_and_counted(load):
     assert len(kept) == 10 and set(kept) == {*range(5000, 35_001, 5000), 35_500, 36_000, 36_240}
     assert disk["kept"] == ("10", f"{amount(10 * size, 'B')}, 7 of them milestones, every 5,000 steps")
     assert disk["largest at once"][0] == amount(11 * size, "B")
+
+
+def test_the_best_take_room_on_disk(load):
+    config = load(
+        PAPER, "--checkpoint.keep_best=2", "--validation.enable", "--validation.paths=a", "--validation.freq=500"
+    )
+    disk = {row[0]: row[1:] for row in rows_of(config, "Checkpoints")}
+    size = checkpoint_bytes(config)
+    assert disk["kept"] == ("5", f"{amount(5 * size, 'B')}, the best by validation among them")
+    assert disk["largest at once"][0] == amount(6 * size, "B")
 
 
 def test_fits_or_does_not(load):

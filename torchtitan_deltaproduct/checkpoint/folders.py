@@ -6,13 +6,16 @@ deletes a folder removes the marker first (`retire`), so that a half-deleted one
     for info in scan("outputs/run/checkpoint"): print(info.step, info.complete, info.reason)
     Retention("outputs/run/checkpoint", keep_latest_k=2).surplus()        # what to delete after a save
     retention([100, 200, 300, 400], keep_latest_k=2, keep_every=200)      # {200: "...", 300: "...", 400: "..."}
+
+Which checkpoints are the best by validation is read from their markers (`best_steps`), which hold the loss: there is no
+other record of it that could disagree.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,13 +126,22 @@ def latest_complete(folder: str | Path) -> CheckpointInfo | None:
     return next((info for info in newest_first(folder) if info.complete), None)
 
 
-def retention(complete: Iterable[int], keep_latest_k: int, keep_every: int = 0) -> dict[int, str]:
+def best_steps(checkpoints: Iterable[CheckpointInfo], count: int) -> list[int]:
+    """Steps of the complete checkpoints with the lowest held-out loss, the best first; of equal ones the earlier."""
+    losses = [(info.marker.validation_loss, info.step) for info in checkpoints if info.complete and info.marker]
+    return [step for loss, step in sorted(pair for pair in losses if pair[0] is not None)][:count]
+
+
+def retention(
+    complete: Iterable[int], keep_latest_k: int, keep_every: int = 0, best: Collection[int] = ()
+) -> dict[int, str]:
     """Which of the complete steps are kept, and why.
 
     Args:
         complete: steps of the complete checkpoints.
         keep_latest_k: so many of the newest are kept; 0: all.
         keep_every: steps divisible by it are milestones and always kept; 0: there are none.
+        best: the best steps by validation, which are kept, too.
 
     Returns:
         step -> reason; a step that is not in it may go. The newest is always in it.
@@ -145,17 +157,21 @@ def retention(complete: Iterable[int], keep_latest_k: int, keep_every: int = 0) 
             kept[step] = f"one of the newest {keep_latest_k}"
         elif keep_every > 0 and step and step % keep_every == 0:
             kept[step] = f"milestone, every {keep_every:,} steps"
+        if step in best:
+            kept[step] = f"{kept[step]}; the best by validation" if step in kept else "the best by validation"
     return kept
 
 
-def deletable(checkpoints: Iterable[CheckpointInfo], keep_latest_k: int, keep_every: int = 0) -> list[CheckpointInfo]:
+def deletable(
+    checkpoints: Iterable[CheckpointInfo], keep_latest_k: int, keep_every: int = 0, keep_best: int = 0
+) -> list[CheckpointInfo]:
     """What retention deletes: complete folders not kept, and what cut-short saves older than the newest left.
 
     Never the last complete one, and nothing that this package did not write: a link to a folder was made by someone.
     """
     checkpoints = list(checkpoints)
     complete = [info for info in checkpoints if info.complete]
-    kept = retention((info.step for info in complete), keep_latest_k, keep_every)
+    kept = retention((info.step for info in complete), keep_latest_k, keep_every, best_steps(complete, keep_best))
     newest = max((info.step for info in complete), default=-1)
     return [
         info
@@ -172,17 +188,18 @@ class Retention:
         folder: of the checkpoints.
         keep_latest_k: as in `retention`.
         keep_every: as in `retention`.
+        keep_best: so many of the best by validation are kept.
     """
 
-    def __init__(self, folder: str | Path, keep_latest_k: int, keep_every: int = 0) -> None:
-        self.folder, self.keep_latest_k, self.keep_every = folder, keep_latest_k, keep_every
+    def __init__(self, folder: str | Path, keep_latest_k: int, keep_every: int = 0, keep_best: int = 0) -> None:
+        self.folder, self.keep_latest_k, self.keep_every, self.keep_best = folder, keep_latest_k, keep_every, keep_best
         self.known: dict[Path, CheckpointInfo] = {}
 
     def surplus(self) -> list[CheckpointInfo]:
         """What `deletable` says of the folders as they are now.
 
         A folder known to be complete stays so while its marker is there. One that is kept whatever its files are like
-        (a milestone, say) is not looked into.
+        (a milestone, say) is not looked into, unless the best are to be known.
         """
         checkpoints, complete = [], 0
         for step, path in step_folders(self.folder):
@@ -191,14 +208,14 @@ class Retention:
                 info = CheckpointInfo(step, path, False, "no marker")
             elif path in self.known:
                 info = self.known[path]
-            elif always_kept and complete >= max(self.keep_latest_k, 1):
+            elif always_kept and not self.keep_best and complete >= max(self.keep_latest_k, 1):
                 info = CheckpointInfo(step, path, True, "")
             else:
                 info = inspect(path, step)
             checkpoints.append(info)
             complete += info.complete
         self.known = {info.path: info for info in checkpoints if info.complete and info.marker is not None}
-        return deletable(checkpoints, self.keep_latest_k, self.keep_every)
+        return deletable(checkpoints, self.keep_latest_k, self.keep_every, self.keep_best)
 
 
 def cut_short(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Lists the checkpoints of a run: size, complete or why not, and why each is kept.
+"""Lists the checkpoints of a run: size, validation loss, complete or why not, and why each is kept.
 
     python -m torchtitan_deltaproduct.checkpoint.ls outputs/run
 
@@ -15,7 +15,10 @@ from rich.table import Table
 from ..arguments import Parser, path
 from ..config.snapshots import read_snapshot
 from ..errors import CheckpointError, exit_on_user_error
-from .folders import CheckpointInfo, deletable, is_hf_folder, retention, scan, was_complete
+from .folders import CheckpointInfo, best_steps, deletable, is_hf_folder, retention, scan, was_complete
+
+KEEP = {"latest_k": 3, "every": 0, "best": 0}
+"""What retention goes by, with the defaults of `[checkpoint]`."""
 
 
 def checkpoint_folder(run: Path) -> tuple[Path, dict]:
@@ -39,11 +42,11 @@ def checkpoint_folder(run: Path) -> tuple[Path, dict]:
 
 def listing(checkpoints: list[CheckpointInfo], settings: dict) -> Table:
     """One line a `step-N` folder, oldest first."""
-    keep, every = settings.get("keep_latest_k", 3), settings.get("keep_every", 0)
-    kept = retention((info.step for info in checkpoints if info.complete), keep, every)
-    going = {info.step for info in deletable(checkpoints, keep, every)}
+    keep, every, of_best = (settings.get(f"keep_{n}", default) for n, default in KEEP.items())
+    kept = retention((i.step for i in checkpoints if i.complete), keep, every, best_steps(checkpoints, of_best))
+    going = {info.step for info in deletable(checkpoints, keep, every, of_best)}
     table = Table()
-    for name in ("step", "size", "saved", "ranks"):
+    for name in ("step", "size", "saved", "ranks", "validation"):
         table.add_column(name, justify="right")
     for name in ("by", "state", "kept because"):
         table.add_column(name)
@@ -55,7 +58,8 @@ def listing(checkpoints: list[CheckpointInfo], settings: dict) -> Table:
         why = kept.get(info.step, "") if info.complete else "not by retention"
         why = "nothing: goes with the next save" if info.step in going else why
         ranks, by = (str(marker.ranks), marker.reason) if marker else ("", "")
-        table.add_row(f"{info.step:,}", f"{info.size / 1e6:,.1f} MB", saved, ranks, by, state, why)
+        loss = f"{marker.validation_loss:.4f}" if marker and marker.validation_loss is not None else ""
+        table.add_row(f"{info.step:,}", f"{info.size / 1e6:,.1f} MB", saved, ranks, loss, by, state, why)
     return table
 
 

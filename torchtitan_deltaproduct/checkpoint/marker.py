@@ -1,7 +1,8 @@
 """complete.json, the commit marker of a checkpoint: written last, it lists every file with its size and SHA-256.
 
     {"format": "torchtitan-deltaproduct checkpoint", "version": 1, "step": 500, "time": 1764000000.0, "ranks": 8,
-     "reason": "interval", "files": {"__0_0.distcp": {"bytes": 1232436, "sha256": "9f..."}, ".metadata": {...}}}
+     "reason": "interval", "validation_loss": 2.31,
+     "files": {"__0_0.distcp": {"bytes": 1232436, "sha256": "9f..."}, ".metadata": {...}}}
 
 A folder without it is not a checkpoint, whatever else is in it. Sizes are compared whenever a folder is looked at;
 checksums when a run resumes from it, when a model is loaded, and by `checkpoint.verify`. Whoever deletes a folder
@@ -11,6 +12,7 @@ removes the marker first. `.saving` says that a save of ours is under way, or wa
 import hashlib
 import io
 import json
+import math
 import os
 import stat
 from collections.abc import Callable
@@ -38,6 +40,7 @@ class Marker:
         ranks: processes that saved.
         reason: `interval`, `last step`, `first step`, `SIGUSR1`, `walltime`, `import`, ...
         files: name -> (bytes, SHA-256).
+        validation_loss: held-out loss of these weights, nats; None: they were not validated, or it was not finite.
     """
 
     step: int
@@ -45,6 +48,7 @@ class Marker:
     ranks: int
     reason: str
     files: dict[str, tuple[int, str]]
+    validation_loss: float | None = None
 
 
 class Counted(io.FileIO):
@@ -87,7 +91,9 @@ def read_marker(folder: Path) -> Marker:
         body = json.loads(read_text(path))
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
         version = body["version"] if body["format"] == FORMAT else "of another format"
-        marker = Marker(int(body["step"]), float(body["time"]), int(body["ranks"]), str(body["reason"]), files)
+        loss = body.get("validation_loss")
+        loss = float(loss) if loss is not None and math.isfinite(loss) else None
+        marker = Marker(int(body["step"]), float(body["time"]), int(body["ranks"]), str(body["reason"]), files, loss)
     except FileNotFoundError:
         raise CheckpointError(_missing(folder)) from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:

@@ -27,6 +27,7 @@ class About:
     step: int
     ranks: int
     reason: str
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,4 +96,4 @@ class MarkedWriter(FileSystemWriter):
                 os.fsync(file.fileno())
             names.append("config.json")
         files |= {name: checksum(folder / name) for name in names}
-        write_marker(folder, Marker(self.about.step, round(time.time(), 3), self.about.ranks, self.about.reason, files))
+        write_marker(folder, Marker(time=round(time.time(), 3), files=files, **vars(self.about)))

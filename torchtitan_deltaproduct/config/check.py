@@ -191,6 +191,13 @@ def _profile_cycle(c: JobConfig, e: Environment) -> str | None:
     return f"shorter than one cycle of {cycle} steps, profiler_warmup + profiler_active" if too_short else None
 
 
+def _best(c: JobConfig, e: Environment) -> str | None:
+    saved, validated = c.checkpoint.interval, c.validation.freq
+    if not c.checkpoint.keep_best or saved % validated == 0 or validated % saved == 0:
+        return None
+    return f"few saved steps would be validated: one of interval = {saved} and freq = {validated} must divide the other"
+
+
 def _run_folder(c: JobConfig, e: Environment) -> str | None:
     path = Path(c.job.dump_folder).absolute()
     lowest = next(place for place in (path, *path.parents) if os.path.lexists(place))
@@ -232,7 +239,13 @@ RULES: list[tuple[str, Judge]] = [
     ("validation.enable validation.paths data.kind",
      lambda c, e: c.validation.enable and not c.validation.paths and not GENERATED.holds(c)
      and "there is nothing to validate on"),
-    ("lr_scheduler.warmup_steps lr_scheduler.decay_ratio lr_scheduler.total_steps training.steps", _warmup),
+    ("validation.prompts validation.enable", lambda c, e: c.validation.prompts and not c.validation.enable
+     and "samples are drawn at each validation, and there is none"),
+    ("lr_scheduler.decay_steps lr_scheduler.decay_ratio",
+     lambda c, e: c.lr_scheduler.decay_steps is not None and c.lr_scheduler.decay_ratio is not None
+     and "two lengths of the decay; give one"),
+    ("lr_scheduler.warmup_steps lr_scheduler.decay_ratio lr_scheduler.decay_steps lr_scheduler.total_steps "
+     "training.steps", _warmup),
     ("lr_scheduler.total_steps training.steps",
      lambda c, e: c.lr_scheduler.total_steps is not None and c.lr_scheduler.total_steps < c.training.steps
      and f"the learning rate would leave its schedule after step {c.lr_scheduler.total_steps}; must cover the run"),
@@ -256,6 +269,7 @@ RULES: list[tuple[str, Judge]] = [
      and "nothing to compile: components is empty"),
     ("checkpoint.keep_every checkpoint.interval", lambda c, e: c.checkpoint.keep_every % c.checkpoint.interval
      and f"no milestone would be saved: must be a multiple of interval = {c.checkpoint.interval}"),
+    ("checkpoint.keep_best checkpoint.interval validation.freq", _best),
     ("guard.hang_seconds comm.train_timeout_seconds",
      lambda c, e: c.guard.hang_seconds and c.guard.hang_seconds >= c.comm.train_timeout_seconds
      and f"collectives give up after {c.comm.train_timeout_seconds} s, before stacks are written; must be below that"),

@@ -5,17 +5,19 @@
     for change in comparison.notable + comparison.harmless:
         logger.info("%s", change)                                 # optimizer.lr: 0.0003 -> 0.0001 (...)
 
-What a change of an option means is in its record (`options.Resume`); what else a snapshot holds is in `DERIVED`.
+What a change of an option means is in its record (`options.Resume`); what else a snapshot holds is in `DERIVED`. A
+change of the schedule that makes the learning rate rise after it had fallen is allowed, and `rate_rises` says so.
 """
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import ConfigError
 from ..options import OTHER_MODEL, Resume, breaking, harmless, notable
-from .job import OTHER_DATA, OTHER_ROUNDING
+from .job import OTHER_DATA, OTHER_ROUNDING, JobConfig, LRScheduler
+from .schedule import Schedule
 from .schema import schema
 from .values import shorten, show
 
@@ -119,6 +121,31 @@ def refuse_breaking(
             f"  --job.dump_folder NEW_FOLDER --checkpoint.initial_load_path {checkpoint}"
         )
     raise ConfigError(f"{checkpoint} belongs to another run:\n" + "\n".join(lines) + f"\n{way}")
+
+
+def rate_rises(saved: Mapping[str, Any], config: JobConfig, step: int) -> str:
+    """Says that a run goes on at a higher learning rate than it had come down to, or "".
+
+    Args:
+        saved: snapshot of the checkpoint.
+        config: of this launch.
+        step: optimizer steps taken.
+    """
+    known = {field.name for field in fields(LRScheduler)}
+    try:
+        table = LRScheduler(**{k: v for k, v in saved["config"]["lr_scheduler"].items() if k in known})
+        before = Schedule.of(table, saved["config"]["training"]["steps"])
+        reached = before(step - 1)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return ""
+    after = Schedule.of(config.lr_scheduler, config.training.steps)
+    if not before.last_at_peak < step < after.total_steps or after(step) <= reached:
+        return ""
+    way = "a larger training.steps stretches the decay"
+    if "stable" in before.phases():
+        way = f"to extend the stable phase, go back to a step up to {before.last_at_peak:,} with checkpoint.load_step"
+    rise = f"at {reached:.0%} of the peak rate, and goes on at {after(step):.0%}"
+    return f"step {step:,} was saved in its decay, {rise}; {way}"
 
 
 def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:

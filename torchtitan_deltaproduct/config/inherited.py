@@ -51,7 +51,7 @@ HONOURED: dict[str, Option] = {key: option for keys, option in {
         NEXT_STEP, COUNT_OR_ZERO, aliases="warmup warmup_iters num_warmup_steps lr_warmup_steps"),
     "lr_scheduler.total_steps": record(NEXT_STEP, COUNT),
     "lr_scheduler.decay_ratio": record(NEXT_STEP, within(0, 1)),
-    "lr_scheduler.decay_type": record(NEXT_STEP, aliases="lr_scheduler_type schedule scheduler lr_decay_style"),
+    "lr_scheduler.decay_type": record(NEXT_STEP, aliases="lr_scheduler_type lr_decay_style"),
     "lr_scheduler.min_lr_factor": record(NEXT_STEP, within(0, 1), aliases="min_lr lr_min min_lr_ratio min_ratio"),
     "training.local_batch_size": record(
         SAME_BATCH, COUNT, aliases="batch_size micro_batch_size microbatch_size per_device_batch_size mbs "

@@ -62,7 +62,8 @@ class Model(DeltaProductArgs, titan.Model):
         "", notable("prepared data records its own tokenizer"),
         reader=TEXT, is_path=True, aliases="tokenizer tokenizer_name",
     )  # fmt: skip
-    """Folder with tokenizer.json. prepared: empty, or that of the data's manifest. streaming: what makes the tokens."""
+    """Folder with tokenizer.json. prepared: empty, or that of the data's manifest; for token files of other programs
+    the one that made them. streaming: what makes the tokens."""
 
 
 @dataclass
@@ -76,7 +77,8 @@ class Data:
         [], OTHER_DATA, NO_BLANKS, is_path=True, aliases="path data_path data_dir train_data train_path paths_train",
         reader=read_with("data.kind", "prepared", otherwise="paths name prepared folders, which {} does not read"),
     )  # fmt: skip
-    """Prepared folders to train on; several make a mixture."""
+    """Prepared folders to train on; several make a mixture. Megatron corpora (`.bin` with `.idx`) and `.npy` files of
+    token ids, or folders of them, are read as they are, with the tokenizer of `model.hf_assets_path`."""
     weights: list[float] = option(
         [], OTHER_ORDER, Range(lambda value: all(share > 0 for share in value), "must all be positive"), reader=PREPARED
     )
@@ -105,9 +107,9 @@ class Data:
     """streaming: split to train on."""
     text_field: str = option("text", OTHER_DATA, NOT_EMPTY, reader=STREAMING)
     """streaming: column that holds the text."""
-    eos: str = option("", OTHER_DATA, reader=STREAMING)
-    """streaming: text of the token that separates documents; empty: the one that the tokenizer names. Prepared data
-    records its own (`prepare --eos`)."""
+    eos: str = option("", OTHER_DATA, reader=TEXT)
+    """Text of the token that separates documents; empty: the one that the tokenizer names. A prepared folder records
+    its own (`prepare --eos`)."""
     shuffle_buffer: int = option(0, OTHER_ORDER, COUNT_OR_ZERO, reader=STREAMING)
     """streaming: documents in a block that is shuffled; 0: file order. Resuming re-reads one block."""
     group: str = option("", OTHER_DATA, reader=GROUP_WORD)
@@ -155,7 +157,9 @@ class Training(titan.Training):
 @dataclass
 class Optimizer(titan.Optimizer):
     name: Literal[tuple(OPTIMIZERS)] = option("AdamW", breaking("another optimizer state", from_the_start=True))
-    """Optimizer to use."""
+    """Optimizer to use. `Muon`: torch's, of the hidden matrices (q, k, v, output gate and output projections, one
+    matrix a micro-step, and the MLP), and AdamW of everything else. Its updates are scaled to the size of AdamW's
+    (`match_rms_adamw`), so that `lr` and `weight_decay` mean the same to both."""
     lr: float = option(3e-4, NEXT_STEP, POSITIVE, aliases="learning_rate max_lr peak_lr base_lr")
     """Peak learning rate; `[lr_scheduler]` multiplies it by a factor in [0, 1]."""
     beta1: float = option(0.9, NEXT_STEP, BELOW_ONE, aliases="betas b1 adam_beta1")
@@ -163,9 +167,29 @@ class Optimizer(titan.Optimizer):
     beta2: float = option(0.95, NEXT_STEP, BELOW_ONE, aliases="b2 adam_beta2")
     """Decay of the running mean of squared gradients, in [0, 1)."""
     weight_decay: float = option(0.01, NEXT_STEP, COUNT_OR_ZERO, aliases="wd decay")
-    """AdamW weight decay of matrices; norms, biases, A_log, dt_bias, convolutions, embeddings take none."""
+    """Decay of matrices, decoupled and multiplied by the rate: AdamW's and Muon's; norms, biases, A_log, dt_bias,
+    convolutions, embeddings take none. Adam adds it to the gradient."""
+    momentum: float = option(
+        0.95, NEXT_STEP, BELOW_ONE, reader=read_with("optimizer.name", "Muon"), aliases="muon_momentum"
+    )
+    """Muon: decay of the running mean of gradients (Nesterov's), in [0, 1)."""
     implementation: Literal["fused", "foreach", "for-loop"] = option("fused", OTHER_ROUNDING)
-    """`fused` updates without waiting for the device, on the CPU too; the others wait for it once a step more."""
+    """Of Adam and AdamW: `fused` updates without waiting for the device, on the CPU too; the others wait for it once a
+    step more."""
+
+
+@dataclass
+class LRScheduler(titan.LRScheduler):
+    schedule: Literal["decay", "wsd"] = option("decay", NEXT_STEP, aliases="scheduler lr_schedule lr_scheduler_name")
+    """Phases of the rate after its warm-up; `decay_type` says how it falls. `decay`: it falls to the end of the run,
+    or in its last `decay_ratio`. `wsd` (warm-up, stable, decay): it stays at the peak and falls in the last
+    `decay_steps`, or `decay_ratio`, or tenth of the run. A larger `training.steps` then extends the stable phase, a
+    smaller one ends it earlier; docs/reliability.md says how to branch from any checkpoint."""
+    decay_steps: int | None = option(
+        None, NEXT_STEP, COUNT, reader=read_with("lr_scheduler.schedule", "wsd"),
+        aliases="cooldown_steps cooldown num_decay_steps decay_iters lr_decay_steps",
+    )  # fmt: skip
+    """wsd: steps of the decay at the end of the run, however long that is, in the place of `decay_ratio`."""
 
 
 @dataclass
@@ -178,6 +202,14 @@ class Validation(titan.Validation):
     steps: int = option(-1, NOT_COMPARABLE, at_least_or(-1, 1, "every window of the set"), reader=TEXT)
     """Windows to read, in units of `local_batch_size`, evenly spaced and the same for any number of ranks; -1: every
     window of the set once."""
+    prompts: list[str] = option([], harmless("what to show"), reader=TEXT, aliases="sample_prompts generate_prompts")
+    """Texts that the model continues at each validation, greedy and sampled: in the log, RUN/samples.jsonl and
+    TensorBoard. "" is the beginning of a document. Every rank gathers the whole weights for it."""
+    sample_tokens: int = option(
+        64, harmless("what to show"), COUNT, aliases="max_new_tokens",
+        reader=Reader("validation.prompts", lambda config: bool(config.validation.prompts), "only read with prompts"),
+    )  # fmt: skip
+    """Tokens added to each of `prompts`, at most."""
     lengths: list[int] = option(
         [], harmless("which lengths to report"),
         Range(lambda value: all(length >= 1 for length in value), "must all be at least 1"), reader=GENERATED,
@@ -204,6 +236,12 @@ class Checkpoint(titan.Checkpoint):
     """Complete checkpoints kept, newest first; 0: keep all; 1 is not allowed."""
     keep_every: int = option(0, SAVING, COUNT_OR_ZERO)
     """Steps divisible by it are milestones, kept for good; 0: none."""
+    keep_best: int = option(
+        0, SAVING, COUNT_OR_ZERO, aliases="save_best save_top_k keep_top_k load_best_model_at_end",
+        reader=read_with("validation.enable", True, otherwise="the best is by validation loss: set validation.enable"),
+    )  # fmt: skip
+    """So many of the checkpoints with the lowest validation loss are kept besides; 0: none. A checkpoint has a loss if
+    its step was validated; a restart goes on from the newest all the same."""
     verify_on_load: bool = option(True, harmless("whether checksums are compared"))
     """Compare the checksum of every file before resuming; a damaged checkpoint gives way to the one before."""
 
@@ -258,6 +296,7 @@ class JobConfig(titan.JobConfig):
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     guard: Guard = field(default_factory=Guard)

@@ -49,19 +49,15 @@ def build_loader(
     dp_world_size: int = 1,
     tokenizer_path: str = "",
 ) -> "Loader":
-    """The training loader that `[data]` asks for.
+    """The training loader that a `[data]` table asks for: iterating yields micro-batches forever, from its state on.
 
     Args:
-        data: the `[data]` table (`config.job.Data`).
+        data: the table (`config.job.Data`).
         seq_len: window length in tokens.
-        local_batch_size: samples of one micro-batch on one rank.
-        global_batch_size: samples of one optimizer step on all ranks.
+        local_batch_size, global_batch_size: samples of one micro-batch on a rank, of an optimizer step on all ranks.
         dp_rank: index of this data-parallel rank, of `dp_world_size`.
-        tokenizer_path: folder with tokenizer.json. Streaming needs it; prepared data brings its own and then
-            checks that this one, if given, is the same.
-
-    Returns:
-        A `Loader`: iterating yields micro-batches forever, from the position of its state.
+        tokenizer_path: folder with tokenizer.json. Streaming and the tokens of other programs need it; a prepared
+            folder has its own, and this one, if given, must be the same.
 
     Raises:
         ConfigError: the settings cannot be run. DataError: the data is missing, damaged or does not fit.
@@ -75,25 +71,22 @@ def build_loader(
 
 
 def separator_id(data, tokenizer_path: str = "") -> int | None:
-    """Id of the token that stands between documents; None for generated data, which has none.
-
-    Args:
-        data: the `[data]` table.
-        tokenizer_path: folder with tokenizer.json, for streaming.
+    """Id of the token that stands between documents of a `[data]` table; None for generated data, which has none.
 
     Raises:
         ConfigError: streaming without a tokenizer. DataError: the data or the tokenizer is missing or damaged, or no
             separator is named.
     """
+    # Tables that an earlier version wrote have no `eos`.
+    eos = getattr(data, "eos", "")
     if data.kind == "prepared":
-        from .shards.manifest import read_manifest
+        from .shards.corpora import open_manifest
 
-        return read_manifest(data.paths[0]).eos_id
+        return open_manifest(data.paths[0], tokenizer_path, eos).eos_id
     if data.kind == "streaming":
         from .text.tokenizer import find_eos_id
 
         if not tokenizer_path:
             raise ConfigError("model.hf_assets_path is empty: streaming needs a folder with tokenizer.json")
-        # Tables that an earlier version wrote have no `eos`.
-        return find_eos_id(tokenizer_path, getattr(data, "eos", ""), option="data.eos")
+        return find_eos_id(tokenizer_path, eos, option="data.eos")
     return None

@@ -8,7 +8,7 @@ Called before any process group starts, by the launchers on the machine that sub
 from ..config.job import JobConfig
 from ..errors import ConfigError
 from . import GENERATED
-from .generated.group_words import GENERATOR
+from .generated import GENERATOR
 from .held_out import held_out_lengths
 from .shards.prepared import open_streams
 
@@ -27,7 +27,7 @@ def check_data(config: JobConfig) -> list[str] | None:
     training = config.data.paths if config.data.kind == "prepared" else []
     validation = config.validation.paths if config.validation.enable else []
     paths = [*training, *validation]
-    streams = open_streams(paths, "data.paths") if paths else []
+    streams = open_streams(paths, "data.paths", config.model.hf_assets_path, config.data.eos) if paths else []
     manifests = dict(zip(paths, (stream.manifest for stream in streams), strict=True))
     for path, manifest in manifests.items():
         if manifest.vocab_size > config.model.vocab_size:
@@ -40,12 +40,13 @@ def check_data(config: JobConfig) -> list[str] | None:
 
 
 def check_generated(config: JobConfig) -> list[str]:
-    """The version of the generator, after making its sources: a wrong name of a group is found here."""
+    """The version of the generator, after making its sources: a wrong name of a group shows here."""
     key = "data.group" if config.data.kind == "group_word" else "data.language"
-    origin = config.provenance.get(key, "default")
+    origin, lengths = config.provenance.get(key, "default"), config.validation.lengths
     try:
-        lengths = {"seq_len": config.training.seq_len, "lengths": config.validation.lengths}
-        sets = held_out_lengths(config.data, **lengths, local_batch_size=1, samples=1)
+        sets = held_out_lengths(
+            config.data, seq_len=config.training.seq_len, lengths=lengths, local_batch_size=1, samples=1
+        )
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
     if sets[0].source.vocab_size > config.model.vocab_size:

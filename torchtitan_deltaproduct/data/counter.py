@@ -30,15 +30,9 @@ def stream_key(*name) -> np.ndarray:
 
 
 def draws(key: np.ndarray, samples: np.ndarray, positions: int) -> np.ndarray:
-    """64 random bits for each of the first `positions` positions of each sample.
+    """64 random bits for each of the first `positions` (at most 2**24) positions of each sample.
 
-    Args:
-        key: [2] uint64 of `stream_key`.
-        samples: [n] int64, at least 0 and below 2**40.
-        positions: at most 2**24.
-
-    Returns:
-        [n, positions] uint64. Asking for more positions does not change the first ones.
+    `samples`: [n] int64 in [0, 2**40) -> [n, positions] uint64. More positions do not change the first ones.
     """
     assert positions <= 1 << POSITION_BITS
     rows = np.asarray(samples).astype(np.uint64) << np.uint64(POSITION_BITS)
@@ -47,14 +41,9 @@ def draws(key: np.ndarray, samples: np.ndarray, positions: int) -> np.ndarray:
 
 
 def below(bits: np.ndarray, bound) -> np.ndarray:
-    """Uniform whole numbers in [0, bound) from 32 random bits each; biased by less than bound / 2**32.
+    """Uniform whole numbers in [0, bound), int64, from 32 random bits each; biased by less than bound / 2**32.
 
-    Args:
-        bits: uint32, or uint64 of which the upper half is used.
-        bound: at least 1; a number, or one for each of `bits`.
-
-    Returns:
-        int64 of the shape of `bits`.
+    `bits`: uint32, or uint64 of which the upper half is used. `bound`: at least 1; a number, or one for each of `bits`.
     """
     high = bits >> np.uint64(32) if bits.dtype == np.uint64 else bits.astype(np.uint64)
     return ((high * np.asarray(bound).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)

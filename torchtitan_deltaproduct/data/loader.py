@@ -13,6 +13,7 @@ import json
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 import numpy as np
@@ -89,19 +90,6 @@ class _MicroBatches(torch.utils.data.Dataset):
         return self.source.batch(self.geometry.rows(sample))
 
 
-class _Positions(torch.utils.data.Sampler):
-    """sample, sample + micro_batch, ... without end."""
-
-    def __init__(self, sample: int, micro_batch: int):
-        self.sample, self.micro_batch = sample, micro_batch
-
-    def __iter__(self) -> Iterator[int]:
-        position = self.sample
-        while True:
-            yield position
-            position += self.micro_batch
-
-
 def ignore_stop_signals(*_) -> None:
     """For processes that read ahead: a cluster signals every process of a job, and only the rank is to act on it."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -113,14 +101,7 @@ def _as_is(item):
 
 
 class Loader:
-    """Micro-batches of one rank.
-
-    Args:
-        source: where samples come from.
-        geometry: batch sizes and this rank.
-        num_workers: processes that read ahead; 0 reads when asked. The batches are the same.
-        prefetch_factor: micro-batches each worker reads ahead.
-    """
+    """Micro-batches of one rank; `num_workers` processes read `prefetch_factor` of them ahead, the same ones."""
 
     def __init__(self, source: Source, geometry: Geometry, num_workers: int = 0, prefetch_factor: int = 2):
         self.source, self.geometry = source, geometry
@@ -139,24 +120,20 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Goes on from the current position. Only what was handed out counts, not what workers read ahead."""
-        for item in self._dataloader():
+        positions = count(self.sample, self.geometry.micro_batch)
+        for item in self._wrap(_MicroBatches(self.source, self.geometry), sampler=positions):
             self.sample += self.geometry.micro_batch
             yield item
 
-    def _dataloader(self) -> DataLoader:
-        dataset = _MicroBatches(self.source, self.geometry)
-        return self._wrap(dataset, sampler=_Positions(self.sample, self.geometry.micro_batch))
-
-    def _wrap(self, dataset, **options) -> DataLoader:
+    def _wrap(self, dataset: torch.utils.data.Dataset, **options) -> DataLoader:
         if self.num_workers:
-            options["prefetch_factor"] = self.prefetch_factor
+            options |= {"prefetch_factor": self.prefetch_factor, "worker_init_fn": ignore_stop_signals}
         # A generator of its own: a loader made anew on restart must not draw from the global one.
         return DataLoader(
             dataset,
             batch_size=None,
             collate_fn=_as_is,
             num_workers=self.num_workers,
-            worker_init_fn=ignore_stop_signals if self.num_workers else None,
             generator=torch.Generator(),
             **options,
         )

@@ -17,6 +17,7 @@ it can be compared.
 from typing import Protocol
 
 import numpy as np
+import torch
 
 IGNORE = -100
 """Label of a position that is not predicted; torch's and torchtitan's convention."""
@@ -28,16 +29,6 @@ class Stream(Protocol):
     def read(self, start: int, out: np.ndarray) -> int: ...
 
     def document_starts(self, start: int, stop: int) -> np.ndarray: ...
-
-
-def full_windows(tokens: int, seq_len: int) -> int:
-    """Windows with a label at every position; the rest of the stream is shorter than one."""
-    return tokens // seq_len
-
-
-def all_windows(tokens: int, seq_len: int) -> int:
-    """Windows that cover the whole stream; the last may be partly padding."""
-    return -(-tokens // seq_len)
 
 
 def read_window(stream: Stream, window: int, inputs: np.ndarray, labels: np.ndarray, starts: np.ndarray | None) -> None:
@@ -62,3 +53,21 @@ def read_window(stream: Stream, window: int, inputs: np.ndarray, labels: np.ndar
         starts[:] = False
         starts[0] = True
         starts[stream.document_starts(first, first + seq_len) - first] = True
+
+
+def read_windows(
+    streams: list[Stream], windows: list[int], seq_len: int, reset: bool
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A batch of n windows of T = `seq_len` tokens, each of one of n streams; `reset` adds `document_starts`.
+
+    Returns:
+        ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels [n, T] int64).
+    """
+    inputs, labels = (np.empty((len(windows), seq_len), dtype=np.int64) for _ in range(2))
+    starts = np.empty(inputs.shape, dtype=bool) if reset else [None] * len(windows)
+    for row, (stream, window) in enumerate(zip(streams, windows, strict=True)):
+        read_window(stream, window, inputs[row], labels[row], starts[row])
+    batch = {"input": torch.from_numpy(inputs)}
+    if reset:
+        batch["document_starts"] = torch.from_numpy(starts)
+    return batch, torch.from_numpy(labels)

@@ -7,14 +7,14 @@ python -m torchtitan_deltaproduct.data.show data/code/train --verify          # 
 
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from torchtitan_deltaproduct.arguments import Parser, path
-from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
+from torchtitan_deltaproduct.errors import exit_on_user_error
 
+from .shards.corpora import open_stream
 from .shards.manifest import read_manifest
 from .shards.shards import TokenStream
 from .shards.verified import SUFFIXES, compare, file_states
@@ -36,30 +36,13 @@ def verify(folder: str | Path) -> int:
     return len(files)
 
 
-def document(stream: TokenStream, number: int) -> np.ndarray:
-    """Tokens of a document, counted from 0 over all shards, its separator included: [n] int64."""
-    if not 0 <= number < stream.manifest.documents:
-        raise ConfigError(f"--document is {number}: {stream.folder} has documents 0 to {stream.manifest.documents - 1}")
-    before = 0
-    for base, shard in zip(stream.bounds, stream.manifest.shards, strict=False):
-        if number < before + shard.documents:
-            starts = stream.document_starts(base, base + shard.tokens)
-            ends = np.append(starts[1:], base + shard.tokens)
-            tokens = np.empty(ends[number - before] - starts[number - before], dtype=np.int64)
-            stream.read(int(starts[number - before]), tokens)
-            return tokens
-        before += shard.documents
-    raise AssertionError("the shards of a manifest hold as many documents as it says")
-
-
 def table(stream: TokenStream) -> Table:
     """Counts, format and origin."""
     manifest = stream.manifest
     rows = {
         "tokens": f"{manifest.tokens:,} ({manifest.dtype}, vocabulary {manifest.vocab_size:,})",
-        "documents": f"{manifest.documents:,}, {manifest.tokens / manifest.documents:,.0f} tokens on average",
-        "text": f"{manifest.bytes:,} bytes, "
-        f"{manifest.bytes / max(1, manifest.tokens - manifest.documents):.2f} a token",
+        "documents": f"{manifest.documents:,}, {manifest.tokens / max(1, manifest.documents):,.0f} tokens on average",
+        "text": f"{manifest.bytes:,} bytes, {manifest.bytes_a_token:.2f} a token",
         "left out": f"{manifest.empty_documents} empty documents, {manifest.bad_records} unreadable records",
         "unknown": f"{manifest.unknown_tokens:,} tokens, in all parts",
         "shards": f"{len(manifest.shards)}",
@@ -77,15 +60,16 @@ def table(stream: TokenStream) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser("torchtitan_deltaproduct.data.show", __doc__)
-    parser.add_argument("folder", type=path, help="prepared folder, the one with manifest.json")
+    parser.add_argument("folder", type=path, help="prepared folder, the one with manifest.json, or files of others")
+    parser.add_argument("--tokenizer", default="", type=path, metavar="FOLDER", help="that made the files of others")
     parser.add_argument("--document", type=int, default=0, metavar="N", help="document to show (default: 0)")
     parser.add_argument("--verify", action="store_true", help="check every file against its checksum")
     options = parser.parse_args(arguments)
     console = Console()
-    stream = TokenStream(options.folder)
+    stream = open_stream(options.folder, options.tokenizer)
     console.print(table(stream))
-    tokens = document(stream, options.document)
-    tokenizer = load_tokenizer(stream.folder / "tokenizer", stream.manifest.eos_id)
+    tokens = stream.document(options.document)
+    tokenizer = load_tokenizer(stream.tokenizer_path, stream.manifest.eos_id)
     shown = tokens[:SHOWN_TOKENS].tolist()
     pieces = Text()
     for index, token in enumerate(shown):

@@ -23,14 +23,7 @@ from .text.tokenizer import load_tokenizer
 
 
 def global_batch(run: Path, step: int):
-    """The loader of a run, and the batch of a step over all ranks.
-
-    Args:
-        run: the run folder.
-        step: counted from 1.
-
-    Returns:
-        The loader, the first sample's global index, inputs and labels as the loader yields them.
+    """The loader of a run; of a step, counted from 1, the first sample's global index, inputs and labels of all ranks.
 
     Raises:
         CheckpointError: the folder has no config.json. ConfigError: the step or the kind of data cannot be shown.

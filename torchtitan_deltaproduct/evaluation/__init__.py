@@ -15,6 +15,7 @@ JSON and CSV are there already.
     texts, sample                       which sequences are read, from prepared folders or text
     long, pieces                        the frame of evaluations over long sequences, and what it has measured
 
-MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder.
-Importing this package imports nothing.
+MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder;
+DATA a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]. What was stopped goes on with the
+same command. Importing this package imports nothing.
 """

@@ -1,13 +1,13 @@
-"""How the pictures of the evals look: one style, colours that everybody can tell apart, legends outside of the data.
+"""How the pictures of the evals look: one style, lines that are told apart in grey too, legends outside of the data.
 
     with picture(Path("x.png"), "title", rows=1, columns=2, size=(10, 4)) as (figure, axes):
-        axes[0, 0].plot(x, y)
+        axes[0, 0].plot(x, y, **look(0, 2)); axes[0, 0].plot(x, z, **look(1, 2))
 
 Import `plt` from here: the backend is chosen before pyplot is imported.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,18 @@ import numpy as np
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
+from matplotlib.patches import Patch  # noqa: E402
 
 # Okabe & Ito (2008), without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-
-
-def style() -> AbstractContextManager:
-    """Context in which all figures are made."""
-    return plt.rc_context(
-        {
-            "font.size": 10,
-            "axes.titlesize": 11,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#e4e4e4",
-            "grid.linewidth": 0.8,
-            "legend.frameon": False,
-        }
-    )
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = "osD^vPX"
+WIDEST, NARROWEST = 2.8, 1.3
+STYLE = {
+    "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#e4e4e4", "grid.linewidth": 0.8, "legend.frameon": False,
+}  # fmt: skip
 
 
 @contextmanager
@@ -47,14 +37,9 @@ def picture(
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """A PNG of rows x columns panels: gives the figure and its axes [rows, columns]; it is written at the end.
 
-    Args:
-        path: of the PNG.
-        title: of the whole; may be empty.
-        rows, columns: of panels.
-        size: width and height in inches.
-        options: of `plt.subplots`.
+    The `size` is width and height in inches, `title` may be empty, `options` are those of `plt.subplots`.
     """
-    with style():
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
         yield figure, axes
         if title:
@@ -62,20 +47,65 @@ def picture(
         save(figure, path)
 
 
-def mark_trained(axis, length: int, place: float, margin: float, above: int) -> None:
-    """A dashed line at a training length, named above the axis; `place` is where it is, from 0 (left) to 1.
-
-    Within `margin` of an end the name is on the side where there is room.
-    """
-    axis.axvline(length, color="#444444", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
-    side = "left" if place < margin else "right" if place > 1 - margin else "center"
-    axis.annotate(
-        f"trained to {length:,} tokens", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, above),
-        textcoords="offset points", va="bottom", ha=side, color="#444444", fontsize=8.5,
-    )  # fmt: skip
-
-
 def save(figure, path: Path) -> None:
     """Writes a PNG and forgets the figure."""
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def look(index: int, count: int) -> dict:
+    """Colour, dashes and width of one of some lines; later ones are thinner, so that those they cover still show."""
+    width = WIDEST - (WIDEST - NARROWEST) * index / max(1, count - 1) if count > 1 else 2.0
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index % len(LINES)], "linewidth": width}
+
+
+def shade(index: int, count: int):
+    """One of `count` colours from dark to light, for lines that are ordered or too many to be told apart."""
+    return plt.get_cmap("viridis")(0.85 * index / max(1, count - 1))
+
+
+def band(axis, x, low, high, colour) -> None:
+    """An interval about a line; `band_handle` names it in a legend."""
+    axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def band_handle() -> Patch:
+    """What stands for all bands of a picture in its legend."""
+    return Patch(color="#777777", alpha=0.3, linewidth=0)
+
+
+def legend(figure, handles: dict[str, Any], columns: int) -> None:
+    """A legend below all panels, of handles by name: lines, then what they are drawn on."""
+    marks = ("band", "thin", "guessing", "document start", "trained to")
+    names = sorted(handles, key=lambda name: name.startswith(marks))
+    columns = min(len(names), columns)
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns, fontsize=9)
+
+
+def mark_trained(axis, length: int, place: float) -> None:
+    """A dashed line at a training length, named above the axis; `place` is where it is, from 0 (left) to 1."""
+    axis.axvline(length, color="#444444", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+    side = "left" if place < 0.25 else "right" if place > 0.75 else "center"
+    axis.annotate(
+        f"trained to {length:,} tokens", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
+        textcoords="offset points", va="bottom", ha=side, color="#444444", fontsize=8.5,
+    )  # fmt: skip
+
+
+def name_ends(axis, ends: list[tuple[float, str, Any]]) -> None:
+    """Names lines at the right of an axis, whose limits are final: (last y, name, colour) of each, none on another."""
+    low, high = axis.get_ylim()
+    gap, places = 0.075 * (high - low), []
+    for y, _, _ in sorted(ends, key=lambda end: end[0]):
+        places.append(max(y, places[-1] + gap) if places else y)
+    shift = max(0, places[-1] - high)
+    for place, (_, name, colour) in zip(places, sorted(ends, key=lambda end: end[0]), strict=True):
+        axis.annotate(name, (1.015, place - shift), xycoords=("axes fraction", "data"), color=colour, fontsize=8.5,
+                      va="center", annotation_clip=False)  # fmt: skip
+
+
+def binned(points: int, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Sums of neighbours, so that at most so many points are left, and last the number of neighbours in each."""
+    length = len(arrays[0])
+    edges = np.linspace(0, length, min(points, length) + 1).astype(int)
+    return [*(np.add.reduceat(array, edges[:-1], dtype=np.float64) for array in arrays), np.diff(edges)]

@@ -24,10 +24,13 @@ from torchtitan_deltaproduct.arguments import shown
 from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import read_text, replacing, write_atomically
 
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged JSON file raises, or looking into it."""
+
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` for people and programs to read."""
-    write_atomically(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(finite(content), indent=1) + "\n")
 
 
 def finite(value: Any) -> Any:
@@ -47,24 +50,22 @@ def read_results(path: Path, key: str = "results") -> list[dict[str, Any]]:
         results = json.loads(read_text(path))[key]
         if not isinstance(results, list) or not results:
             raise ValueError("no results")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGE as error:
         raise DataError(f"{path} cannot be read ({error!r})\nmake it again: run the eval once more") from None
     return results
 
 
-def write_csv(path: Path, header: list[str], rows: Iterable[list], end: str = "\r\n") -> None:
+def write_csv(path: Path, header: list[str], rows: Iterable[Iterable], end: str = "\r\n") -> None:
     """Writes a table; numbers with 6 digits after the point, empty where they are not finite."""
+
+    def cell(value: Any) -> Any:
+        return value if not isinstance(value, float) else f"{value:.6f}" if math.isfinite(value) else ""
+
     table = io.StringIO()
     writer = csv.writer(table, lineterminator=end)
     writer.writerow(header)
-    writer.writerows([_cell(value) for value in row] for row in rows)
+    writer.writerows(map(cell, row) for row in rows)
     write_atomically(path, table.getvalue())
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return f"{value:.6f}" if math.isfinite(value) else ""
-    return value
 
 
 def write_array(path: Path, content: np.ndarray | dict[str, np.ndarray]) -> None:

@@ -14,10 +14,11 @@ The same command again, after a kill or on another number of ranks, goes on with
 """
 
 import argparse
+import os
 import sys
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,25 +26,30 @@ from rich.console import Console
 
 from torchtitan_deltaproduct.arguments import Parser, path, shown
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
-from torchtitan_deltaproduct.data.text.tokenizer import tokenizer_sha256
 from torchtitan_deltaproduct.errors import ConfigError, DataError
-from torchtitan_deltaproduct.formats import clock
 from torchtitan_deltaproduct.models import DeltaProductLM
 
 from .files import read_results, short_names, short_paths, write_array, write_csv, write_json
-from .options import MOST_ROWS, add_model_options, add_text_options, at_least, load_models, make_folder, output_folder
+from .options import (
+    MOST_ROWS,
+    add_model_options,
+    add_out_option,
+    add_text_options,
+    at_least,
+    load_models,
+    make_folder,
+    output_folder,
+)
 from .pieces import Arrays, Measured, Pieces, Sequences, Tokens, describe, fingerprint
-from .ranks import Ranks
+from .ranks import Meter, Ranks
 from .swept import Swept, made_by
-from .texts import Wanted, open_texts
-
-SECONDS_BETWEEN_LINES = 10.0
+from .texts import texts_of
 
 Progress = Callable[[int], None]
 """Is told the number of tokens after each segment."""
 
 
-class LongEvaluation:
+class LongEvaluation(ABC):
     """An evaluation over long sequences. The attributes are its name and the defaults of its options.
 
     Attributes:
@@ -54,8 +60,8 @@ class LongEvaluation:
         suffix, version: of the files of arrays and of their content.
         header: what its JSON says before the results.
         written: which other files there are, for its last line.
-        needs_data: without --data it cannot run; else `own_sequences` are read.
         usage: what was expected of the command line, for its error.
+        own_sequences: from a model and the options, what is read without --data; None: --data is needed.
     """
 
     name: ClassVar[str]
@@ -69,71 +75,54 @@ class LongEvaluation:
     version: ClassVar[int] = 1
     header: ClassVar[dict[str, str]]
     written: ClassVar[str]
-    needs_data: ClassVar[bool] = True
     usage: ClassVar[str] = "MODEL... --data DATA..., or --from FOLDER alone"
     from_help: ClassVar[str] = "results to show side by side; takes no models"
+    own_sequences: Callable[..., Sequences] | None = None
 
+    @abstractmethod
     def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict[str, Any], progress: Progress) -> Arrays:
-        """Measures some sequences.
+        """Measures some sequences with a model that is whole on its device, read as `reading` says.
 
-        Args:
-            model: whole on its device.
-            tokens: the sequences.
-            reading: how they are read, see `reading`.
-            progress: to be told the tokens read.
-
-        Returns:
-            An array [sequences, length] (suffix .npy), or several by name (.npz).
+        Returns an array [sequences, length] (suffix .npy), or several by name (.npz).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def summarise(self, measured: list[Measured], options: argparse.Namespace | None) -> list[Any]:
-        """Results, each with `entry(folder)` for JSON and `rows()` for CSV; options None: the defaults."""
-        raise NotImplementedError
+        """A result of each case, with `case`, `entry()` for JSON and `rows()` for CSV; options None: the defaults.
 
+        The latter are dicts, of what is said beside that which all evaluations say of a case.
+        """
+
+    @abstractmethod
     def show(self, results: list[Any], stem: Path, options: argparse.Namespace, console: Console) -> None:
         """Prints tables and writes pictures and whatever else is not JSON or CSV; names begin with `stem`."""
-        raise NotImplementedError
 
-    def columns(self, results: list[Any]) -> list[str]:
-        """Names for the fields of `rows()`."""
-        raise NotImplementedError
-
+    @abstractmethod
     def compare(self, results: list[Any], stem: Path) -> None:
         """Writes pictures of several models on one dataset."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, entry: dict[str, Any]) -> dict[str, float | None]:
         """What of a result's JSON goes into the table of a sweep."""
-        raise NotImplementedError
 
-    def add_options(self, add: Callable[..., Any]) -> None:
+    def add_options(self, add: Callable[..., Any]) -> None:  # noqa: B027 (there need be none)
         """Adds options of its own; `add` is that of the parser."""
 
-    def check(self, options: argparse.Namespace) -> None:
+    def check(self, options: argparse.Namespace) -> None:  # noqa: B027
         """Raises ConfigError if an option of its own is out of range."""
 
+    def notes(self, cases: list[Measured], options: argparse.Namespace) -> list[str]:
+        """What a reader of the results should know of the models on one dataset before they are measured."""
+        return [f"{case.data['wanted']['data']}: {case.data['said']}" for case in cases]
+
     def reading(self, loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
-        """How a model reads sequences: `batch`, the sequences of a piece, and all that changes what is measured."""
-        return {"batch": options.batch or self.automatic_batch(loaded, options.length), "segment": options.segment}
+        """How a model reads sequences: `batch`, the sequences of a piece, and all that changes what is measured.
 
-    def notes(self, case: Measured, options: argparse.Namespace) -> list[str]:
-        """What a reader of the results should know of a case before it is measured, a line each."""
-        return []
-
-    def compared(self, cases: list[Measured]) -> str:
-        """What a reader should know of some models on one dataset, or ""."""
-        return ""
-
-    def own_sequences(self, loaded: LoadedModel, options: argparse.Namespace) -> Sequences:
-        """What is read without --data."""
-        raise NotImplementedError
-
-    def automatic_batch(self, loaded: LoadedModel, length: int) -> int:
-        """Sequences read together: many for a GPU, which needs the work; on a CPU a piece ends soon."""
-        if loaded.model.tok_embeddings.weight.device.type == "cuda":
-            return MOST_ROWS
-        return max(1, min(MOST_ROWS, self.piece_tokens // length))
+        A GPU needs the work of many sequences; on a CPU a piece ends soon.
+        """
+        on_cuda = loaded.model.tok_embeddings.weight.device.type == "cuda"
+        automatic = MOST_ROWS if on_cuda else max(1, min(MOST_ROWS, self.piece_tokens // options.length))
+        return {"batch": options.batch or automatic, "segment": options.segment}
 
     # What follows is the same for all.
 
@@ -141,12 +130,13 @@ class LongEvaluation:
         """The command line; ConfigError if it is wrong."""
         parser = Parser(f"eval.{self.name}", self.summary)
         add_model_options(parser, dtype=self.dtype, optional=True)
+        add_out_option(parser)
         add_text_options(parser, length=self.length, sequences=self.sequences, documents=self.documents)
         self.add_options(parser.add_argument)
         parser.add_argument("--from", dest="source", nargs="+", default=[], type=path, metavar="FOLDER",
                             help=self.from_help)  # fmt: skip
         options = parser.parse_args(arguments)
-        lacking = self.needs_data and not options.source and not options.data
+        lacking = self.own_sequences is None and not options.source and not options.data
         if bool(options.source) == bool(options.models) or (options.source and options.data) or lacking:
             raise ConfigError(f"expected {self.usage}; python -m eval.{self.name} --help")
         at_least(options, 1, "length", "sequences", "segment", "search_mb")
@@ -185,25 +175,22 @@ class LongEvaluation:
         cases, names = [], short_names([(model.run, model.step) for model in loaded])
         weights = ranks.first(lambda: [fingerprint(model.model) for model in loaded])
         for data, data_name in datasets(options) or [("", "")]:
-            lines: list[str] = []
             for model, name, checksum in zip(loaded, names, weights, strict=True):
-
-                def prepare(model=model, checksum=checksum, data=data) -> tuple[Sequences, Pieces]:
-                    sequences = texts_of(data, model, options, folder) if data else self.own_sequences(model, options)
-                    reading = self.reading(model, options)
-                    pieces = Pieces.open(folder, model, checksum, sequences, reading, self.suffix, self.version)
-                    return sequences, pieces
-
-                sequences, pieces = ranks.first(prepare)
-                about_data = {"name": data_name or sequences.about["wanted"]["data"], "said": sequences.describe()}
-                cases.append(Measured(describe(model, name), about_data | sequences.about, pieces, model, sequences))
-                for line in self.notes(cases[-1], options):
-                    if line not in lines:
-                        lines.append(line)
-                        console.print(line, soft_wrap=True)
-            if warning := self.compared(cases[-len(loaded) :]):
-                console.print(warning)
+                sequences, pieces = ranks.first(partial(self.open, model, checksum, data, options, folder))
+                about = {"name": data_name or sequences.about["wanted"]["data"], "said": sequences.describe()}
+                described = describe(model, name, checksum)
+                cases.append(Measured(described, about | sequences.about, pieces, model, sequences))
+            for line in dict.fromkeys(self.notes(cases[-len(loaded) :], options)):
+                console.print(line, soft_wrap=True)
         return cases
+
+    def open(
+        self, model: LoadedModel, weights: str, data: str, options: argparse.Namespace, folder: Path
+    ) -> tuple[Sequences, Pieces]:
+        """What a model reads of a dataset ("": its own sequences), and where its measurements are kept."""
+        sequences = texts_of(data, model, options, folder) if data else self.own_sequences(model, options)
+        reading = self.reading(model, options)
+        return sequences, Pieces.open(folder, model, weights, sequences, reading, self.suffix, self.version)
 
     def compute(self, cases: list[Measured], ranks: Ranks, console: Console) -> None:
         """Computes the pieces that are missing, this rank its share; says a line every 10 seconds."""
@@ -215,10 +202,9 @@ class LongEvaluation:
             console.print(f"continuing: {there:,} of {there + total:,} tokens were read before")
         elif there:
             console.print(f"all {there:,} tokens were read before")
-        mine = missing[ranks.rank :: ranks.world]
-        meter = Meter(sum(cases[i].tokens(piece) for i, piece in mine), ranks.world, console)
-        for i, piece in mine:
-            case = cases[i]
+        mine = [(cases[i], piece) for i, piece in missing[ranks.rank :: ranks.world]]
+        meter = Meter(sum(case.tokens(piece) for case, piece in mine), console, ranks=ranks.world)
+        for case, piece in mine:
             meter.name, tokens = case.name, Tokens(case.sequences, *piece)
             arrays = self.measure(case.loaded.model, tokens, case.pieces.about, meter.advance)
             write_array(case.pieces.path(piece), arrays)
@@ -229,8 +215,14 @@ class LongEvaluation:
         """Shows all results and writes them, `stem`.json last: where it is, everything is."""
         results = self.summarise(measured, options)
         self.show(results, stem, options, console)
-        write_csv(stem.with_suffix(".csv"), self.columns(results), (row for result in results for row in result.rows()))
-        entries = [result.entry(stem.parent) for result in results]
+        entries, rows = [], []
+        for result in results:
+            model, data, pieces = result.case.model, result.case.data, result.case.pieces
+            common = {"model": model, "data": data, "settings": pieces.about}
+            entries.append(common | {"raw": os.path.relpath(pieces.folder, stem.parent)} | result.entry())
+            head = {"model": model["label"], "step": model["step"], "train_length": model["train_length"]}
+            rows += [head | {"data": data["name"]} | row for row in result.rows()]
+        write_csv(stem.with_suffix(".csv"), list(rows[0]), (row.values() for row in rows))
         content = {"version": self.version, **self.header, "made_by": options.made_by, "results": entries}
         write_json(stem.with_suffix(".json"), content)
         others = self.written.format(stem=stem, raw=measured[0].pieces.folder.parent)
@@ -256,7 +248,7 @@ class LongEvaluation:
             raise ConfigError(f"--from {' '.join(options.source)}: several results side by side need --out FOLDER")
         measured = self.read([folder / f"{self.name}.json" for folder in folders])
         target = make_folder(Path(options.out) if options.out else folders[0])
-        for line in dict.fromkeys(f"{case.data['wanted']['data']}: {case.data['said']}" for case in measured):
+        for line in dict.fromkeys(LongEvaluation.notes(self, measured, options)):
             console.print(line, soft_wrap=True)
         self.report(measured, target / self.name, options, console)
 
@@ -271,39 +263,9 @@ class LongEvaluation:
         measured = []
         for (folder, entry), name in zip(entries, names, strict=True):
             pieces = Pieces.at(folder / entry["raw"], self.suffix, self.version)
-            measured.append(Measured(entry["model"] | {"name": name}, entry["data"], pieces))
+            model = entry["model"] | {"name": name, "weights": pieces.about["weights"]}
+            measured.append(Measured(model, entry["data"], pieces))
         return measured
-
-
-@dataclass
-class Meter:
-    """Says now and then how far the reading is."""
-
-    total: int
-    ranks: int
-    console: Console
-    name: str = ""
-    done: int = 0
-    start: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self):
-        self.last_line = self.start
-        self.each = f" on each of {self.ranks} ranks" if self.ranks > 1 else ""
-
-    def advance(self, tokens: int) -> None:
-        self.done += tokens
-        now = time.monotonic()
-        if now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            speed = self.done / (now - self.start)
-            left = clock((self.total - self.done) / speed)
-            line = f"{self.done:,} of {self.total:,} tokens, {speed:,.0f} tokens/s{self.each}, {left} left"
-            self.console.print(f"{self.name}: {line}", soft_wrap=True)
-
-    def finish(self) -> None:
-        seconds = time.monotonic() - self.start
-        speed = f"{self.total / seconds:,.0f} tokens/s{self.each}"
-        self.console.print(f"{self.total:,} tokens in {clock(seconds)}, {speed}")
 
 
 def datasets(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -313,48 +275,6 @@ def datasets(options: argparse.Namespace) -> list[tuple[str, str]]:
         raise ConfigError("--data '': expected a prepared folder, a file or folder of text, or a dataset NAME[:CONFIG]")
     paths = list(dict.fromkeys(data.rstrip("/") or "/" for data in options.data))
     return list(zip(paths, map(shown, short_paths(paths)), strict=True))
-
-
-def texts_of(data: str, loaded: LoadedModel, options: argparse.Namespace, folder: Path) -> Sequences:
-    """The sequences of a dataset for a model, kept in `folder`/texts.
-
-    Raises:
-        DataError: there are none, or they are not of tokens that the model knows.
-    """
-    tokenizer = tokenizer_of(loaded, options)
-    wanted = Wanted(
-        data, options.length, options.sequences, options.documents, options.seed or 0, options.split,
-        options.text_field, options.eos, options.search_mb << 20,
-    )  # fmt: skip
-    eos_id = None if tokenizer is None else loaded.separator(tokenizer, options.eos)
-    texts = open_texts(wanted, tokenizer, folder / "texts", eos_id)
-    check_fit(loaded, tokenizer, texts)
-    return texts
-
-
-def tokenizer_of(loaded: LoadedModel, options: argparse.Namespace) -> Path | None:
-    """The folder of --tokenizer, or the model's own."""
-    return Path(options.tokenizer) if options.tokenizer else loaded.tokenizer
-
-
-def check_fit(loaded: LoadedModel, tokenizer: Path | None, texts: Sequences) -> None:
-    """Raises DataError if the tokens are not those that the model knows."""
-    data, largest = texts.about["wanted"]["data"], texts.about["largest_id"]
-    if tokenizer is not None and tokenizer_sha256(tokenizer) != texts.about["tokenizer_sha256"]:
-        raise DataError(
-            f"{data} was prepared with another tokenizer than {loaded.label} was trained with\n"
-            f"expected the tokenizer.json of {tokenizer}: prepare the text again with --tokenizer {tokenizer}"
-        )
-    if loaded.eos_id is not None and texts.about["eos_id"] != loaded.eos_id and not texts.about["wanted"]["eos"]:
-        raise DataError(
-            f"{data} has the separator {texts.about['eos_id']}, and {loaded.label} was trained with {loaded.eos_id}\n"
-            "prepare the text again with its separator (--eos)"
-        )
-    if largest >= loaded.model.args.vocab_size:
-        raise DataError(
-            f"{data} has a token {largest:,}; {loaded.label} knows those below {loaded.model.args.vocab_size:,}\n"
-            "prepare the text with the model's tokenizer"
-        )
 
 
 def refuse_other_data(file: Path, cases: list[Measured]) -> None:

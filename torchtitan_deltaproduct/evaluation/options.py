@@ -21,28 +21,21 @@ MOST_ROWS = 8
 """Sequences that are read together unless --batch says how many."""
 
 
-def add_model_options(
-    parser: argparse.ArgumentParser, dtype: str = "auto", optional: bool = False, results: bool = True
-) -> None:
-    """Adds MODEL..., --step, --device, --dtype and --out.
-
-    Args:
-        parser: to add them to.
-        dtype: the default of --dtype.
-        optional: MODEL... may be left out.
-        results: the eval writes results: there is --out.
-    """
+def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", optional: bool = False) -> None:
+    """Adds MODEL... (which may be `optional`), --step, --device and --dtype, with its default."""
     add = parser.add_argument
-    nargs = "*" if optional else "+"
-    add("models", nargs=nargs, type=path, metavar="MODEL",
+    add("models", nargs="*" if optional else "+", type=path, metavar="MODEL",
         help="run folder, one of its checkpoint/step-N, or Hugging Face folder")  # fmt: skip
     add("--step", type=int, help="checkpoint step of run folders (default: the newest complete one)")
     add("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, default=dtype,
         help="of weights and activations; auto: bfloat16 on cuda, float32 on cpu (default: %(default)s)")  # fmt: skip
-    if results:
-        add("--out", type=path,
-            help="folder for results (default: eval/ in the model's folder, or in the one common to all)")  # fmt: skip
+
+
+def add_out_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --out."""
+    parser.add_argument("--out", type=path,
+        help="folder for results (default: eval/ in the model's folder, or in the one common to all)")  # fmt: skip
 
 
 def add_text_options(parser: argparse.ArgumentParser, *, length: int, sequences: int, documents: str) -> None:
@@ -69,37 +62,33 @@ def add_text_options(parser: argparse.ArgumentParser, *, length: int, sequences:
         help="text looked through for long documents, at most (default: %(default)s)")  # fmt: skip
 
 
-def device_of(options: argparse.Namespace) -> str:
-    """The device asked for, or the best there is; ConfigError if CUDA was asked for and there is none."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no CUDA device is visible; leave it out to run on the CPU")
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def need_cuda(device: str) -> None:
+    """Raises ConfigError if the `device` that was asked for is of CUDA and there is none."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: no CUDA device is visible; leave it out to run on the CPU")
+
+
+def dtype_of(name: str, device: str) -> torch.dtype:
+    """The type that a name of `DTYPES` stands for on a device."""
+    return DTYPES[name] or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
 
 
 def load_models(options: argparse.Namespace) -> list[LoadedModel]:
     """Loads every model asked for, each once; CheckpointError if one of them cannot be loaded."""
-    device = device_of(options)
-    dtype = DTYPES[options.dtype] or (torch.bfloat16 if device == "cuda" else torch.float32)
-    loaded = [load_model(model, options.step, device, dtype) for model in options.models]
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    need_cuda(device)
+    loaded = [load_model(model, options.step, device, dtype_of(options.dtype, device)) for model in options.models]
     # One checkpoint under two names is one model.
     return list({(model.run.resolve(), model.step): model for model in loaded}.values())
 
 
 def output_folder(options: argparse.Namespace, loaded: list[LoadedModel]) -> Path:
-    """`--out`, or `eval` in the folder that all models lie in; made if need be.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
+    """`--out`, or `eval` in the folder that all models lie in; made if need be, see `make_folder`."""
     return make_folder(Path(options.out) if options.out else common_folder(loaded) / "eval")
 
 
 def make_folder(folder: Path) -> Path:
-    """Makes a folder for results unless it is there.
-
-    Raises:
-        ConfigError: it cannot be made, or nothing can be written into it.
-    """
+    """Makes a folder for results unless it is there; ConfigError if it cannot be made, or nothing written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK | os.X_OK)

@@ -29,13 +29,16 @@ from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import read_text
 from torchtitan_deltaproduct.models import DeltaProductLM
 
-from .files import digest, slug, write_json
+from .files import DAMAGE, digest, slug, write_json
 
 Arrays = np.ndarray | dict[str, np.ndarray]
 
 
 class Sequences(Protocol):
-    """Tokens to read: `texts.Texts`, or generated words. `about` has wanted (data), sha256 and eos_id (or None)."""
+    """Tokens to read: `texts.Texts`, or generated words.
+
+    `about` has wanted (data), sha256 and eos_id: of the token that begins a document; None: each sequence is one.
+    """
 
     about: dict
     length: int
@@ -62,11 +65,6 @@ class Tokens:
     def length(self) -> int:
         """Tokens that are read of each; one more is there for the last prediction, unless they are words."""
         return self.sequences.length
-
-    @property
-    def eos_id(self) -> int | None:
-        """The token that begins a document; None: each sequence is one."""
-        return self.sequences.about["eos_id"]
 
     def read(self, start: int, stop: int, rows: slice = slice(None)) -> np.ndarray:
         """Tokens [start, stop) of each sequence, or of some: [B, stop - start] int64."""
@@ -107,8 +105,9 @@ class Pieces:
         target = folder / f"{slug(loaded.label)}-{slug(sequences.about['wanted']['data'])}-{digest(about)}"
         if (target / "about.json").exists():
             kept = cls.at(target, suffix, version).about
-            wrong = [f"{key} {kept.get(key)!r}, not {about[key]!r}" for key in about if kept.get(key) != about[key]]
-            if wrong:
+            if wrong := [
+                f"{key} {kept.get(key)!r}, not {about[key]!r}" for key in about if kept.get(key) != about[key]
+            ]:
                 raise DataError(
                     f"{target} is of another evaluation: {'; '.join(wrong)}\ndelete it, or use another --out"
                 )
@@ -124,7 +123,7 @@ class Pieces:
             pieces = cls(folder, json.loads(read_text(folder / "about.json")), suffix)
             if pieces.about["version"] != version or not pieces.all or pieces.about["length"] < 1:
                 raise ValueError(f"version {pieces.about['version']}")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except DAMAGE as error:
             raise DataError(f"{folder} does not hold measurements of this eval ({error!r})") from None
         return pieces
 
@@ -172,8 +171,7 @@ class Measured:
         model: what results say of it: name (short), label, path, step, train_length, num_householder, ...
         data: what they say of the dataset: name (short), said (one line), and what the sequences say of themselves.
         pieces: the arrays.
-        loaded: the model itself; None of an earlier run.
-        sequences: what it reads; None of an earlier run.
+        loaded, sequences: the model itself and what it reads; None of an earlier run.
     """
 
     model: dict
@@ -186,19 +184,23 @@ class Measured:
     def name(self) -> str:
         return f"{self.model['name']}, {self.data['name']}"
 
+    @property
+    def length(self) -> int:
+        return self.pieces.about["length"]
+
     def tokens(self, piece: tuple[int, int]) -> int:
         """Tokens of a piece."""
-        return (piece[1] - piece[0]) * self.pieces.about["length"]
+        return (piece[1] - piece[0]) * self.length
 
 
-def describe(loaded: LoadedModel, name: str) -> dict[str, Any]:
-    """What results say of a model."""
+def describe(loaded: LoadedModel, name: str, weights: str) -> dict[str, Any]:
+    """What results say of a model; `weights` is its `fingerprint`."""
     args = loaded.model.args
     return {
         "name": name, "label": shown(loaded.label), "path": str(loaded.run), "step": loaded.step,
         "train_length": loaded.train_length, "num_householder": args.num_householder,
         "head_dim": args.head_dim, "head_v_dim": args.head_v_dim, "allow_neg_eigval": args.allow_neg_eigval,
-        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()), "weights": weights,
     }  # fmt: skip
 
 

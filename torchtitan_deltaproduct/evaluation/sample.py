@@ -15,10 +15,12 @@ import numpy as np
 
 from torchtitan_deltaproduct.data.shards.order import Permutation
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
+from torchtitan_deltaproduct.data.text.arrow import is_saved_dataset
+from torchtitan_deltaproduct.data.text.documents import BadRecord, Document
 from torchtitan_deltaproduct.data.text.plan import Settings
 from torchtitan_deltaproduct.data.text.prepare import prepare
-from torchtitan_deltaproduct.data.text.records import stream_dataset
-from torchtitan_deltaproduct.data.text.sources import BadRecord, Document, is_saved_dataset, plan_units, read_unit
+from torchtitan_deltaproduct.data.text.records import DatasetRecords
+from torchtitan_deltaproduct.data.text.sources import plan_units, read_unit
 from torchtitan_deltaproduct.data.text.tokenizer import MOST_UNKNOWN, load_tokenizer
 from torchtitan_deltaproduct.errors import DataError
 
@@ -36,10 +38,8 @@ class Wanted:
 
     Attributes:
         data: the dataset; a name of `datasets` may have a configuration, NAME:CONFIGURATION.
-        length: tokens predicted in each sequence.
-        sequences: how many at most.
-        documents: `auto`, `long` or `packed`.
-        seed: which ones.
+        length, sequences: tokens predicted in each sequence, and how many at most.
+        documents, seed: `auto`, `long` or `packed`, and which ones.
         split, text_field: of a dataset; the field also of JSON and Parquet files.
         eos: text of the separator; empty: as `find_eos_id`. Prepared folders know theirs.
         search_bytes: of text looked through for long documents at most.
@@ -130,7 +130,7 @@ def _records(wanted: Wanted) -> Iterator[Document | BadRecord]:
         return
     name, _, config = wanted.data.partition(":")
     try:
-        yield from stream_dataset(name, config, wanted.split, wanted.text_field)
+        yield from DatasetRecords(name, config, wanted.split, wanted.text_field)
     except DataError as error:
         if Path(wanted.data).exists():
             raise

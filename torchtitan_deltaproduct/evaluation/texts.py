@@ -14,6 +14,8 @@ them as is of use (`sample`). A sequence has `length` + 1 tokens, so that `lengt
 stretches each gives one, drawn by the seed. TEXTS/NAME-KEY holds tokens.npy and about.json, written last.
 """
 
+import argparse
+import contextlib
 import json
 import logging
 import re
@@ -23,17 +25,18 @@ from pathlib import Path
 
 import numpy as np
 
+from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.data.shards.manifest import NAME as MANIFEST
 from torchtitan_deltaproduct.data.shards.prepared import check_tokenizer
 from torchtitan_deltaproduct.data.shards.shards import TokenStream, token_dtype
 from torchtitan_deltaproduct.data.shards.verified import file_sha256
+from torchtitan_deltaproduct.data.text.arrow import check_no_split
 from torchtitan_deltaproduct.data.text.files import list_files
-from torchtitan_deltaproduct.data.text.sources import check_no_split
 from torchtitan_deltaproduct.data.text.tokenizer import find_eos_id, tokenizer_sha256
 from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import read_text
 
-from .files import digest, slug, write_array, write_json
+from .files import DAMAGE, digest, slug, write_array, write_json
 from .sample import Seen, Wanted, is_dataset, prepare_sample
 
 VERSION = 1
@@ -45,12 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Texts:
-    """Sequences on disk.
-
-    Attributes:
-        folder: with tokens.npy.
-        about: about.json, see `open_texts`.
-    """
+    """Sequences on disk: the `folder` with tokens.npy, and about.json, see `open_texts`."""
 
     folder: Path
     about: dict
@@ -72,12 +70,11 @@ class Texts:
         about = self.about
         asked, long, seen = about["wanted"]["sequences"], about["long_documents"], about["documents"]
         among = f"{'' if about['all_seen'] else 'the first '}{seen:,} document{'s' * (seen != 1)}"
+        why = "" if long is None else f" (long enough: {long:,} of {among})"
         few = f" (all there are; {asked:,} were asked for)" if self.sequences < asked else ""
         head = f"{self.sequences:,} sequence{'s' * (self.sequences != 1)} of {self.length:,} tokens{few}"
-        if about["kind"] == "long":
-            return f"{head}: the starts of long documents (long enough: {long:,} of {among})"
-        why = "" if long is None else f" (long enough: {long:,} of {among})"
-        return f"{head}: packed documents, {about['documents_a_sequence']:,.1f} in each{why}"
+        packed = f"packed documents, {about['documents_a_sequence']:,.1f} in each"
+        return f"{head}: {'the starts of long documents' if about['kind'] == 'long' else packed}{why}"
 
 
 def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int | None = None) -> Texts:
@@ -97,13 +94,15 @@ def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int
     Raises:
         DataError: there is no such dataset, no tokenizer for it, or not one sequence of that length.
     """
-    stream = _prepared(wanted.data)
+    path = Path(wanted.data)
+    prepared = path.is_dir() and any((path / part / MANIFEST).exists() for part in ("", "train", "validation"))
+    stream = TokenStream(path) if prepared else None
     if not is_dataset(wanted.data) and wanted.split != "train":
         # A name may be meant for another dataset of the same command; a slice would be another number of documents.
         if "[" in wanted.split:
             check_no_split(wanted.data, wanted.split)
         logger.warning("%s has no splits: --split %s does not concern it", wanted.data, wanted.split)
-    if stream is not None:
+    if prepared:
         check_tokenizer(stream)
         source = {"prepared": stream.manifest.content_sha256}
         tokenizer_id, eos_id = stream.manifest.tokenizer_sha256, stream.manifest.eos_id
@@ -118,44 +117,27 @@ def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int
         eos_id = find_eos_id(tokenizer, wanted.eos) if eos_id is None else eos_id
     origin = {"source": source, "tokenizer_sha256": tokenizer_id, "eos_id": eos_id, "version": VERSION}
     target = folder / f"{slug(wanted.data)}-{digest(asdict(wanted) | origin)}"
-    kept = _read(target)
-    if kept is not None:
-        return kept
+    # What an earlier run chose, if it finished and no file was damaged since.
+    with contextlib.suppress(*DAMAGE):
+        about = json.loads(read_text(target / "about.json"))
+        shape = np.load(target / "tokens.npy", mmap_mode="r").shape
+        if shape == (about["sequences"], about["length"] + 1):
+            return Texts(target, about)
     target.mkdir(parents=True, exist_ok=True)
-    if stream is not None:
-        facts = _choose(wanted, stream, target / "tokens.npy")
-    else:
-        work = target / "prepared"
-        try:
-            sample, seen = prepare_sample(wanted, tokenizer, eos_id, work)
-            facts = _choose(wanted, sample, target / "tokens.npy", seen)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    seen = None
+    try:
+        if not prepared:
+            stream, seen = prepare_sample(wanted, tokenizer, eos_id, target / "prepared")
+        chosen = _choose(wanted, stream, target / "tokens.npy", seen)
+    finally:
+        shutil.rmtree(target / "prepared", ignore_errors=True)
     about = {
         "version": VERSION, "wanted": asdict(wanted), "source": source, "eos_id": eos_id,
-        "tokenizer_sha256": tokenizer_id, "length": wanted.length, **facts,
+        "tokenizer_sha256": tokenizer_id, "length": wanted.length, **chosen,
         "sha256": file_sha256(target / "tokens.npy"),
     }  # fmt: skip
     write_json(target / "about.json", about)
     return Texts(target, about)
-
-
-def _read(folder: Path) -> Texts | None:
-    """What an earlier run chose; None if it did not finish, or the file was damaged since."""
-    try:
-        about = json.loads(read_text(folder / "about.json"))
-        shape = np.load(folder / "tokens.npy", mmap_mode="r").shape
-        return Texts(folder, about) if shape == (about["sequences"], about["length"] + 1) else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _prepared(data: str) -> TokenStream | None:
-    """The stream of a prepared folder; DataError if it is one, or should be, and cannot be read."""
-    path = Path(data)
-    if path.is_dir() and any((path / part / MANIFEST).exists() for part in ("", "train", "validation")):
-        return TokenStream(path)
-    return None
 
 
 def _source(wanted: Wanted) -> dict:
@@ -179,28 +161,21 @@ def spread(count: int, wanted: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
 
 
-def _choose(wanted: Wanted, stream: TokenStream | None, target: Path, seen: Seen | None = None) -> dict:
+def _choose(wanted: Wanted, stream: TokenStream | None, target: Path, seen: Seen | None) -> dict:
     """Writes tokens.npy and says what was chosen: from a prepared folder places that are spread, else the first."""
-    length, asked = wanted.length, wanted.sequences
+    length, asked, kind = wanted.length, wanted.sequences, wanted.documents
     shards = range(len(stream.manifest.shards)) if stream else ()
-    long = [len(_long_starts(stream, shard, length)) for shard in shards]
-    kind = wanted.documents
+    long = np.concatenate([np.empty(0, np.int64), *(_long_starts(stream, shard, length) for shard in shards)])
     if kind == "auto":
-        kind = "long" if sum(long) >= asked else "packed"
-    there = sum(long) if kind == "long" else (stream.tokens if stream else 0) // length
+        kind = "long" if len(long) >= asked else "packed"
+    total = stream.tokens if stream else 0
+    there = len(long) if kind == "long" else total // length
     if not there:
-        raise _too_short(wanted, kind, stream.tokens if stream else 0, seen is None or seen.all)
+        raise _too_short(wanted, kind, total, seen is None or seen.all)
     picks = np.arange(min(there, asked)) if seen else spread(there, asked, wanted.seed)
-    if kind == "packed":
-        firsts = (picks * length).tolist()
-    else:
-        bounds = np.cumsum([0, *long])
-        firsts = []
-        for shard in np.unique(np.searchsorted(bounds, picks, side="right") - 1).tolist():
-            inside = picks[(picks >= bounds[shard]) & (picks < bounds[shard + 1])] - bounds[shard]
-            firsts += _long_starts(stream, shard, length)[inside].tolist()
+    firsts = long[picks] if kind == "long" else picks * length
     tokens = np.empty((len(firsts), length + 1), token_dtype(stream.manifest.vocab_size))
-    for row, first in zip(tokens, firsts, strict=True):
+    for row, first in zip(tokens, firsts.tolist(), strict=True):
         for start in range(0, length + 1, PIECE):
             piece = np.empty(min(PIECE, length + 1 - start), dtype=np.int64)
             stream.read(first - 1 + start, piece)
@@ -212,7 +187,7 @@ def _choose(wanted: Wanted, stream: TokenStream | None, target: Path, seen: Seen
     entered = int((tokens[:, :-1] == eos_id).sum() + (tokens[:, 0] != eos_id).sum())
     return {
         "kind": kind, "sequences": len(tokens), "documents": seen.documents if seen else stream.manifest.documents,
-        "long_documents": None if seen and wanted.documents == "packed" else sum(long),
+        "long_documents": None if seen and wanted.documents == "packed" else len(long),
         "all_seen": seen is None or seen.all, "largest_id": int(tokens.max()),
         "documents_a_sequence": entered / len(tokens),
     }  # fmt: skip
@@ -230,10 +205,50 @@ def _too_short(wanted: Wanted, kind: str, tokens: int, all_seen: bool) -> DataEr
     """What to say of a dataset without one sequence."""
     where = wanted.data if all_seen else f"the first {wanted.search_bytes / 2**20:,.0f} MiB of {wanted.data}"
     if kind == "long":
-        return DataError(
-            f"{where}: no document has {wanted.length:,} tokens or more\nuse --documents packed, or a smaller --length"
+        lack, remedy = f"no document has {wanted.length:,} tokens or more", "--documents packed, or a smaller --length"
+    else:
+        lack = f"{tokens:,} tokens, less than one sequence of {wanted.length:,}"
+        remedy = "a smaller --length, or a larger dataset"
+    return DataError(f"{where}: {lack}\nuse {remedy}")
+
+
+def texts_of(data: str, loaded: LoadedModel, options: argparse.Namespace, folder: Path) -> Texts:
+    """The sequences of a dataset for a model, kept in `folder`/texts.
+
+    Raises:
+        DataError: there are none, or they are not of tokens that the model knows.
+    """
+    tokenizer = tokenizer_of(loaded, options)
+    wanted = Wanted(
+        data, options.length, options.sequences, options.documents, options.seed or 0, options.split,
+        options.text_field, options.eos, options.search_mb << 20,
+    )  # fmt: skip
+    eos_id = None if tokenizer is None else loaded.separator(tokenizer, options.eos)
+    texts = open_texts(wanted, tokenizer, folder / "texts", eos_id)
+    check_fit(loaded, tokenizer, texts)
+    return texts
+
+
+def tokenizer_of(loaded: LoadedModel, options: argparse.Namespace) -> Path | None:
+    """The folder of --tokenizer, or the model's own."""
+    return Path(options.tokenizer) if options.tokenizer else loaded.tokenizer
+
+
+def check_fit(loaded: LoadedModel, tokenizer: Path | None, texts: Texts) -> None:
+    """Raises DataError if the tokens are not those that the model knows."""
+    data, eos_id, most = texts.about["wanted"]["data"], texts.about["eos_id"], loaded.model.args.vocab_size
+    if tokenizer is not None and tokenizer_sha256(tokenizer) != texts.about["tokenizer_sha256"]:
+        raise DataError(
+            f"{data} was prepared with another tokenizer than {loaded.label} was trained with\n"
+            f"expected the tokenizer.json of {tokenizer}: prepare the text again with --tokenizer {tokenizer}"
         )
-    return DataError(
-        f"{where}: {tokens:,} tokens, less than one sequence of {wanted.length:,}\n"
-        "use a smaller --length, or a larger dataset"
-    )
+    if loaded.eos_id not in (None, eos_id) and not texts.about["wanted"]["eos"]:
+        raise DataError(
+            f"{data} has the separator {eos_id}, and {loaded.label} was trained with {loaded.eos_id}\n"
+            "prepare the text again with its separator (--eos)"
+        )
+    if (largest := texts.about["largest_id"]) >= most:
+        raise DataError(
+            f"{data} has a token {largest:,}; {loaded.label} knows those below {most:,}\n"
+            "prepare the text with the model's tokenizer"
+        )

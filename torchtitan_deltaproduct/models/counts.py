@@ -41,6 +41,30 @@ def total_parameters(args: DeltaProductArgs) -> int:
     return sum(parameters_by_part(args).values())
 
 
+def hidden_matrices(args: DeltaProductArgs) -> dict[str, tuple[int, int, int]]:
+    """The matrices of a block that map features to features, which Muon updates.
+
+    Those of beta and of the decay are not among them: each of their rows is one head's gate.
+
+    Returns:
+        Name in the block -> how many stand in it, one below the other; rows and columns of one. `k_proj` and `v_proj`
+        hold one a micro-step, as in the paper's code.
+    """
+    hidden, n, mlp = args.hidden_size, args.num_householder, args.mlp_size
+    keys, values = args.num_heads * args.head_dim, args.num_heads * args.head_v_dim
+    gate = {"mixer.g_proj": (1, values, hidden)} if args.use_output_gate else {}
+    return {
+        "mixer.q_proj": (1, keys, hidden),
+        "mixer.k_proj": (n, keys, hidden),
+        "mixer.v_proj": (n, values, hidden),
+        **gate,
+        "mixer.o_proj": (1, hidden, values),
+        "mlp.gate_proj": (1, mlp, hidden),
+        "mlp.up_proj": (1, mlp, hidden),
+        "mlp.down_proj": (1, hidden, mlp),
+    }
+
+
 PARTS = {
     "embedding": r"tok_embeddings\.weight",
     "mixer projections": r"layers\.\d+\.mixer\.[qkvbago]_proj\.weight",
@@ -115,12 +139,13 @@ def state_bytes(args: DeltaProductArgs, bytes_per_value: int = 2) -> int:
 
 
 def _mixer_matrices(args: DeltaProductArgs) -> int:
-    """Entries of a mixer's projections: q; n times k, v and beta; decay; output gate; output."""
-    n, heads = args.num_householder, args.num_heads
-    q_dim, v_dim = heads * args.head_dim, heads * args.head_v_dim
-    rows = q_dim + n * (q_dim + v_dim + heads) + v_dim
-    rows += heads * args.use_forget_gate + v_dim * args.use_output_gate
-    return args.hidden_size * rows
+    """Entries of a mixer's projections: those of features, and those to beta and the decay of each head."""
+    wide = sum(
+        count * rows * columns
+        for name, (count, rows, columns) in hidden_matrices(args).items()
+        if name.startswith("mixer.")
+    )
+    return wide + args.hidden_size * args.num_heads * (args.num_householder + args.use_forget_gate)
 
 
 def _conv_channels(args: DeltaProductArgs) -> int:

@@ -7,13 +7,16 @@ Only the save before an end is tried until it succeeds or the run ends without i
 Loading: the newest complete checkpoint whose checksums hold, chosen by rank 0 for all; a damaged one is named and left
 out. Reading never unpickles foreign objects.
 
-Retention: over complete checkpoints only; never the newest, never a milestone, never what this package did not write.
+Retention: over complete checkpoints only; never the newest, a milestone, one of the best, or what this package did not
+write.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +41,7 @@ from ..checkpoint.folders import (
     was_complete,
 )
 from ..checkpoint.load import find_checkpoint
-from ..checkpoint.marker import SAVING, ours, wrong_checksums
+from ..checkpoint.marker import SAVING, ours, write_marker, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from ..checkpoint.staging import Stager
 from ..checkpoint.writer import About, MarkedWriter, planner_for
@@ -59,6 +62,7 @@ class CheckpointManager(stock.CheckpointManager):
         snapshot: settings to store beside each save.
         run: the run folder, for events.
         keep_every: steps divisible by it are kept for good; 0: none.
+        keep_best: so many of the best by validation are kept.
         verify_on_load: whether to compare checksums before resuming.
         failed_saves: number of saves of this launch that failed.
     """
@@ -66,6 +70,7 @@ class CheckpointManager(stock.CheckpointManager):
     snapshot: dict | None = None
     run: Path = Path()
     keep_every: int = 0
+    keep_best: int = 0
     verify_on_load: bool = True
 
     def __init__(self, *args, **kwargs) -> None:
@@ -73,6 +78,7 @@ class CheckpointManager(stock.CheckpointManager):
         self.failed_saves = 0
         self.retry_at: int | None = None
         self.saving_step: int | None = None
+        self.validation: tuple[int, float | None] = (-1, None)
         self.writer_lost = False
         self.durations: list[float] = []
         self.staging = False
@@ -130,6 +136,20 @@ class CheckpointManager(stock.CheckpointManager):
         logger.warning("training goes on; the next try is at step %d", self.retry_at)
         return False
 
+    def note_validation(self, step: int, loss: float) -> None:
+        """Takes in the held-out loss of a step for the marker of its checkpoint.
+
+        It goes to a checkpoint that is there already, too: one whose validation a signal had broken off.
+        """
+        self.validation = (step, loss if math.isfinite(loss) else None)
+        if dist.get_rank() == 0:
+            saved = inspect(Path(self._create_checkpoint_id(step)), step)
+            if saved.complete and saved.marker.validation_loss is None:
+                try:
+                    write_marker(saved.path, replace(saved.marker, validation_loss=self.validation[1]))
+                except OSError as error:
+                    logger.warning("the validation loss was not noted in %s: %s", saved.path, error)
+
     def reserve(self) -> None:
         """Takes the memory that asynchronous saves copy to: now, since pinning it stops all work on a GPU."""
         if self.stager is not None:
@@ -142,7 +162,8 @@ class CheckpointManager(stock.CheckpointManager):
         self._make_room(folder)
         start = time.monotonic()
         states = self._states_to_save(last_step)
-        writer = MarkedWriter(folder, About(step, dist.get_world_size(), why), self.snapshot)
+        loss = self.validation[1] if self.validation[0] == step else None
+        writer = MarkedWriter(folder, About(step, dist.get_world_size(), why, loss), self.snapshot)
         try:
             if wait or self.async_mode == stock.AsyncMode.DISABLED:
                 dcp.save(states, storage_writer=writer, planner=self._planner(last_step))
@@ -380,7 +401,7 @@ class CheckpointManager(stock.CheckpointManager):
                 done.result()
 
     def _purge(self, running: int | None) -> None:
-        self.retention = self.retention or Retention(self.folder, self.keep_latest_k, self.keep_every)
+        self.retention = self.retention or Retention(self.folder, self.keep_latest_k, self.keep_every, self.keep_best)
         for info in self.retention.surplus():
             if info.step != running:
                 self._delete(info)

@@ -3,6 +3,7 @@
 import time
 
 from ..checkpoint import CheckpointInfo
+from ..config import Schedule
 from ..devices import peak_flops
 from ..events import last_stop
 from ..formats import count
@@ -14,7 +15,7 @@ def describe(trainer) -> list[str]:
     config, dims = trainer.job_config, trainer.parallel_dims
     args = trainer.model_args.architecture
     ranks = dims.dp_replicate * dims.dp_shard
-    training, schedule = config.training, config.lr_scheduler
+    training = config.training
     samples = training.samples_per_step(ranks)
     tokens = samples * training.seq_len
     device = trainer.metrics_processor.device_memory_monitor.device_name
@@ -32,7 +33,7 @@ def describe(trainer) -> list[str]:
         f"{trainer.gradient_accumulation_steps} accumulated x {ranks} rank{'s' if ranks > 1 else ''})"
         + (f", each sequence cut in {dims.cp} parts of {training.seq_len // dims.cp:,}" if dims.cp > 1 else ""),
         f"schedule: {training.steps:,} steps = {tokens * training.steps:,} tokens; lr {config.optimizer.lr:g}, "
-        f"{schedule.warmup_steps} steps of warm-up, then {_decay(schedule)} to {schedule.min_lr_factor:.0%}",
+        f"{_phases(Schedule.of(config.lr_scheduler, training.steps))}",
         f"activation checkpointing: {_checkpointing(config.activation_checkpoint)}; "
         f"compile: {'+'.join(config.compile.components) if config.compile.enable else 'off'}; "
         f"MFU against {f'{peak / 1e12:,.0f} TFLOP/s ({device})' if peak else f'nothing: peak of {device!r} unknown'}",
@@ -74,9 +75,14 @@ def resumed(
     return f"resumed step {step:,} of {steps:,} ({', '.join(parts)}); data at token {count(tokens)}"
 
 
-def _decay(schedule) -> str:
-    when = "" if schedule.decay_ratio is None else f" over the last {schedule.decay_ratio:.0%}"
-    return f"{schedule.decay_type} decay{when}"
+def _phases(schedule: Schedule) -> str:
+    """`warm-up to step 512, stable to step 32,001, sqrt decay to 10% at step 36,240`."""
+    words = {
+        "warm-up": "warm-up to",
+        "stable": "stable to",
+        "decay": f"{schedule.decay_type} decay to {schedule.min_lr_factor:.0%} at",
+    }
+    return ", ".join(f"{words[name]} step {end:,}" for name, (_, end) in schedule.phases().items())
 
 
 def _checkpointing(config) -> str:
@@ -89,4 +95,5 @@ def _saving(config) -> str:
     mode = "" if config.async_mode == "disabled" else f", {config.async_mode}"
     kept = f"the newest {config.keep_latest_k} kept" if config.keep_latest_k else "all kept"
     kept += f", and every {config.keep_every:,}th step" if config.keep_every and config.keep_latest_k else ""
+    kept += f", and the best {config.keep_best} by validation" if config.keep_best and config.keep_latest_k else ""
     return f"checkpoint every {config.interval:,} steps{mode}, {kept}"

@@ -4,9 +4,10 @@
     {"step": 20, "validation_loss": 5.2, "validation_bits_per_byte": 1.9, "validation_perplexity": 181.3, ...}
     {"step": 20, "validation_loss": 0.1, "validation_token_accuracy": 0.97, "validation_token_accuracy_128": 0.8, ...}
 
-`metrics.jsonl` and the TensorBoard folder belong to the run, not to a launch: on a restart at step s they read as if
-the run had never stopped. No record is deleted: what a killed run logged beyond s goes to `metrics.repeated.jsonl`, and
-the file of a run that another replaces in its folder to `metrics.until-TIME.jsonl`; it comes back with its run.
+`metrics.jsonl`, `samples.jsonl` (what the model says to `validation.prompts`) and the TensorBoard folder belong to the
+run, not to a launch: on a restart at step s they read as if the run had never stopped. No record is deleted: what a
+killed run logged beyond s goes to `metrics.repeated.jsonl`, and the file of a run that another replaces in its folder
+to `metrics.until-TIME.jsonl`; it comes back with its run. So it is with the samples.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 
 from ..config.job import JobConfig
+from ..config.values import shorten
 from ..errors import ConfigError
 from ..files import utf8_path
 from ..formats import clock
@@ -40,13 +42,14 @@ TIMING_FIELDS = {"time", "tokens_per_second", "mfu", "memory_gib", "data_seconds
                  "lost_records", "goodput"}  # fmt: skip
 
 
-def restore_history(path: Path, step: int, saved_at: float) -> str:
+def restore_history(path: Path, step: int, saved_at: float, redone: bool = False) -> str:
     """Makes `path` the record of the run that goes on after `step`; nothing is deleted.
 
     Args:
-        path: metrics.jsonl.
+        path: metrics.jsonl or samples.jsonl.
         step: optimizer steps taken; 0: a run that begins.
         saved_at: when the checkpoint was saved that it goes on from, in seconds since 1970.
+        redone: whether the records of `step` itself are written anew, too.
 
     Returns:
         What was moved where, in words; "" if nothing was.
@@ -62,13 +65,13 @@ def restore_history(path: Path, step: int, saved_at: float) -> str:
         moved = ""
         if saved_at < began(path) < math.inf:
             # The file of a try-out in the folder of a run that goes on now: began after the run's checkpoint was saved.
-            earlier = [other for other in path.parent.glob("metrics.until-*.jsonl") if began(other) <= saved_at]
+            earlier = [other for other in path.parent.glob(f"{path.stem}.until-*.jsonl") if began(other) <= saved_at]
             moved = set_aside(path)
             if earlier:
                 newest = max(earlier, key=began)
                 newest.rename(path)
                 moved += f"; {newest.name} is {path.name} again"
-        return "; ".join(filter(None, (moved, set_repeated_aside(path, step))))
+        return "; ".join(filter(None, (moved, set_repeated_aside(path, step - redone))))
     except OSError as error:
         raise ConfigError(f"{path} cannot be brought to step {step}: {error}; make room, and start again") from None
 
@@ -91,7 +94,7 @@ def began(path: Path) -> float:
 
 
 def set_repeated_aside(path: Path, last_step: int) -> str:
-    """Moves the lines of `path` past `last_step`, and damaged ones, to metrics.repeated.jsonl; says so."""
+    """Moves the lines of `path` past `last_step`, and damaged ones, to a file `.repeated` beside it; says so."""
     if not path.exists():
         return ""
     blocks = [(path.stat().st_size, [])]
@@ -183,12 +186,21 @@ class TensorBoard(stock.BaseLogger):
         self.log({}, step)
 
     def log(self, metrics: dict, step: int) -> None:
+        self.write("add_scalar", metrics, step)
+
+    def log_texts(self, texts: dict[str, str], step: int) -> None:
+        """Texts as they are; TensorBoard takes them for Markdown, in which four spaces begin a block of code."""
+        code = {name: "\n".join("    " + line for line in text.splitlines()) for name, text in texts.items()}
+        self.write("add_text", code, step)
+
+    def write(self, method: str, values: dict, step: int) -> None:
+        """Calls a method of the library's writer with each of `values`."""
         if self.writer is None and step < self.retry_at:
             return
         try:
             self.writer = self.writer or self.open()
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step)
+            for name, value in values.items():
+                getattr(self.writer, method)(name, value, step)
         except OSError as error:
             logger.warning("TensorBoard's files in %s cannot be written (%s)", self.folder, error)
             self.writer, self.retry_at = None, step + self.RETRY
@@ -237,7 +249,7 @@ class MetricsProcessor(stock.MetricsProcessor):
         self.ntokens_since_last_log = 0
         self.data_loading_times: list[float] = []
         self.is_writer = torch.distributed.get_rank() == 0
-        self.records = None
+        self.records = self.samples = self.tensorboard = None
         self.eta_rate = None
         self.began = time.time()
         self.best_speed: float | None = None
@@ -258,8 +270,14 @@ class MetricsProcessor(stock.MetricsProcessor):
             if moved := restore_history(path, step, saved_at):
                 logger.warning("%s", moved)
             self.records = RecordFile(path)
+            if self.job_config.validation.prompts:
+                path = folder / "samples.jsonl"
+                if moved := restore_history(path, step, saved_at, redone=not self.has_validation(step)):
+                    logger.warning("%s", moved)
+                self.samples = RecordFile(path)
             if self.job_config.metrics.enable_tensorboard:
-                self.logger.add_logger(TensorBoard(folder / self.job_config.metrics.save_tb_folder, step))
+                self.tensorboard = TensorBoard(folder / self.job_config.metrics.save_tb_folder, step)
+                self.logger.add_logger(self.tensorboard)
             if self.job_config.metrics.enable_wandb:
                 self.logger.add_logger(wandb_logger(self.job_config, folder))
         self.restart_clock()
@@ -331,6 +349,16 @@ class MetricsProcessor(stock.MetricsProcessor):
         )
         self.restart_clock()
 
+    def log_samples(self, step: int, samples: list[dict[str, int | str]]) -> None:
+        """Writes what the model says at a step to samples.jsonl and TensorBoard, and the beginnings to the console."""
+        for sample in samples if self.is_writer else []:
+            self.samples.write(sample | {"time": round(time.time(), 3)})
+            prompt, text = repr(sample["prompt"]), repr(sample["text"])
+            logger.info(f"sample at step {step}, {sample['mode']}: {shorten(prompt, 24)} -> {shorten(text, 60)}")
+        if self.tensorboard is not None:
+            texts = {f"samples/{i}_{s['mode']}": f"{s['prompt']}{s['text']}" for i, s in enumerate(samples)}
+            self.tensorboard.log_texts(texts, step)
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """One record to metrics.jsonl, and every `log_freq` steps to TensorBoard and wandb (rank 0)."""
         if not self.is_writer:
@@ -345,8 +373,8 @@ class MetricsProcessor(stock.MetricsProcessor):
 
     def close(self) -> None:
         self.logger.close()
-        if self.records is not None:
-            self.records.close()
+        for file in filter(None, (self.records, self.samples)):
+            file.close()
 
 
 def build_metrics_processor(

@@ -1,7 +1,9 @@
-"""The optimizer in two groups, and the learning-rate schedule.
+"""The optimizer in its groups, and the learning-rate schedule.
 
 Matrices decay, everything else does not: weight decay on a norm's gain, a bias, `A_log` or `dt_bias` pulls a scale
 towards zero that has no reason to be there, and on an embedding it shrinks the rows of rare words (`decays`).
+
+Under Muon the hidden matrices have an optimizer of their own, and the rest, the head and the embedding among it, AdamW.
 
 A checkpoint restores the moments and the step. Learning rate, betas, decay and implementation come from the config,
 so that changing one of them on a restart has an effect; torchtitan's containers would put the saved ones back.
@@ -13,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.config import LRScheduler
 from torchtitan.distributed import ParallelDims
 
-from ..config.job import Optimizer
+from ..config.job import LRScheduler, Optimizer
 from ..config.schedule import Schedule
-from ..optimizers import OPTIMIZERS
+from ..models.args import DeltaProductArgs
+from ..models.counts import hidden_matrices
+from ..models.init import plain_name
+from ..optimizers import OPTIMIZERS, Kind
 
 logger = logging.getLogger(__name__)
 
@@ -28,37 +32,62 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and "tok_embeddings" not in name
 
 
-class TwoGroupOptimizers(OptimizersContainer):
-    """torchtitan's container over parameter groups instead of one flat list."""
+def stacks(args: DeltaProductArgs) -> dict[str, int]:
+    """Names of the hidden matrices of all layers -> how many stand in each, one below the other."""
+    return {
+        f"layers.{layer}.{name}.weight": count
+        for layer in range(args.num_hidden_layers)
+        for name, (count, _, _) in hidden_matrices(args).items()
+    }
 
-    def __init__(self, model_parts: list[nn.Module], optimizer_cls: type, optimizer_kwargs: dict) -> None:
-        self.model_parts = model_parts
-        self.optimizers = []
+
+class GroupedOptimizers(OptimizersContainer):
+    """torchtitan's container over parameter groups instead of one flat list.
+
+    Args:
+        model_parts: the models.
+        table: `[optimizer]`.
+    """
+
+    def __init__(self, model_parts: list[nn.Module], table: Optimizer) -> None:
+        # torchtitan pairs optimizers with models: one that has two of them stands there twice.
+        self.model_parts, self.optimizers = [], []
+        kind = OPTIMIZERS[table.name]
         for model in model_parts:
-            named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            groups = [
-                {"params": [p for n, p in named if decays(n, p)]},
-                {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-            ]
-            self.optimizers.append(optimizer_cls(groups, **optimizer_kwargs))
-            counts = [sum(p.numel() for p in group["params"]) for group in groups]
-            logger.info(
-                "optimizer: %s, weight decay %g on %s parameters, none on %s",
-                optimizer_cls.__name__, optimizer_kwargs["weight_decay"], f"{counts[0]:,}", f"{counts[1]:,}",
-            )  # fmt: skip
-        self._post_init([p for model in model_parts for p in model.parameters()], optimizer_kwargs)
+            named = [(plain_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
+            stacked = stacks(model.args) if kind.hidden else {}
+            rest = [(name, parameter) for name, parameter in named if name not in stacked]
+            self._add(model, kind, [
+                {"params": [p for n, p in rest if decays(n, p)]},
+                {"params": [p for n, p in rest if not decays(n, p)], "weight_decay": 0.0},
+            ], table)  # fmt: skip
+            if kind.hidden:
+                self._add(model, kind.hidden, [
+                    {"params": [p for n, p in named if stacked.get(n) == count], "stacked": count}
+                    for count in sorted(set(stacked.values()))
+                ], table)  # fmt: skip
+        self._post_init([p for model in model_parts for p in model.parameters()], {})
+
+    def _add(self, model: nn.Module, kind: Kind, groups: list[dict], table: Optimizer) -> None:
+        self.model_parts.append(model)
+        self.optimizers.append(kind.algorithm(groups, **kind.arguments(table)))
+        free = sum(p.numel() for group in groups for p in group["params"] if group.get("weight_decay") == 0.0)
+        whole = sum(p.numel() for group in groups for p in group["params"])
+        logger.info(
+            "optimizer: %s, weight decay %g on %s parameters, none on %s",
+            kind.algorithm.__name__, table.weight_decay, f"{whole - free:,}", f"{free:,}",
+        )  # fmt: skip
 
     def step(self, skip: Tensor) -> None:
         """Updates, or leaves weights, moments and their step as they are.
 
         Args:
-            skip: [] bool, the same on all ranks. The fused implementation looks at it on the device, as it does for
-                torch's GradScaler; the others wait for it.
+            skip: [] bool, the same on all ranks. Muon and the fused implementation look at it on the device, as they
+                would for torch's GradScaler; the others wait for it.
         """
         for optimizer in self.optimizers:
-            group = optimizer.param_groups[0]
-            if group.get("fused"):
-                optimizer.found_inf = skip.to(group["params"][0].device, torch.float32)
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                optimizer.found_inf = skip.to(optimizer.param_groups[0]["params"][0].device, torch.float32)
             elif skip:
                 continue
             optimizer.step()
@@ -88,14 +117,11 @@ class Schedules(LRSchedulersContainer):
             scheduler._last_lr = rates
 
 
-def build_lr_schedulers(optimizers: TwoGroupOptimizers, config: LRScheduler, training_steps: int) -> Schedules:
-    """Warm-up, then cosine, linear or square-root decay, or warm-up-stable-decay: see `config.schedule`."""
+def build_lr_schedulers(optimizers: GroupedOptimizers, config: LRScheduler, training_steps: int) -> Schedules:
+    """Warm-up, perhaps a stable phase, then cosine, linear or square-root decay: see `config.schedule`."""
     return Schedules(optimizers, Schedule.of(config, training_steps))
 
 
-def build_optimizers(
-    model_parts: list[nn.Module], config: Optimizer, parallel_dims: ParallelDims
-) -> TwoGroupOptimizers:
-    """The optimizer `config` names, over the parameters of `model_parts`."""
-    kind = OPTIMIZERS[config.name]
-    return TwoGroupOptimizers(model_parts, kind.algorithm, kind.arguments(config))
+def build_optimizers(model_parts: list[nn.Module], config: Optimizer, parallel_dims: ParallelDims) -> GroupedOptimizers:
+    """The optimizers `config` names, over the parameters of `model_parts`."""
+    return GroupedOptimizers(model_parts, config)

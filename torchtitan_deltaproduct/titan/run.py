@@ -24,7 +24,7 @@ from .. import events
 from ..checkpoint.folders import CheckpointInfo, newest_first
 from ..checkpoint.marker import checksum
 from ..config import JobConfig
-from ..config.compare import compare_configs, refuse_breaking
+from ..config.compare import compare_configs, rate_rises, refuse_breaking
 from ..config.snapshots import read_snapshot, snapshot, write_snapshot
 from ..data import separator_id
 from ..data.check import check_data
@@ -207,6 +207,8 @@ def check_run_folder(config: JobConfig, current: dict) -> Past:
             refuse_breaking(comparison, newest.path, config.provenance)
             for change in comparison.notable + comparison.harmless:
                 logger.info("changed since step %d was saved: %s", newest.step, change)
+            if note := rate_rises(saved, config, newest.step):
+                logger.warning("%s", note)
     path = Path(config.job.dump_folder, "config.json")
     try:
         if os.environ["RANK"] == "0":

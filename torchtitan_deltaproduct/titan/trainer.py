@@ -87,6 +87,7 @@ class Trainer(stock.Trainer):
         self.watchdog = Watchdog(self.run_folder, dist.get_rank(), guard.hang_seconds)
         self.checkpointer.snapshot, self.checkpointer.run = snapshot, self.run_folder
         self.checkpointer.keep_every = job_config.checkpoint.keep_every
+        self.checkpointer.keep_best = job_config.checkpoint.keep_best
         self.checkpointer.verify_on_load = job_config.checkpoint.verify_on_load
         if job_config.validation.enable:
             self.validator.after_batch = self.after_validation_batch
@@ -214,6 +215,8 @@ class Trainer(stock.Trainer):
         stop = self.validator.validate(self.model_parts, self.step)
         if not stop:
             self.validated_step = self.step
+            if self.saves:
+                self.checkpointer.note_validation(self.step, self.validator.last["loss"])
         return stop
 
     def after_validation_batch(self) -> str | None:

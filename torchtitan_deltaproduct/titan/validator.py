@@ -24,6 +24,7 @@ from ..models.loss import IGNORE_INDEX
 from .feed import own_part
 from .metrics import MetricsProcessor
 from .parallelize import sequence_ranks
+from .samples import Samples
 
 
 class Interrupted(Exception):
@@ -46,6 +47,7 @@ class HeldOutValidator(BaseValidator):
         self.parallel_dims, self.ranks = parallel_dims, sequence_ranks(parallel_dims)
         self.metrics = metrics_processor
         self.last: dict[str, float] = {}
+        self.samples: Samples | None = None
         self.after_batch: Callable[[], str | None] = lambda: None
         """Called on all ranks after each batch; a reason to stop, the same on all, breaks the pass off."""
 
@@ -76,6 +78,10 @@ class HeldOutValidator(BaseValidator):
         model.eval()
         try:
             self.last = self.evaluate(model)
+            self.last["seconds"] = round(time.perf_counter() - start, 2)
+            if self.samples is not None:
+                # Before the record of the validation, which says to a restart that all of it was done.
+                self.metrics.log_samples(step, self.samples.draw(model, step))
         except Interrupted as reason:
             return str(reason)
         finally:
@@ -85,7 +91,6 @@ class HeldOutValidator(BaseValidator):
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
-        self.last["seconds"] = round(time.perf_counter() - start, 2)
         self.metrics.log_validation(step, self.last, self.summary(self.last))
         return None
 
@@ -118,7 +123,11 @@ class Validator(HeldOutValidator):
             dp_rank=self.dp_rank,
             dp_world_size=self.dp_world_size,
             reset_state_at_documents=job_config.data.reset_state_at_documents,
+            tokenizer_path=job_config.model.hf_assets_path,
+            eos=job_config.data.eos,
         )
+        if config.prompts:
+            self.samples = Samples(config.prompts, config.sample_tokens, config.paths[0])
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         totals = torch.zeros(3, dtype=torch.float64)  # summed loss, tokens, bytes
@@ -140,4 +149,4 @@ class Validator(HeldOutValidator):
         return f"perplexity {values['perplexity']:,.2f}  bits/byte {values['bits_per_byte']:.4f}"
 
     def describe(self) -> str:
-        return self.loader.describe()
+        return "; ".join([self.loader.describe(), *([self.samples.describe()] if self.samples else [])])

@@ -1,10 +1,13 @@
 """`ls` says what there is and why it is kept; `verify` reads it back."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.unit.checkpoint.test_folders import flip, save
 from torchtitan_deltaproduct.checkpoint import ls, verify
-from torchtitan_deltaproduct.config.snapshots import write_snapshot
+from torchtitan_deltaproduct.checkpoint.marker import read_marker, write_marker
+from torchtitan_deltaproduct.config.snapshots import read_snapshot, write_snapshot
 from torchtitan_deltaproduct.errors import CheckpointError
 
 
@@ -16,6 +19,9 @@ def run(tmp_path):
     (tmp_path / "checkpoint/step-50/complete.json").write_text("{")
     (tmp_path / "checkpoint/step-5").mkdir()
     (tmp_path / "checkpoint/step-5/.saving").touch()
+    for step, loss in ((10, 2.5), (30, 2.25)):
+        folder = tmp_path / f"checkpoint/step-{step}"
+        write_marker(folder, replace(read_marker(folder), validation_loss=loss))
     settings = {"folder": "checkpoint", "keep_latest_k": 2, "keep_every": 20}
     write_snapshot(tmp_path / "config.json", {"config": {"checkpoint": settings}})
     return tmp_path
@@ -32,6 +38,17 @@ def test_ls(run, capsys):
     }.items():  # fmt: skip
         assert said in rows[step], rows[step]
     assert "not usable: complete.json is damaged" in rows[50] and "has no complete.json" in rows[5]
+
+
+def test_ls_marks_the_best(run, capsys):
+    settings = read_snapshot(run / "config.json")["config"]["checkpoint"] | {"keep_best": 2}
+    write_snapshot(run / "config.json", {"config": {"checkpoint": settings}})
+    ls.main([str(run)])
+    rows = {int(cells[1]): cells for line in capsys.readouterr().out.splitlines() if (cells := line.split("│"))[1:]
+            and cells[1].strip().isdigit()}  # fmt: skip
+    assert rows[10][-2].strip() == "the best by validation" and rows[10][5].strip() == "2.5000"
+    assert rows[30][-2].strip().startswith("one of the newest 2; the best")
+    assert rows[20][5].strip() == "" and "validation" not in rows[20][-2]
 
 
 def test_verify(run, capsys):

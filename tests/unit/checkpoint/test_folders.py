@@ -78,6 +78,18 @@ def test_marker_lists_every_file(run):
     assert wrong_checksums(folder, marker) == []
 
 
+@pytest.mark.parametrize(("written", "read"), [(2.5, 2.5), (None, None), (float("nan"), None), ("absent", None)])
+def test_the_loss_in_a_marker(run, written, read):
+    """Markers of older versions have none; NaN is no loss."""
+    path = run / "step-10" / MARKER
+    body = json.loads(path.read_text())
+    body |= {"validation_loss": written}
+    if written == "absent":
+        del body["validation_loss"]
+    path.write_text(json.dumps(body))
+    assert read_marker(run / "step-10").validation_loss == read
+
+
 def data_file(path):
     return next(path.glob("*.distcp"))
 
@@ -298,14 +310,15 @@ def test_a_folder_that_vanishes_while_it_is_looked_at(run, monkeypatch):
 STEPS = st.sets(st.integers(0, 400).map(lambda k: 5 * k))
 
 
-@given(STEPS, st.integers(0, 5), st.sampled_from([0, 10, 50, 500]))
-def test_retention(steps, keep, every):
-    kept = retention(steps, keep, every)
+@given(STEPS, st.integers(0, 5), st.sampled_from([0, 10, 50, 500]), st.integers(0, 3))
+def test_retention(steps, keep, every, count):
+    best = sorted(steps, key=lambda step: step % 7)[:count]
+    kept = retention(steps, keep, every, best)
     newest = sorted(steps)[-keep:] if keep else sorted(steps)
     milestones = {step for step in steps if every and step and step % every == 0}
-    assert set(kept) == set(newest) | (milestones if keep else set())
-    assert not steps or kept[max(steps)] == "the newest"
-    assert all(kept.values())
+    assert set(kept) == set(newest) | (milestones if keep else set()) | set(best)
+    assert not steps or kept[max(steps)].startswith("the newest")
+    assert all(reason.endswith("the best by validation") == (step in best) for step, reason in kept.items())
 
 
 FOLDERS = st.dictionaries(
@@ -313,8 +326,12 @@ FOLDERS = st.dictionaries(
 )
 
 
-@given(FOLDERS, st.integers(2, 4), st.sampled_from([0, 6]))
-def test_deletable_over_random_folders(tmp_path_factory, kinds, keep, every):
+LOSSES = st.lists(st.sampled_from([None, 2.0, 2.5, 3.0, 3.5]), min_size=31, max_size=31)
+"""Of each step."""
+
+
+@given(FOLDERS, st.integers(2, 4), st.sampled_from([0, 6]), st.integers(0, 2), LOSSES)
+def test_deletable_over_random_folders(tmp_path_factory, kinds, keep, every, count, losses):
     """Never a foreign folder, never the last complete one, never a torn one that someone may want to look at."""
     root = tmp_path_factory.mktemp("run")
     found = []
@@ -325,11 +342,13 @@ def test_deletable_over_random_folders(tmp_path_factory, kinds, keep, every):
             (path / MARKER).touch()
         if kind == "saving":
             (path / SAVING).touch()
-        marker = Marker(step, 0.0, 1, "interval", {}) if kind in ("complete", "torn") else None
+        marker = Marker(step, 0.0, 1, "interval", {}, losses[step]) if kind in ("complete", "torn") else None
         found.append(CheckpointInfo(step, path, kind == "complete", "", marker))
-    gone = {info.step for info in deletable(found, keep, every)}
+    gone = {info.step for info in deletable(found, keep, every, count)}
     complete = {step for step, kind in kinds.items() if kind == "complete"}
-    assert complete - gone == set(retention(complete, keep, every))
+    validated = [step for step in complete if losses[step] is not None]
+    best = sorted(validated, key=lambda step: (losses[step], step))[:count]
+    assert complete - gone == set(retention(complete, keep, every)) | set(best)
     assert max(complete, default=None) not in gone
     assert not any(kinds[step] in ("foreign", "torn") for step in gone)
     newest = max(complete, default=-1)
@@ -339,8 +358,8 @@ def test_deletable_over_random_folders(tmp_path_factory, kinds, keep, every):
 
 
 @settings(deadline=None)
-@given(FOLDERS, st.integers(0, 4), st.sampled_from([0, 6]))
-def test_retention_of_a_launch_is_that_of_a_scan(tmp_path_factory, kinds, keep, every):
+@given(FOLDERS, st.integers(0, 4), st.sampled_from([0, 6]), st.integers(0, 2), LOSSES)
+def test_retention_of_a_launch_is_that_of_a_scan(tmp_path_factory, kinds, keep, every, count, losses):
     root = tmp_path_factory.mktemp("run")
     for step, kind in kinds.items():
         path = root / f"step-{step}"
@@ -348,12 +367,12 @@ def test_retention_of_a_launch_is_that_of_a_scan(tmp_path_factory, kinds, keep, 
         (path / ".metadata").write_bytes(b"index")
         if kind in ("complete", "torn"):
             size = 5 if kind == "complete" else 6
-            write_marker(path, Marker(step, 0.0, 1, "interval", {".metadata": (size, "00")}))
+            write_marker(path, Marker(step, 0.0, 1, "interval", {".metadata": (size, "00")}, losses[step]))
         if kind == "saving":
             (path / SAVING).touch()
-    of_launch = Retention(root, keep, every)
+    of_launch = Retention(root, keep, every, count)
     for _ in range(2):
-        assert {i.step for i in of_launch.surplus()} == {i.step for i in deletable(scan(root), keep, every)}
+        assert {i.step for i in of_launch.surplus()} == {i.step for i in deletable(scan(root), keep, every, count)}
 
 
 def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):

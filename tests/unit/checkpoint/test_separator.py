@@ -12,7 +12,6 @@ from torchtitan_deltaproduct.checkpoint.load import load_model
 from torchtitan_deltaproduct.data import show_batch
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
-from torchtitan_deltaproduct.data.show import document
 from torchtitan_deltaproduct.data.text.prepare import main as prepare
 from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, find_eos_id, load_tokenizer
 from torchtitan_deltaproduct.errors import CheckpointError
@@ -43,8 +42,8 @@ def run(toy, tokenizer):
     assert not prepare([str(folder / "data"), "--input", str(folder / "a.jsonl"), *options])
     manifest, stream = read_manifest(folder / "data/train"), TokenStream(folder / "data/train")
     assert (manifest.eos_id, find_eos_id(folder / "data/train/tokenizer")) == (320, 320)
-    assert document(stream, 3).tolist().count(320) == 1
-    assert DOC in load_tokenizer(folder / "data/train/tokenizer").decode(document(stream, 3).tolist()[:-1])
+    assert stream.document(3).tolist().count(320) == 1
+    assert DOC in load_tokenizer(folder / "data/train/tokenizer").decode(stream.document(3).tolist()[:-1])
     config = toys.write_toml(folder)
     toys.train(config, folder / "run", "--model.vocab_size", "384", "--training.steps", "2")
     shutil.rmtree(folder / "data")

@@ -66,6 +66,12 @@ CONTRADICTIONS = [
     ),
     ("[lr_scheduler]\nwarmup_steps = 20_000\n", "the warm-up does not fit in the schedule of 10000 steps"),
     ("[lr_scheduler]\nwarmup_steps = 6000\ndecay_ratio = 0.5\n", "a decay of 5000 steps do not fit"),
+    ('[lr_scheduler]\nschedule = "wsd"\ndecay_steps = 5\ndecay_ratio = 0.5\n', "two lengths of the decay; give one"),
+    ("[checkpoint]\nkeep_best = 1\n", "the best is by validation loss: set validation.enable"),
+    (
+        '[checkpoint]\nkeep_best = 1\n[validation]\nenable = true\npaths = ["a"]\nfreq = 300\n',
+        "few saved steps would be validated: one of interval = 500 and freq = 300 must divide the other",
+    ),
     ("[lr_scheduler]\ntotal_steps = 5000\n", "would leave its schedule after step 5000"),
     ("[training]\nglobal_batch_size = 12\n", "must be a multiple of local_batch_size = 8"),
     ('[activation_checkpoint]\nmode = "memory_budget"\n', "needs [compile] enable = true"),

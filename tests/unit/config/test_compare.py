@@ -13,6 +13,7 @@ from torchtitan_deltaproduct.config import (
     snapshot,
     write_snapshot,
 )
+from torchtitan_deltaproduct.config.compare import rate_rises
 from torchtitan_deltaproduct.config.schema import schema
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 
@@ -34,6 +35,7 @@ def changes(load, *options, old_extra=None, new_extra=None, base=()):
         ("data.paths", "b,a", "breaking"),
         ("training.seq_len", "16", "breaking"),
         ("optimizer.name", "Adam", "breaking"),
+        ("optimizer.name", "Muon", "breaking"),
         ("optimizer.lr", "1", "notable"),
         ("lr_scheduler.warmup_steps", "1", "notable"),
         ("training.steps", "99999", "notable"),
@@ -46,6 +48,36 @@ def changes(load, *options, old_extra=None, new_extra=None, base=()):
 def test_one_change(load, option, value, kind):
     wanted = {"breaking": [], "notable": [], "harmless": []} | {kind: [option]}
     assert changes(load, f"--{option}", value) == wanted
+
+
+WSD = ("--lr_scheduler.schedule=wsd", "--lr_scheduler.warmup_steps=10", "--lr_scheduler.decay_steps=21",
+       "--training.steps=100")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "words"),
+    [
+        (80, ["--training.steps=200"], ""),
+        (81, ["--training.steps=200"], "step 81 was saved in its decay, at 95% of the peak rate, and goes on at 100%; "
+         "to extend the stable phase, go back to a step up to 80 with checkpoint.load_step"),
+        (90, [], ""),
+        (84, ["--lr_scheduler.decay_type=cosine"], "at 81% of the peak rate, and goes on at 87%"),
+        (50, ["--training.steps=60"], ""),
+        (100, [], ""),
+        (100, ["--training.steps=200"], "at 5% of the peak rate, and goes on at 100%; to extend the stable phase, go"),
+    ],
+)  # fmt: skip
+def test_a_rate_that_rises_again_is_told(load, step, options, words):
+    """A stable phase may end anywhere, and be extended from any checkpoint of it; out of the decay that is told."""
+    saved = snapshot(load(DATA, *WSD))
+    current = load(DATA, *WSD, *options)
+    assert compare_configs(saved, snapshot(current)).breaking == []
+    note = rate_rises(saved, current, step)
+    assert (words in note) if words else note == ""
+    stretched = snapshot(load(DATA, "--training.steps=100", "--lr_scheduler.warmup_steps=10"))
+    longer = load(DATA, "--training.steps=1000", "--lr_scheduler.warmup_steps=10")
+    assert rate_rises(stretched, longer, 50).endswith("a larger training.steps stretches the decay")
+    assert rate_rises({"config": {}}, longer, 50) == ""
 
 
 def test_nothing_changed(load):

@@ -1,4 +1,4 @@
-"""Every TOML that is shipped loads, on any machine and for the number of ranks its degrees describe."""
+"""Every training TOML that is shipped loads, on any machine and for the number of ranks its degrees describe."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from torchtitan_deltaproduct.config import Environment, load_config
 
 ROOT = Path(__file__).parents[3]
-FILES = sorted((ROOT / "train_configs").rglob("*.toml"))
+FILES = sorted(path for path in (ROOT / "train_configs").rglob("*.toml") if path.parent.name != "claims")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -59,9 +59,10 @@ def test_setting_a_refused_option_is_an_error_and_its_default_is_not(key, proble
 
 
 SETTINGS = {
-    "one rank in bfloat16, sharded": "--training.mixed_precision_param=bfloat16 --debug.deterministic",
-    "checkpointed": "--activation_checkpoint.mode=selective --model.intermediate_size=none "
-    "--checkpoint.last_save_model_only",
+    "one rank in bfloat16, sharded": "--training.mixed_precision_param=bfloat16 --debug.deterministic "
+    "--validation.prompts=def",
+    "checkpointed": "--optimizer.name=Muon --lr_scheduler.schedule=wsd --activation_checkpoint.mode=selective "
+    "--model.intermediate_size=none --checkpoint.last_save_model_only",
     "compiled": "--compile.enable --compile.backend=eager --activation_checkpoint.mode=memory_budget "
     "--activation_checkpoint.memory_budget=1 --model.use_short_conv=false",
     "not saved": "--checkpoint.no-enable --validation.no-enable --activation_checkpoint.selective_ac_option=op",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchtitan_deltaproduct.data import build_loader
-from torchtitan_deltaproduct.data.shards.prepared import PreparedSource
+from torchtitan_deltaproduct.data.shards.prepared import PreparedSource, open_streams
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import Config
@@ -62,7 +62,7 @@ def test_global_batches_do_not_depend_on_ranks_or_accumulation(mixture, local, w
 
 def test_batches_are_the_windows_of_the_order(sets):
     config = Config(paths=[sets["a"], sets["b"]], shuffle=True, seed=1)
-    source = PreparedSource(config.paths, [], T, 1, True, False)
+    source = PreparedSource(open_streams(config.paths, ""), [], T, 1, True, False)
     assert sum(source.bounds[1:] - source.bounds[:-1]) == source.bounds[-1]
     _, windows = source.sequence(np.arange(GLOBAL))
     inputs, labels = next(iter(loader(config, local=GLOBAL)))
@@ -137,13 +137,13 @@ def test_mixture_shares_are_exact(sets):
     config = Config(paths=[sets["a"], sets["b"]], weights=[3, 1])
     one = loader(config, local=GLOBAL)
     take(one, 50)
-    sizes = [PreparedSource([path], [], T, 0, True, False).bounds[-1] for path in config.paths]
+    sizes = [PreparedSource(open_streams([path], ""), [], T, 0, True, False).bounds[-1] for path in config.paths]
     assert [epochs * size for epochs, size in zip(one.epochs().values(), sizes, strict=True)] == [600, 200]
 
 
 def test_without_weights_every_window_comes_once_an_epoch(sets):
     config = Config(paths=[sets["a"], sets["b"]])
-    windows = int(PreparedSource(config.paths, [], T, 0, True, False).bounds[-1])
+    windows = int(PreparedSource(open_streams(config.paths, ""), [], T, 0, True, False).bounds[-1])
     rows = take(loader(config, local=1, global_batch=1), windows)[:, 0, :, 0]
     in_order = Config(paths=config.paths, shuffle=False)
     expected = take(loader(in_order, local=1, global_batch=1), windows)[:, 0, :, 0]

@@ -1,9 +1,11 @@
 """Damaged and mismatched folders are recognised, with a message that says what to do."""
 
+import hashlib
 import json
 import os
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,8 @@ from torchtitan_deltaproduct.data.held_out import held_out_text
 from torchtitan_deltaproduct.data.shards import manifest, verified
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest, write_manifest
 from torchtitan_deltaproduct.data.shards.shards import TokenStream, token_dtype
-from torchtitan_deltaproduct.data.show import document, verify
 from torchtitan_deltaproduct.data.show import main as show
+from torchtitan_deltaproduct.data.show import verify
 from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
@@ -50,7 +52,7 @@ def test_missing_shard(folder):
     [
         (lambda text: text.replace('"tokens": ', '"tokens": 1', 1), "checksum does not match"),
         (lambda text: text[: len(text) // 2], "is damaged"),
-        (lambda text: text.replace('"version": 2', '"version": 3'), "has version 3"),
+        (lambda text: text.replace('"version": 3', '"version": 4'), "has version 4"),
         (lambda text: "[]", "is damaged"),
         (lambda text: "{}", "is not a manifest"),
     ],
@@ -89,7 +91,9 @@ def read_all(folder):
     for _ in held_out:
         pass
     stream = TokenStream(folder)
-    return stream.document_starts(0, stream.tokens)
+    tokens = np.empty(stream.tokens, dtype=np.int64)
+    stream.read(0, tokens)
+    return tokens, stream.document_starts(0, stream.tokens)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
@@ -157,9 +161,32 @@ def test_a_start_looks_at_no_shard(folder, monkeypatch):
     assert loader.source.streams[0]._files
 
 
+def older(folder):
+    """The folder as version 2 had it: an .idx was int64, where each document ends."""
+    made, stream, shards = read_manifest(folder), TokenStream(folder), []
+    for shard, (base, end) in zip(made.shards, pairwise(stream.bounds), strict=True):
+        starts = stream.document_starts(base, end) - base
+        index = np.append(starts[1:], end - base).astype("<i8").tobytes()
+        (folder / f"{shard.name}.idx").write_bytes(index)
+        shards.append(replace(shard, idx_sha256=hashlib.sha256(index).hexdigest()))
+    write_manifest(folder, replace(made, version=2, shards=shards))
+
+
+def test_prepared_folders_of_version_2(folder):
+    tokens, starts = read_all(folder)
+    older(folder)
+    assert '"version": 2' in (folder / "manifest.json").read_text()
+    assert [np.array_equal(*pair) for pair in zip(read_all(folder), (tokens, starts), strict=True)] == [True, True]
+    stream = TokenStream(folder)
+    ends = [*starts[1:].tolist(), stream.tokens]
+    documents = [tokens[a:b].tolist() for a, b in zip(starts, ends, strict=True)]
+    assert [stream.document(number).tolist() for number in range(len(ends))] == documents
+
+
 def test_prepared_folders_of_version_1(folder):
     """The shards as a list in manifest.json, as it was before shards.npy: the same data, the same identity."""
-    expected, starts = read_manifest(folder), read_all(folder)
+    older(folder)
+    expected, read = read_manifest(folder), read_all(folder)
     body = json.loads((folder / "manifest.json").read_text())
     for name in ("manifest_sha256", "shards_sha256", "content_sha256"):
         del body[name]
@@ -167,9 +194,9 @@ def test_prepared_folders_of_version_1(folder):
     body["manifest_sha256"] = manifest._checksum(body)
     (folder / "manifest.json").write_text(json.dumps(body))
     (folder / "shards.npy").unlink()
-    assert read_manifest(folder) == expected
+    assert replace(read_manifest(folder), version=2) == expected
     assert read_manifest(folder).content_sha256 == expected.content_sha256
-    assert np.array_equal(read_all(folder), starts)
+    assert all(map(np.array_equal, read_all(folder), read))
 
 
 def test_a_folder_that_cannot_be_written(folder, tmp_path, monkeypatch):
@@ -187,7 +214,7 @@ def test_an_id_outside_the_vocabulary_is_named(tmp_path, tokenizer):
     """A manifest that fits its files, made with another tokenizer than it says."""
     make_set(tmp_path / "x", tokenizer, [[30], [30]])
     made = read_manifest(tmp_path / "x")
-    highest = max(document(TokenStream(tmp_path / "x"), 1))
+    highest = max(TokenStream(tmp_path / "x").document(1))
     write_manifest(tmp_path / "x", replace(made, vocab_size=int(highest)))
     loader = use(tmp_path / "x")
     said = rf"shards/0000\d.bin holds token {highest}; the vocabulary ends at {highest - 1}"
@@ -231,8 +258,8 @@ def test_round_trip_and_content(folder, sets):
 def test_show(folder, tmp_path, tokenizer, capsys):
     documents = make_set(tmp_path / "x", tokenizer, [[4, 9], [3]])
     stream = TokenStream(tmp_path / "x")
-    assert [document(stream, n).tolist() for n in range(3)] == documents
+    assert [stream.document(n).tolist() for n in range(3)] == documents
     with pytest.raises(ConfigError, match="documents 0 to 2"):
-        document(stream, 3)
+        stream.document(3)
     show([str(folder), "--verify", "--document", "5"])
     assert "all 6 files have the right checksums" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """prepare: the same bytes for any number of workers and after any interruption; bad input named."""
 
+import csv
 import fcntl
 import gzip
 import json
@@ -18,8 +19,10 @@ import pytest
 
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
-from torchtitan_deltaproduct.data.show import document, verify
+from torchtitan_deltaproduct.data.show import verify
+from torchtitan_deltaproduct.data.text.documents import BadRecord, Document
 from torchtitan_deltaproduct.data.text.prepare import Settings, locked, main, prepare
+from torchtitan_deltaproduct.data.text.sources import plan_units, read_unit
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer, token_bytes
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
@@ -34,7 +37,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def texts_of(folder: Path) -> list[str]:
     stream, tokenizer = TokenStream(folder), load_tokenizer(folder / "tokenizer")
-    documents = [document(stream, number).tolist() for number in range(stream.manifest.documents)]
+    documents = [stream.document(number).tolist() for number in range(stream.manifest.documents)]
     assert all(tokens[-1] == 0 and 0 not in tokens[:-1] for tokens in documents)
     return [tokenizer.decode(tokens[:-1]) for tokens in documents]
 
@@ -42,6 +45,13 @@ def texts_of(folder: Path) -> list[str]:
 def write_parquet(path: Path, texts: list, column: str = "text", rows: int = 10) -> Path:
     pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), column: texts}), path, row_group_size=rows)
     return path
+
+
+def zstd(content: bytes) -> bytes:
+    target = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(target, "zstd") as stream:
+        stream.write(content)
+    return target.getvalue().to_pybytes()
 
 
 def test_every_kind_of_input_becomes_the_same_documents(tmp_path, tokenizer):
@@ -54,7 +64,16 @@ def test_every_kind_of_input_becomes_the_same_documents(tmp_path, tokenizer):
     (tmp_path / "d").mkdir()
     for number, text in enumerate(texts):
         (tmp_path / "d" / f"{number:03d}.txt").write_bytes(text.encode())
-    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d"):
+    with open(tmp_path / "e.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["n", "body"], *enumerate(texts)])
+    (tmp_path / "f.json").write_text(json.dumps([{"body": text} for text in texts], indent=1))
+    # Two frames, as parallel packers write them.
+    half = len(lines) // 2
+    (tmp_path / "g.jsonl.zst").write_bytes(zstd(lines[:half].encode()) + zstd(lines[half:].encode()))
+    (tmp_path / "h").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "h" / f"{number:03d}.txt.zst").write_bytes(zstd(text.encode()))
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d", "e.csv", "f.json", "g.jsonl.zst", "h"):
         out = tmp_path / f"out_{name[0]}"
         assert prepare(Settings(str(out), tokenizer, [str(tmp_path / name)], text_field="body"), workers=1)
         assert texts_of(out) == texts, name
@@ -296,6 +315,49 @@ def test_damaged_gzip_and_parquet_are_reported(tmp_path, tokenizer):
         prepare(Settings(str(tmp_path / "y"), tokenizer, [str(tmp_path / "b.parquet")]))
 
 
+@pytest.mark.parametrize(("name", "content", "documents", "bad"), [
+    ("a.csv", b'n,text\n1,one\n2,"t\nwo"\n\n3\n4,\xff\n5,"x"y\n6,', ["one", "t\nwo"],
+     [("line 6", "1 fields, and 2 columns"), ("line 7", "invalid UTF-8"), ("line 8", "invalid CSV")]),
+    ("a.csv", b'text\none\n"open', ["one"], [("line 3", "invalid CSV (unexpected end of data)")]),
+    ("a.json", b'[{"text": "one"}, {"body": 1}, 7, {"text": null}]', ["one"],
+     [("item 2", "no field 'text'; fields: body"), ("item 3", "found int"), ("item 4", "is NoneType")]),
+    ("a.json", b'\n[\n{"text": "one"},\n', [], [("item 1", "line 4: all of the list is lost")]),
+    ("a.json", b'[\n{"text": "\xff"}]', [], [("item 1", "invalid UTF-8 in line 2")]),
+    ("a.json", b'{"text": "one"}\n[1]\n', ["one"], [("line 2", "found list")]),
+    ("a.json.gz", gzip.compress(b'[{"text": "one"}]')[:-9], [], [("line 1", "damaged gzip")]),
+    ("a.jsonl.zst", b"no zstd", [], [("line 1", "damaged zstd, the rest is lost")]),
+    ("a.txt.zst", zstd(b"one" * 99)[:-2], [], [("line 1", "is lost (Truncated compressed stream)")]),
+])  # fmt: skip
+def test_damage_in_every_kind_is_named(tmp_path, name, content, documents, bad):
+    (tmp_path / name).write_bytes(content)
+    records = [record for unit in plan_units([tmp_path / name], "text", 1 << 20) for record in read_unit(unit)]
+    assert [record.text for record in records if isinstance(record, Document) and record.text] == documents
+    found = [(record.position, record.reason) for record in records if isinstance(record, BadRecord)]
+    assert [place for place, _ in found] == [place for place, _ in bad]
+    assert all(expected in reason for (_, reason), (_, expected) in zip(found, bad, strict=True)), found
+
+
+def test_rows_before_the_damage_are_kept(tmp_path):
+    lines = [random.randbytes(40).hex() for _ in range(9000)]
+    (tmp_path / "a.csv.zst").write_bytes(zstd("\n".join(["text", *lines]).encode())[:-9])
+    (unit,) = plan_units([tmp_path / "a.csv.zst"], "text", 1 << 20)
+    *documents, bad = read_unit(unit)
+    assert [document.text for document in documents] == lines[: len(documents)] and len(documents) > 1000
+    assert bad.position == f"line {len(documents) + 2}" and bad.reason.startswith("damaged zstd, the rest is lost")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "has no column 'text'; it has: .\nName one with --text-field"),
+    (b"n,body\n1,x\n", "has no column 'text'; it has: n, body.\nName one with --text-field"),
+    (b"text,text\n1,x\n", "has 2 columns 'text'"),
+    ("text\nx\n".encode("utf-16"), "cannot be read as CSV"),
+])  # fmt: skip
+def test_csv_files_that_cannot_be_used(tmp_path, tokenizer, content, message):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        prepare(Settings(str(tmp_path / "out"), tokenizer, [str(tmp_path / "a.csv")]))
+
+
 def test_other_datasets_are_not_overwritten(tmp_path, tokenizer):
     source, out = make_corpus(tmp_path / "in", 4), tmp_path / "out"
     settings = Settings(str(out), tokenizer, [str(source)])
@@ -359,9 +421,9 @@ def test_user_errors(tmp_path, tokenizer):
         Settings(str(tmp_path / "o"), tokenizer, [])
     with pytest.raises(ConfigError, match="expected 0 <= F < 1"):
         Settings(str(tmp_path / "o"), tokenizer, [str(source)], validation_fraction=1.0)
-    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    (tmp_path / "a.jsonl.xz").write_bytes(b"")
     with pytest.raises(DataError, match="of a kind that is not read here"):
-        prepare(Settings(str(tmp_path / "o"), tokenizer, [str(tmp_path / "a.jsonl.zst")]))
+        prepare(Settings(str(tmp_path / "o"), tokenizer, [str(tmp_path / "a.jsonl.xz")]))
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DataError, match="has no documents: 1 were empty"):
         prepare(Settings(str(tmp_path / "o"), tokenizer, [str(tmp_path / "empty.txt")]), workers=1)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,9 @@ def test_eos_is_found_or_asked_for(tokenizer, tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(DataError, match="There is no tokenizer.json in"):
         load_tokenizer(tmp_path / "nowhere")
+    fetch = 'hf download mistralai/Mistral-7B-v0.1 --include "*token*" --local-dir data/Mistral-7B-v0.1'
+    with pytest.raises(DataError, match=rf"fetch it and name data/Mistral-7B-v0.1:\n{re.escape(fetch)}$"):
+        load_tokenizer("mistralai/Mistral-7B-v0.1")
 
 
 def test_training_is_deterministic_across_processes(tmp_path):

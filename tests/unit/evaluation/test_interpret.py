@@ -36,17 +36,18 @@ def test_beta_is_that_of_the_weights():
     with torch.no_grad():
         model.layers["0"].mixer.k_proj.weight.mul_(100)  # keys far above the epsilon of their norm
     inputs = torch.randint(6, (5, 9), generator=torch.Generator().manual_seed(0))
-    views, occurrences = view_layers(model, inputs)
-    assert occurrences.tolist() == torch.bincount(inputs.flatten(), minlength=6).tolist() and len(views) == 2
+    layers = view_layers(model, inputs, list("abcdef"))
     layer = model.layers["0"]
     with torch.no_grad():
         x = layer.mixer_norm(model.tok_embeddings.weight)
         beta = 2 * layer.mixer.b_proj(x).sigmoid().reshape(6, 2, 2)  # token, Householder, head
-    expected = beta.permute(2, 1, 0).numpy() * occurrences
-    assert views[0].beta_sum == pytest.approx(expected, rel=1e-5)
-    assert views[1].histogram.sum(-1).tolist() == [[45, 45], [45, 45]]
-    assert np.trace(views[0].moment, axis1=1, axis2=2) == pytest.approx(90, rel=1e-3)
-    assert not any(layer.mixer._forward_pre_hooks for layer in model.layers.values())
+    for h, head in enumerate(layers[0]):
+        assert np.square(head["singular_values"]).sum() == pytest.approx(1)
+        for j, step in enumerate(head["householders"]):
+            assert list(step["mean_by_element"].values()) == pytest.approx(beta[:, j, h].tolist(), rel=1e-5)
+            assert step["mean"] == pytest.approx(beta[inputs, j, h].mean().item(), rel=1e-5)
+    assert [[sum(step["histogram"]) for step in head["householders"]] for head in layers[1]] == [[45, 45], [45, 45]]
+    assert "mean_by_element" not in view_layers(model, inputs, [])[0][0]["householders"][0]
 
 
 def test_command(tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
-from torchtitan_deltaproduct.evaluation.generate.sampling import Sampler, Sampling, distribution, invert
+from torchtitan_deltaproduct.evaluation.generate.sampling import Sampling, choose, distribution, invert, random_streams
 
 P = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64)
 
@@ -59,8 +59,8 @@ def test_inverse_of_the_cumulative_distribution():
 
 def test_draws_follow_the_distribution():
     """Chi squared of 20,000 draws over 3 tokens: 13.8 is passed once in a thousand."""
-    sampler = Sampler(Sampling(1.0, top_k=3), seeds=list(range(20_000)))
-    drawn = torch.tensor(sampler.choose(P.log().expand(20_000, -1)))
+    streams = random_streams(list(range(20_000)))
+    drawn = torch.tensor(choose(P.log().expand(20_000, -1), Sampling(1.0, top_k=3), streams))
     counts = torch.bincount(drawn, minlength=4).double()
     expected = torch.tensor([0.5, 0.3, 0.15], dtype=torch.float64) / 0.95 * 20_000
     assert counts[3] == 0 and ((counts[:3] - expected) ** 2 / expected).sum() < 13.8
@@ -68,23 +68,18 @@ def test_draws_follow_the_distribution():
 
 def test_a_row_has_its_own_stream():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    together = Sampler(Sampling(1.0), [7, 8, 9])
-    said = [together.choose(logits) for _ in range(5)]
-    alone = Sampler(Sampling(1.0), [8])
-    assert [alone.choose(logits[1:2])[0] for _ in range(5)] == [row[1] for row in said]
-    # Row 0 leaves the batch: the others go on as before.
-    again, fewer = Sampler(Sampling(1.0), [7, 8, 9]), []
-    for time in range(5):
-        fewer.append(again.choose(logits) if time < 2 else [None, *again.choose(logits[1:], [1, 2])])
-    assert [row[1:] for row in fewer] == [row[1:] for row in said]
-    assert len({tuple(row) for row in said}) > 1
+    together, sampling = random_streams([7, 8, 9]), Sampling(1.0)
+    drawn = [choose(logits, sampling, together) for _ in range(5)]
+    alone = random_streams([8])
+    assert [choose(logits[1:2], sampling, alone)[0] for _ in range(5)] == [row[1] for row in drawn]
+    assert len({tuple(row) for row in drawn}) > 1
 
 
 def test_temperature_zero_is_greedy():
     logits = torch.tensor([[0.0, 3.0, 3.0], [5.0, 1.0, 2.0]])
-    assert Sampler(Sampling(), [1, 2]).choose(logits) == [1, 0]
-    low = Sampler(Sampling(temperature=1e-6), [1])
-    assert {low.choose(logits[1:])[0] for _ in range(20)} == {0}
+    assert choose(logits, Sampling(), random_streams([1, 2])) == [1, 0]
+    streams = random_streams([1])
+    assert {choose(logits[1:], Sampling(temperature=1e-6), streams)[0] for _ in range(20)} == {0}
 
 
 @pytest.mark.parametrize("wrong", [
@@ -99,7 +94,7 @@ def test_what_is_out_of_range(wrong):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite(temperature):
     with pytest.raises(CheckpointError, match="not finite"):
-        Sampler(Sampling(temperature), [0]).choose(torch.tensor([[0.0, math.nan]]))
+        choose(torch.tensor([[0.0, math.nan]]), Sampling(temperature), random_streams([0]))
 
 
 def test_the_smallest_temperatures():

@@ -16,7 +16,7 @@ from torchtitan_deltaproduct.data.generated.languages import FormalSource
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.evaluation import state_tracking
 from torchtitan_deltaproduct.evaluation.state_tracking.problems import count_words, model_reader, problem_of, wilson
-from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, by_setting
+from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, Share, by_setting
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.models.args import DeltaProductArgs
 
@@ -163,7 +163,7 @@ def test_settings_and_seeds():
     assert [(s.label, len(s.runs)) for s in settings] == [
         ("n_h = 1, [-1, 1]", 1), ("n_h = 2, [-1, 1], lr 2", 2), ("n_h = 2, [-1, 1], lr 1", 1), ("n_h = 2, [0, 1]", 1),
     ]  # fmt: skip
-    share = settings[1].share_solved(Criterion())
+    share = Share.of(settings[1].solved(Criterion()), 2)
     assert share.value == 0.5 and 0.09 < share.low < 0.1 and 0.9 < share.high < 0.91
     assert settings[1].mean("at_length") == 0.75
     assert [r.solved(Criterion()) for r in runs] == [False, True, False, False, True]

@@ -48,14 +48,14 @@ def toml(toy, toy_run, tmp_path):
 
 
 def test_jobs(toml, toy_run, capsys):
-    found = {job.name: job for job in read_sweep(toml).jobs}
-    assert list(found) == ["length_extrapolation/late/held-out", "length_extrapolation/early/held-out",
+    jobs = {job.name: job for job in read_sweep(toml).jobs}
+    assert list(jobs) == ["length_extrapolation/late/held-out", "length_extrapolation/early/held-out",
                            "effective_rank/late/held-out"]  # fmt: skip
-    early = found["length_extrapolation/early/held-out"].command
+    early = jobs["length_extrapolation/early/held-out"].command
     assert early[1:6] == ["-m", "eval.length_extrapolation", str(toy_run), "--step", "4"] and "--length" in early
     assert sweep.main([str(toml), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("to run") == 3 and "--sequences 2 --documents packed" in said
+    printed = capsys.readouterr().out
+    assert printed.count("to run") == 3 and "--sequences 2 --documents packed" in printed
     assert not (toml.parent / "out").exists()
 
 
@@ -65,8 +65,8 @@ def test_run_resume_collect(toml, capsys):
     assert "1 jobs, 0 done already" in capsys.readouterr().out
     # The folder of one job is gone half way: it runs again, the finished one does not.
     assert sweep.main([str(toml)]) == 0
-    said = capsys.readouterr().out
-    assert "3 jobs, 1 done already" in said and "2/2 effective_rank/late/held-out: done" in said
+    printed = capsys.readouterr().out
+    assert "3 jobs, 1 done already" in printed and "2/2 effective_rank/late/held-out: done" in printed
     rows = {(r["eval"], r["model"]): r for r in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
     assert len(rows) == 3 and rows["length_extrapolation", "early"]["checkpoint"].startswith("step 4, saved")
     for model in ("early", "late"):
@@ -85,8 +85,8 @@ def test_run_resume_collect(toml, capsys):
     toml.write_text(toml.read_text().replace("length = 96", "length = 97"))
     capsys.readouterr()
     sweep.main([str(toml), "--dry-run"])
-    said = capsys.readouterr().out
-    assert said.count("to run") == 2 and said.count("done") >= 1
+    printed = capsys.readouterr().out
+    assert printed.count("to run") == 2 and printed.count("done") >= 1
     assert sweep.main([str(toml), "--collect"]) == 1
     assert "2 of 3 jobs are not done" in (out / "results.md").read_text()
 
@@ -95,9 +95,9 @@ def test_what_fails_does_not_stop_the_rest(toml, capsys):
     toml.write_text(toml.read_text().replace("early = { path", "gone = { path").replace("step = 4", "step = 5")
                     .replace("validation", "nowhere"))  # fmt: skip
     assert sweep.main([str(toml), "--only", "length_extrapolation"]) == 1
-    said = capsys.readouterr().out
-    assert "late/held-out: failed with exit code 2" in said and "nowhere" in said
-    assert "gone/held-out: not ready" in said and "no complete step 5" in said
+    printed = capsys.readouterr().out
+    assert "late/held-out: failed with exit code 2" in printed and "nowhere" in printed
+    assert "gone/held-out: not ready" in printed and "no complete step 5" in printed
 
 
 def test_as_an_array(toml, monkeypatch, capsys):
@@ -115,7 +115,7 @@ def test_as_an_array(toml, monkeypatch, capsys):
     assert "--array=0-2" in (toml.parent / "out/slurm/job.sbatch").read_text()
 
 
-@pytest.mark.parametrize(("old", "new", "said"), [
+@pytest.mark.parametrize(("old", "new", "printed"), [
     ("[models]", "[modells]", r"paper.toml:3: \[modells\]: no such table; nearest: 'models'"),
     ('models = ["late"]', 'models = ["lat"]', r"'lat' is not in \[models\]; nearest: 'late'"),
     ("length = 96", "lenght = 96", r"\[length_extrapolation\]: unrecognized arguments: --lenght 96"),
@@ -127,9 +127,9 @@ def test_as_an_array(toml, monkeypatch, capsys):
     ("[effective_rank]", "[state_tracking]\ndata = []", "this eval reads none"),
     ("[models]", "[models", "not valid TOML"),
 ])  # fmt: skip
-def test_wrong_sweeps(toml, old, new, said):
+def test_wrong_sweeps(toml, old, new, printed):
     toml.write_text(toml.read_text().replace(old, new))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=printed):
         sweep.main([str(toml)])
 
 

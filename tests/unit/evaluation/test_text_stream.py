@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, normalizers, trainers
 
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer
-from torchtitan_deltaproduct.evaluation.generate.text_stream import MOST_PENDING, StopStrings, TextStream
+from torchtitan_deltaproduct.evaluation.generate.vocabulary import MOST_PENDING, StopStrings, TextStream
 
 TEXTS = [
     "plain text",
@@ -95,7 +95,7 @@ def test_broken_bytes_of_a_sentencepiece_vocabulary(pieces):
 def feed(stops, *pieces):
     filtered = StopStrings(stops)
     shown = [filtered.push(piece) for piece in pieces]
-    return shown + ([] if filtered.found else [filtered.finish()]), filtered.found
+    return shown + ([] if filtered.complete else [filtered.finish()]), filtered.complete
 
 
 @pytest.mark.parametrize(("stops", "parts", "shown", "found"), [

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.evaluation.effective_rank.states import walk
 from torchtitan_deltaproduct.evaluation.effective_rank.transitions import (
-    ANGLE_BINS,
     BETA_BINS,
-    DECAY_BINS,
     MODULUS_BINS,
     PLANE_BINS,
     Tally,
@@ -112,7 +110,5 @@ def test_tally(gated, negative):
         plane = np.histogram2d(values.real, values.imag, PLANE_BINS, ((-1, 1), (-1, 1)))[0]
         assert np.abs(tally.plane[layer, 1] - plane).sum() <= 2
         assert np.abs(tally.modulus[layer, 1] - np.histogram(abs(values), MODULUS_BINS, (0, 1))[0]).sum() <= 2
-        assert tally.angle[layer, 1].sum() == len(values) and tally.angle.shape[-1] == ANGLE_BINS
         assert tally.rotating[layer, 1] == (abs(values.imag) > 1e-6).sum()
         assert tally.negative[layer, 1] == (values.real < 0).sum()
-        assert tally.decay[layer, 0].sum() == (90 if gated else 0) and tally.decay.shape[-1] == DECAY_BINS

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torchtitan.config import LRScheduler
 
-from torchtitan_deltaproduct.config.job import Optimizer
+from torchtitan_deltaproduct.config.job import LRScheduler, Optimizer
 from torchtitan_deltaproduct.config.schedule import Schedule
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
+from torchtitan_deltaproduct.models.counts import hidden_matrices
 from torchtitan_deltaproduct.titan import device
 from torchtitan_deltaproduct.titan.optimizer import build_lr_schedulers, build_optimizers
 
@@ -37,13 +37,16 @@ def test_only_matrices_decay():
     assert len(decayed) + len(free) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])
-def test_a_skipped_step_leaves_no_trace(implementation):
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [("AdamW", "fused"), ("AdamW", "foreach"), ("AdamW", "for-loop"), ("Muon", "fused"), ("Muon", "foreach")],
+)
+def test_a_skipped_step_leaves_no_trace(name, implementation):
     """Bit for bit, in the weights, the moments and their step; the update after it is as without it."""
     runs = []
     for steps in ([(1.0, UPDATE), (float("nan"), SKIP), (2.0, UPDATE)], [(1.0, UPDATE), (2.0, UPDATE)]):
         torch.manual_seed(0)
-        model, optimizers, _ = build(weight_decay=0.1, implementation=implementation)
+        model, optimizers, _ = build(weight_decay=0.1, name=name, implementation=implementation)
         for gradient, skip in steps:
             before = tensors_of(model, optimizers)
             for p in model.parameters():
@@ -53,12 +56,39 @@ def test_a_skipped_step_leaves_no_trace(implementation):
             assert all(unchanged) if skip else not any(unchanged)
         runs.append(tensors_of(model, optimizers))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert [state["step"] for state in optimizers.optimizers[0].state.values()] == [2] * len(list(model.parameters()))
+    others = len(list(model.parameters())) - 8 * (name == "Muon")
+    assert [state["step"] for state in optimizers.optimizers[0].state.values()] == [2] * others
+
+
+def test_muon_has_the_hidden_matrices():
+    """One a micro-step of k and v; their sizes are those that `plan` counts; gates and the head stay with AdamW."""
+    model, optimizers, schedules = build(name="Muon", weight_decay=0.1, momentum=0.8, lr=0.5)
+    names = {id(p): n for n, p in model.named_parameters()}
+    adamw, muon = optimizers.optimizers
+    groups = [{names[id(p)] for p in group["params"]} for group in muon.param_groups]
+    assert [group["stacked"] for group in muon.param_groups] == [1, 2]
+    assert groups[1] == {"layers.0.mixer.k_proj.weight", "layers.0.mixer.v_proj.weight"}
+    assert groups[0] == {f"layers.0.mixer.{p}_proj.weight" for p in "qgo"} | {
+        f"layers.0.mlp.{p}_proj.weight" for p in ("gate", "up", "down")
+    }
+    assert {(g["momentum"], g["weight_decay"], g["adjust_lr_fn"]) for g in muon.param_groups} == {
+        (0.8, 0.1, "match_rms_adamw")
+    }
+    decayed = {names[id(p)] for p in adamw.param_groups[0]["params"]}
+    assert decayed == {"layers.0.mixer.a_proj.weight", "layers.0.mixer.b_proj.weight", "output.weight"}
+    assert sum(len(g["params"]) for g in adamw.param_groups + muon.param_groups) == len(names)
+    # One schedule and one rate for all.
+    assert [g["lr"] for o in optimizers for g in o.param_groups] == [0.25] * 4
+    schedules.step()
+    assert [g["lr"] for o in optimizers for g in o.param_groups] == [0.5] * 4
+    sizes = {name: p.shape for name, p in model.named_parameters()}
+    for name, (count, rows, columns) in hidden_matrices(model.args).items():
+        assert sizes[f"layers.0.{name}.weight"] == (count * rows, columns)
 
 
 def tensors_of(model, optimizers) -> list[torch.Tensor]:
     """Copies of the weights, and of the moments and their step."""
-    states = [value for state in optimizers.optimizers[0].state.values() for value in state.values()]
+    states = [value for of in optimizers for state in of.state.values() for value in state.values()]
     return [tensor.detach().clone() for tensor in (*model.parameters(), *states)]
 
 
@@ -77,7 +107,7 @@ def test_a_restart_brings_back_moments_and_step_but_not_settings():
         containers[first].load_state_dict(saved[first])
         containers[second].load_state_dict(saved[second])
         groups = other.optimizers[0].param_groups
-        shape = {"decay_ratio": None, "decay_type": "cosine", "min_lr_factor": 0.0}
+        shape = {"decay_steps": 8, "decay_type": "cosine", "min_lr_factor": 0.0}
         rate = 1e-3 * Schedule(warmup_steps=2, total_steps=10, **shape)(3)
         assert [g["lr"] for g in groups] == [rate, rate] == other_schedules.schedulers[0].get_last_lr()
         assert [(g["weight_decay"], g["betas"], g["foreach"]) for g in groups] == [

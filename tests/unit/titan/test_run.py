@@ -99,9 +99,9 @@ def test_no_home_and_no_entry_in_passwd(toy, tmp_path, words):
 def test_the_update_is_launched_before_the_host_waits(toy, tmp_path, monkeypatch):
     """What it waits for was on its way by then: the device works on the update while the host looks at the loss."""
     from torchtitan_deltaproduct.titan import trainer
-    from torchtitan_deltaproduct.titan.optimizer import TwoGroupOptimizers
+    from torchtitan_deltaproduct.titan.optimizer import GroupedOptimizers
 
-    to_host, update, order = trainer.to_host, TwoGroupOptimizers.step, []
+    to_host, update, order = trainer.to_host, GroupedOptimizers.step, []
 
     def noted_copy(numbers):
         order.append("copy")
@@ -113,7 +113,7 @@ def test_the_update_is_launched_before_the_host_waits(toy, tmp_path, monkeypatch
         update(self, skip)
 
     monkeypatch.setattr(trainer, "to_host", noted_copy)
-    monkeypatch.setattr(TwoGroupOptimizers, "step", noted_update)
+    monkeypatch.setattr(GroupedOptimizers, "step", noted_update)
     train(toy, tmp_path / "run", "--training.steps", "2", "--validation.no-enable", "--checkpoint.no-enable")
     assert order == ["copy", "update", "wait"] * 2
 

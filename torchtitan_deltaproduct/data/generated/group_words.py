@@ -10,9 +10,8 @@
     input            g_1   g_2      g_3          ...      element indices, no start token
     label            g_1   g_1 g_2  g_1 g_2 g_3  ...      element indices, 0 .. order-1
 
-Sample i is a pure function of (seed, stream, i): nothing is stored and nothing repeats. The streams `train`,
-`validation` and `test` are drawn under different keys; a longer word of the same index begins with the
-shorter one. While a curriculum lasts, positions past its length hold the identity and have no label.
+A longer word of the same index begins with the shorter one. While a curriculum lasts, positions past its length hold
+the identity and have no label.
 """
 
 from dataclasses import dataclass
@@ -25,20 +24,14 @@ from torchtitan_deltaproduct.errors import ConfigError
 from ..counter import below, draws, stream_key
 from ..loader import Batch, Geometry, Loader
 from ..packing import IGNORE
+from . import Generated
 from .groups import parse_group
-
-SPLITS = ("train", "validation", "test")
-GENERATOR = 1
-"""Version of the numbers drawn: part of `order`, so that a checkpoint refuses other ones."""
 
 
 def build(data, geometry: Geometry, tokenizer_path: str = "") -> Loader:
     """The loader of `[data] kind = "group_word"`; it needs no tokenizer."""
-    curriculum = None
-    if data.curriculum_start:
-        curriculum = Curriculum(
-            data.curriculum_start, geometry.seq_len, data.curriculum_steps, geometry.global_batch_size
-        )
+    start, steps = data.curriculum_start, data.curriculum_steps
+    curriculum = Curriculum(start, geometry.seq_len, steps, geometry.global_batch_size) if start else None
     source = GroupWordSource(data.group, geometry.seq_len, data.seed, "train", curriculum)
     return Loader(source, geometry, data.num_workers, data.prefetch_factor)
 
@@ -66,16 +59,10 @@ class Curriculum:
 
 
 @dataclass
-class GroupWordSource:
-    """Words of `seq_len` tokens; see the module and `groups.parse_group` for what they look like.
+class GroupWordSource(Generated):
+    """Words of `seq_len` tokens over the group of a `name` such as `S5_limit_to_3`, see `groups.parse_group`.
 
-    Attributes:
-        name: of the word problem, such as `S5_limit_to_3`.
-        seq_len: tokens of a word.
-        seed: of the words.
-        split: `train`, `validation` or `test`.
-        curriculum: shortens the words of early steps.
-        problem, vocab_size, classes, chance: what the words are made of: tokens, labels, the accuracy of guessing.
+    A curriculum shortens the words of early steps. There are `classes` labels; `chance` is the accuracy of guessing.
     """
 
     name: str
@@ -83,10 +70,9 @@ class GroupWordSource:
     seed: int = 0
     split: str = "train"
     curriculum: Curriculum | None = None
-    tokenizer_path: str = ""
 
     def __post_init__(self):
-        check_split(self.split)
+        self.check_split()
         self.problem = parse_group(self.name)
         self.vocab_size, self.classes, self.chance = self.problem.vocab_size, self.problem.classes, self.problem.chance
         self.key = stream_key("group_word", self.seed, self.split)
@@ -128,34 +114,14 @@ class GroupWordSource:
         return np.ascontiguousarray(inputs[:, : self.seq_len]), np.ascontiguousarray(labels[:, : self.seq_len])
 
     def order(self) -> dict[str, object]:
-        parts = {
-            "kind": "group_word",
-            "group": self.name,
-            "seed": self.seed,
-            "split": self.split,
-            "seq_len": self.seq_len,
-            "generator": GENERATOR,
-        }
-        if self.curriculum:
-            parts |= {
-                "curriculum_start": self.curriculum.start,
-                "curriculum_steps": self.curriculum.steps,
-                "global_batch_size": self.curriculum.global_batch_size,
-            }
+        parts = {"kind": "group_word", "group": self.name, **self.shared_order()}
+        if grows := self.curriculum:
+            parts |= {"curriculum_start": grows.start, "curriculum_steps": grows.steps}
+            parts["global_batch_size"] = grows.global_batch_size
         return parts
-
-    def epochs(self, sample: int) -> dict[str, float]:
-        """None is ever completed: the data is endless."""
-        return {self.name: 0.0}
 
     def describe(self) -> str:
         text = f"group words: {self.problem.describe()}; {self.seq_len:,} tokens, seed {self.seed}"
         if self.curriculum:
             text += f", from {self.curriculum.start:,} tokens on over {self.curriculum.steps:,} steps"
         return text
-
-
-def check_split(split: str) -> None:
-    """Raises ConfigError unless `split` is one of `SPLITS`."""
-    if split not in SPLITS:
-        raise ConfigError(f"no stream {split!r}: there are {', '.join(SPLITS)}")

@@ -35,23 +35,18 @@ _NAME = re.compile(
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """A finite group; the conventions are those of the module.
-
-    Attributes:
-        name: such as `S5` or `A4_x_Z5`.
-        permutations: [order, degree] int16, a faithful action; a product acts on the points of all factors.
-        table: [order, order] of the smallest unsigned type: index of the product of row and column element.
-        names: what to call each element in print.
-    """
+    """A finite group; the conventions are those of the module."""
 
     name: str
     permutations: np.ndarray
+    """[order, degree] int16, a faithful action; a product acts on the points of all factors."""
     table: np.ndarray
+    """[order, order] of the smallest unsigned type: index of the product of row and column element."""
     names: tuple[str, ...]
+    """What to call each element in print."""
 
     @property
     def order(self) -> int:
-        """Number of elements."""
         return len(self.table)
 
     @property
@@ -60,14 +55,9 @@ class Group:
         return (self.permutations != np.arange(self.permutations.shape[1])).sum(axis=1)
 
     def products(self, words: np.ndarray) -> np.ndarray:
-        """The product of every beginning of each word.
+        """Words [n, T] of element indices -> [n, T] of the type of `table`: entry t is g_1 g_2 ... g_t.
 
-        Args:
-            words: [n, T] element indices.
-
-        Returns:
-            [n, T] of the type of `table`: entry t is g_1 g_2 ... g_t. Doubling (Hillis & Steele 1986): pass k
-            joins two stretches of 2^k elements, log2(T) lookups a token instead of T steps.
+        By doubling (Hillis & Steele 1986): pass k joins two stretches of 2^k elements, log2(T) lookups a token.
         """
         out, flat = words.astype(np.intp), self.table.ravel()
         distance = 1
@@ -79,33 +69,27 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class WordProblem:
-    """A group, the elements that words are made of, and how an element is spelled.
-
-    Attributes:
-        name: as given, for example `S5_limit_to_3_4_tokens`.
-        group: labels are its elements.
-        alphabet: [m] int64, indices of the elements that occur in words, each equally likely.
-        tokens_per_element: t; an element is one token t times, or one token and t - 1 fillers.
-        filler: whether t - 1 fillers follow an element; the filler token is `group.order`.
-        score_last: count only the last token of an element. Otherwise every position has a label: the product
-            of all elements that have been read to their last token (the identity before the first such).
-    """
+    """A group, the elements that words are made of, and how an element is spelled; labels are elements of the group."""
 
     name: str
     group: Group
     alphabet: np.ndarray
+    """[m] int64, indices of the elements that occur in words, each equally likely."""
     tokens_per_element: int = 1
+    """t; an element is one token t times, or one token and t - 1 fillers."""
     filler: bool = False
+    """Whether t - 1 fillers follow an element; the filler token is `group.order`."""
     score_last: bool = False
+    """Count only the last token of an element. Otherwise every position has a label: the product of all elements that
+    have been read to their last token (the identity before the first such)."""
 
     @property
     def vocab_size(self) -> int:
-        """Input tokens: the elements of the group, in its order, then the filler if there is one."""
+        """The elements of the group, in its order, then the filler if there is one."""
         return self.group.order + self.filler
 
     @property
     def classes(self) -> int:
-        """Labels are 0 .. classes - 1: the elements of the group."""
         return self.group.order
 
     @property
@@ -137,10 +121,7 @@ def _rank(perms: np.ndarray) -> np.ndarray:
 def _table_of(perms: np.ndarray) -> np.ndarray:
     """Multiplication table of permutations in lexicographic order, by looking up each product's rank."""
     ranks = _rank(perms)
-    table = np.empty((len(perms), len(perms)), dtype=_small(len(perms)))
-    for index, left in enumerate(perms):
-        table[index] = np.searchsorted(ranks, _rank(left[perms]))
-    return table
+    return np.stack([np.searchsorted(ranks, _rank(left[perms])) for left in perms]).astype(_small(len(perms)))
 
 
 def _cycles(perm: np.ndarray) -> str:

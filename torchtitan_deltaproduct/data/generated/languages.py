@@ -13,7 +13,7 @@ The length counts all tokens but the padding, `=` included, and is uniform on th
 min_length to max_length. `parity` is of a word of bits, labelled at its last bit: 1 for an odd number of ones.
 `modular_arithmetic` alternates digits and + - * (an even number of tokens with `=`), `*` first.
 `modular_arithmetic_brackets` follows the grammar of Deletang et al. 2023 with multiplication: expressions of
-1 to 4 tokens are d, -d, (d), (-d); longer ones (x op y) with uniform lengths. Nothing is stored or repeats.
+1 to 4 tokens are d, -d, (d), (-d); longer ones (x op y) with uniform lengths.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from torchtitan_deltaproduct.errors import ConfigError
 from ..counter import below, draws, stream_key
 from ..loader import Batch, Geometry, Loader
 from ..packing import IGNORE
-from .group_words import GENERATOR, check_split
+from . import Generated
 
 MODULUS = 5
 _PLUS, _MINUS, _TIMES, _OPEN, _CLOSE, _EQUALS, _BLANK = range(MODULUS, MODULUS + 7)
@@ -38,31 +38,16 @@ Generate = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Language:
-    """What the rows of a language look like.
-
-    Attributes:
-        symbols: how each token id is written; the last is the padding.
-        classes: answers are 0 .. classes - 1.
-        least: smallest possible length in tokens.
-        step: lengths are `least`, `least + step`, ...
-        generate: makes the rows from random bits.
-    """
+    """What the rows of a language look like."""
 
     symbols: str
+    """How each token id is written; the last is the padding."""
     classes: int
+    """Answers are 0 .. classes - 1."""
     least: int
     step: int
+    """Possible lengths are `least`, `least + step`, ... tokens."""
     generate: Generate
-
-    @property
-    def chance(self) -> float:
-        """Accuracy of guessing, for the scaled accuracy (accuracy - chance) / (1 - chance)."""
-        return 1 / self.classes
-
-    def lengths(self, low: int, high: int) -> np.ndarray:
-        """The possible lengths from `low` to `high` tokens."""
-        possible = np.arange(self.least, high + 1, self.step)
-        return possible[possible >= low]
 
 
 def _parity(bits: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -147,18 +132,10 @@ def build(data, geometry: Geometry, tokenizer_path: str = "") -> Loader:
 
 
 @dataclass
-class FormalSource:
-    """Rows of a language, padded to `seq_len` tokens.
+class FormalSource(Generated):
+    """Rows of a language of `LANGUAGES`: `min_length` to `max_length` tokens, `=` included, padded to `seq_len`.
 
-    Attributes:
-        name: one of `LANGUAGES`.
-        seq_len: tokens of a row with its padding.
-        min_length: fewest tokens of a row without padding, `=` included.
-        max_length: most tokens, at most `seq_len`.
-        seed: of the rows.
-        split: `train`, `validation` or `test`: streams under different keys.
-        language, vocab_size, classes, chance: what the rows are made of: tokens with the padding, answers, the accuracy
-            of guessing.
+    `classes` is the number of answers, `chance` the accuracy of guessing.
     """
 
     name: str
@@ -167,22 +144,22 @@ class FormalSource:
     max_length: int = 40
     seed: int = 0
     split: str = "train"
-    tokenizer_path: str = ""
 
     def __post_init__(self):
-        check_split(self.split)
+        self.check_split()
         if self.name not in LANGUAGES:
             raise ConfigError(f"data.language = {self.name!r}: known are {', '.join(LANGUAGES)}")
         self.language = LANGUAGES[self.name]
-        self.vocab_size = len(self.language.symbols)
-        self.classes, self.chance = self.language.classes, self.language.chance
+        self.vocab_size, self.classes = len(self.language.symbols), self.language.classes
+        self.chance = 1 / self.classes
         if self.max_length > self.seq_len:
             raise ConfigError(
                 f"data.max_length = {self.max_length}: rows hold training.seq_len = {self.seq_len} tokens"
             )
-        self.lengths = self.language.lengths(self.min_length, self.max_length)
+        first, step = self.language.least, self.language.step
+        lengths = np.arange(first, self.max_length + 1, step)
+        self.lengths = lengths[lengths >= self.min_length]
         if not len(self.lengths):
-            first, step = self.language.least, self.language.step
             raise ConfigError(
                 f"data.min_length = {self.min_length} and data.max_length = {self.max_length}: no row of "
                 f"{self.name} is that long; possible are {first}, {first + step}, {first + 2 * step}, ... tokens"
@@ -204,20 +181,8 @@ class FormalSource:
         return "".join(self.language.symbols[token] for token in tokens).rstrip("_")
 
     def order(self) -> dict[str, object]:
-        return {
-            "kind": "formal_language",
-            "language": self.name,
-            "seed": self.seed,
-            "split": self.split,
-            "seq_len": self.seq_len,
-            "min_length": self.min_length,
-            "max_length": self.max_length,
-            "generator": GENERATOR,
-        }
-
-    def epochs(self, sample: int) -> dict[str, float]:
-        """None is ever completed: the data is endless."""
-        return {self.name: 0.0}
+        lengths = {"min_length": self.min_length, "max_length": self.max_length}
+        return {"kind": "formal_language", "language": self.name, **self.shared_order(), **lengths}
 
     def describe(self) -> str:
         return (

@@ -4,7 +4,7 @@
                     shards.npy         a row for each shard: its name, counts and checksums
                     tokenizer/         the tokenizer's files, so that the folder is complete in itself
                     shards/00000.bin   token ids, little endian
-                    shards/00000.idx   int64: for each document the position after its separator
+                    shards/00000.idx   where documents begin, as in a Megatron corpus (megatron.py)
 
     manifest = read_manifest("data/code/train"); manifest.tokens; manifest.shards[3].name
 The files carry checksums. `python -m torchtitan_deltaproduct.data.show FOLDER` prints what they say.
@@ -24,10 +24,14 @@ import numpy as np
 from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import read_text, write_atomically, write_json
 
-NAME, TABLE = "manifest.json", "shards.npy"
+NAME, TABLE, WORK = "manifest.json", "shards.npy", ".prepare"
+"""Files of a prepared folder, and the folder of what an unfinished one needs to go on."""
 FORMAT = "torchtitan-deltaproduct tokens"
-VERSION = 2
-"""Of what is written. Version 1 held the shards as a list in manifest.json; it is read as well."""
+RESTORE = "Restore it from a copy or prepare again."
+CHANGED = f"{{}} was changed after it was written: its checksum does not match.\n{RESTORE}"
+VERSION = 3
+"""Of what is written; older ones are read as well. Up to version 2 an .idx was int64, for each document the position
+after its separator; version 1 held the shards as a list in manifest.json."""
 
 
 @dataclass
@@ -44,11 +48,7 @@ class Shard:
 
 
 class ShardTable(Sequence):
-    """The shards of a folder as one array, for there may be many.
-
-    Attributes:
-        rows: [shards] with the fields of `Shard`: names as bytes, counts int64, checksums of 32 bytes.
-    """
+    """The shards of a folder, maybe many, as one array: names as bytes, counts int64, checksums of 32 bytes."""
 
     def __init__(self, rows: np.ndarray):
         self.rows = rows
@@ -105,6 +105,7 @@ class Manifest:
     """A sequence becomes a table."""
     unknown_tokens: int = 0
     """Tokens that stand for text which the vocabulary cannot write."""
+    version: int = VERSION
 
     def __post_init__(self):
         if not isinstance(self.shards, ShardTable):
@@ -114,6 +115,15 @@ class Manifest:
     def token_bytes(self) -> int:
         """Bytes of a token in a shard."""
         return np.dtype(self.dtype).itemsize
+
+    @property
+    def bytes_a_token(self) -> float:
+        """UTF-8 bytes of text behind a token, separators left out."""
+        return self.bytes / max(1, self.tokens - self.documents)
+
+    def counts(self) -> str:
+        """Tokens and documents; of files without an index the latter are not known."""
+        return f"{self.tokens:,} tokens" + (f" in {self.documents:,} documents" if self.documents else "")
 
     @cached_property
     def content_sha256(self) -> str:
@@ -127,7 +137,7 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Writes shards.npy and, last, manifest.json, each atomically."""
     table = io.BytesIO()
     np.save(table, manifest.shards.rows)
-    body = {"format": FORMAT, "version": VERSION}
+    body = {"format": FORMAT}
     body |= {field.name: getattr(manifest, field.name) for field in fields(manifest) if field.name != "shards"}
     body |= {"content_sha256": manifest.content_sha256, "shards": len(manifest.shards)}
     body["shards_sha256"] = hashlib.sha256(table.getvalue()).hexdigest()
@@ -163,18 +173,18 @@ def _read(folder: Path, *_state: int) -> Manifest:
     except OSError as error:
         raise DataError(f"{folder} cannot be read as a folder of tokens: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}).\nRestore it from a copy or prepare again.") from None
+        raise DataError(f"{path} is damaged ({error}).\n{RESTORE}") from None
     if body.get("format") != FORMAT:
         raise DataError(f"{path} is not a manifest of prepared tokens (no format = {FORMAT!r}).")
     version = body.get("version")
-    if version not in (1, VERSION):
+    if version not in range(1, VERSION + 1):
         raise DataError(
-            f"{path} has version {version}; this program reads versions 1 and {VERSION}.\n"
+            f"{path} has version {version}; this program reads versions 1 to {VERSION}.\n"
             "Prepare the data again, or use the release that wrote it."
         )
     if body.pop("manifest_sha256", None) != _checksum(body):
-        raise DataError(_changed(path))
-    del body["format"], body["version"]
+        raise DataError(CHANGED.format(path))
+    del body["format"]
     if version == 1:
         return Manifest(**{**body, "shards": [Shard(**shard) for shard in body["shards"]]})
     content, digest = body.pop("content_sha256"), body.pop("shards_sha256")
@@ -187,20 +197,11 @@ def _read_table(path: Path, digest: str) -> ShardTable:
     try:
         table = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}).\nRestore it from a copy or prepare again."
-        ) from None
+        raise DataError(f"{path} cannot be read ({error.strerror}).\n{RESTORE}") from None
     if hashlib.sha256(table).hexdigest() != digest:
-        raise DataError(_changed(path))
+        raise DataError(CHANGED.format(path))
     # Mapped, so that the processes of a machine share it.
     return ShardTable(np.load(path, mmap_mode="r").view(np.ndarray))
-
-
-def _changed(path: Path) -> str:
-    return (
-        f"{path} was changed after it was written: its checksum does not match.\n"
-        "Restore it from a copy or prepare again."
-    )
 
 
 def _checksum(body: dict) -> str:
@@ -209,17 +210,15 @@ def _checksum(body: dict) -> str:
 
 def _missing(folder: Path) -> str:
     if not folder.exists():
-        return (
-            f"There is no folder {folder}.\n"
-            f"Make it: python -m torchtitan_deltaproduct.data.prepare {folder} --input ... --tokenizer ..."
-        )
+        make = f"python -m torchtitan_deltaproduct.data.prepare {folder} --input ... --tokenizer ..."
+        return f"There is no folder {folder}.\nMake it: {make}"
     inner = [name for name in ("train", "validation") if (folder / name / NAME).is_file()]
     if inner:
         return f"{folder} has no {NAME}, but these have: {', '.join(str(folder / name) for name in inner)}"
-    work = (folder / ".prepare").exists() or (folder.parent / ".prepare").exists()
-    if work:
-        return (
-            f"{folder} has no {NAME}: its preparation did not finish.\n"
-            "Run the same prepare command again; it continues."
-        )
-    return f"{folder} has no {NAME}: it is not a folder made by torchtitan_deltaproduct.data.prepare."
+    if (folder / WORK).exists() or (folder.parent / WORK).exists():
+        again = "Run the same prepare command again; it continues."
+        return f"{folder} has no {NAME}: its preparation did not finish.\n{again}"
+    return (
+        f"{folder} has no {NAME}: it is not a folder made by torchtitan_deltaproduct.data.prepare, nor are there "
+        "Megatron (.bin and .idx) or .npy files of tokens."
+    )

@@ -53,9 +53,7 @@ class Permutation:
         return row * self.cols + col
 
 
-@lru_cache(maxsize=64)
-def _permutation(size: int, *key) -> Permutation:
-    return Permutation(size, *key)
+_permutation = lru_cache(maxsize=64)(Permutation)
 
 
 def quotas(weights: tuple[float, ...]) -> list[int]:
@@ -84,13 +82,9 @@ def quotas(weights: tuple[float, ...]) -> list[int]:
 
 
 class Order:
-    """The sequence of windows of a run.
+    """The sequence of windows of a run, from sources of `sizes` windows, at least 1, in the proportion of `weights`.
 
-    Args:
-        sizes: windows in each source (at least 1).
-        weights: share of samples of each source; any positive scale.
-        seed: of the shuffle. It does not change which source a sample comes from.
-        shuffle: False visits the windows of each source in their own order.
+    The seed of the shuffle does not change which source a sample comes from. Without shuffling, windows come in order.
     """
 
     def __init__(self, sizes: tuple[int, ...], weights: tuple[float, ...], seed: int, shuffle: bool):

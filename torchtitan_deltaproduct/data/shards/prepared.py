@@ -9,23 +9,25 @@ has its share of every global batch and its own epochs.
 """
 
 import numpy as np
-import torch
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from ..loader import Batch, Geometry, Loader
-from ..packing import full_windows, read_window
-from ..text.tokenizer import tokenizer_sha256
+from ..packing import read_windows
+from ..text.tokenizer import find_eos_id, tokenizer_sha256
+from .corpora import open_stream
 from .order import Order
 from .shards import TokenStream
 
 
 def build(data, geometry: Geometry, tokenizer_path: str) -> Loader:
     """The loader of `[data] kind = "prepared"`."""
+    # Tables that an earlier version wrote have no `eos`.
+    streams = open_streams(data.paths, "data.paths", tokenizer_path, getattr(data, "eos", ""))
     source = PreparedSource(
-        data.paths, data.weights, geometry.seq_len, data.seed, data.shuffle, data.reset_state_at_documents
+        streams, data.weights, geometry.seq_len, data.seed, data.shuffle, data.reset_state_at_documents
     )
-    if tokenizer_path and tokenizer_sha256(tokenizer_path) != source.streams[0].manifest.tokenizer_sha256:
+    if tokenizer_path and tokenizer_sha256(tokenizer_path) != streams[0].manifest.tokenizer_sha256:
         raise DataError(
             f"The tokenizer in {tokenizer_path} is not the one {data.paths[0]} was prepared with.\n"
             f"Leave model.hf_assets_path empty, or set it to {source.tokenizer_path}"
@@ -33,18 +35,13 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> Loader:
     return Loader(source, geometry, data.num_workers, data.prefetch_factor)
 
 
-def open_streams(paths: list[str], field: str) -> list[TokenStream]:
-    """Opens prepared folders and checks that one tokenizer made them all.
-
-    Args:
-        paths: prepared folders.
-        field: name of the setting they come from, for messages.
-    """
+def open_streams(paths: list[str], field: str, tokenizer_path: str = "", eos: str = "") -> list[TokenStream]:
+    """Opens what a setting `field` names, see `open_stream`, and checks that one tokenizer made it all."""
     if not paths:
         raise ConfigError(
             f"{field} is empty: name at least one folder made by `python -m torchtitan_deltaproduct.data.prepare`"
         )
-    streams = [TokenStream(path) for path in paths]
+    streams = [open_stream(path, tokenizer_path, eos) for path in paths]
     first = streams[0]
     for stream in streams:
         theirs, ours = stream.manifest, first.manifest
@@ -54,92 +51,68 @@ def open_streams(paths: list[str], field: str) -> list[TokenStream]:
                 "Prepare one of them again with the other's tokenizer folder."
             )
         check_tokenizer(stream)
+        if eos and find_eos_id(stream.tokenizer_path, eos, "data.eos") != theirs.eos_id:
+            raise DataError(
+                f"{stream.folder} was prepared with token {theirs.eos_id} as its separator, not data.eos = {eos!r}"
+            )
     return streams
 
 
 def check_tokenizer(stream: TokenStream) -> None:
     """Raises DataError unless the tokenizer in the prepared folder is the one its tokens were made with."""
-    folder = stream.folder / "tokenizer"
-    if tokenizer_sha256(folder) != stream.manifest.tokenizer_sha256:
+    if tokenizer_sha256(stream.tokenizer_path) != stream.manifest.tokenizer_sha256:
         raise DataError(
-            f"{folder}/tokenizer.json is not the tokenizer that {stream.folder} was prepared with.\n"
+            f"{stream.tokenizer_path}/tokenizer.json is not the tokenizer that {stream.folder} was prepared with.\n"
             "Copy the folder again, or put the original tokenizer.json back."
         )
 
 
-def read_windows(
-    streams: list[TokenStream], bounds: np.ndarray, windows: np.ndarray, seq_len: int, reset: bool
-) -> Batch:
-    """Windows of several streams, counted through.
+class Windows:
+    """Windows of `seq_len` tokens of several streams, counted through; `sizes` are those of each stream.
 
-    Args:
-        streams: the streams.
-        bounds: [len(streams) + 1] int64: windows bounds[k] .. bounds[k + 1] - 1 are those of stream k.
-        windows: [n] int64.
-        seq_len: T, tokens of a window.
-        reset: whether to add `document_starts`.
-
-    Returns:
-        ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels [n, T] int64).
-    """
-    inputs, labels = (np.empty((len(windows), seq_len), dtype=np.int64) for _ in range(2))
-    starts = np.empty(inputs.shape, dtype=bool) if reset else [None] * len(windows)
-    sets = np.searchsorted(bounds, windows, side="right") - 1
-    for row, (k, window) in enumerate(zip(sets.tolist(), (windows - bounds[sets]).tolist(), strict=True)):
-        read_window(streams[k], window, inputs[row], labels[row], starts[row])
-    batch = {"input": torch.from_numpy(inputs)}
-    if reset:
-        batch["document_starts"] = torch.from_numpy(starts)
-    return batch, torch.from_numpy(labels)
-
-
-class PreparedSource:
-    """Samples out of prepared folders.
-
-    Args:
-        paths: prepared folders.
-        weights: share of samples of each; empty makes them one pool of windows.
-        seq_len: window length in tokens.
-        seed: of the shuffle.
-        shuffle: False keeps file order.
-        reset: adds `document_starts` to the batch.
+    `reset` adds `document_starts` to the batches.
     """
 
-    def __init__(self, paths: list[str], weights: list[float], seq_len: int, seed: int, shuffle: bool, reset: bool):
-        self.streams = open_streams(paths, "data.paths")
-        self.vocab_size = self.streams[0].manifest.vocab_size
-        self.tokenizer_path = str(self.streams[0].folder / "tokenizer")
-        self.paths, self.weights = [str(path) for path in paths], list(weights)
-        self.seq_len, self.reset = seq_len, reset
-        sizes = [full_windows(stream.tokens, seq_len) for stream in self.streams]
-        # Window w of the pool is window w - bounds[k] of set k.
-        self.bounds = np.cumsum([0] + sizes)
-        self._check(sizes)
-        if weights:
-            self.sequence = Order(tuple(sizes), tuple(weights), seed, shuffle)
-            self.bases = self.bounds[:-1]
-        else:
-            self.sequence = Order((sum(sizes),), (1.0,), seed, shuffle)
-            self.bases = np.zeros(1, dtype=np.int64)
+    def __init__(self, streams: list[TokenStream], sizes: list[int], seq_len: int, reset: bool):
+        self.streams, self.seq_len, self.reset = streams, seq_len, reset
+        self.tokenizer_path, self.vocab_size = streams[0].tokenizer_path, streams[0].manifest.vocab_size
+        # Window w is window w - bounds[k] of stream k.
+        self.bounds = np.cumsum([0, *sizes])
 
-    def _check(self, sizes: list[int]) -> None:
-        if self.weights and len(self.weights) != len(self.paths):
+    def read(self, windows: np.ndarray) -> Batch:
+        """windows: [n] int64 -> ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels [n, T] int64)."""
+        sets = np.searchsorted(self.bounds, windows, side="right") - 1
+        inside = (windows - self.bounds[sets]).tolist()
+        return read_windows([self.streams[k] for k in sets.tolist()], inside, self.seq_len, self.reset)
+
+
+class PreparedSource(Windows):
+    """Samples out of prepared folders. `weights`: share of samples of each; empty makes them one pool of windows."""
+
+    def __init__(
+        self, streams: list[TokenStream], weights: list[float], seq_len: int, seed: int, shuffle: bool, reset: bool
+    ):
+        # Without the rest of each stream that is shorter than a window.
+        sizes = [stream.tokens // seq_len for stream in streams]
+        super().__init__(streams, sizes, seq_len, reset)
+        self.paths, self.weights = [str(stream.folder) for stream in streams], list(weights)
+        if weights and len(weights) != len(streams):
             raise ConfigError(
-                f"data.weights has {len(self.weights)} entries and data.paths {len(self.paths)}: "
-                "give one weight for each path"
+                f"data.weights has {len(weights)} entries and data.paths {len(streams)}: give one weight for each path"
             )
-        too_small = [k for k, size in enumerate(sizes) if size == 0]
-        if too_small and (self.weights or len(too_small) == len(sizes)):
-            stream = self.streams[too_small[0]]
+        too_small = [stream for stream, size in zip(streams, sizes, strict=True) if size == 0]
+        if too_small and (weights or len(too_small) == len(sizes)):
             raise DataError(
-                f"{stream.folder} has {stream.tokens:,} tokens, less than one window of "
-                f"seq_len = {self.seq_len:,}.\nPrepare more text or lower training.seq_len."
+                f"{too_small[0].folder} has {too_small[0].tokens:,} tokens, less than one window of "
+                f"seq_len = {seq_len:,}.\nPrepare more text or lower training.seq_len."
             )
+        pools = (tuple(sizes), tuple(weights)) if weights else ((sum(sizes),), (1.0,))
+        self.sequence = Order(*pools, seed, shuffle)
 
     def batch(self, samples: np.ndarray) -> Batch:
         """samples: [n] int64 -> ({"input": [n, T] int64, "document_starts": [n, T] bool}, labels [n, T])."""
         source, window = self.sequence(samples)
-        return read_windows(self.streams, self.bounds, self.bases[source] + window, self.seq_len, self.reset)
+        return self.read(self.bounds[source] + window)
 
     def order(self) -> dict[str, object]:
         """Data by content, so that a folder may move; the period of the mixture is its quotas."""
@@ -158,10 +131,9 @@ class PreparedSource:
         return dict(zip(names, self.sequence.epochs(sample), strict=True))
 
     def describe(self) -> str:
-        shares = self.sequence.quotas / self.sequence.quotas.sum() if self.weights else np.diff(self.bounds)
-        shares = shares / shares.sum()
+        shares = self.sequence.quotas if self.weights else np.diff(self.bounds)
         sets = ", ".join(
-            f"{path} ({stream.tokens:,} tokens in {stream.manifest.documents:,} documents, {share:.1%} of samples)"
-            for path, stream, share in zip(self.paths, self.streams, shares, strict=True)
+            f"{path} ({stream.manifest.counts()}, {share:.1%} of samples)"
+            for path, stream, share in zip(self.paths, self.streams, shares / shares.sum(), strict=True)
         )
         return f"prepared data: {sets}; {int(self.bounds[-1]):,} windows of {self.seq_len:,} tokens"

@@ -1,8 +1,8 @@
 """Token shards on disk: written by `prepare`, read at any position.
 
-A shard is `<name>.bin`, token ids in the smallest integer type, and `<name>.idx`, int64, for each document
-the position after its separator. A folder of shards is one stream of tokens, and before its first token
-stands one more separator, at position -1, so that every token has a predecessor.
+A shard is `<name>.bin`, token ids in the smallest integer type, and `<name>.idx`, where documents begin (`megatron`).
+A folder of shards is one stream of tokens, and before its first token stands one more separator, at position -1, so
+that every token has a predecessor.
 
     stream = TokenStream("data/code/train")
     stream.read(-1, np.empty(2049, np.int64))         # the separator and the first 2,048 tokens
@@ -19,14 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .manifest import Manifest, Shard, read_manifest
+from .megatron import index_bytes, own_index
 from .verified import Verified, check_size, file_size
 
 MOST_DESCRIPTORS = 1 << 14
 INDEX_BLOCK = 512
 """Entries of an .idx read at a time."""
+INT64 = np.dtype("<i8")
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -35,12 +37,9 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class ShardWriter:
-    """Writes one shard. The files get their names in `close`; before that they are `<name>.bin.tmp<pid>`.
+    """Writes one shard of tokens of type `dtype`: `name` in a prepared folder, such as `shards/00003`.
 
-    Args:
-        folder: the prepared folder.
-        name: of the shard inside it, such as `shards/00003`.
-        dtype: `uint16` or `uint32`.
+    The files get their names in `close`; before that they are `<name>.bin.tmp<pid>`.
     """
 
     def __init__(self, folder: Path, name: str, dtype: str):
@@ -65,21 +64,15 @@ class ShardWriter:
         if not self.ends:
             self.abandon()
             return None
-        index = np.array(self.ends, dtype="<i8").tobytes()
+        index = index_bytes(self.ends, self.dtype.name)
         Path(self._temporary(".idx")).write_bytes(index)
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         for suffix in (".bin", ".idx"):
             os.replace(self._temporary(suffix), f"{self.path}{suffix}")
-        return Shard(
-            self.name,
-            self.tokens,
-            len(self.ends),
-            self.text_bytes,
-            self.digest.hexdigest(),
-            hashlib.sha256(index).hexdigest(),
-        )
+        digests = self.digest.hexdigest(), hashlib.sha256(index).hexdigest()
+        return Shard(self.name, self.tokens, len(self.ends), self.text_bytes, *digests)
 
     def abandon(self) -> None:
         """Removes what was written."""
@@ -99,25 +92,33 @@ class TokenStream:
     their own files. Positions run from -1, the leading separator, to `tokens`.
     """
 
+    suffix = ".bin"
+    """Of the files of tokens."""
     _open = weakref.WeakSet()
     """The streams of this process, which share the descriptors it may have."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.manifest: Manifest = read_manifest(folder)
+        self._set(Path(folder), read_manifest(folder), str(Path(folder, "tokenizer")))
         self.verified = Verified(self.folder, self.manifest)
         self.verified.start()
-        self.tokens = self.manifest.tokens
-        rows = self.manifest.shards.rows
+
+    def _set(self, folder: Path, manifest: Manifest, tokenizer_path: str) -> None:
+        self.folder, self.manifest, self.tokenizer_path = folder, manifest, tokenizer_path
+        self.tokens = manifest.tokens
+        rows = manifest.shards.rows
         self._documents = rows["documents"]
         # Stream position of the first token of each shard, and the end of the last.
         self.bounds = np.concatenate([[0], np.cumsum(rows["tokens"])])
-        self._types = {".bin": np.dtype(self.manifest.dtype).newbyteorder("<"), ".idx": np.dtype("<i8")}
+        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._files: OrderedDict[tuple[int, str], FileIO] = OrderedDict()
         self._open.add(self)
 
     def __reduce__(self) -> tuple:
         return TokenStream, (self.folder,)
+
+    def path(self, shard: int, suffix: str) -> Path:
+        """A file of a shard."""
+        return self.folder / (self.manifest.shards[shard].name + suffix)
 
     def read(self, start: int, out: np.ndarray) -> int:
         """Copies tokens `start`, `start + 1`, ... into `out: [n] int64`; returns how many there were.
@@ -131,13 +132,14 @@ class TokenStream:
             filled = 1
         stop = min(start + len(out), self.tokens)
         for shard, first, last in self._spans(start + filled, stop):
-            piece = self._read(shard, ".bin", first, last)
+            piece = self._tokens(shard, first, last)
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
             if piece.max() >= self.manifest.vocab_size:
                 raise DataError(
-                    f"{self.verified.path(shard, '.bin')} holds token {piece.max():,}; the vocabulary ends at "
-                    f"{self.manifest.vocab_size - 1:,}\nit was not made with this tokenizer: prepare the data again"
+                    f"{self.path(shard, self.suffix)} holds token {piece.max():,}; the vocabulary ends at "
+                    f"{self.manifest.vocab_size - 1:,}\nit was not made with this tokenizer: prepare the data again, "
+                    "or name the right one with model.hf_assets_path"
                 )
         return filled
 
@@ -147,13 +149,22 @@ class TokenStream:
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Stream positions in [start, stop) where a document begins: [d] int64."""
-        starts = [np.empty(0, dtype=np.int64)]
-        for shard, first, last in self._spans(start, min(stop, self.tokens)):
-            # Documents begin at 0 and at every end but the last, which is the next shard's beginning.
-            if first == 0:
-                starts.append(self.bounds[shard : shard + 1])
-            starts.append(self._ends(shard, first, last) + self.bounds[shard])
-        return np.concatenate(starts)
+        spans = self._spans(start, min(stop, self.tokens))
+        starts = [self._search(shard, first, last)[1] + self.bounds[shard] for shard, first, last in spans]
+        return np.concatenate(starts) if starts else np.empty(0, dtype=np.int64)
+
+    def document(self, number: int) -> np.ndarray:
+        """Tokens of a document, counted from 0 over all shards, its separator included: [n] int64."""
+        if not 0 <= number < self.manifest.documents:
+            raise ConfigError(f"--document is {number}: {self.folder} has documents 0 to {self.manifest.documents - 1}")
+        before = np.concatenate([[0], np.cumsum(self._documents)])
+        shard = int(before.searchsorted(number, side="right")) - 1
+        inside, base = number - int(before[shard]), self.bounds[shard]
+        last = min(inside + 2, self._documents[shard].item())
+        start, stop = [*(base + self._starts(shard, inside, last)).tolist(), self.bounds[shard + 1].item()][:2]
+        tokens = np.empty(stop - start, dtype=np.int64)
+        self.read(start, tokens)
+        return tokens
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The pieces (shard, first, last) that make up [start, stop)."""
@@ -163,18 +174,18 @@ class TokenStream:
             yield shard, start - base, min(stop, end) - base
             start, shard = end, shard + 1
 
-    def _ends(self, shard: int, first: int, last: int) -> np.ndarray:
-        """The positions after a document, in a shard, that are in [first, last): [d] int64, by search in the .idx.
+    def _search(self, shard: int, first: int, last: int) -> tuple[int, np.ndarray]:
+        """The documents of a shard that begin in [first, last): the number of the first, their positions [d] int64.
 
-        The first of them is between the entries `low` and `high`. In turns it is looked for where it would be if all
-        documents were equally long, which is nearly right as a rule, and in the middle, which is never slow.
+        The first is between the entries `low` and `high` of the index. In turns it is looked for where it would be if
+        all documents were equally long, which is nearly right as a rule, and in the middle, which is never slow.
         """
         entries, tokens = self._documents[shard].item(), self.bounds[shard + 1].item() - self.bounds[shard].item()
         low, high, before, after, halve = 0, entries, 0, tokens, False
         while high - low > INDEX_BLOCK:
             share = 0.5 if halve else (first - before) / (after - before)
             place = low + int(share * (high - low - INDEX_BLOCK))
-            block = self._read(shard, ".idx", place, place + INDEX_BLOCK)
+            block = self._starts(shard, place, place + INDEX_BLOCK)
             if block[-1] < first:
                 low, before = place + INDEX_BLOCK, block[-1].item()
             elif block[0] >= first:
@@ -183,25 +194,39 @@ class TokenStream:
                 break
             halve = not halve
         else:
-            place, block = low, self._read(shard, ".idx", low, high)
-        blocks = [block]
-        while block[-1] < last and place + len(block) < entries:
-            place, size = place + len(block), max(INDEX_BLOCK, 2 * len(block))
-            block = self._read(shard, ".idx", place, min(place + size, entries))
+            place, block = low, self._starts(shard, low, high)
+        blocks, end = [block], place + len(block)
+        while block[-1] < last and end < entries:
+            stop = min(end + max(INDEX_BLOCK, 2 * len(block)), entries)
+            block = self._starts(shard, end, stop)
             blocks.append(block)
-        ends = block if len(blocks) == 1 else np.concatenate(blocks)
-        return ends[ends.searchsorted(first) : ends.searchsorted(last)]
+            end = stop
+        starts = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        a, b = starts.searchsorted(first), starts.searchsorted(last)
+        return place + int(a), starts[a:b]
 
-    def _read(self, shard: int, suffix: str, first: int, last: int) -> np.ndarray:
-        """Entries [first, last) of a file of a shard."""
-        entries = np.empty(last - first, dtype=self._types[suffix])
-        file, offset = self._file(shard, suffix), first * entries.itemsize
+    def _tokens(self, shard: int, first: int, last: int) -> np.ndarray:
+        """Tokens [first, last) of a shard."""
+        return self._read(shard, self.suffix, self._dtype, first * self._dtype.itemsize, last - first)
+
+    def _starts(self, shard: int, first: int, last: int) -> np.ndarray:
+        """Where the documents first .. last - 1 of a shard begin: [last - first] int64, not none."""
+        if self.manifest.version > 2:
+            offset = own_index(self._documents[shard].item()).pointers + 8 * first
+            return self._read(shard, ".idx", INT64, offset, last - first) // self._dtype.itemsize
+        # The file holds where they end.
+        ends = self._read(shard, ".idx", INT64, 8 * max(0, first - 1), last - max(1, first))
+        return ends if first else np.concatenate([[0], ends])
+
+    def _read(self, shard: int, suffix: str, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
+        """Entries of a file of a shard, from a byte on."""
+        entries, file = np.empty(count, dtype=dtype), self._file(shard, suffix)
         done = os.preadv(file.fileno(), [entries], offset)
         while done < entries.nbytes:
-            count = os.preadv(file.fileno(), [entries.view(np.uint8)[done:]], offset + done)
-            if not count:
-                raise DataError(f"{self.verified.path(shard, suffix)} was cut short while it was read.\nCopy it again.")
-            done += count
+            read = os.preadv(file.fileno(), [entries.view(np.uint8)[done:]], offset + done)
+            if not read:
+                raise DataError(f"{self.path(shard, suffix)} was cut short while it was read.\nCopy it again.")
+            done += read
         return entries
 
     def _file(self, shard: int, suffix: str) -> FileIO:
@@ -210,15 +235,18 @@ class TokenStream:
         if key in self._files:
             self._files.move_to_end(key)
             return self._files[key]
-        path = self.verified.path(shard, suffix)
+        self._files[key] = self._open_file(shard, suffix)
+        while len(self._files) > max(2, most_descriptors() // len(self._open)):
+            self._files.popitem(last=False)
+        return self._files[key]
+
+    def _open_file(self, shard: int, suffix: str) -> FileIO:
+        path = self.path(shard, suffix)
         try:
             file = FileIO(path)
         except FileNotFoundError:
             check_size(path, None, file_size(self.manifest, shard, suffix))
         self.verified.check(shard, suffix, file)
-        self._files[key] = file
-        while len(self._files) > max(2, most_descriptors() // len(self._open)):
-            self._files.popitem(last=False)
         return file
 
 

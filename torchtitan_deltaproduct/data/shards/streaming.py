@@ -31,9 +31,10 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .. import separator_id
 from ..loader import Batch, Geometry, Loader
-from ..packing import read_window
+from ..packing import read_windows
+from ..text.arrow import check_no_split, is_saved_dataset
+from ..text.documents import BadRecord, Document
 from ..text.records import open_records
-from ..text.sources import BadRecord, Document, check_no_split, is_saved_dataset
 from ..text.tokenizer import MOST_UNKNOWN, Tokenizer, load_tokenizer, tokenizer_sha256
 from .order import Permutation
 
@@ -55,18 +56,7 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> "StreamingLoader":
         )
     if data.shuffle_buffer < 0:
         raise ConfigError(f"data.shuffle_buffer is {data.shuffle_buffer}: expected 0 or more documents")
-    source = StreamingSource(
-        dataset=data.dataset,
-        config=data.dataset_config,
-        split=data.split,
-        field=data.text_field,
-        shuffle_buffer=data.shuffle_buffer,
-        seed=data.seed,
-        seq_len=geometry.seq_len,
-        reset=data.reset_state_at_documents,
-        tokenizer_path=tokenizer_path,
-        eos_id=separator_id(data, tokenizer_path),
-    )
+    source = StreamingSource(data, geometry.seq_len, tokenizer_path)
     return StreamingLoader(source, geometry, data.num_workers, data.prefetch_factor)
 
 
@@ -97,57 +87,39 @@ class Chunk(NamedTuple):
 
 
 class StreamingSource:
-    """What to stream and how; see `[data]`. Picklable: it opens nothing until it is read.
+    """What the table `data` says to stream, and how. Picklable: it opens nothing until it is read."""
 
-    Args:
-        dataset: name on the hub, or a local file or folder.
-        config: configuration of the dataset; empty for the default.
-        split: of the dataset.
-        field: column that holds the text.
-        shuffle_buffer: documents of a block; 0 keeps file order.
-        seed: of the shuffle.
-        seq_len: window length in tokens.
-        reset: adds `document_starts` to the batch.
-        tokenizer_path: folder with tokenizer.json.
-        eos_id: separator between documents.
-    """
-
-    def __init__(self, *, dataset, config, split, field, shuffle_buffer, seed, seq_len, reset, tokenizer_path, eos_id):
-        self.dataset, self.config, self.split, self.field = dataset, config, split, field
-        self.shuffle_buffer, self.seed = shuffle_buffer, seed
-        self.seq_len, self.reset = seq_len, reset
-        self.tokenizer_path, self.eos_id = tokenizer_path, eos_id
+    def __init__(self, data, seq_len: int, tokenizer_path: str):
+        self.data, self.seq_len, self.tokenizer_path = data, seq_len, tokenizer_path
+        self.eos_id = separator_id(data, tokenizer_path)
         self.vocab_size = load_tokenizer(tokenizer_path).vocab_size
-        self.said_unknown = False
+        self.warned_of_unknown = False
 
     def order(self) -> dict[str, object]:
         """All that decides which tokens sample i has, as far as the name of a dataset decides its rows."""
-        return {
+        names = ("dataset", "dataset_config", "split", "text_field", "shuffle_buffer", "reset_state_at_documents")
+        return {name: getattr(self.data, name) for name in names} | {
             "kind": "streaming",
-            "dataset": self.dataset,
-            "dataset_config": self.config,
-            "split": self.split,
-            "text_field": self.field,
-            "shuffle_buffer": self.shuffle_buffer,
-            "seed": self.seed if self.shuffle_buffer else None,
+            "seed": self.data.seed if self.data.shuffle_buffer else None,
             "tokenizer": [tokenizer_sha256(self.tokenizer_path)[:16], self.eos_id],
             "seq_len": self.seq_len,
-            "reset_state_at_documents": self.reset,
         }
 
     def describe(self) -> str:
-        shuffled = f"shuffled in blocks of {self.shuffle_buffer:,}" if self.shuffle_buffer else "in file order"
-        return f"streaming data: {self.dataset} {self.config} {self.split}, documents {shuffled}"
+        data, buffer = self.data, self.data.shuffle_buffer
+        shuffled = f"shuffled in blocks of {buffer:,}" if buffer else "in file order"
+        return f"streaming data: {data.dataset} {data.dataset_config} {data.split}, documents {shuffled}"
 
     def chunks(self, start: Position) -> Iterator[Chunk]:
         """The stream from `start` on, epoch after epoch."""
         tokenizer = load_tokenizer(self.tokenizer_path, self.eos_id)
-        records = open_records(self.dataset, self.config, self.split, self.field)
+        data = self.data
+        records = open_records(data.dataset, data.dataset_config, data.split, data.text_field)
         position = start
         while True:
             records.load_state_dict(position.dataset)
             rows, first = iter(records), position
-            while block := list(islice(rows, self.shuffle_buffer or CHUNK)):
+            while block := list(islice(rows, data.shuffle_buffer or CHUNK)):
                 after = records.state_dict()
                 for chunk in self._chunks_of_block(block, position, tokenizer):
                     yield chunk
@@ -160,35 +132,32 @@ class StreamingSource:
                 )  # fmt: skip
             if position.tokens == first.tokens and first.block == first.documents == 0:
                 why = f"; {position.skipped:,} rows cannot be read, such as {position.bad}" if position.bad else "."
-                raise DataError(f"The dataset {self.dataset!r}, split {self.split!r}, has no text in it{why}")
-            logger.warning("data: epoch %d of %s is over, starting again", position.epoch + 1, self.dataset)
+                raise DataError(f"The dataset {data.dataset!r}, split {data.split!r}, has no text in it{why}")
+            logger.warning("data: epoch %d of %s is over, starting again", position.epoch + 1, data.dataset)
             position = position._replace(epoch=position.epoch + 1, block=0, dataset=None)
 
     def _chunks_of_block(
         self, block: list[Document | BadRecord], start: Position, tokenizer: Tokenizer
     ) -> Iterator[Chunk]:
         """The chunks from record `start.documents` of the block on."""
-        if self.shuffle_buffer:
-            order = Permutation(len(block), self.seed, start.epoch, start.block)(np.arange(len(block)))
+        if self.data.shuffle_buffer:
+            order = Permutation(len(block), self.data.seed, start.epoch, start.block)(np.arange(len(block)))
             block = [block[i] for i in order.tolist()]
         position = start
         for first in range(start.documents, len(block), CHUNK):
             position = position._replace(documents=first)
-            some = [record.text for record in block[first : first + CHUNK] if isinstance(record, Document)]
-            encoded = tokenizer.encode_batch(some)
-            self._say_unknown(tokenizer, some, encoded)
+            texts = [record.text for record in block[first : first + CHUNK] if isinstance(record, Document)]
+            encoded = tokenizer.encode_batch(texts)
+            unknown, known = sum(map(tokenizer.count_unknown, texts, encoded)), sum(map(len, encoded))
+            if not self.warned_of_unknown and unknown > MOST_UNKNOWN * known:
+                self.warned_of_unknown = True
+                logger.warning("data: %d of %d tokens of %s are unknown to the tokenizer",
+                               unknown, known, self.data.dataset)  # fmt: skip
             documents = [[*ids, self.eos_id] for ids in encoded if ids]
             lengths = [len(document) for document in documents]
             tokens = np.fromiter(chain.from_iterable(documents), np.int64, sum(lengths))
             yield Chunk(position, tokens, np.cumsum([0, *lengths[:-1]]) if lengths else np.empty(0, np.int64))
             position = position._replace(tokens=position.tokens + len(tokens))
-
-    def _say_unknown(self, tokenizer: Tokenizer, texts: list[str], encoded: list[list[int]]) -> None:
-        """One warning for each opening of the stream if the tokenizer was not made for such text."""
-        unknown, tokens = sum(map(tokenizer.count_unknown, texts, encoded)), sum(map(len, encoded))
-        if not self.said_unknown and unknown > MOST_UNKNOWN * tokens:
-            self.said_unknown = True
-            logger.warning("data: %d of %d tokens of %s are unknown to the tokenizer", unknown, tokens, self.dataset)
 
 
 class StreamWindow:
@@ -204,7 +173,6 @@ class StreamWindow:
         self.chunks = source.chunks(start)
 
     def read(self, start: int, out: np.ndarray) -> int:
-        """Copies tokens `start`, `start + 1`, ... into `out: [n] int64`; returns n."""
         self._reach(start + len(out))
         base = self.first
         for chunk in self.held:
@@ -215,7 +183,6 @@ class StreamWindow:
         return len(out)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Stream positions in [start, stop) where a document begins: [d] int64."""
         self._reach(stop)
         starts = np.concatenate([chunk.starts + chunk.position.tokens for chunk in self.held])
         return starts[(starts >= start) & (starts < stop)]
@@ -238,22 +205,16 @@ class _Stream(torch.utils.data.IterableDataset):
     """Micro-batches of this rank with the position after each."""
 
     def __init__(self, source: StreamingSource, geometry: Geometry, sample: int, position: Position):
-        self.source, self.geometry = source, geometry
-        self.sample, self.position = sample, position
+        self.source, self.geometry, self.sample, self.position = source, geometry, sample, position
 
     def __iter__(self) -> Iterator[tuple[Batch, Position]]:
         seq_len, sample = self.source.seq_len, self.sample
         window = StreamWindow(self.source, self.position)
         while True:
-            rows = self.geometry.rows(sample)
-            inputs = torch.empty(len(rows), seq_len, dtype=torch.int64)
-            labels = torch.empty_like(inputs)
-            starts = torch.empty(inputs.shape, dtype=torch.bool)
-            for row, index in enumerate(rows.tolist()):
-                read_window(window, index, inputs[row].numpy(), labels[row].numpy(), starts[row].numpy())
+            rows = self.geometry.rows(sample).tolist()
+            batch = read_windows([window] * len(rows), rows, seq_len, self.source.data.reset_state_at_documents)
             sample += self.geometry.micro_batch
-            batch = {"input": inputs, "document_starts": starts} if self.source.reset else {"input": inputs}
-            yield (batch, labels), window.forget(sample * seq_len - 1)
+            yield batch, window.forget(sample * seq_len - 1)
 
 
 class StreamingLoader(Loader):
@@ -269,7 +230,7 @@ class StreamingLoader(Loader):
             self.sample += self.geometry.micro_batch
             if position.skipped > self.position.skipped:
                 logger.warning("data: %d rows of %s cannot be read and are left out, such as %s",
-                               position.skipped, self.source.dataset, position.bad)  # fmt: skip
+                               position.skipped, self.source.data.dataset, position.bad)  # fmt: skip
             self.position = position
             yield batch
 
@@ -278,7 +239,7 @@ class StreamingLoader(Loader):
 
     def epochs(self) -> dict[str, float]:
         """Complete passes; how far the current one is cannot be known."""
-        return {self.source.dataset: float(self.position.epoch)}
+        return {self.source.data.dataset: float(self.position.epoch)}
 
     def state_dict(self) -> dict[str, int | str]:
         return {**super().state_dict(), "stream": json.dumps(self.position._asdict())}

@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from io import BytesIO, FileIO
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import read_bytes, write_atomically
 
 from .manifest import Manifest
+from .megatron import own_index
 
 NOTE = ".verified-{}.npy"
 """Of the first digits of `content_sha256`: [folders + 2 * shards, 3] int64, see `state`; `.bin` and `.idx` in turns."""
@@ -69,10 +70,10 @@ class Verified:
         Raises:
             DataError: its size or its checksum is not what the manifest says.
         """
-        row, status = self._row(shard, suffix), os.fstat(file.fileno())
+        row, status = len(self.manifest.shards.folders) + 2 * shard + SUFFIXES.index(suffix), os.fstat(file.fileno())
         if self.note[row].tolist() == state(status):
             return
-        path = self.path(shard, suffix)
+        path = self.folder / (self.manifest.shards[shard].name + suffix)
         check_size(path, status.st_size, file_size(self.manifest, shard, suffix))
         with alone(self.folder):
             self.note = self._read_note()
@@ -80,13 +81,6 @@ class Verified:
                 compare(self.folder, self.manifest, [(shard, suffix)])
                 self.note[row] = state(status)
                 self._write_note()
-
-    def path(self, shard: int, suffix: str) -> Path:
-        """The file of a shard, `.bin` or `.idx`."""
-        return self.folder / (self.manifest.shards[shard].name + suffix)
-
-    def _row(self, shard: int, suffix: str) -> int:
-        return len(self.manifest.shards.folders) + 2 * shard + SUFFIXES.index(suffix)
 
     def _folder_states(self) -> list[list[int]]:
         folders = [self.folder / name for name in self.manifest.shards.folders]
@@ -122,7 +116,7 @@ class Verified:
         return note if fits else np.full(shape, -1, dtype=np.int64)
 
     def _write_note(self) -> None:
-        content, path = BytesIO(), self._note_path()
+        content, path = io.BytesIO(), self._note_path()
         np.save(content, self.note)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,37 +128,34 @@ class Verified:
 
 def compare(folder: Path, manifest: Manifest, files: list[tuple[int, str]]) -> None:
     """Compares files, by shard and suffix, with their checksums; DataError names those that differ."""
-    names = manifest.shards
-    paths = [folder / (names[shard].name + suffix) for shard, suffix in files]
+    shards = manifest.shards
+    paths = [folder / (shards[shard].name + suffix) for shard, suffix in files]
     if (size := sum(file_size(manifest, *file) for file in files)) >= LOGGED_FROM:
         logger.info("%s: comparing %.1f GB with their checksums, once", folder, size / 1e9)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(file_sha256, paths))
-    wrong = [
-        str(path)
-        for path, digest, (shard, suffix) in zip(paths, digests, files, strict=True)
-        if digest != digest_of(manifest, shard, suffix)
-    ]
+    expected = [getattr(shards[shard], f"{suffix[1:]}_sha256") for shard, suffix in files]
+    wrong = [str(path) for path, *pair in zip(paths, digests, expected, strict=True) if pair[0] != pair[1]]
     if wrong:
         raise DataError(
-            f"{len(wrong)} of {2 * len(names)} files differ from their checksums: {', '.join(wrong[:3])}\n"
+            f"{len(wrong)} of {2 * len(shards)} files differ from their checksums: {', '.join(wrong[:3])}\n"
             "Copy them again, or make the folder again with prepare --overwrite."
         )
 
 
 def file_states(folder: Path, manifest: Manifest) -> np.ndarray:
     """Looks at every file: [2 * shards, 3] int64, see `state`; DataError if one has not the size it must have."""
-    states = np.empty((2 * len(manifest.shards), 3), dtype=np.int64)
+    states = []
     for number, shard in enumerate(manifest.shards):
-        for place, suffix in enumerate(SUFFIXES):
+        for suffix in SUFFIXES:
             path = os.path.join(folder, shard.name + suffix)
             try:
                 status = os.stat(path)
             except OSError:
                 status = None
             check_size(path, status and status.st_size, file_size(manifest, number, suffix))
-            states[2 * number + place] = state(status)
-    return states
+            states.append(state(status))
+    return np.array(states, dtype=np.int64).reshape(-1, 3)
 
 
 def check_size(path: str | Path, size: int | None, expected: int) -> None:
@@ -180,12 +171,10 @@ def check_size(path: str | Path, size: int | None, expected: int) -> None:
 def file_size(manifest: Manifest, shard: int, suffix: str) -> int:
     """Bytes of a file of a shard, by the manifest."""
     row = manifest.shards.rows[shard]
-    return int(row["tokens"]) * manifest.token_bytes if suffix == ".bin" else int(row["documents"]) * 8
-
-
-def digest_of(manifest: Manifest, shard: int, suffix: str) -> str:
-    """Checksum of a file of a shard, by the manifest."""
-    return getattr(manifest.shards[shard], f"{suffix[1:]}_sha256")
+    if suffix == ".bin":
+        return int(row["tokens"]) * manifest.token_bytes
+    documents = int(row["documents"])
+    return own_index(documents).size if manifest.version > 2 else 8 * documents
 
 
 def file_sha256(path: Path) -> str:

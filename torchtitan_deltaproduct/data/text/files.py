@@ -1,10 +1,11 @@
 """Which files there are, and what is in each by its name.
 
 for file in list_files(["corpus/", "more.jsonl.gz"]): ...
-kind_of("train.JSONL-00000-of-00002.gz")                  # ("json", True)
+kind_of("train.JSONL-00000-of-00002.gz")                  # ("json", "gzip")
 """
 
 import gzip
+import io
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import zlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from torchtitan_deltaproduct.errors import DataError
 
@@ -20,22 +22,47 @@ logger = logging.getLogger(__name__)
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".jl")
 SUFFIXES = dict.fromkeys(JSON_SUFFIXES, "json") | dict.fromkeys((".parquet", ".parq", ".pq"), "parquet")
+SUFFIXES |= {".csv": "csv"}
 """What is in a file, by the end of its name in lower case; all else is text."""
-UNREADABLE = (".zst", ".zstd", ".lz4", ".xz", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".arrow", ".feather")
+PACKINGS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+"""What may stand behind that, and what packed the file."""
+UNREADABLE = (".lz4", ".xz", ".bz2", ".zip", ".7z", ".tar", ".tgz", ".arrow", ".feather")
 OF_MANY = re.compile(r"-\d+-of-\d+$")
 """What `datasets` and others put behind the name of one file of several: `train.jsonl-00000-of-00002`."""
 UTF8_BOM = b"\xef\xbb\xbf"
 READ_ERRORS = (OSError, EOFError, zlib.error)
-"""What reading a damaged .gz can raise."""
+"""What reading a damaged packed file can raise."""
 
 
-def kind_of(path: str | Path) -> tuple[str, bool]:
-    """What is in a file, by its name alone: `text`, `json`, `parquet` or `unreadable`; and whether it is a .gz."""
-    name = OF_MANY.sub("", Path(path).name.lower())
-    packed = name.endswith(".gz")
-    suffix = Path(OF_MANY.sub("", name.removesuffix(".gz"))).suffix
+def kind_of(path: str | Path) -> tuple[str, str]:
+    """What is in a file, by its name alone, `text`, `json`, `csv`, `parquet` or `unreadable`; and its packing or ""."""
+    name = Path(OF_MANY.sub("", Path(path).name.lower()))
+    packing = PACKINGS.get(name.suffix, "")
+    suffix = Path(OF_MANY.sub("", name.stem if packing else name.name)).suffix
     kind = SUFFIXES.get(suffix, "unreadable" if suffix in UNREADABLE else "text")
-    return "unreadable" if packed and kind == "parquet" else kind, packed
+    return "unreadable" if packing and kind == "parquet" else kind, packing
+
+
+def open_unpacked(path: str | Path) -> BinaryIO:
+    """What is in a file, whatever it is packed with; damage raises one of `READ_ERRORS`, here or when it is read."""
+    packing = kind_of(path)[1]
+    if packing == "zstd":
+        import pyarrow
+
+        # Not by the library's own opening of a path, which must be UTF-8.
+        return io.BufferedReader(pyarrow.input_stream(open(path, "rb"), compression="zstd"))  # noqa: SIM115
+    return gzip.open(path) if packing else open(path, "rb")
+
+
+def begins_as_list(path: Path) -> bool:
+    """Whether a `.json` file, which may be JSON lines, holds one list."""
+    if not re.search(r"\.json\b", path.name.lower()):
+        return False
+    try:
+        with open_unpacked(path) as file:
+            return file.read(1 << 10).removeprefix(UTF8_BOM).lstrip().startswith(b"[")
+    except READ_ERRORS:
+        return False
 
 
 def list_files(inputs: Iterable[str | Path]) -> list[Path]:
@@ -59,7 +86,7 @@ def list_files(inputs: Iterable[str | Path]) -> list[Path]:
         if kind_of(file)[0] == "unreadable":
             raise DataError(
                 f"{file} is of a kind that is not read here.\n"
-                "Give text, JSON lines (also .gz) or Parquet; unpack archives first; of Arrow name the folder."
+                "Give text, JSON, CSV (also .gz or .zst) or Parquet; unpack archives first; of Arrow name the folder."
             )
     return files
 
@@ -100,10 +127,10 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 @cache
-def warn_of_json(file: Path, packed: bool) -> None:
+def warn_of_json(file: Path) -> None:
     """Says so once if a file that its name makes text begins like JSON lines."""
     try:
-        with (gzip.open if packed else open)(file, "rb") as stream:
+        with open_unpacked(file) as stream:
             line = stream.readline(1 << 16).removeprefix(UTF8_BOM).strip()
         is_json = line.startswith(b"{") and isinstance(json.loads(line), dict)
     except (*READ_ERRORS, ValueError, RecursionError):

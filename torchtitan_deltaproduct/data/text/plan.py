@@ -8,19 +8,21 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
+from ..shards.manifest import WORK
 from ..shards.shards import token_dtype
+from .arrow import check_no_split, plan_dataset_units
+from .documents import Unit
 from .files import list_files
-from .sources import Unit, check_no_split, plan_dataset_units, plan_units
+from .sources import plan_units
 from .tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
 from .units import Preparation
 
-WORK = ".prepare"
-"""Folder of what an unfinished result needs to go on."""
 # Without --shard-mb: 64 units, so that a few dozen workers share the work, within these sizes of input text.
 UNITS, LEAST_UNIT_BYTES, MOST_UNIT_BYTES = 64, 1 << 20, 256 << 20
 
@@ -68,6 +70,11 @@ class Plan:
     vocab_size: int
     tokenizer_sha256: str
 
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The folder of each part of the result."""
+        return {part: Path(self.job.out, part) for part in self.job.parts}
+
 
 def make_plan(settings: Settings) -> Plan:
     """Cuts the input into units and computes the checksum that identifies the result."""
@@ -77,44 +84,39 @@ def make_plan(settings: Settings) -> Plan:
     inside = [path for path in inputs if Path(os.path.realpath(path)) in above]
     if inside:
         raise DataError(f"{settings.out} lies in its own input {inside[0]}.\nChoose a folder outside of it.")
-    tokenizer = load_tokenizer(settings.tokenizer)
-    if settings.dataset:
-        name, _, config = settings.dataset.partition(":")
+    vocab_size = load_tokenizer(settings.tokenizer).vocab_size
+    name, _, config = settings.dataset.partition(":")
+    if name:
         units = plan_dataset_units(name, config, settings.split, settings.text_field)
     else:
-        units = plan_units(settings.input, settings.text_field, unit_bytes(settings, settings.input))
+        units = units_of(settings, settings.input)
     validation_from = None
     if settings.validation_input:
         validation_from = len(units)
         check_apart(settings)
-        units += plan_units(
-            settings.validation_input, settings.text_field, unit_bytes(settings, settings.validation_input)
-        )
+        units += units_of(settings, settings.validation_input)
     eos_id, digest = find_eos_id(settings.tokenizer, settings.eos), tokenizer_sha256(settings.tokenizer)
-    source = {key: value for key, value in asdict(settings).items() if key not in ("out", "tokenizer", "eos")}
-    if not settings.dataset:
-        del source["dataset"], source["split"]
-    if not settings.validation_input:
-        del source["validation_input"]
+    unread = {"out", "tokenizer", "eos"} | (set() if settings.dataset else {"dataset", "split"})
+    unread |= set() if settings.validation_input else {"validation_input"}
+    source = {key: value for key, value in asdict(settings).items() if key not in unread}
     source |= {"tokenizer_sha256": digest, "eos_id": eos_id}
     names = {name for unit in units if unit.kind != "dataset" for name in unit.paths}
-    if name := settings.dataset.partition(":")[0]:
+    if name:
         # Of a dataset on disk; what a hub has under a name is taken to stay.
         names |= {str(file) for file in (Path(name), *Path(name).rglob("*")) if file.is_file()}
-    stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in sorted(names)]
-    identity = json.dumps([source, [asdict(unit) for unit in units], stats], sort_keys=True)
-    source["plan"] = hashlib.sha256(identity.encode()).hexdigest()
+    source["plan"] = identity(units, names, source)
     job = Preparation(
-        out=settings.out,
-        work=str(Path(settings.out, WORK)),
-        tokenizer=settings.tokenizer,
-        eos_id=eos_id,
-        dtype=token_dtype(tokenizer.vocab_size),
-        validation_fraction=settings.validation_fraction,
-        split_by=how_to_split(settings, units),
-        validation_from=validation_from,
-    )
-    return Plan(units, job, source, tokenizer.vocab_size, digest)
+        settings.out, str(Path(settings.out, WORK)), settings.tokenizer, eos_id, token_dtype(vocab_size),
+        settings.validation_fraction, how_to_split(settings, units), validation_from,
+    )  # fmt: skip
+    return Plan(units, job, source, vocab_size, digest)
+
+
+def identity(units: list[Unit], names: Iterable[str], *more: object) -> str:
+    """Checksum of units, of the names, sizes and times of files, and of whatever else."""
+    stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in sorted(names)]
+    parts = [*more, [asdict(unit) for unit in units], stats]
+    return hashlib.sha256(json.dumps(parts, sort_keys=bool(more)).encode()).hexdigest()
 
 
 def how_to_split(settings: Settings, units: list[Unit]) -> str:
@@ -126,10 +128,11 @@ def how_to_split(settings: Settings, units: list[Unit]) -> str:
     return settings.split_by
 
 
-def unit_bytes(settings: Settings, inputs: list[str]) -> int:
-    """Input text of a unit: what was asked for, or what its size suggests."""
+def units_of(settings: Settings, inputs: list[str]) -> list[Unit]:
+    """The units of some files, as large as was asked for, or as their size suggests."""
     total = sum(unit.size for unit in plan_units(inputs, settings.text_field, 1 << 62))
-    return (settings.shard_mb << 20) or min(max(total // UNITS, LEAST_UNIT_BYTES), MOST_UNIT_BYTES)
+    unit_bytes = (settings.shard_mb << 20) or min(max(total // UNITS, LEAST_UNIT_BYTES), MOST_UNIT_BYTES)
+    return plan_units(inputs, settings.text_field, unit_bytes)
 
 
 def check_apart(settings: Settings) -> None:

@@ -17,6 +17,7 @@ import argparse
 import fcntl
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,11 +29,12 @@ from torchtitan_deltaproduct.arguments import Parser, path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.files import read_text, write_atomically
 
-from ..shards.manifest import NAME, TABLE, Manifest, Shard, read_manifest, write_manifest
+from ..shards.manifest import NAME, TABLE, WORK, Manifest, Shard, read_manifest, write_manifest
+from ..shards.megatron import own_index
 from ..shards.verified import SUFFIXES, THREADS, Verified, file_sha256, file_states, state
+from .documents import BadRecord
 from .files import make_folder
-from .plan import WORK, Plan, Settings, log, make_plan
-from .sources import BadRecord
+from .plan import Plan, Settings, log, make_plan
 from .tokenizer import MOST_UNKNOWN, copy_tokenizer
 from .units import Preparation, tokenize_units
 
@@ -53,9 +55,9 @@ def prepare(
     Args:
         settings: what to make.
         workers: processes; 0 takes one for each CPU core.
-        max_bad_records: more than these stop the run with an error; finished shards are kept.
+        max_bad_records, max_unknown: more bad records, or a larger share of unknown tokens, are an error; finished
+            shards are kept.
         overwrite: removes another prepared dataset that is in the way.
-        max_unknown: a larger share of unknown tokens is an error; finished shards are kept.
         verify: compares the shards of an interrupted run with their checksums, even if size, time and inode are right.
         part: (i, n), the i-th of n shares of the shards, from 1, which is all that is made then: other processes,
             on other machines too, make the others at the same time, and a last call without `part` the rest.
@@ -73,45 +75,37 @@ def prepare(
     if part and (overwrite or not 1 <= part[0] <= part[1]):
         raise ConfigError(f"--part {part[0]}/{part[1]}: expected I/N with 1 <= I <= N, and without --overwrite")
     plan, out = make_plan(settings), Path(settings.out)
+    workers = workers or len(os.sched_getaffinity(0))
     with locked(out, fcntl.LOCK_SH if part else fcntl.LOCK_EX):
-        if not overwrite and finished(out, plan):
+        if not overwrite and finished(plan):
             shutil.rmtree(out / WORK, ignore_errors=True)
             return False
         make_room(out, plan, overwrite, keep=settings.tokenizer, alone=not part)
-        workers = workers or len(os.sched_getaffinity(0))
         if part:
-            make_part(out, plan, part, workers, max_bad_records, verify)
+            numbers = range(part[0] - 1, len(plan.units), part[1])
+            with locked(out / WORK / f"part-{part[0]}-of-{part[1]}"):
+                done = finished_units(out, numbers, verify)
+                tokenize_units(plan.job, plan.units, done, workers, max_bad_records, numbers)
+            log(
+                f"part {part[0]}/{part[1]} of {out} is done: {len(numbers)} of {len(plan.units)} shards\n"
+                "when all parts are, the same command without --part finishes the folder"
+            )
             return True
         done = finished_units(out, range(len(plan.units)), verify)
         if done:
             log(f"continuing: {len(done)} of {len(plan.units)} shards are there already")
         records = tokenize_units(plan.job, plan.units, done, workers, max_bad_records)
         records = hold_out_one(plan, records, workers, max_bad_records)
-        check_unknown(plan, records, max_unknown)
+        check_unknown(records, max_unknown)
         write_result(out, plan, records, settings.tokenizer)
     return True
 
 
-def make_part(out: Path, plan: Plan, part: tuple[int, int], workers: int, max_bad_records: int, verify: bool) -> None:
-    """Makes every n-th shard from the i-th on, those apart that are there already."""
-    numbers = range(part[0] - 1, len(plan.units), part[1])
-    mark = out / WORK / f"part-{part[0]}-of-{part[1]}"
-    with locked(mark, fcntl.LOCK_EX):
-        done = finished_units(out, numbers, verify)
-        tokenize_units(plan.job, plan.units, done, workers, max_bad_records, numbers)
-    log(
-        f"part {part[0]}/{part[1]} of {out} is done: {len(numbers)} of {len(plan.units)} shards\n"
-        "when all parts are, the same command without --part finishes the folder"
-    )
-
-
 @contextmanager
 def locked(out: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Keeps a second prepare out of the folder; the lock ends with the process, however it ends.
+    """Keeps a second prepare out of a folder, which is made if need be; the lock ends with the process.
 
-    Args:
-        out: the folder; made if need be.
-        how: LOCK_EX keeps all others out, LOCK_SH those that come with LOCK_EX.
+    LOCK_EX keeps all others out, LOCK_SH those that come with LOCK_EX.
     """
     make_folder(out)
     handle = os.open(out, os.O_RDONLY)
@@ -127,16 +121,11 @@ def locked(out: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
         os.close(handle)
 
 
-def folders(out: Path, plan: Plan) -> dict[str, Path]:
-    return {part: out / part for part in plan.job.parts}
-
-
-def finished(out: Path, plan: Plan) -> bool:
-    """Whether `out` holds the complete result of this plan; DataError if a shard of it is gone or cut short."""
-    targets = folders(out, plan).values()
-    if not all((folder / NAME).is_file() for folder in targets):
+def finished(plan: Plan) -> bool:
+    """Whether the complete result of this plan is there; DataError if a shard of it is gone or cut short."""
+    if not all((folder / NAME).is_file() for folder in plan.folders.values()):
         return False
-    manifests = {folder: read_manifest(folder) for folder in targets}
+    manifests = {folder: read_manifest(folder) for folder in plan.folders.values()}
     if any(manifest.source.get("plan") != plan.source["plan"] for manifest in manifests.values()):
         return False
     for folder, manifest in manifests.items():
@@ -146,18 +135,19 @@ def finished(out: Path, plan: Plan) -> bool:
 
 def make_room(out: Path, plan: Plan, overwrite: bool, keep: str, alone: bool) -> None:
     """Makes `out` ready for this plan: empty, or begun by the same plan; unless `alone`, others are writing to it."""
-    manifests = [folder for folder in (out, out / "train", out / "validation") if (folder / NAME).is_file()]
     begun = out / WORK / "plan.json"
     sources = [read_record(begun) or {}] if begun.is_file() else []
     # To be overwritten, a dataset need not be readable.
-    sources += [{} if overwrite else read_manifest(folder).source for folder in manifests]
+    sources += [
+        {} if overwrite else read_manifest(folder).source for folder in targets(out) if (folder / NAME).is_file()
+    ]
     other = [source for source in sources if source.get("plan") != plan.source["plan"]]
     if other and not overwrite:
         raise DataError(
             f"{out} holds a dataset made otherwise ({differences(other[0], plan.source)}).\n"
             "Choose another folder, or replace it with --overwrite."
         )
-    shards = [folder / "shards" for folder in folders(out, plan).values()]
+    shards = [folder / "shards" for folder in plan.folders.values()]
     strange = [folder for folder in shards if folder.exists() and not sources]
     if strange:
         raise DataError(f"{strange[0]} was not made by prepare.\nChoose another folder for the result.")
@@ -165,9 +155,14 @@ def make_room(out: Path, plan: Plan, overwrite: bool, keep: str, alone: bool) ->
         clear(out, keep)
     begun.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(begun, json.dumps(plan.source))
-    for folder in {out, out / WORK, *shards, *folders(out, plan).values()} if alone else ():
+    for folder in {out, out / WORK, *shards, *plan.folders.values()} if alone else ():
         for leftover in folder.glob("*.tmp*"):
             leftover.unlink()
+
+
+def targets(out: Path) -> list[Path]:
+    """The folders in which a prepared dataset may lie."""
+    return [out, out / "train", out / "validation"]
 
 
 def differences(other: dict, ours: dict) -> str:
@@ -179,14 +174,11 @@ def differences(other: dict, ours: dict) -> str:
 
 
 def clear(out: Path, keep: str) -> None:
-    """Removes what prepare wrote, manifests first."""
-    targets = [out, out / "train", out / "validation"]
-    for folder in targets:
-        (folder / NAME).unlink(missing_ok=True)
-        (folder / TABLE).unlink(missing_ok=True)
-        for note in folder.glob(".verified*"):
-            note.unlink()
-    for folder in targets:
+    """Removes what prepare wrote, manifests first, but the tokenizer `keep`."""
+    for folder in targets(out):
+        for file in (folder / NAME, folder / TABLE, *folder.glob(".verified*")):
+            file.unlink(missing_ok=True)
+    for folder in targets(out):
         shutil.rmtree(folder / "shards", ignore_errors=True)
         if os.path.realpath(folder / "tokenizer") != os.path.realpath(keep):
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
@@ -200,10 +192,11 @@ def finished_units(out: Path, numbers: range, verify: bool) -> dict[int, dict]:
     records = {number: read_record(path) for number, path in paths.items() if path.is_file()}
     with ThreadPoolExecutor(THREADS) as pool:
         kept = list(pool.map(lambda record: record is not None and intact(out, record, verify), records.values()))
-    for number, keep in zip(records, kept, strict=True):
+    for number, keep in zip(list(records), kept, strict=True):
         if not keep:
             log(f"warning: a shard of unit {number} is damaged and is made again")
-    return {number: record for (number, record), keep in zip(records.items(), kept, strict=True) if keep}
+            del records[number]
+    return records
 
 
 def read_record(path: Path) -> dict | None:
@@ -223,9 +216,10 @@ def intact(out: Path, record: dict, verify: bool) -> bool:
                 now = state(os.stat(path))
             except OSError:
                 return False
-            # An earlier version kept no states.
-            untouched = "states" in record and record["states"][part][place] == now
-            if (verify or not untouched) and file_sha256(path) != shard[f"{suffix[1:]}_sha256"]:
+            # An earlier version had another index.
+            if suffix == ".idx" and now[0] != own_index(shard["documents"]).size:
+                return False
+            if (verify or record["states"][part][place] != now) and file_sha256(path) != shard[f"{suffix[1:]}_sha256"]:
                 return False
     return True
 
@@ -234,24 +228,22 @@ def hold_out_one(plan: Plan, records: list[dict], workers: int, max_bad_records:
     """The records, at least one document among them held out: of those to train on, the one with the smallest draw."""
     job = plan.job
     missing = job.validation_fraction and not any(record["shards"]["validation"] for record in records)
-    # What an interrupted run of an earlier version left says nothing of draws.
-    least = min((record.get("least", 1.0) for record in records), default=1.0)
+    least = min((record["least"] for record in records), default=1.0)
     if not missing or least == 1.0:
         return records
     log(f"no {job.split_by} was drawn at --validation-fraction {job.validation_fraction}: the nearest one is held out")
-    again = {number for number, record in enumerate(records) if record["least"] == least}
-    for number in again:
-        Path(job.work, f"{number:05d}.json").unlink(missing_ok=True)
-        for suffix in (".bin", ".idx"):
-            Path(job.out, "train", f"shards/{number:05d}{suffix}").unlink(missing_ok=True)
-    done = {number: record for number, record in enumerate(records) if number not in again}
+    done = {number: record for number, record in enumerate(records) if record["least"] != least}
+    for number in set(range(len(records))) - done.keys():
+        for folder in (Path(job.work), Path(job.out, "train/shards")):
+            for file in folder.glob(f"{number:05d}.*"):
+                file.unlink()
     return tokenize_units(replace(job, surely=least), plan.units, done, workers, max_bad_records)
 
 
-def check_unknown(plan: Plan, records: list[dict], limit: float) -> None:
+def check_unknown(records: list[dict], limit: float) -> None:
     """Raises DataError if the share of unknown tokens is above `limit`."""
-    unknown, shards = sum(record.get("unknown", 0) for record in records), shards_of(records)
-    tokens = sum(shard.tokens - shard.documents for shard in shards)
+    unknown = sum(record["unknown"] for record in records)
+    tokens = sum(shard.tokens - shard.documents for shard in shards_of(records))
     if unknown > limit * tokens:
         raise DataError(
             f"{unknown:,} of {tokens:,} tokens ({unknown / tokens:.1%}) are unknown: the tokenizer cannot write them.\n"
@@ -267,37 +259,31 @@ def shards_of(records: list[dict], part: str | None = None) -> list[Shard]:
 
 def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> None:
     """Tokenizer copies, the list of bad records and, last, the manifests; then the working folder goes."""
-    bad = [entry for record in records for entry in record["bad"]]
-    empty, unknown = (sum(record.get(key, 0) for record in records) for key in ("empty", "unknown"))
-    if spelled := sum(record.get("separators", 0) for record in records):
+    bad = [BadRecord(*entry) for record in records for entry in record["bad"]]
+    empty, unknown, spelled = (sum(record[key] for record in records) for key in ("empty", "unknown", "separators"))
+    if spelled:
         log(f"warning: {spelled} documents hold the separator inside, as it is an ordinary token of this tokenizer")
     manifests = {}
-    for part, folder in folders(out, plan).items():
+    for part, folder in plan.folders.items():
         shards = shards_of(records, part)
         if not shards:
-            which = f"The {part} set" if part else "The dataset"
             raise DataError(
-                f"{which} has no documents: {empty} were empty and {len(bad)} records unreadable.\n"
-                + no_documents(part, plan.job, bad)
+                f"The {f'{part} set' if part else 'dataset'} has no documents: {empty} were empty and {len(bad)} "
+                f"records unreadable.\n{no_documents(part, plan.job, bad)}"
             )
         if os.path.realpath(tokenizer) != os.path.realpath(folder / "tokenizer"):
             copy_tokenizer(tokenizer, folder / "tokenizer", plan.job.eos_id)
-        manifests[folder] = Manifest(
-            dtype=plan.job.dtype,
-            vocab_size=plan.vocab_size,
-            eos_id=plan.job.eos_id,
-            tokenizer_sha256=plan.tokenizer_sha256,
-            tokens=sum(shard.tokens for shard in shards),
-            documents=sum(shard.documents for shard in shards),
-            bytes=sum(shard.bytes for shard in shards),
-            empty_documents=empty,
-            bad_records=len(bad),
-            unknown_tokens=unknown,
-            source={**plan.source, "part": part},
-            shards=shards,
+        tokens, documents, text_bytes = (
+            sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents", "bytes")
         )
-    lines = [json.dumps(dict(zip(("file", "position", "reason"), entry, strict=True))) for entry in bad]
+        manifests[folder] = Manifest(
+            dtype=plan.job.dtype, vocab_size=plan.vocab_size, eos_id=plan.job.eos_id,
+            tokenizer_sha256=plan.tokenizer_sha256, tokens=tokens, documents=documents, bytes=text_bytes,
+            empty_documents=empty, bad_records=len(bad), unknown_tokens=unknown,
+            source={**plan.source, "part": part}, shards=shards,
+        )  # fmt: skip
     if bad:
+        lines = [json.dumps({"file": file, "position": place, "reason": reason}) for file, place, reason in bad]
         write_atomically(out / BAD_RECORDS, "\n".join(lines) + "\n")
     for folder, manifest in manifests.items():
         write_manifest(folder, manifest)
@@ -305,10 +291,10 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
     shutil.rmtree(out / WORK)
 
 
-def no_documents(part: str, job: Preparation, bad: list[list[str]]) -> str:
+def no_documents(part: str, job: Preparation, bad: list[BadRecord]) -> str:
     """What to do about a part without documents, or why there is none."""
     if bad:
-        return "\n".join(str(BadRecord(*entry)) for entry in bad[:3])
+        return "\n".join(map(str, bad[:3]))
     if not part:
         return "Give more input."
     if job.validation_from is not None:
@@ -326,11 +312,9 @@ def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
     lines = []
     for part in plan_parts:
         manifest = read_manifest(out / part)
-        size = manifest.tokens * int(manifest.dtype.removeprefix("uint")) // 8
         lines.append(
-            f"  {out / part}: {manifest.tokens:,} tokens in {manifest.documents:,} documents, "
-            f"{manifest.bytes / max(1, manifest.tokens - manifest.documents):.2f} bytes a token, "
-            f"{size / 1e6:.1f} MB in {len(manifest.shards)} shards"
+            f"  {out / part}: {manifest.counts()}, {manifest.bytes_a_token:.2f} bytes a token, "
+            f"{manifest.tokens * manifest.token_bytes / 1e6:.1f} MB in {len(manifest.shards)} shards"
         )
     if manifest.empty_documents or manifest.bad_records:
         named = f" (named in {out / BAD_RECORDS}), such as" if manifest.bad_records else ""
@@ -341,8 +325,23 @@ def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
     if manifest.unknown_tokens:
         share = manifest.unknown_tokens / max(1, sum(read_manifest(out / part).tokens for part in plan_parts))
         lines.append(f"  unknown: {manifest.unknown_tokens:,} tokens ({share:.1%}) that the vocabulary cannot write")
-    lines.append(f'  to train on it: [data] paths = ["{out / plan_parts[0]}"]')
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, "  to train on it, with this or another TOML:", f"    {next_command(out, plan_parts, manifest)}"]
+    )
+
+
+def next_command(out: Path, parts: tuple[str, ...], manifest: Manifest) -> str:
+    """A command that trains on the folder; the vocabulary is that of the tokenizer, made a multiple of 64."""
+    held_out = ["--validation.paths", str(out / parts[1])] if len(parts) > 1 else ["--validation.no-enable"]
+    words = ["bash", "launch/local.sh", "train_configs/own_text.toml", "--job.dump_folder", f"outputs/{out.name}"]
+    words += [
+        "--data.paths",
+        str(out / parts[0]),
+        *held_out,
+        "--model.vocab_size",
+        str(-(-manifest.vocab_size // 64) * 64),
+    ]
+    return shlex.join([*words, "--model.hf_assets_path", str(out / parts[0] / "tokenizer")])
 
 
 def first_bad(out: Path) -> list[BadRecord]:
@@ -356,10 +355,9 @@ def first_bad(out: Path) -> list[BadRecord]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("torchtitan_deltaproduct.data.prepare", __doc__)
-    add = parser.add_argument
+    add, paths = parser.add_argument, {"nargs": "+", "default": [], "type": path, "metavar": "PATH"}
     add("out", type=path, help="folder to make")
-    add("--input", nargs="+", default=[], type=path, metavar="PATH",
-        help="text, .jsonl(.gz) or .parquet files, or folders")  # fmt: skip
+    add("--input", **paths, help="text, JSON, CSV (also packed) or Parquet files, or folders")
     add("--dataset", default="", type=path, metavar="NAME[:CONFIG]",
         help="instead of --input: a dataset of the hub or disk")  # fmt: skip
     add("--split", default="train", type=text, help="split of --dataset")
@@ -370,8 +368,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--validation-fraction", type=float, default=0.0, metavar="F", help="share held out, one document at least")
     add("--split-by", choices=("document", "file", "token"), default="document",
         help="what is held out as a whole; token: of each document the end")  # fmt: skip
-    add("--validation-input", nargs="+", default=[], type=path, metavar="PATH",
-        help="files or folders to hold out, instead of a share")  # fmt: skip
+    add("--validation-input", **paths, help="files or folders to hold out, instead of a share")
     add("--workers", type=int, default=0, help="processes; 0: one for each CPU core")
     add("--max-bad-records", type=int, default=100, metavar="N", help="unreadable records to skip before stopping")
     add("--max-unknown", type=float, default=MOST_UNKNOWN, metavar="F",
@@ -401,9 +398,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         log("\ninterrupted; the same command continues from the finished shards")
         return 130
-    if made and how["part"]:
-        return 0
-    parts = ("train", "validation") if settings.validation_fraction or settings.validation_input else ("",)
-    print(f"{'prepared' if made else 'already prepared:'} {settings.out}")
-    print(summary(Path(settings.out), parts))
+    if not (made and how["part"]):
+        parts = ("train", "validation") if settings.validation_fraction or settings.validation_input else ("",)
+        print(f"{'prepared' if made else 'already prepared:'} {settings.out}")
+        print(summary(Path(settings.out), parts))
     return 0

@@ -25,14 +25,8 @@ class Progress:
         self.bar, self.lines = None, lines
         console = Console(stderr=True)
         if console.is_terminal:
-            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-            self.bar = Bar(
-                TextColumn(title),
-                *columns,
-                TextColumn("{task.fields[note]}"),
-                console=console,
-                speed_estimate_period=60,
-            )
+            columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self.bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=console, speed_estimate_period=60)
             self.task = self.bar.add_task(title, total=total, completed=done, note="")
 
     def __enter__(self) -> "Progress":

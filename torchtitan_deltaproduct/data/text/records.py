@@ -7,39 +7,18 @@ state = records.state_dict()             # load_state_dict(state): goes on with 
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from torchtitan_deltaproduct.errors import DataError
 
-from .files import UTF8_BOM
-from .sources import (
-    ROWS_AT_ONCE,
-    BadRecord,
-    Document,
-    Unit,
-    check_column,
-    check_no_split,
-    checked_rows,
-    column_values,
-    is_saved_dataset,
-    lines_of,
-    no_field,
-    open_dataset,
-    plan_units,
-    read_unit,
-)
+from .arrow import ROWS_AT_ONCE, check_column, check_no_split, column_values, is_saved_dataset, open_dataset
+from .documents import BadRecord, Document, Unit, no_field, text_of
+from .files import READ_ERRORS, UTF8_BOM
+from .sources import lines_of, plan_units, read_unit
 
 UNIT_BYTES = 64 << 20
 """Of a unit of a local file: what a restart reads again at most."""
-
-
-def stream_dataset(name: str, config: str, split: str, field: str) -> Iterator[Document | BadRecord]:
-    """The rows of a dataset of `open_dataset` in order, downloaded as they are read.
-
-    Raises:
-        DataError: it cannot be opened or read on, or has no column `field`.
-    """
-    yield from DatasetRecords(name, config, split, field)
 
 
 def open_records(name: str, config: str, split: str, field: str) -> "LocalRecords | DatasetRecords":
@@ -64,7 +43,7 @@ class LocalRecords:
             raise DataError(f"The dataset {name!r} cannot be opened: {error}") from None
         self.unit = self.records = 0
         first = next((unit for unit in self.units if unit.kind == "json"), None)
-        columns = _columns(first) if first else [field]
+        columns = _columns(first) if first else []
         if columns and field not in columns:
             raise DataError(no_field(first.paths[0], field, columns))
 
@@ -76,11 +55,9 @@ class LocalRecords:
 
     def __iter__(self) -> Iterator[Document | BadRecord]:
         while self.unit < len(self.units):
-            skipped = self.records
-            for number, record in enumerate(read_unit(self.units[self.unit]), start=1):
-                if number > skipped:
-                    self.records = number
-                    yield record
+            for record in islice(read_unit(self.units[self.unit]), self.records, None):
+                self.records += 1
+                yield record
             self.unit, self.records = self.unit + 1, 0
 
 
@@ -106,22 +83,25 @@ class DatasetRecords:
         try:
             for table in self.dataset:
                 check_column(f"dataset {self.name}", self.field, table.schema)
-                values = column_values(table.column(self.field))
-                for record in checked_rows(values, self.name, self.row, self.field):
+                for value in column_values(table.column(self.field)):
+                    text, reason = text_of(value, self.field)
                     self.row += 1
-                    yield record
+                    yield BadRecord(self.name, f"row {self.row}", reason) if reason else Document(text, self.name)
         except (OSError, ValueError, IndexError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"dataset {self.name} cannot be read on after row {self.row}: {error}") from None
 
 
 def _columns(unit: Unit) -> list[str]:
     """The fields of the first JSON object in a unit; none if there is no object near its start."""
-    for _, line in zip(range(ROWS_AT_ONCE), lines_of(unit), strict=False):
-        if isinstance(line, bytes):
+    try:
+        for line in islice(lines_of(unit), ROWS_AT_ONCE):
             try:
                 record = json.loads(line.removeprefix(UTF8_BOM))
             except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 return list(record)
+    except READ_ERRORS:
+        # Damaged: reading names it.
+        pass
     return []

@@ -16,30 +16,25 @@ import re
 import shutil
 from array import array
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from torchtitan_deltaproduct.errors import DataError
 
 # What to copy beside tokenizer.json so that Hugging Face finds a complete tokenizer.
 COMPANIONS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
 MOST_UNKNOWN = 0.01
 """Share of unknown tokens up to which text is taken for what the tokenizer was made for."""
 # Those that name the separator, the one that counts first.
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Names of the separator, tried in this order when no configuration file names it.
 USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>")
 
@@ -48,21 +43,18 @@ PIECE, PIECES_AT_ONCE = 1 << 16, 8
 BETWEEN_WORDS = re.compile(r"(?<=[^\W_])(?=[ \n][^\W_])")
 CONTEXT, MOST_PLACES = 128, 64
 """Characters on either side that are looked at to cut a text, and places that are tried."""
+BYTE_ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
+"""The 256 characters by which a byte-level vocabulary writes the 256 bytes."""
 LOCAL_NORMALIZERS = (None, "NFC", "NFD", "NFKC", "NFKD")
 
 
 class Tokenizer:
-    """The library's tokenizer with special tokens in text switched off, and the separator too.
+    """The library's tokenizer of a folder with special tokens in text switched off, and the separator too.
 
-    Args:
-        path: folder with tokenizer.json.
-        eos_id: the separator; None: the one that the folder names, if it names one.
+    The separator is `eos_id`, or the one that the folder names. `vocab_size` is one more than the largest id.
 
-    Attributes:
-        vocab_size: one more than the largest id.
-        unknown_id: of the token that stands for text the vocabulary cannot write; None if there is none.
-        is_local: whether a long text can be encoded in `pieces`.
-        alphabet: where such text leaves no token at all, as in BPE without bytes, the characters that are known.
+    Raises:
+        DataError: there is no tokenizer.json, or it is damaged.
     """
 
     def __init__(self, path: str | Path, eos_id: int | None = None):
@@ -71,7 +63,9 @@ class Tokenizer:
         self.inner.no_truncation()
         self.inner.no_padding()
         self.vocab_size = max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        # Of the token that stands for text the vocabulary cannot write.
         self.unknown_id = _unknown_id(self.inner)
+        # Where such text leaves no token at all, as in BPE without bytes, the characters that are known.
         self.alphabet = _alphabet(self.inner)
         self.is_local = _is_local(self.inner)
         separator = named_eos_id(path) if eos_id is None else eos_id
@@ -81,11 +75,7 @@ class Tokenizer:
             self.inner.add_special_tokens([AddedToken(added.content, special=True, normalized=False)])
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without separators.
-
-        Raises:
-            DataError: the vocabulary cannot write one, and has no unknown token either.
-        """
+        """Token ids of each text, without separators; DataError if the vocabulary can write one not even as unknown."""
         return [list(ids) for ids in self.encode_documents(texts)]
 
     def encode_documents(self, texts: list[str]) -> list[list[int] | array]:
@@ -145,9 +135,7 @@ class Tokenizer:
         return self.inner.decode(ids, skip_special_tokens=False)
 
 
-def load_tokenizer(path: str | Path, eos_id: int | None = None) -> Tokenizer:
-    """Reads the tokenizer of a folder, see `Tokenizer`; DataError if there is none or it is damaged."""
-    return Tokenizer(path, eos_id)
+load_tokenizer = Tokenizer
 
 
 def _read(path: str | Path) -> HfTokenizer:
@@ -182,18 +170,24 @@ def _alphabet(inner: HfTokenizer) -> frozenset[str] | None:
     if getattr(inner.model, "byte_fallback", True) or _unknown_id(inner) is not None:
         return None
     characters = frozenset("".join(inner.get_vocab(with_added_tokens=False)))
-    return None if byte_level_alphabet() <= characters else characters
+    return None if characters >= BYTE_ALPHABET else characters
 
 
 def tokenizer_file(path: str | Path) -> Path:
     """`path`/tokenizer.json, or DataError."""
     file = Path(path, "tokenizer.json")
-    if not file.is_file():
+    if file.is_file():
+        return file
+    if HUB_NAME.fullmatch(str(path)) and not Path(path).parent.exists():
+        folder = f"data/{Path(path).name}"
         raise DataError(
-            f"There is no tokenizer.json in {path}.\n"
-            "Name a folder that has one, or make it with torchtitan_deltaproduct.data.train_tokenizer."
+            f"There is no folder {path}. If the hub has a tokenizer of that name, fetch it and name {folder}:\n"
+            f'hf download {path} --include "*token*" --local-dir {folder}'
         )
-    return file
+    raise DataError(
+        f"There is no tokenizer.json in {path}.\n"
+        "Name a folder that has one, or make it with torchtitan_deltaproduct.data.train_tokenizer."
+    )
 
 
 def tokenizer_sha256(path: str | Path) -> str:
@@ -204,13 +198,7 @@ def tokenizer_sha256(path: str | Path) -> str:
 def copy_tokenizer(source: str | Path, target: str | Path, eos_id: int | None = None) -> None:
     """Copies tokenizer.json and its companions into the folder `target`; tokenizer.json comes last.
 
-    Args:
-        source: folder with tokenizer.json.
-        target: folder, made if need be.
-        eos_id: the separator, which the copy then names as its `eos_token` whatever `source` names.
-
-    Raises:
-        DataError: the tokenizer has no token `eos_id`, or cannot be read.
+    The copy names the separator `eos_id` as its `eos_token`, whatever `source` names; DataError if it has none such.
     """
     name = ""
     if eos_id is not None and named_eos_id(source) != eos_id:
@@ -238,13 +226,9 @@ def same_tokenizer(source: str | Path, target: str | Path, eos_id: int | None) -
 
 
 def find_eos_id(path: str | Path, eos: str = "", option: str = "--eos TOKEN") -> int:
-    """Id of the token that separates documents.
+    """Id of the token that separates documents: `eos`, or the one that the folder names, or a usual special token.
 
-    Args:
-        path: folder with tokenizer.json.
-        eos: the token's text; empty takes the one that the folder names (`named_eos_id`), else the first of
-            `USUAL_EOS` that is a special token.
-        option: what a user can set, for messages.
+    `option` is what a user can set, for messages.
     """
     inner = _read(path)
     special = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]
@@ -264,11 +248,7 @@ def find_eos_id(path: str | Path, eos: str = "", option: str = "--eos TOKEN") ->
 
 
 def named_eos_id(path: str | Path) -> int | None:
-    """Id of the `eos_token` that the folder's configuration names; None if it names none, or one that does not exist.
-
-    Raises:
-        DataError: the folder has no tokenizer.json, or a file in it is damaged.
-    """
+    """Id of the `eos_token` that the folder's configuration names; None if it names none that exists."""
     name = _named_eos(Path(path))
     return _read(path).token_to_id(name) if name else None
 
@@ -297,14 +277,6 @@ def _read_names(file: Path) -> dict:
     return names
 
 
-@lru_cache(maxsize=1)
-def byte_level_alphabet() -> frozenset[str]:
-    """The 256 characters by which a byte-level vocabulary writes the 256 bytes."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return frozenset(ByteLevel.alphabet())
-
-
 def token_bytes(path: str | Path, vocab_size: int, eos_id: int | None = None) -> np.ndarray:
     """UTF-8 bytes that each token stands for: [vocab_size] int32; special tokens and the separator count 0.
 
@@ -323,7 +295,7 @@ def token_bytes(path: str | Path, vocab_size: int, eos_id: int | None = None) ->
             continue
         if index in added:
             table[index] = 0 if added[index].special else len(added[index].content.encode())
-        elif byte_level and byte_level_alphabet().issuperset(token):
+        elif byte_level and BYTE_ALPHABET.issuperset(token):
             table[index] = len(token)
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             table[index] = 1

@@ -6,12 +6,9 @@ The pre-tokenizer is GPT-2's; the only special token is `<|endoftext|>`, id 0, w
 same input gives the same tokenizer. A folder that holds the result already is left as it is.
 """
 
-import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,9 +17,11 @@ from torchtitan_deltaproduct.arguments import Parser, path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.files import read_text, write_atomically, write_json
 
+from .documents import BadRecord, Unit
 from .files import make_folder
+from .plan import identity
 from .progress import Progress
-from .sources import BadRecord, Unit, plan_units, read_unit
+from .sources import plan_units, read_unit
 from .tokenizer import load_tokenizer
 
 EOS = "<|endoftext|>"
@@ -32,29 +31,17 @@ RECORD = "training.json"
 def train_tokenizer(
     inputs: list[str], vocab_size: int, out: str, text_field: str = "text", overwrite: bool = False
 ) -> bool:
-    """Trains a tokenizer and writes its folder.
+    """Trains a tokenizer of `vocab_size` entries on files and folders as `prepare` takes them, and writes its folder.
 
-    Args:
-        inputs: files and folders as `prepare` takes them.
-        vocab_size: entries of the vocabulary, 257 or more: 256 bytes and the separator.
-        out: folder to write tokenizer.json and tokenizer_config.json to.
-        text_field: JSON field or Parquet column that holds the text.
-        overwrite: replaces another tokenizer in `out`.
-
-    Returns:
-        False if the folder held this result already.
+    Returns False if the folder held this result already; `overwrite` replaces another one.
     """
     if vocab_size < 257:
         raise ConfigError(f"--vocab-size is {vocab_size}: expected at least 257 (256 bytes and the separator)")
     folder = Path(out)
     make_folder(folder)
     units = plan_units(inputs, text_field, unit_bytes=1 << 24)
-    record = {
-        "inputs": inputs,
-        "vocab_size": vocab_size,
-        "text_field": text_field,
-        "content": identity(units),
-    }
+    content = identity(units, {name for unit in units for name in unit.paths})
+    record = {"inputs": inputs, "vocab_size": vocab_size, "text_field": text_field, "content": content}
     if (folder / "tokenizer.json").exists() and not overwrite:
         try:
             same = json.loads(read_text(folder / RECORD)) == record
@@ -71,9 +58,8 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     # Sorted: the library's list of the 256 characters has another order in each process.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-    )
+    special = {"special_tokens": [EOS], "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **special)
     with Progress("read text", sum(unit.size for unit in units)) as progress:
         tokenizer.train_from_iterator(texts(units, progress), trainer)
     save(tokenizer, folder, record)
@@ -99,31 +85,24 @@ def texts(units: list[Unit], progress: Progress) -> Iterator[str]:
 
 def save(tokenizer: Tokenizer, folder: Path, record: dict) -> None:
     """Writes the folder in the form that Hugging Face loads; tokenizer.json comes last."""
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": EOS,
-        "eos_token": EOS,
-        "clean_up_tokenization_spaces": False,
-    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOS, "eos_token": EOS}
+    config["clean_up_tokenization_spaces"] = False
     (folder / "tokenizer.json").unlink(missing_ok=True)
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / RECORD, record)
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
 
-def identity(units: list[Unit]) -> str:
-    """Checksum of the input files' names, sizes and times."""
-    names = sorted({name for unit in units for name in unit.paths})
-    stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
-    return hashlib.sha256(json.dumps([[asdict(unit) for unit in units], stats]).encode()).hexdigest()
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("torchtitan_deltaproduct.data.train_tokenizer", __doc__)
-    parser.add_argument("input", nargs="+", type=path, help="text, .jsonl(.gz) or .parquet files, or folders")
+    parser.add_argument(
+        "input", nargs="+", type=path, help="text, JSON, CSV (also packed) or Parquet files, or folders"
+    )
     parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="folder to write")
     parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="entries of the vocabulary")
-    parser.add_argument("--text-field", default="text", type=text, metavar="NAME", help="JSON field or Parquet column")
+    parser.add_argument(
+        "--text-field", default="text", type=text, metavar="NAME", help="JSON field or column that holds the text"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer in the folder")
     options = parser.parse_args(arguments)
     made = train_tokenizer(options.input, options.vocab_size, options.out, options.text_field, options.overwrite)

@@ -26,8 +26,9 @@ from torchtitan_deltaproduct.files import write_atomically
 from ..shards.manifest import Shard
 from ..shards.shards import ShardWriter
 from ..shards.verified import SUFFIXES, state
+from .documents import BadRecord, Document, Unit
 from .progress import Progress
-from .sources import BadRecord, Document, Unit, read_unit
+from .sources import read_unit
 from .tokenizer import load_tokenizer
 
 # One call of the tokenizer, and one report of progress.
@@ -38,38 +39,28 @@ QUEUED = 4
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is the same for all units.
-
-    Attributes:
-        out: folder of the result.
-        work: folder of the records of finished units.
-        tokenizer: folder with tokenizer.json.
-        eos_id: token after every document.
-        dtype: of the shards.
-        validation_fraction: share of documents in the part `validation`; 0: there is one part, named "".
-        split_by: `document`, `file` or `token`.
-        validation_from: number of the first unit of `--validation-input`; None: there is none.
-        surely: the largest draw that is held out in any case (`prepare.hold_out_one`).
-    """
+    """What is the same for all units."""
 
     out: str
     work: str
+    """Folder of the records of finished units."""
     tokenizer: str
     eos_id: int
+    """Token after every document."""
     dtype: str
     validation_fraction: float
+    """Share of documents in the part `validation`; 0: there is one part, named ""."""
     split_by: str
+    """`document`, `file` or `token`."""
     validation_from: int | None = None
+    """Number of the first unit of `--validation-input`; None: there is none."""
     surely: float = -1.0
+    """The largest draw that is held out in any case (`prepare.hold_out_one`)."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return ("train", "validation") if self.splits else ("",)
-
-    @property
-    def splits(self) -> bool:
-        """Whether there is a part that is held out."""
-        return bool(self.validation_fraction) or self.validation_from is not None
+        splits = self.validation_fraction or self.validation_from is not None
+        return ("train", "validation") if splits else ("",)
 
     def draw(self, document: Document) -> float:
         """In [0, 1), by a hash: of the text, so that copies of a document are on one side, or of the file name."""
@@ -116,14 +107,14 @@ def tokenize_units(
     """
     numbers = range(len(units)) if numbers is None else numbers
     todo = [number for number in numbers if number not in done]
-    records = dict(done)
+    records, tokens = dict(done), 0
+    # Bytes read of each unit.
+    read = {number: units[number].size for number in done}
     context = multiprocessing.get_context("spawn")
     messages, stop = context.SimpleQueue(), context.Event()
-    before = sum(units[number].size for number in done)
-    board = _Board(units, before)
     check_bad(records, max_bad_records)
     with (
-        Progress("tokenize", sum(units[number].size for number in numbers), before) as progress,
+        Progress("tokenize", sum(units[number].size for number in numbers), sum(read.values())) as progress,
         ProcessPoolExecutor(
             min(workers, max(1, len(todo))), context, _start_worker, (job, max_bad_records, messages, stop)
         ) as pool,
@@ -138,13 +129,12 @@ def tokenize_units(
                     break
                 finished, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 while not messages.empty():
-                    board.note(*messages.get())
+                    number, read[number], more = messages.get()
+                    tokens += more
                 records |= {pending.pop(future): future.result() for future in finished}
                 if any(future.result()["bad"] for future in finished):
                     check_bad(records, max_bad_records)
-                progress.update(board.done_bytes, f"{board.tokens / 1e6:.1f} M tokens")
-            # A worker may still be starting: without a wait it finds its queue gone, and says so at length.
-            pool.shutdown(wait=True)
+                progress.update(sum(read.values()), f"{tokens / 1e6:.1f} M tokens")
         except BrokenProcessPool:
             raise DataError(
                 "A worker process died, most likely for lack of memory; finished shards are kept.\n"
@@ -152,7 +142,8 @@ def tokenize_units(
             ) from None
         finally:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            # With a wait: a worker that is still starting would find its queue gone, and say so at length.
+            pool.shutdown(wait=True, cancel_futures=True)
     return [records[number] for number in numbers]
 
 
@@ -160,32 +151,11 @@ def check_bad(records: dict[int, dict], limit: int) -> None:
     """Raises DataError if the units finished so far have more than `limit` bad records."""
     bad = [entry for number in sorted(records) for entry in records[number]["bad"]]
     if len(bad) > limit:
-        raise too_many_bad(bad, limit)
-
-
-def too_many_bad(bad: list[list[str]], limit: int) -> DataError:
-    shown = "\n  ".join(str(BadRecord(*entry)) for entry in bad[:3])
-    return DataError(
-        f"More than {limit} records cannot be read:\n  {shown}\n"
-        "Correct the input, or allow more with --max-bad-records; finished shards are kept."
-    )
-
-
-class _Board:
-    """Bytes and tokens done, from the workers' messages."""
-
-    def __init__(self, units: list[Unit], before: int):
-        self.units, self.before, self.tokens, self.bytes_of = units, before, 0, {}
-
-    def note(self, number: int, read_bytes: int, tokens: int) -> None:
-        """read_bytes: text bytes of the unit so far, -1 at its end; tokens: since the last message."""
-        size = self.units[number].size
-        self.bytes_of[number] = size if read_bytes < 0 else min(read_bytes, size)
-        self.tokens += tokens
-
-    @property
-    def done_bytes(self) -> int:
-        return self.before + sum(self.bytes_of.values())
+        shown = "\n  ".join(str(BadRecord(*entry)) for entry in bad[:3])
+        raise DataError(
+            f"More than {limit} records cannot be read:\n  {shown}\n"
+            "Correct the input, or allow more with --max-bad-records; finished shards are kept."
+        )
 
 
 _worker: dict = {}
@@ -210,7 +180,7 @@ def _run_unit(number: int, unit: Unit) -> dict:
     job = _worker["job"]
 
     def report(read_bytes: int, tokens: int) -> None:
-        _worker["messages"].put((number, read_bytes, tokens))
+        _worker["messages"].put((number, min(read_bytes, unit.size), tokens))
         if _worker["stop"].is_set():
             raise Stopped
 
@@ -229,52 +199,46 @@ def tokenize_unit(
 ) -> dict:
     """Tokenises one unit into a shard for each part, and writes its record.
 
+    `report` is told of the bytes of text read so far and of the tokens since the last call.
+
     Returns:
         `{"shards": {part: shard or None}, "states": {part: states_of}, "empty": count, "unknown": tokens,
         "bad": [[file, position, reason], ...], "separators": documents with the separator in their text,
         "least": smallest draw of a document}`.
     """
     writers = {part: ShardWriter(Path(job.out, part), f"shards/{number:05d}", job.dtype) for part in job.parts}
-    bad: list[BadRecord] = []
-    empty = read_bytes = unknown = separators = 0
-    least = 1.0
+    record: dict = {"bad": [], "empty": 0, "unknown": 0, "separators": 0, "least": 1.0}
+    read_bytes = 0
     try:
-        for documents in _batches(read_unit(unit), bad):
-            if len(bad) > max_bad_records:
-                raise too_many_bad([list(entry) for entry in bad], max_bad_records)
+        for documents in _batches(read_unit(unit), record["bad"]):
+            check_bad({number: record}, max_bad_records)
             pieces = [piece for document in documents for piece in job.pieces(document, number)]
             tokens = 0
             for (part, text), ids in zip(pieces, tokenizer.encode_documents([text for _, text in pieces]), strict=True):
                 size = len(text.encode())
                 read_bytes += size
                 tokens += len(ids)
-                unknown += tokenizer.count_unknown(text, ids)
-                separators += job.eos_id in ids
+                record["unknown"] += tokenizer.count_unknown(text, ids)
+                record["separators"] += job.eos_id in ids
                 if ids:
                     ids.append(job.eos_id)
                     writers[part].add(ids, size)
                 else:
                     # A short document may have no tail.
-                    empty += job.split_by != "token" or part == "train"
+                    record["empty"] += job.split_by != "token" or part == "train"
             if job.validation_fraction and job.split_by != "token":
-                least = min([least, *(job.draw(document) for document in documents if document.text)])
+                draws = [job.draw(document) for document in documents if document.text]
+                record["least"] = min([record["least"], *draws])
             report(read_bytes, tokens)
         shards = {part: writer.close() for part, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
             writer.abandon()
         raise
-    record = {
-        "shards": {part: asdict(shard) if shard else None for part, shard in shards.items()},
-        "states": {part: states_of(Path(job.out, part), shard) for part, shard in shards.items() if shard},
-        "empty": empty,
-        "bad": [list(entry) for entry in bad],
-        "unknown": unknown,
-        "separators": separators,
-        "least": least,
-    }
+    record["shards"] = {part: asdict(shard) if shard else None for part, shard in shards.items()}
+    record["states"] = {part: states_of(Path(job.out, part), shard) for part, shard in shards.items() if shard}
     write_atomically(Path(job.work, f"{number:05d}.json"), json.dumps(record))
-    report(-1, 0)
+    report(unit.size, 0)
     return record
 
 

@@ -17,29 +17,24 @@ from torch import Tensor
 
 
 def effective_rank(states: Tensor) -> Tensor:
-    """exp of the entropy of the singular values as shares of their sum.
+    """exp of the entropy of the singular values as shares of their sum: states [..., K, V] -> [...] float64.
 
-    Args:
-        states: [..., K, V], any floating dtype, on any device.
-
-    Returns:
-        [...] float64, from 1 to min(K, V); 0 for a state of zeros, which has no direction at all; NaN for one that is
-        not finite.
+    From 1 to min(K, V); 0 for a state of zeros, which has no direction at all; NaN for one that is not finite.
     """
-    values = singular_values(states)
+    return rank_of_values(singular_values(states))
+
+
+def rank_of_values(values: Tensor) -> Tensor:
+    """The effective rank of a matrix with the singular values [..., N]: [...]."""
     total = values.sum(-1, keepdim=True)
     rank = torch.special.entr(values / total).sum(-1).exp()
     return torch.where(total.squeeze(-1) == 0, 0.0, rank)
 
 
 def singular_values(states: Tensor) -> Tensor:
-    """Singular values, those that float64 squares cannot tell from zero as 0.
+    """Singular values of states [..., K, V], those that float64 squares cannot tell from zero as 0.
 
-    Args:
-        states: [..., K, V].
-
-    Returns:
-        [..., min(K, V)] float64 on the device of `states`, descending; NaN for a matrix that is not finite.
+    [..., min(K, V)] float64 on the device of `states`, descending; NaN for a matrix that is not finite.
     """
     tall = (states if states.shape[-2] >= states.shape[-1] else states.mT).double()
     finite = tall.isfinite().all(-1).all(-1)[..., None]

@@ -71,14 +71,10 @@ class Glimpse:
         return self.chosen_tokens(x.unflatten(1, (-1, self.num_householder)))
 
     def states(self, between: bool = False, block_bytes: int | None = None) -> Iterator[Tensor]:
-        """The states at the chosen tokens, some positions at a time.
+        """The states at the chosen tokens, some positions at a time: [p, n or 1, B, H, K, V], P positions in all.
 
-        Args:
-            between: after each of the n micro-steps; else after the last.
-            block_bytes: of what is yielded, at most, but at least one position; by device if None.
-
-        Yields:
-            [p, n or 1, B, H, K, V], P positions in all.
+        They are those after each of the n micro-steps (`between`) or after the last, at most `block_bytes` at a time,
+        by device if None, but at least one position.
         """
         if not self.positions:
             return
@@ -143,17 +139,10 @@ def walk(
     every: int = 1,
     offset: int = 0,
 ) -> list[MixerCache]:
-    """Reads the next tokens and shows what each layer does with them.
+    """Reads the next tokens [B, T] int64, T at least 1, and shows what each layer does with them.
 
-    Args:
-        model: whole on its device.
-        tokens: [B, T] int64, T at least 1.
-        cache: of `models.decode.init_cache`, or what an earlier call returned.
-        look: called once a layer, in order.
-        every, offset: see `Glimpse`.
-
-    Returns:
-        The cache after the last token.
+    From the `cache` of `models.decode.init_cache`, or of an earlier call, to that after the last token; `look` is
+    called once a layer, in order; `every` and `offset` are those of `Glimpse`.
     """
     x, after = model.tok_embeddings(tokens), []
     for index, (layer, entry) in enumerate(zip(model.layers.values(), cache, strict=True)):

@@ -1,4 +1,4 @@
-"""What a layer's tokens do to its state: histograms of beta, of the decay, and of the eigenvalues of the transition.
+"""What a layer's tokens do to its state: histograms of beta and of the eigenvalues of the transition.
 
 The n micro-steps of a token multiply the state by M = e^g (I - b_n k_n k_n^T) ... (I - b_1 k_1 k_1^T) = e^g (I - K^T W)
 with the keys as rows of K [n, K] and W = (I + A)^-1 diag(b) K, A_ij = b_i k_i.k_j below the diagonal. M differs from
@@ -9,7 +9,7 @@ e^g I on n dimensions at most: e^g times 1 - the eigenvalues of the n x n matrix
     tally = Tally.empty(model.args); tally.add(glimpse)
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,22 +19,16 @@ from torchtitan_deltaproduct.models.args import DeltaProductArgs
 
 from .states import Glimpse
 
-BETA_BINS, DECAY_BINS, PLANE_BINS, MODULUS_BINS, ANGLE_BINS = 40, 40, 65, 50, 36
-"""beta: over [0, 2] or [0, 1]; e^g, moduli: [0, 1]; real, imaginary part: [-1, 1], 0 in a middle; angles: [0, pi]."""
+BETA_BINS, PLANE_BINS, MODULUS_BINS = 40, 65, 50
+"""beta: over [0, 2] or [0, 1]; real and imaginary part: [-1, 1], 0 in a middle; moduli: [0, 1]."""
 REAL = 1e-6
 """An eigenvalue is complex if its imaginary part is larger."""
 
 
 def transition_eigenvalues(k: Tensor, beta: Tensor, g: Tensor | None = None) -> Tensor:
-    """The n eigenvalues of a token's transition that differ from e^g.
+    """The n eigenvalues of a token's transition that differ from e^g: [..., n] complex128, on the CPU, in no order.
 
-    Args:
-        k: [..., n, K] keys, as the operator uses them (normalised).
-        beta: [..., n].
-        g: [...] log decay, or None.
-
-    Returns:
-        [..., n] complex128, on the CPU, in no order.
+    Of keys k [..., n, K] as the operator uses them (normalised), beta [..., n] and the log decay g [...], or None.
     """
     # Thousands of matrices of two or three rows: LAPACK is done before a GPU has started.
     k, beta = k.double().cpu(), beta.double().cpu()
@@ -52,10 +46,8 @@ class Tally:
     Attributes:
         beta: [L, H, n, BETA_BINS].
         beta_sum: [L, H, n] float64.
-        decay: [L, H, DECAY_BINS] of e^g; of a model without decay, zeros.
         plane: [L, H, PLANE_BINS, PLANE_BINS], real part by imaginary part.
         modulus: [L, H, MODULUS_BINS].
-        angle: [L, H, ANGLE_BINS] of |angle|; 0 keeps a direction, pi reflects it.
         rotating: [L, H] eigenvalues that are complex.
         negative: [L, H] eigenvalues whose real part is below 0.
         tokens: [L] read.
@@ -63,10 +55,8 @@ class Tally:
 
     beta: np.ndarray
     beta_sum: np.ndarray
-    decay: np.ndarray
     plane: np.ndarray
     modulus: np.ndarray
-    angle: np.ndarray
     rotating: np.ndarray
     negative: np.ndarray
     tokens: np.ndarray
@@ -79,14 +69,9 @@ class Tally:
             return np.zeros((*heads, *shape), dtype=np.int64)
 
         return cls(
-            zeros(n, BETA_BINS), np.zeros((*heads, n)), zeros(DECAY_BINS), zeros(PLANE_BINS, PLANE_BINS),
-            zeros(MODULUS_BINS), zeros(ANGLE_BINS), zeros(), zeros(), np.zeros(heads[0], dtype=np.int64),
+            zeros(n, BETA_BINS), np.zeros((*heads, n)), zeros(PLANE_BINS, PLANE_BINS), zeros(MODULUS_BINS), zeros(),
+            zeros(), np.zeros(heads[0], dtype=np.int64),
         )  # fmt: skip
-
-    def __iadd__(self, other: "Tally") -> "Tally":
-        for field in fields(self):
-            getattr(self, field.name)[...] += getattr(other, field.name)
-        return self
 
     def add(self, glimpse: Glimpse, top: float) -> None:
         """Counts a segment of a layer; `top`: the largest beta there can be."""
@@ -95,8 +80,6 @@ class Tally:
         self.tokens[layer] += len(beta)
         self.beta[layer] += histogram(beta, BETA_BINS, 0, top)
         self.beta_sum[layer] += beta.sum(0).numpy()
-        if glimpse.g is not None:
-            self.decay[layer] += histogram(glimpse.g.double().cpu().exp().flatten(0, 1), DECAY_BINS, 0, 1)
         if not glimpse.positions:
             return
         k, b = glimpse.chosen_rows(glimpse.k).transpose(2, 3), glimpse.chosen_rows(glimpse.beta).transpose(2, 3)
@@ -108,7 +91,6 @@ class Tally:
         cell = bins_of(values.real, PLANE_BINS, -1, 1) * PLANE_BINS + bins_of(values.imag, PLANE_BINS, -1, 1)
         self.plane[layer] += count(cell, PLANE_BINS**2).reshape(-1, PLANE_BINS, PLANE_BINS)
         self.modulus[layer] += histogram(values.abs(), MODULUS_BINS, 0, 1)
-        self.angle[layer] += histogram(values.angle().abs(), ANGLE_BINS, 0, torch.pi)
         self.rotating[layer] += (values.imag.abs() > REAL).sum(0).numpy()
         self.negative[layer] += (values.real < 0).sum(0).numpy()
 

@@ -5,7 +5,6 @@
     python -m eval.generate RUN --prompt "class A" "class B" --stop $'\\n\\n'      two prompts as one batch
     cat notes.txt | python -m eval.generate RUN --file - --tokens 500            from standard input
 
-RUN is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder.
 Without a prompt the text begins a new document. It ends at the end of the document, at `--stop`, or after `--tokens`.
 Memory and time a token do not grow with the length; prompts are read in segments. The text alone goes to standard
 output; what it is and its speed go to standard error.
@@ -65,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("eval.generate", __doc__)
-    add_model_options(parser, results=False)
+    add_model_options(parser)
     add = parser.add_argument
     add("--prompt", nargs="+", action="extend", default=[], type=text, metavar="TEXT",
         help="what to continue; several are continued together")  # fmt: skip
@@ -103,22 +102,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The settings that the options say; ConfigError if one is out of range, or would have no effect."""
+    """What the options ask for; ConfigError if one is out of range, or would have no effect."""
     if "" in options.stop:
         raise ConfigError("--stop '': expected a string that is not empty")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     if sampling.temperature == 0:
         idle = {"--top-k": sampling.top_k, "--top-p": sampling.top_p < 1, "--samples": options.samples > 1}
-        for name in (name for name, value in idle.items() if value):
-            raise ConfigError(f"{name} has no effect at temperature 0: give --temperature above 0")
+        if names := [name for name, given in idle.items() if given]:
+            raise ConfigError(f"{names[0]} has no effect at temperature 0: give --temperature above 0")
     return Settings(options.tokens, tuple(options.stop), sampling, not options.ignore_eos, options.segment)
 
 
 def read_texts(options: argparse.Namespace) -> list[Prompt]:
-    """The prompts of `--prompt` and `--file`, `--samples` times each; an empty one if there are none.
+    """The prompts of `--prompt` and `--file`, `--samples` times each, an empty one if there are none.
 
-    Raises:
-        DataError: a file cannot be read as UTF-8 text.
+    Raises DataError if a file cannot be read as UTF-8 text.
     """
     named = [(shorten(prompt), prompt) for prompt in options.prompt]
     for file in options.file:
@@ -130,47 +128,41 @@ def read_texts(options: argparse.Namespace) -> list[Prompt]:
             raise DataError(f"{file} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise DataError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start:,}") from None
-    named = named or [("a new document", "")]
-    if options.samples == 1:
-        return [Prompt(name, text, options.seed) for name, text in named]
     seeds = range(options.seed, options.seed + options.samples)
-    return [Prompt(f"{name}, seed {seed}", text, seed) for name, text in named for seed in seeds]
+    suffix = ", seed {}" if options.samples > 1 else ""
+    return [Prompt(name + suffix.format(seed), text, seed) for name, text in named or [("a new document", "")]
+            for seed in seeds]  # fmt: skip
 
 
 def speak(
     loaded: LoadedModel, vocabulary: Vocabulary, prompts: list[Prompt], settings: Settings, options: argparse.Namespace
 ) -> None:
     """Continues prompts with one model: of one the text is shown while it comes, of several one after another."""
-
-    def show(_: int, piece: str) -> None:
-        print(piece, end="", flush=True)
-
     alone = len(prompts) == 1
+    show = (lambda _, piece: print(piece, end="", flush=True)) if alone else None
     if alone and options.echo:
-        show(0, prompts[0].text)
+        print(prompts[0].text, end="", flush=True)
+    before = [vocabulary.separator] if options.new_document else []
     for first in range(0, len(prompts), options.batch):
-        some = prompts[first : first + options.batch]
-        before = [vocabulary.separator] if options.new_document else []
-        ids = [before + vocabulary.encode(prompt.text) for prompt in some]
-        seeds = [prompt.seed for prompt in some]
+        batch = prompts[first : first + options.batch]
+        ids = [before + vocabulary.encode(prompt.text) for prompt in batch]
         start = time.monotonic()
-        texts = continue_prompts(loaded.model, vocabulary, ids, settings, seeds, show if alone else None)
+        texts = continue_prompts(loaded.model, vocabulary, ids, settings, [prompt.seed for prompt in batch], show)
         seconds, added = time.monotonic() - start, sum(len(text.tokens) for text in texts)
         ends = ", ".join(sorted({ENDS[text.reason] for text in texts}))
-        begin = "\n" if alone else ""
-        say(f"{begin}{sum(map(len, ids)):,} tokens read, {added:,} added in {seconds:.1f} s; ended by {ends}")
+        newline = "\n" if alone else ""
+        say(f"{newline}{sum(map(len, ids)):,} tokens read, {added:,} added in {seconds:.1f} s; ended by {ends}")
         if alone:
             print(flush=True)
             return
-        for place, (prompt, continuation) in enumerate(zip(some, texts, strict=True), start=first + 1):
+        for place, (prompt, continuation) in enumerate(zip(batch, texts, strict=True), start=first + 1):
             text = prompt.text + continuation.text if options.echo else continuation.text
             print(f"--- {place} of {len(prompts)}: {prompt.name}\n{text}", flush=True)
 
 
-def shorten(text: str, width: int = 60) -> str:
+def shorten(text: str) -> str:
     """A prompt's name: its beginning on one line."""
-    shown = repr(text)
-    return shown if len(shown) <= width else shown[: width - 3] + "..."
+    return repr(text) if len(repr(text)) <= 60 else repr(text)[:57] + "..."
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ Prompts of any lengths go together, without padding: a recurrent state would rem
 in segments up to the end of the shortest, the others go on from there. A sequence that ends leaves the batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +19,8 @@ from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.models.decode import advance, init_cache, join, select, step
 from torchtitan_deltaproduct.models.mixer import MixerCache
 
-from .sampling import Sampler, Sampling
-from .text_stream import TextStream
-from .vocabulary import Vocabulary
+from .sampling import Sampling, choose, random_streams
+from .vocabulary import TextStream, Vocabulary
 
 SEGMENT = 2048
 """Tokens of a prompt read at a time."""
@@ -40,7 +39,7 @@ class Settings:
     """
 
     tokens: int = 128
-    stops: tuple[str, ...] | list[str] = ()
+    stops: Sequence[str] = ()
     sampling: Sampling = field(default_factory=Sampling)
     stop_at_separator: bool = True
     segment: int = SEGMENT
@@ -75,13 +74,11 @@ class Continuation:
     def push(self, token: int, separator: int | None, most: int) -> str:
         """Takes the next of at most `most` tokens and returns the text that is certain now; `separator` ends it."""
         self.tokens.append(token)
-        piece = ""
+        piece = "" if token == separator else self.stream.push(token)
         if token == separator:
             self.reason = "separator"
-        else:
-            piece = self.stream.push(token)
-            if not self.stream.stopped and len(self.tokens) == most:
-                self.reason = "length"
+        elif len(self.tokens) == most:
+            self.reason = "length"
         if self.reason:
             piece += self.stream.finish()
         # What was held back may have turned out to be a stop string only now.
@@ -115,11 +112,11 @@ def continue_prompts(
     prompts = [prompt or [vocabulary.separator] for prompt in prompts]
     texts = [Continuation(TextStream(vocabulary.tokenizer, prompt, settings.stops)) for prompt in prompts]
     separator = vocabulary.separator if settings.stop_at_separator else None
-    sampler = Sampler(settings.sampling, [0] * len(prompts) if seeds is None else seeds)
+    streams = random_streams(seeds or [0] * len(prompts))
     logits, cache = read_prompts(model, prompts, settings.segment)
     active = list(range(len(prompts)))
     while True:
-        tokens = sampler.choose(logits[:, : vocabulary.size], active)
+        tokens = choose(logits[:, : vocabulary.size], settings.sampling, [streams[place] for place in active])
         for place, token in zip(active, tokens, strict=True):
             piece = texts[place].push(token, separator, settings.tokens)
             if show and piece:
@@ -137,12 +134,7 @@ def continue_prompts(
 def read_prompts(
     model: DeltaProductLM, prompts: list[list[int]], segment: int = SEGMENT
 ) -> tuple[Tensor, list[MixerCache]]:
-    """Reads prompts of any lengths.
-
-    Args:
-        model: the model.
-        prompts: ids, at least one each.
-        segment: tokens read at a time; memory grows with it, not with the prompts.
+    """Reads prompts of any lengths, at least one token each, `segment` tokens at a time, which bounds the memory.
 
     Returns:
         Logits [B, vocab] of what follows each prompt, and the cache after them.

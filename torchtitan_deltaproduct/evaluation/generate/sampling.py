@@ -1,7 +1,7 @@
 """Choosing the next token from logits: greedy, or by temperature, top-k and top-p.
 
-    sampler = Sampler(Sampling(temperature=0.8, top_p=0.95), seeds=[1, 1])
-    ids = sampler.choose(logits)                    # [2, vocab] -> [2]
+    streams = random_streams(seeds=[1, 2])
+    ids = choose(logits, Sampling(temperature=0.8, top_p=0.95), streams)                    # [2, vocab] -> [2]
 
 The filters come in the usual order: temperature, then the k most probable, then the smallest set of these that has
 the mass p. A token is the inverse of the cumulative distribution at one uniform number, and each sequence draws its
@@ -22,16 +22,13 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are chosen; ConfigError if a value is out of range.
 
     Attributes:
         temperature: divides the logits; 0 takes the most probable token.
         top_k: only the k most probable tokens (and those tied with the k-th); 0: all.
         top_p: only the smallest set of the most probable tokens whose mass is at least this; 1: all. The token
             that crosses it is in the set.
-
-    Raises:
-        ConfigError: a value out of range.
     """
 
     temperature: float = 0.0
@@ -45,6 +42,21 @@ class Sampling:
             raise ConfigError(f"top-k {self.top_k}: must be 0 (all tokens) or a number of tokens")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top-p {self.top_p}: must be above 0 and at most 1 (all tokens)")
+
+
+def random_streams(seeds: list[int]) -> list[torch.Generator]:
+    """A stream of random numbers for each seed; on the CPU, so that a seed means the same on every device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def choose(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> list[int]:
+    """The next token for each row of logits [B, vocab], with a stream each; CheckpointError if they are not finite."""
+    if not logits.isfinite().all():
+        raise CheckpointError("the model's logits are not finite: its weights are damaged or its training diverged")
+    if sampling.temperature == 0:
+        return logits.argmax(1).tolist()
+    uniform = torch.cat([torch.rand(1, generator=stream, dtype=torch.float64) for stream in streams])
+    return invert(distribution(logits, sampling), uniform.to(logits.device)).tolist()
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -73,30 +85,3 @@ def invert(p: Tensor, uniform: Tensor) -> Tensor:
     # The product may round up to the total, beyond the last token.
     at = torch.minimum(uniform.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, at, right=True).squeeze(1)
-
-
-class Sampler:
-    """Chooses tokens for a batch of sequences, which have a seed each."""
-
-    def __init__(self, sampling: Sampling, seeds: list[int]):
-        self.sampling = sampling
-        # On the CPU whatever the device of the model, so that a seed means the same everywhere.
-        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def choose(self, logits: Tensor, rows: list[int] | None = None) -> list[int]:
-        """The next token of each sequence.
-
-        Args:
-            logits: [B, vocab].
-            rows: the sequences (by their place in `seeds`) that the rows of `logits` belong to; None: all.
-
-        Raises:
-            CheckpointError: the logits are not finite.
-        """
-        if not logits.isfinite().all():
-            raise CheckpointError("the model's logits are not finite: its weights are damaged or its training diverged")
-        if self.sampling.temperature == 0:
-            return logits.argmax(1).tolist()
-        streams = self.streams if rows is None else [self.streams[row] for row in rows]
-        uniform = torch.cat([torch.rand(1, generator=stream, dtype=torch.float64) for stream in streams])
-        return invert(distribution(logits, self.sampling), uniform.to(logits.device)).tolist()

@@ -7,10 +7,8 @@
     python -m eval.length_extrapolation --from outputs/run/eval --buckets 64                      no model runs
     python -m eval.length_extrapolation --from outputs/*/eval --out compared                      runs side by side
 
-MODEL is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or a Hugging Face folder.
-DATA is a prepared folder, a file or folder of text, or a dataset NAME[:CONFIGURATION]. Results go to `--out`, by
-default MODEL/eval: length_extrapolation.json, .csv and .png, and in length_extrapolation/ the tokens that were read and
-the loss at every position of every sequence. The same command again continues where it was stopped.
+Results go to `--out`, by default MODEL/eval: length_extrapolation.json, .csv and .png, and in length_extrapolation/ the
+tokens that were read and the loss at every position of every sequence.
 """
 
 import argparse
@@ -21,10 +19,11 @@ from rich.console import Console
 
 from torchtitan_deltaproduct.models import DeltaProductLM
 
-from ..long import LongEvaluation, Progress, tokenizer_of
+from ..long import LongEvaluation, Progress
 from ..pieces import Measured, Tokens
+from ..texts import tokenizer_of
 from .loss import POSITION, score
-from .results import Result, parse_buckets, summarise, table
+from .results import LEAST_SEQUENCES, Result, parse_buckets, summarise, table
 
 
 class LengthExtrapolation(LongEvaluation):
@@ -46,21 +45,21 @@ class LengthExtrapolation(LongEvaluation):
     def check(self, options: argparse.Namespace) -> None:
         parse_buckets(options.buckets, 1 << 62 if options.source else options.length)
 
-    def notes(self, case: Measured, options: argparse.Namespace) -> list[str]:
-        lines, loaded, name = [f"{case.data['wanted']['data']}: {case.data['said']}"], case.loaded, case.model["name"]
-        if tokenizer_of(loaded, options) is None:
-            lines.append(f"{name} has no tokenizer.json: that it fits the data cannot be checked")
-        if case.data["kind"] == "packed" and loaded.config.get("data", {}).get("reset_state_at_documents"):
-            lines.append(f"{name} was trained with its state reset at documents; here it is carried across them")
-        if case.data["sequences"] == 1:
-            lines.append("one sequence: there are no standard errors")
+    def notes(self, cases: list[Measured], options: argparse.Namespace) -> list[str]:
+        lines = super().notes(cases, options)
+        for case in cases:
+            name, count = case.model["name"], case.data["sequences"]
+            if tokenizer_of(case.loaded, options) is None:
+                lines.append(f"{name} has no tokenizer.json: that it fits the data cannot be checked")
+            if case.data["kind"] == "packed" and case.loaded.config.get("data", {}).get("reset_state_at_documents"):
+                lines.append(f"{name} was trained with its state reset at documents; here it is carried across them")
+            if count < LEAST_SEQUENCES:
+                lines.append(["one sequence: there are no standard errors",
+                              "two sequences are too few for an interval"][count - 1])  # fmt: skip
+        if len({case.data["tokenizer_sha256"] for case in cases}) > 1:
+            data = cases[0].data["wanted"]["data"]
+            lines.append(f"{data}: the models have different tokenizers, so their losses a token cannot be compared")
         return lines
-
-    def compared(self, cases: list[Measured]) -> str:
-        if len({case.data["tokenizer_sha256"] for case in cases}) == 1:
-            return ""
-        data = cases[0].data["wanted"]["data"]
-        return f"{data}: the models have different tokenizers, so their losses a token cannot be compared"
 
     def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict, progress: Progress) -> np.ndarray:
         """[sequences, length] of `loss.POSITION`."""
@@ -74,19 +73,16 @@ class LengthExtrapolation(LongEvaluation):
     def summarise(self, measured: list[Measured], options: argparse.Namespace | None) -> list[Result]:
         return summarise(measured, options.buckets if options else "")
 
-    def columns(self, results: list[Result]) -> list[str]:
-        return ["model", "step", "train_length", "data", "documents", "length", "sequences", *results[0].buckets[0]]
-
     def show(self, results: list[Result], stem: Path, options: argparse.Namespace, console: Console) -> None:
-        for data in dict.fromkeys(result.data["name"] for result in results):
+        for data in dict.fromkeys(result.case.data["name"] for result in results):
             console.print(f"\n{data}", style="bold", soft_wrap=True)
-            console.print(table([result for result in results if result.data["name"] == data]))
+            console.print(table([result for result in results if result.case.data["name"] == data]))
         for result in results:
-            if result.verdict():
-                console.print(result.verdict(), soft_wrap=True)
+            if verdict := result.verdict():
+                console.print(verdict, soft_wrap=True)
             if result.broken_from:
                 where = f"the first in the bucket from position {result.broken_from:,}"
-                console.print(f"{result.name}: losses that are not finite, {where}", soft_wrap=True)
+                console.print(f"{result.case.name}: losses that are not finite, {where}", soft_wrap=True)
         linear = options.x_axis == "linear" or (options.x_axis == "auto" and options.buckets.isdigit())
         self.compare(results, stem, log_positions=not linear)
 

@@ -19,7 +19,7 @@ from torchtitan_deltaproduct.models.decode import advance, init_cache
 from torchtitan_deltaproduct.models.mixer import at_least_float32
 
 LOGIT_BYTES = 32 << 20
-"""Bytes of the float32 logits that are held at once; the loss needs as much again."""
+"""Of the float32 logits that are held at once; the loss needs as much again."""
 POSITION = np.dtype([("loss", "<f4"), ("correct", "?")])
 """What is kept of a position: -log p of the token that came next (nats), and whether it was the most probable one."""
 
@@ -28,16 +28,15 @@ Reader = Callable[[int, int], np.ndarray]
 
 
 def score(
-    model: DeltaProductLM, read: Reader, length: int, segment: int = 1024, logit_bytes: int = LOGIT_BYTES
+    model: DeltaProductLM, read: Reader, length: int, segment: int = 1024
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Reads `length` tokens of some sequences and yields their losses, segment by segment.
+    """Reads `length` tokens of some sequences, and one more to predict, and yields their losses by segments.
 
     Args:
         model: whole on its device.
-        read: gives the tokens; of [0, length + 1), for the last one is predicted but not read.
-        length: positions L of each sequence; position t has read t + 1 tokens and predicts the next.
+        read: gives the tokens of [0, length + 1); position t has read t + 1 of them and predicts the next.
+        length: positions of each sequence.
         segment: tokens of a sequence read at a time; changes the results by rounding alone.
-        logit_bytes: bound on the float32 logits held at once, of at least one token.
 
     Yields:
         The first position of the segment, its losses [B, T] float32 in nats and whether the arg max was right [B, T].
@@ -48,24 +47,16 @@ def score(
         tokens = torch.from_numpy(read(start, stop + 1)).to(device)
         cache = init_cache(model, len(tokens)) if cache is None else cache
         hidden, cache = advance(model, tokens[:, :-1], cache)
-        loss, correct = token_losses(model, hidden, tokens[:, 1:], logit_bytes)
+        loss, correct = token_losses(model, hidden, tokens[:, 1:], LOGIT_BYTES)
         yield start, loss.float().cpu().numpy(), correct.cpu().numpy()
 
 
 @torch.no_grad()
-def token_losses(
-    model: DeltaProductLM, hidden: Tensor, labels: Tensor, logit_bytes: int = LOGIT_BYTES
-) -> tuple[Tensor, Tensor]:
-    """Cross entropy of each token without the logits of all of them.
+def token_losses(model: DeltaProductLM, hidden: Tensor, labels: Tensor, logit_bytes: int) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each token with no more float32 logits at once than `logit_bytes`, but those of one token.
 
-    Args:
-        model: whose `head` makes the logits.
-        hidden: [..., hidden].
-        labels: [...] int64.
-        logit_bytes: as in `score`.
-
-    Returns:
-        [...] losses in nats, float32 or wider, and [...] bool: the label has the largest logit.
+    From hidden [..., hidden] and labels [...] int64 to [...] losses in nats, float32 or wider, and [...] bool: the
+    label has the largest logit.
     """
     rows = max(1, logit_bytes // (4 * model.args.vocab_size))
     losses, right = [], []

@@ -1,7 +1,7 @@
 """From raw losses to results: positions in buckets, means with standard errors, as table, JSON and CSV.
 
     results = summarise(measured, buckets="")            # measured: what `long` has kept
-    Console().print(table(results)); results[0].entry(folder); results[0].rows()
+    Console().print(table(results)); results[0].entry(); results[0].rows()
 
 The tokens of a sequence depend on each other, the sequences do not: a bucket has one mean for each sequence, and
 standard errors and 95 % intervals (Student's t) are those of the mean over sequences. Perplexity is exp(loss), its
@@ -10,11 +10,9 @@ compared with the first sequence by sequence, and the interval of their differen
 """
 
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from rich.table import Table
@@ -27,6 +25,8 @@ FIRST_BUCKET = 32
 """Positions of the first automatic bucket."""
 BLOCK = 1 << 16
 """Positions summed at a time."""
+LEAST_SEQUENCES = 3
+"""For an interval: with two, t is 12.7, and the interval of a loss reaches below 0 nats."""
 
 
 def parse_buckets(text: str, length: int, marks: Iterable[int] = ()) -> list[int]:
@@ -98,36 +98,38 @@ class Sums:
 
 
 @lru_cache
-def student_t(degrees: int, share: float = 0.95) -> float:
-    """The t with P(|T| < t) = share."""
+def student_t(degrees: int) -> float:
+    """The t with P(|T| < t) = 95 %."""
     from scipy.stats import t  # takes a second to import
 
-    return float(t.ppf((1 + share) / 2, degrees))
+    return float(t.ppf(0.975, degrees))
 
 
-def mean_interval(values: np.ndarray, name: str) -> dict[str, float]:
-    """Mean of independent values [S], `name`, its standard error and 95 % interval; NaN where they are not known."""
+def mean_interval(values: np.ndarray, name: str, least: float = -math.inf, most: float = math.inf) -> dict[str, float]:
+    """Mean of independent values [S], which are from `least` to `most`: `name`, its standard error, 95 % interval.
+
+    NaN where they are not known: the error of one value, the interval of fewer than `LEAST_SEQUENCES`.
+    """
     n, mean = len(values), float(np.mean(values))
     error = float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    half = error * student_t(n - 1) if n > 1 else math.nan
-    return {name: mean, f"{name}_se": error, f"{name}_low": mean - half, f"{name}_high": mean + half}
+    half = error * student_t(n - 1) if n >= LEAST_SEQUENCES else math.nan
+    low, high = np.clip([mean - half, mean + half], least, most).tolist()
+    return {name: mean, f"{name}_se": error, f"{name}_low": low, f"{name}_high": high}
 
 
 def statistics(sums: Sums, first: int, last: int) -> dict[str, float]:
     """All numbers of one bucket, positions first .. last counted from 1."""
     loss, accuracy = sums.between(first, last)
-    share = mean_interval(accuracy, "accuracy")
-    if len(loss) > 1:
-        share |= {"accuracy_low": max(share["accuracy_low"], 0.0), "accuracy_high": min(share["accuracy_high"], 1.0)}
+    running = sums.between(1, last)[0]
     return {
         "first": first, "last": last, "tokens": len(loss) * (last - first + 1),
-        **_with_perplexity(mean_interval(loss, "loss"), "loss", "perplexity"), **share,
-        **_with_perplexity(mean_interval(sums.between(1, last)[0], "running_loss"), "running_loss",
-                           "running_perplexity"),
+        **_with_perplexity(loss, "loss", "perplexity"), **mean_interval(accuracy, "accuracy", 0, 1),
+        **_with_perplexity(running, "running_loss", "running_perplexity"),
     }  # fmt: skip
 
 
-def _with_perplexity(numbers: dict[str, float], loss: str, perplexity: str) -> dict[str, float]:
+def _with_perplexity(losses: np.ndarray, loss: str, perplexity: str) -> dict[str, float]:
+    numbers = mean_interval(losses, loss, least=0)
     exponentials = {f"{perplexity}{end}": math.exp(min(numbers[loss + end], 700.0)) for end in ("", "_low", "_high")}
     return numbers | exponentials
 
@@ -146,43 +148,25 @@ def beyond_training(sums: Sums, train_length: int | None, length: int) -> dict |
     return both | mean_interval(change, "difference")
 
 
-@dataclass(frozen=True)
 class Result:
-    """One model on one dataset.
+    """One model on one dataset, in buckets that end at `lasts`, beside the `first` model on the same sequences.
 
     Attributes:
-        model, data, pieces: see `Measured`.
+        case: what was measured.
         sums: of the losses up to the edges of the buckets.
         buckets: `statistics` of each, and `minus_first`: the loss minus that of the first model (NaN for itself).
         beyond: `beyond_training`.
     """
 
-    model: dict
-    data: dict
-    pieces: Pieces
-    sums: Sums
-    buckets: list[dict]
-    beyond: dict | None
-
-    @classmethod
-    def of(cls, case: Measured, lasts: list[int], first: "Result | None" = None) -> "Result":
-        """The result in buckets that end at `lasts`, beside that of the first model on the same sequences."""
-        length, trained = case.pieces.about["length"], case.model["train_length"] or 0
-        sums = Sums.of(case.pieces, [*lasts, trained // 2, min(trained, length), length // 2])
-        buckets = []
+    def __init__(self, case: Measured, lasts: list[int], first: "Result | None" = None):
+        length, trained = case.length, case.model["train_length"] or 0
+        self.case, self.buckets = case, []
+        self.sums = Sums.of(case.pieces, [*lasts, trained // 2, min(trained, length), length // 2])
         for start, last in zip([1, *(last + 1 for last in lasts[:-1])], lasts, strict=True):
-            other = first.sums.between(start, last)[0] if first else np.full(1, np.nan)
-            change = (sums.between(start, last)[0] if first else 0) - other
-            buckets.append(statistics(sums, start, last) | mean_interval(change, "minus_first"))
-        return cls(case.model, case.data, case.pieces, sums, buckets, beyond_training(sums, trained, length))
-
-    @property
-    def name(self) -> str:
-        return f"{self.model['name']}, {self.data['name']}"
-
-    @property
-    def length(self) -> int:
-        return self.pieces.about["length"]
+            loss = self.sums.between(start, last)[0]
+            change = loss - first.sums.between(start, last)[0] if first else np.full(1, np.nan)
+            self.buckets.append(statistics(self.sums, start, last) | mean_interval(change, "minus_first"))
+        self.beyond = beyond_training(self.sums, trained, length)
 
     @property
     def compared(self) -> bool:
@@ -194,35 +178,26 @@ class Result:
         """First position of the first bucket in which a loss is not finite."""
         return next((bucket["first"] for bucket in self.buckets if not math.isfinite(bucket["loss"])), None)
 
-    def entry(self, folder: Path) -> dict:
-        """For JSON; where the raw losses lie is relative to the `folder` of the file."""
-        settings = ("dtype", "device", "batch", "segment", "length", "sequences")
-        return {
-            "model": self.model | {"weights": self.pieces.about["weights"]},
-            "data": self.data,
-            "settings": {key: self.pieces.about[key] for key in settings},
-            "raw": os.path.relpath(self.pieces.folder, folder),
-            "beyond_training": self.beyond,
-            "buckets": self.buckets,
-        }
+    def entry(self) -> dict:
+        return {"beyond_training": self.beyond, "buckets": self.buckets}
 
-    def rows(self) -> list[list]:
-        """For CSV, one a bucket."""
-        head = [self.model["label"], self.model["step"], self.model["train_length"], self.data["name"],
-                self.data["kind"], self.length, self.pieces.about["sequences"]]  # fmt: skip
-        return [[*head, *bucket.values()] for bucket in self.buckets]
+    def rows(self) -> list[dict]:
+        """One a bucket."""
+        about = self.case.pieces.about
+        head = {"documents": self.case.data["kind"], "length": about["length"], "sequences": about["sequences"]}
+        return [head | bucket for bucket in self.buckets]
 
     def verdict(self) -> str | None:
         """One line on what happens beyond the training length."""
         if self.beyond is None:
             return None
-        half = self.beyond["difference_high"] - self.beyond["difference"]
+        change, low, high = (self.beyond[f"difference{end}"] for end in ("", "_low", "_high"))
         spans = [f"{s['first']:,} to {s['last']:,}" for s in (self.beyond["training"], self.beyond["beyond"])]
-        unclear = " (no clear change)" if abs(self.beyond["difference"]) <= half else ""
+        unclear = " (no clear change)" if low <= 0 <= high else ""
         return (
-            f"{self.name}: loss {self.beyond['training']['loss']:.3f} at positions "
+            f"{self.case.name}: loss {self.beyond['training']['loss']:.3f} at positions "
             f"{spans[0]}, up to its training length; {self.beyond['beyond']['loss']:.3f} at {spans[1]}: "
-            f"{_with_error(self.beyond, 'difference', '+.3f')}{unclear}"
+            f"{_with_half_width(change, high, '+.3f')}{unclear}"
         )
 
 
@@ -232,47 +207,48 @@ def summarise(measured: list[Measured], buckets: str) -> list[Result]:
     Raises:
         DataError: the sequences are of different lengths. ConfigError: `buckets` is none.
     """
-    lengths = {case.pieces.about["length"]: case.pieces.folder for case in measured}
+    lengths = {case.length: case.pieces.folder for case in measured}
     if len(lengths) > 1:
         places = ", ".join(f"{length:,} in {folder}" for length, folder in lengths.items())
         raise DataError(f"the results have different lengths: {places}\nname those of one length")
     marks = [case.model["train_length"] for case in measured if case.model["train_length"]]
-    lasts = parse_buckets(buckets, next(iter(lengths)), marks)
-    results: list[Result] = []
+    lasts = parse_buckets(buckets, measured[0].length, marks)
+    first: dict[str, Result] = {}
+    results = []
     for case in measured:
         texts = case.pieces.about["texts"]
-        first = next((other for other in results if other.pieces.about["texts"] == texts), None)
-        results.append(Result.of(case, lasts, first))
+        results.append(Result(case, lasts, first.get(texts)))
+        first.setdefault(texts, results[-1])
     return results
 
 
 def table(results: list[Result]) -> Table:
     """The results on one dataset: a row a bucket; a column a model with the loss, perplexity and accuracy."""
-    marks = {result.model["train_length"] for result in results}
+    marks = {result.case.model["train_length"] for result in results}
     out = Table()
     out.add_column("\npositions", justify="right")
     for result in results:
         more = "     minus first" if result.compared else ""
         # Names that do not fit are folded: cut off, two of them may look the same.
-        title = f"{result.model['name']}\nloss ± 95 %   perpl.   acc.{more}"
+        title = f"{result.case.model['name']}\nloss ± 95 %   perpl.   acc.{more}"
         out.add_column(title, justify="right", overflow="fold")
     for rows in zip(*(result.buckets for result in results), strict=True):
         last = rows[0]["last"]
         out.add_row(f"{rows[0]['first']:,} - {last:,}", *map(_cell, rows),
-                    end_section=last in marks and last < results[0].length)  # fmt: skip
+                    end_section=last in marks and last < results[0].case.length)  # fmt: skip
     return out
 
 
 def _cell(bucket: dict) -> str:
     if not math.isfinite(bucket["loss"]):
         return "not finite"
-    change = f"   {_with_error(bucket, 'minus_first', '+.3f')}" if math.isfinite(bucket["minus_first"]) else ""
+    loss = _with_half_width(bucket["loss"], bucket["loss_high"], ".3f")
+    change = _with_half_width(bucket["minus_first"], bucket["minus_first_high"], "+.3f")
     perplexity = bucket["perplexity"]
     form = ",.2f" if perplexity < 1000 else ",.0f" if perplexity < 1e6 else ".1e"
-    loss = _with_error(bucket, "loss", ".3f")
-    return f"{loss}  {f'{perplexity:{form}}'.rjust(7)}  {bucket['accuracy']:5.1%}{change}"
+    compared = f"   {change}" if math.isfinite(bucket["minus_first"]) else ""
+    return f"{loss}  {f'{perplexity:{form}}'.rjust(7)}  {bucket['accuracy']:5.1%}{compared}"
 
 
-def _with_error(bucket: dict, name: str, form: str) -> str:
-    half = bucket[f"{name}_high"] - bucket[name]
-    return f"{bucket[name]:{form}}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
+def _with_half_width(value: float, high: float, form: str) -> str:
+    return f"{value:{form}}" + (f" ± {high - value:.3f}" if math.isfinite(high) else "")

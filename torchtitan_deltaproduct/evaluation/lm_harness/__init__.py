@@ -126,15 +126,13 @@ def fill(namespace: argparse.Namespace, model: str | None) -> None:
 def cache_key(of_model: dict, device: str) -> str:
     """Changes with the weights, the tokenizer and every argument of the model, whose answers are then its own."""
     arguments = {name: str(value) for name, value in of_model.items() if name not in ("pretrained", "step")}
-    path = Path(str(of_model["pretrained"]))
+    folder = path = Path(str(of_model["pretrained"]))
     if is_hf_folder(path):
         files = [*path.glob("*.safetensors"), path / "config.json", path / "training.json"]
         weights = {file.name: file_sha256(file) for file in files if file.is_file()}
-        folder = path
     else:
         info = find_checkpoint(path, of_model.get("step"))
-        weights = info.marker.files
-        folder = run_folder(info.path) / "tokenizer"
+        weights, folder = info.marker.files, run_folder(info.path) / "tokenizer"
     folder = Path(arguments.pop("tokenizer", folder))
     # The separator is in the tokenizer's settings, not in tokenizer.json.
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -156,8 +154,8 @@ def folder_of(model: str, step: int | None) -> Path:
 def metrics(folder: Path) -> dict[str, float | None]:
     """Every metric of every task, as lm-eval names them."""
     values = {}
-    for task, metrics in _newest_results(folder)["results"].items():
-        for name, value in metrics.items():
+    for task, numbers in _newest_results(folder)["results"].items():
+        for name, value in numbers.items():
             metric, _, variant = name.partition(",")
             if isinstance(value, int | float) and not metric.endswith("_stderr") and variant:
                 values[f"{task} {metric}" + ("" if variant == "none" else f" ({variant})")] = float(value)

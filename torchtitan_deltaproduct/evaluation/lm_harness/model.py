@@ -8,11 +8,11 @@ length. A context that is not empty is taken as it is; an empty one is the separ
 training, and `loglikelihood_rolling` begins with it.
 """
 
-import inspect
 import logging
 import os
 import re
 import sys
+from collections import defaultdict
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError
 from ..generate.decoding import Settings, continue_prompts
 from ..generate.sampling import Sampling
 from ..generate.vocabulary import open_vocabulary
-from ..options import DTYPES
+from ..options import DTYPES, dtype_of, need_cuda
 from ..swept import made_by
 from .scoring import SEGMENT, Request, Score, score
 
@@ -86,14 +86,19 @@ class DeltaProductHarness(TemplateLM):
             raise ConfigError("no model is named: expected a run, checkpoint/step-N or Hugging Face folder")
         if dtype not in DTYPES:
             raise ConfigError(f"--model_args dtype={dtype}: expected {', '.join(DTYPES)}")
-        self.rows = _batch_size(batch_size)
+        # lm-eval's `auto:N` means here the same as `auto`.
+        automatic = str(batch_size).split(":")[0] == "auto"
+        self.rows = None if automatic else _whole("batch_size", batch_size)
         self.most_rows = None if max_batch_size is None else _whole("max_batch_size", max_batch_size)
         self.segment = _whole("segment", segment)
-        self._rank, self._world_size = _join_ranks()
+        self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if self._world_size > 1 and not dist.is_initialized():
+            # lm-eval gives each rank its share of the documents.
+            dist.init_process_group("gloo")
+        self._rank = dist.get_rank() if self._world_size > 1 else 0
         self._device = _device(device)
-        wanted = DTYPES[dtype] or (torch.bfloat16 if self._device.type == "cuda" else torch.float32)
         step = None if step is None else _whole("step", step)
-        self.loaded = load_model(str(pretrained), step, self._device, wanted)
+        self.loaded = load_model(str(pretrained), step, self._device, dtype_of(dtype, self._device.type))
         self.vocabulary = open_vocabulary(self.loaded, tokenizer, str(eos), "--model_args eos=TOKEN")
         self.before = [self.vocabulary.separator] if add_bos_token else []
 
@@ -110,17 +115,14 @@ class DeltaProductHarness(TemplateLM):
         return ids if add_special_tokens is False else self.before + ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
-        pairs = [(request.args, *self._pair(*request.args)) for request in requests]
-        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+        texts = [request.args for request in requests]
+        return self._score("loglikelihood", texts, [self._pair(*text) for text in texts], disable_tqdm)
 
     def _pair(self, context: str, continuation: str) -> Request:
         """Context and continuation as tokens: encoded as one text and cut, as lm-eval does, else each by itself.
 
         Where the two merge into a token, a cut would score another text than the continuation, or none, which would
         have the probability 1.
-
-        Raises:
-            DataError: the tokenizer makes nothing of a continuation that is not empty.
         """
         if context == "":
             before, scored = [self.eot_token_id], self.tok_encode(continuation, add_special_tokens=False)
@@ -131,19 +133,17 @@ class DeltaProductHarness(TemplateLM):
             scored = whole[len(before) :] if whole[: len(before)] == before else []
             scored = scored or self.tok_encode(context[len(stem) :] + continuation, add_special_tokens=False)
         self._check_scored(continuation, scored)
-        return before, scored
+        return before or [self.eot_token_id], scored
 
     def _check_scored(self, text: str, ids: list[int]) -> None:
         """Raises DataError if the tokenizer makes nothing of a text that is not empty."""
         if text and not ids:
             raise DataError(f"{text!r} has no tokens in {self.tokenizer_name}, so it has no probability")
 
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs
-    ) -> list[Score]:
-        texts = [text for text, _, _ in requests]
-        pairs = [(context or [self.eot_token_id], continuation) for _, context, continuation in requests]
-        return self._score("loglikelihood", texts, pairs, disable_tqdm)
+    def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **kwargs) -> list[Score]:
+        """Of requests that are ((context, continuation), their ids, its ids); lm-eval wants it to be there."""
+        texts, contexts, continuations = zip(*requests, strict=True)
+        return self._score("loglikelihood", texts, list(zip(contexts, continuations, strict=True)), disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         texts = [request.args for request in requests]
@@ -164,9 +164,9 @@ class DeltaProductHarness(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         prompts = [self.tok_encode(request.args[0]) for request in requests]
-        alike: dict[str, list[int]] = {}
+        alike: dict[str, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
-            alike.setdefault(repr(sorted(request.args[1].items())), []).append(place)
+            alike[repr(sorted(request.args[1].items()))].append(place)
         answers, rows = [""] * len(requests), self.rows or min(GENERATED_ROWS, self.most_rows or GENERATED_ROWS)
         # Random choices depend on --seed and on the place of the request, not on the batches.
         seed = torch.initial_seed() % 2**32
@@ -175,13 +175,13 @@ class DeltaProductHarness(TemplateLM):
                 settings = self._settings(requests[places[0]].args[1])
                 places.sort(key=lambda place: -len(prompts[place]))
                 for first in range(0, len(places), rows):
-                    some = places[first : first + rows]
-                    inputs, seeds = [prompts[place] for place in some], [seed + place for place in some]
+                    batch = places[first : first + rows]
+                    inputs, seeds = [prompts[place] for place in batch], [seed + place for place in batch]
                     texts = continue_prompts(self.loaded.model, self.vocabulary, inputs, settings, seeds)
-                    for place, text in zip(some, texts, strict=True):
+                    for place, text in zip(batch, texts, strict=True):
                         answers[place] = text.text
                         self.cache_hook.add_partial("generate_until", requests[place].args, text.text)
-                    bar.update(len(some))
+                    bar.update(len(batch))
         return answers
 
     def _settings(self, asked: dict) -> Settings:
@@ -237,43 +237,23 @@ class DeltaProductHarness(TemplateLM):
             dist.barrier()
 
 
-ARGUMENTS = [name for name in inspect.signature(DeltaProductHarness).parameters if name != "unknown"]
+ARGUMENTS = list(DeltaProductHarness.__init__.__annotations__)
 _warned: set[str] = set()
 
 
 def _whole(name: str, value) -> int:
-    try:
-        whole = int(value)
-    except (TypeError, ValueError):
-        whole = 0
-    if whole < 1 or str(whole) != str(value):
+    if not re.fullmatch("[1-9][0-9]*", str(value)):
         raise ConfigError(f"{name}={value}: expected a whole number of at least 1")
-    return whole
-
-
-def _batch_size(value: int | str) -> int | None:
-    """A number of rows; None for `auto` and lm-eval's `auto:N`, which here mean the same."""
-    return None if str(value).split(":")[0] == "auto" else _whole("batch_size", value)
-
-
-def _join_ranks() -> tuple[int, int]:
-    """Rank and number of ranks under torchrun; lm-eval then gives each rank its share of the documents."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return dist.get_rank(), ranks
+    return int(value)
 
 
 def _device(asked: str | None) -> torch.device:
+    """That of --device; under torchrun `cuda` is one for each rank."""
     name = asked or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"--device {name}: expected cpu, cuda or cuda:N")
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: no CUDA device is visible; leave it out to run on the CPU")
+    need_cuda(name)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
-    torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device

@@ -13,7 +13,6 @@ head is computed only where a token is scored.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import groupby
 
 import torch
 
@@ -44,27 +43,25 @@ def score(
     progress: Callable[[int, Score], None] | None = None,
     most_rows: int | None = None,
 ) -> list[Score]:
-    """Scores continuations; batching and segments change nothing beyond rounding.
+    """Scores continuations, of requests in any order; batching and segments change nothing beyond rounding.
 
     Args:
         model: the model.
-        requests: what to score, in any order.
-        rows: requests in a batch; None: as many as `MAX_TOKENS` allow.
+        requests: what to score.
+        rows: requests in a batch; None: as many as `MAX_TOKENS` allow, and `most_rows`.
         segment: tokens of a text read at a time.
         progress: called with the place of each request and its score as they are known.
-        most_rows: no more than this with `rows` None.
+        most_rows: see `rows`.
 
     Returns:
         One score a request. An empty continuation has (0, True).
     """
     scores: list[Score] = [(0.0, True)] * len(requests)
     for batch in batches(requests, rows, segment, most_rows):
-        most = rows or most_rows or len(batch)
-        for part in _score_batch(model, [requests[i] for i in batch], most, segment):
-            for place, result in part:
-                scores[batch[place]] = result
-                if progress:
-                    progress(batch[place], result)
+        for place, result in _score_batch(model, requests, batch, rows or most_rows or len(batch), segment):
+            scores[place] = result
+            if progress:
+                progress(place, result)
     return scores
 
 
@@ -75,55 +72,46 @@ def batches(
 
     A group larger than a batch is a batch of its own.
     """
-
-    def key(place: int) -> tuple[int, list[int]]:
-        context = requests[place][0]
-        return -len(context), context
-
-    groups = [list(group) for _, group in groupby(sorted(range(len(requests)), key=key), key)]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, (context, _) in enumerate(requests):
+        groups.setdefault(tuple(context), []).append(place)
+    lengths = {own: len(own) + max(len(requests[place][1]) for place in group) for own, group in groups.items()}
     batch: list[int] = []
     longest = 0
-    for group in sorted(groups, key=lambda group: (-len(requests[group[0]][0]), -_longest(requests, group))):
-        longest = max(longest, min(_longest(requests, group), segment))
+    for context in sorted(groups, key=lambda context: (-len(context), -lengths[context])):
+        group, length = groups[context], min(lengths[context], segment)
+        longest = max(longest, length)
         most = rows or min(most_rows or MAX_TOKENS, max(1, MAX_TOKENS // longest))
         if batch and len(batch) + len(group) > most:
             yield batch
-            batch, longest = [], min(_longest(requests, group), segment)
-        batch += group
+            batch, longest = [], length
+        batch = batch + group
     if batch:
         yield batch
 
 
-def _longest(requests: list[Request], places: list[int]) -> int:
-    return max(len(requests[place][0]) + len(requests[place][1]) for place in places)
-
-
 @torch.no_grad()
 def _score_batch(
-    model: DeltaProductLM, requests: list[Request], rows: int, segment: int
-) -> Iterator[list[tuple[int, Score]]]:
-    """Yields (place, score) for some of the requests at a time."""
+    model: DeltaProductLM, requests: list[Request], batch: list[int], rows: int, segment: int
+) -> Iterator[tuple[int, Score]]:
+    """Yields (place, score) of the requests at the places of a batch."""
     device = model.tok_embeddings.weight.device
-    places: dict[tuple[int, ...], list[int]] = {}
-    for place, (context, _) in enumerate(requests):
-        places.setdefault(tuple(context), []).append(place)
-    contexts = list(places)
+    of_place = {place: tuple(requests[place][0]) for place in batch}
+    contexts = {context: index for index, context in enumerate(dict.fromkeys(of_place.values()))}
     # The last token of a context is left for later: what follows it is scored.
     shared = min(map(len, contexts)) - 1
     cache = init_cache(model, len(contexts))
     for first in range(0, shared, segment):
         tokens = torch.tensor([context[first : min(first + segment, shared)] for context in contexts], device=device)
         _, cache = advance(model, tokens, cache)
-    owner = [(index, place) for index, context in enumerate(contexts) for place in places[context]]
     # Longest first: those that are still being read are always the first rows.
-    owner.sort(key=lambda pair: -sum(map(len, requests[pair[1]])))
-    for first in range(0, len(owner), rows):
-        reading = owner[first : first + rows]
-        index = torch.tensor([index for index, _ in reading], device=device)
-        rest = [requests[place][0][shared:] + requests[place][1] for _, place in reading]
-        scored = [len(requests[place][1]) for _, place in reading]
-        scores = _read(model, select(cache, index), rest, scored, segment)
-        yield [(place, score) for (_, place), score in zip(reading, scores, strict=True)]
+    order = sorted(batch, key=lambda place: -sum(map(len, requests[place])))
+    for first in range(0, len(order), rows):
+        reading = order[first : first + rows]
+        owner = torch.tensor([contexts[of_place[place]] for place in reading], device=device)
+        rest = [requests[place][0][shared:] + requests[place][1] for place in reading]
+        scored = [len(requests[place][1]) for place in reading]
+        yield from zip(reading, _read(model, select(cache, owner), rest, scored, segment), strict=True)
 
 
 def _read(
@@ -131,7 +119,10 @@ def _read(
 ) -> list[Score]:
     """Scores the last `scored[i]` tokens of each text, longest text first, from a cache."""
     device = model.tok_embeddings.weight.device
-    logprob, greedy = [0.0] * len(texts), [True] * len(texts)
+    ends = torch.tensor([len(text) for text in texts], device=device).unsqueeze(1)
+    begins = ends - torch.tensor(scored, device=device).unsqueeze(1)
+    logprob = torch.zeros(len(texts), dtype=torch.float64, device=device)
+    wrong = torch.zeros(len(texts), dtype=torch.int64, device=device)
     for first in range(0, len(texts[0]) - 1, segment):
         active = sum(len(text) - 1 > first for text in texts)
         cache = select(cache, slice(active))
@@ -139,15 +130,10 @@ def _read(
         width = max(map(len, pieces))
         tokens = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=device)
         column = torch.arange(first + 1, first + width, device=device)
-        ends = torch.tensor([len(text) for text in texts[:active]], device=device).unsqueeze(1)
-        counts = torch.tensor(scored[:active], device=device).unsqueeze(1)
-        chosen = (column >= ends - counts) & (column < ends)
+        chosen = (column >= begins[:active]) & (column < ends[:active])
         hidden, cache = advance(model, tokens[:, :-1], cache)
         losses, right = token_losses(model, hidden[chosen], tokens[:, 1:][chosen], 4 * MAX_LOGITS)
         row = chosen.nonzero()[:, 0]
-        sums = torch.zeros(active, dtype=torch.float64, device=device).index_add_(0, row, -losses.double())
-        wrong = torch.zeros(active, dtype=torch.int64, device=device).index_add_(0, row, (~right).long())
-        for i, (value, misses) in enumerate(zip(sums.tolist(), wrong.tolist(), strict=True)):
-            logprob[i] += value
-            greedy[i] &= misses == 0
-    return list(zip(logprob, greedy, strict=True))
+        logprob.index_add_(0, row, -losses.double())
+        wrong.index_add_(0, row, (~right).long())
+    return list(zip(logprob.tolist(), (wrong == 0).tolist(), strict=True))

@@ -4,14 +4,12 @@
     python -m eval.state_tracking outputs/state_tracking/*/seed-* --length 512    a table and a picture of all
     python -m eval.state_tracking RUN --interpret                                 beta and keys of each head
 
-RUN is a run folder (its newest complete checkpoint, or `--step`), one `checkpoint/step-N`, or an export of `to_hf`.
-Runs that differ in their seeds alone are averaged. Results go to `--out`, by default RUN/eval: state_tracking.json,
-.csv and .png.
+RUN is a run on generated words, or an export of it by `to_hf`. Runs that differ in their seeds alone are averaged.
+Results go to `--out`, by default RUN/eval: state_tracking.json, .csv and .png.
 """
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 from rich.console import Console
@@ -20,10 +18,11 @@ from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 
 from ..files import read_results
-from ..options import add_model_options, at_least, load_models, output_folder
+from ..options import add_model_options, add_out_option, at_least, load_models, output_folder
+from ..ranks import Meter
 from ..swept import Swept, made_by
 from .problems import Problem, model_reader, problem_of
-from .results import Criterion, RunResult, Setting, by_setting, table, write_csv, write_json
+from .results import Criterion, RunResult, Setting, by_setting, read_settings, table, write_csv, write_json
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,18 +37,18 @@ def main(arguments: list[str] | None = None) -> None:
         for model, stem in zip(loaded, stems(loaded, folder), strict=True):
             interpret(model, folder, stem, console, words=min(options.words, 256), seed=options.seed)
         return
-    results = []
+    results, how = [], {"rows": options.batch, "segment": options.segment}
     for model in loaded:
         problem = problem_of(model.config, options.length, options.seed)
-        results.append(evaluate(model, problem, options.words, console, rows=options.batch, segment=options.segment))
+        results.append(evaluate(model, problem, options.words, console, **how))
     criterion = Criterion(options.solved_at_training, options.solved_beyond)
-    settings = by_setting(results)
-    report(settings, criterion, folder / "state_tracking", console, made_by(words, loaded))
+    report(by_setting(results), criterion, folder / "state_tracking", console, made_by(words, loaded))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("eval.state_tracking", __doc__)
     add_model_options(parser, dtype="float32")
+    add_out_option(parser)
     add = parser.add_argument
     add("--length", type=int, default=0,
         help="tokens of the tested words (default: 4 times the training length; formal languages 256)")  # fmt: skip
@@ -69,20 +68,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def evaluate(loaded: LoadedModel, problem: Problem, words: int, console: Console | None = None, **options) -> RunResult:
-    """Reads the test words of a problem; `options` are those of `words.count_words`. Says a line every 10 seconds."""
-    start = last_line = time.monotonic()
-    done, total = 0, problem.tokens(words)
-
-    def progress(tokens: int) -> None:
-        nonlocal done, last_line
-        done += tokens
-        if console is not None and time.monotonic() - last_line > 10:
-            last_line = time.monotonic()
-            left = (last_line - start) * (total - done) / done
-            console.print(f"{loaded.label}: {done:,} of {total:,} tokens, {left:.0f} s left")
-
-    counts = problem.count(model_reader(loaded.model), words, progress=progress, **options)
+def evaluate(loaded: LoadedModel, problem: Problem, words: int, console: Console, **options) -> RunResult:
+    """Reads the test words of a problem, saying a line every 10 seconds; `options` are those of `count_words`."""
+    meter = Meter(problem.tokens(words), console, loaded.label)
+    counts = problem.count(model_reader(loaded.model), words, progress=meter.advance, **options)
     return RunResult.of(loaded, problem, counts)
 
 
@@ -124,4 +113,14 @@ def metrics(folder: Path) -> dict[str, float | None]:
     }
 
 
-SWEPT = Swept("state_tracking", metrics, parse)
+def compare(files: list[Path], names: list[str], stem: Path) -> None:
+    """The curves of several runs, over their seeds where they differ in nothing else: `stem`.png, .csv and .json."""
+    from .figures import accuracy_figure
+
+    settings = read_settings(files)
+    accuracy_figure(settings, stem.with_suffix(".png"))
+    write_csv(stem.with_suffix(".csv"), settings)
+    write_json(stem.with_suffix(".json"), settings, Criterion(), {})
+
+
+SWEPT = Swept("state_tracking", metrics, parse, compare=compare)

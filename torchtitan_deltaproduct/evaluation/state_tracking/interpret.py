@@ -6,10 +6,9 @@ A micro-step multiplies the state by I - beta k k^T: beta = 2 reflects along the
 reflections make a rotation in the plane of their keys, which is how n_h = 2 follows S3 and S4 (arXiv 2502.10297,
 section 5). So for each head: the distribution of beta per Householder, its mean for each group element where the
 words have few, and the directions of the keys, by the singular values of the matrix of all (unit) keys. It is not
-centred: k and -k are the same reflection. Measured on what the mixer hands to its operator over held-out words.
+centred: k and -k are the same reflection. Measured on what the operator reads over held-out words.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,96 +18,64 @@ from rich.table import Table
 
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.models import DeltaProductLM
-from torchtitan_deltaproduct.ops.normalize import l2norm
+from torchtitan_deltaproduct.models.decode import init_cache
 
+from ..effective_rank.singular_values import rank_of_values
+from ..effective_rank.states import Glimpse, walk
+from ..effective_rank.transitions import BETA_BINS, histogram
 from ..files import short_names, slugs, write_json
 from .problems import problem_of
 
-BINS = 40
-"""Bins of the histograms of beta, over [0, 2] or [0, 1]."""
 MAX_ELEMENTS = 24
 """Groups of at most this order get a map of beta by element."""
 
 
-@dataclass
-class LayerView:
-    """Sums over the tokens read in one layer; H heads, n Householders, K = head_dim.
+def view_layers(model: DeltaProductLM, inputs: torch.Tensor, names: list[str]) -> list[list[dict]]:
+    """Reads words, inputs [B, T] int64: for each layer the JSON record of each head.
 
-    Attributes:
-        histogram: [H, n, BINS] counts of beta.
-        beta_sum: [H, n, vocab] sum of beta over the occurrences of each input token.
-        near_two: [H, n] count of beta > 1.9.
-        moment: [H, K, K] float64, sum of k k^T over unit keys of all Householders.
+    `names` are those of the tokens that are group elements; none: beta is not shown by element.
     """
+    tokens, args, layers = inputs.flatten().numpy(), model.args, []
+    occurrences = np.bincount(tokens, minlength=args.vocab_size)
 
-    histogram: np.ndarray
-    beta_sum: np.ndarray
-    near_two: np.ndarray
-    moment: np.ndarray
+    def look(glimpse: Glimpse) -> None:
+        k = glimpse.k.double().flatten(0, 1)
+        keys = spectrum(torch.einsum("rhk,rhl->hkl", k, k).cpu().numpy())
+        beta = glimpse.beta.double().cpu().unflatten(1, (-1, args.num_householder)).flatten(0, 1).mT
+        counts, heads = histogram(beta, BETA_BINS, 0, 2.0 if args.allow_neg_eigval else 1.0), []
+        for h, rows in enumerate(beta.permute(1, 2, 0).numpy()):
+            steps = []
+            for j, row in enumerate(rows):
+                steps.append({"householder": j, "mean": float(row.mean()), "above_1.9": float((row > 1.9).mean()),
+                              "histogram": counts[h, j].tolist()})  # fmt: skip
+                if names:
+                    sums = zip(names, np.bincount(tokens, row, args.vocab_size), occurrences, strict=False)
+                    means = {name: float(total / count) if count else None for name, total, count in sums}
+                    steps[-1]["mean_by_element"] = means
+            heads.append({"head": h, "householders": steps, **{name: of[h].tolist() for name, of in keys.items()}})
+        layers.append(heads)
 
-
-def view_layers(model: DeltaProductLM, inputs: torch.Tensor) -> tuple[list[LayerView], np.ndarray]:
-    """Runs words through a model and looks at the operands of each layer.
-
-    Args:
-        model: to look at.
-        inputs: [B, T] int64.
-
-    Returns:
-        One view a layer, and [vocab] how often each token was read.
-    """
-    seen = []
-
-    def look(mixer, arguments) -> None:
-        _, k, _, _, beta = mixer.operands(*arguments)
-        seen.append(_view(k, beta, inputs, model.args))
-
-    hooks = [layer.mixer.register_forward_pre_hook(look) for layer in model.layers.values()]
-    try:
-        with torch.no_grad():
-            model(inputs.to(model.tok_embeddings.weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen, np.bincount(inputs.flatten().numpy(), minlength=model.args.vocab_size)
-
-
-def _view(k: torch.Tensor, beta: torch.Tensor, inputs: torch.Tensor, args) -> LayerView:
-    """k [B, T*n, H, K] not normalised, beta [B, T*n, H], inputs [B, T]."""
-    n, heads = args.num_householder, args.num_heads
-    k = l2norm(k.double()).flatten(0, 1)
-    values = beta.double().reshape(-1, n, heads).permute(2, 1, 0).cpu().numpy()
-    top = 2.0 if args.allow_neg_eigval else 1.0
-    tokens = inputs.flatten().numpy()
-    count = np.array([[np.histogram(row, BINS, (0, top))[0] for row in head] for head in values])
-    total = np.array([[np.bincount(tokens, row, args.vocab_size) for row in head] for head in values])
-    moment = torch.einsum("rhk,rhl->hkl", k, k).cpu().numpy()
-    return LayerView(count, total, (values > 1.9).sum(-1), moment)
+    walk(model, inputs.to(model.tok_embeddings.weight.device), init_cache(model, len(inputs)), look)
+    return layers
 
 
 def spectrum(moment: np.ndarray) -> dict[str, np.ndarray]:
-    """The directions of the keys of each head.
-
-    Args:
-        moment: [H, K, K], sum of k k^T.
+    """The directions of the keys of each head, from moment [H, K, K], the sum of k k^T.
 
     Returns:
         singular_values [H, K] of the matrix of keys, descending, divided by the root of the number of keys (their
         squares sum to 1); explained [H, K], share of the squared length in the first 1 .. K directions;
-        dimension_95 [H], the least number of directions with 95 % of it; effective_rank [H], exp(-sum p ln p) with
-        p the singular values over their sum (Roy & Vetterli 2007).
+        dimension_95 [H], the least number of directions with 95 % of it; effective_rank [H], of all keys.
     """
     squares = np.linalg.eigvalsh(moment)[:, ::-1].clip(0)
     squares /= squares.sum(1, keepdims=True)
     singular = np.sqrt(squares)
-    p = singular / singular.sum(1, keepdims=True)
-    entropy = -(p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum(1)
     explained = squares.cumsum(1)
     return {
         "singular_values": singular,
         "explained": explained,
         "dimension_95": (explained < 0.95 - 1e-12).sum(1) + 1,
-        "effective_rank": np.exp(entropy),
+        "effective_rank": rank_of_values(torch.from_numpy(singular)).numpy(),
     }
 
 
@@ -121,24 +88,20 @@ def interpret(
     """
     from .figures import interpretation_figure
 
-    train_length = problem_of(loaded.config).train_length
-    problem = problem_of(loaded.config, train_length, seed)
-    inputs, _ = problem.sources[0].batch(np.arange(words))
-    views, occurrences = view_layers(loaded.model, inputs["input"])
+    problem = problem_of(loaded.config, problem_of(loaded.config).train_length, seed)
+    inputs = problem.sources[0].batch(np.arange(words))[0]["input"]
     args, run = loaded.model.args, loaded.run.resolve()
     group = None if problem.formal else problem.sources[0].problem.group
-    names = list(group.names) if group is not None and group.order <= MAX_ELEMENTS else None
+    names = list(group.names) if group is not None and group.order <= MAX_ELEMENTS else []
     record = {
         "version": 1, "run": loaded.label, "problem": problem.name, "num_householder": args.num_householder,
-        "allow_neg_eigval": args.allow_neg_eigval, "tokens": int(inputs["input"].numel()), "test_seed": problem.seed,
+        "allow_neg_eigval": args.allow_neg_eigval, "tokens": int(inputs.numel()), "test_seed": problem.seed,
         "layers": [],
     }  # fmt: skip
     out = Table(title=f"{loaded.label}: {problem.name}, n_h = {args.num_householder}", title_justify="left")
     for name in ("layer", "head", "mean beta", "beta > 1.9", "keys: 95 % in", "effective rank"):
         out.add_column(name, justify="right")
-    for index, view in enumerate(views):
-        keys = spectrum(view.moment)
-        heads = _head_records(view, keys, args, occurrences, names)
+    for index, heads in enumerate(view_layers(loaded.model, inputs, names)):
         record["layers"].append({"layer": index, "heads": heads})
         for head in heads:
             mean, near = ("  ".join(f"{h[key]:.2f}" for h in head["householders"]) for key in ("mean", "above_1.9"))
@@ -160,28 +123,3 @@ def stems(models: list[LoadedModel], folder: Path) -> list[str]:
     if len(set(names)) < len(names):
         names = slugs(short_names([(run, model.step) for run, model in zip(runs, models, strict=True)]))
     return [f"interpretation_{name}" for name in names]
-
-
-def _head_records(view: LayerView, keys: dict, args, occurrences: np.ndarray, names: list[str] | None) -> list[dict]:
-    """One JSON record a head."""
-    tokens = int(occurrences.sum())
-    records = []
-    for h in range(args.num_heads):
-        steps = []
-        for j in range(args.num_householder):
-            step = {
-                "householder": j,
-                "mean": float(view.beta_sum[h, j].sum() / tokens),
-                "above_1.9": float(view.near_two[h, j] / tokens),
-                "histogram": view.histogram[h, j].tolist(),
-            }
-            if names is not None:
-                sums = view.beta_sum[h, j][: len(names)]
-                step["mean_by_element"] = {
-                    name: float(total / count) if count else None
-                    for name, total, count in zip(names, sums, occurrences, strict=False)
-                }
-            steps.append(step)
-        own = {name: values[h].tolist() for name, values in keys.items()}
-        records.append({"head": h, "householders": steps, **own})
-    return records

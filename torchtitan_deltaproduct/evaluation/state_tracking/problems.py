@@ -35,10 +35,9 @@ Reader = Callable[[Tensor, object], tuple[Tensor, object]]
 
 @dataclass(frozen=True)
 class Counts:
-    """Right answers over words of one length L.
+    """Right answers over that many words of one length L.
 
     Attributes:
-        words: number of words.
         scored: [L] int64, words with a label at each position.
         correct: [L] int64, those of them whose label is predicted (arg max over the whole vocabulary).
         prefix: [L] int64, words that are right at every labelled position up to this one.
@@ -49,14 +48,6 @@ class Counts:
     correct: np.ndarray
     prefix: np.ndarray
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
-            self.words + other.words,
-            self.scored + other.scored,
-            self.correct + other.correct,
-            self.prefix + other.prefix,
-        )
-
     def accuracy(self) -> np.ndarray:
         """[L] float64: share of right answers at each position; NaN where no word has a label."""
         return np.divide(self.correct, self.scored, out=np.full(len(self.scored), np.nan), where=self.scored > 0)
@@ -66,19 +57,13 @@ class Counts:
         return int(self.correct[first - 1 : last].sum()), int(self.scored[first - 1 : last].sum())
 
 
-def wilson(successes, trials, z: float = Z95) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's score interval of a proportion (Wilson 1927), NaN without trials.
+def wilson(successes, trials) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's 95 % score interval of a proportion (Wilson 1927): lower and upper end, NaN without trials.
 
-    Args:
-        successes: count, may be fractional: for a mean of n values in [0, 1] give n times the mean. Their
-            variance is at most that of a coin of the same mean, so the interval is then conservative.
-        trials: count n.
-        z: quantile of the normal distribution; 1.96 for 95 %.
-
-    Returns:
-        Lower and upper end, in [0, 1].
+    The count of successes may be fractional: for a mean of n values in [0, 1] give n times the mean. Their variance is
+    at most that of a coin of the same mean, so the interval is then conservative.
     """
-    n = np.asarray(trials, dtype=np.float64)
+    n, z = np.asarray(trials, dtype=np.float64), Z95
     with np.errstate(invalid="ignore", divide="ignore"):
         p = np.asarray(successes, dtype=np.float64) / n
         center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -98,15 +83,10 @@ def model_reader(model: DeltaProductLM) -> Reader:
 
 
 def count_words(read: Reader, source, words: int, rows: int = 64, segment: int = 256, progress=None) -> Counts:
-    """Reads words 0 .. words-1 of a source and counts.
+    """Reads words 0 .. words-1 of a `GroupWordSource` or `FormalSource` and counts.
 
-    Args:
-        read: see `Reader`.
-        source: `GroupWordSource` or `FormalSource`; its `seq_len` is the length of the words.
-        words: how many.
-        rows: words read at a time.
-        segment: tokens of a word read at a time; does not change the results beyond rounding.
-        progress: called with the number of tokens after each segment.
+    That many `rows` are read at a time, by segments, which change the results by rounding alone; `progress` is called
+    with the number of tokens after each.
     """
     length = source.seq_len
     rows = max(1, min(rows, MAX_TOKENS // length))
@@ -119,10 +99,10 @@ def count_words(read: Reader, source, words: int, rows: int = 64, segment: int =
             logits, cache = read(inputs["input"][:, piece], cache)
             answers = labels[:, piece].to(logits.device)
             scored, right = answers != IGNORE, logits.argmax(-1) == answers
-            fine = (right | ~scored).cumprod(1).bool()
-            fine = fine if intact is None else fine & intact
-            intact = fine[:, -1:]
-            totals[:, piece] += torch.stack([scored, right, fine]).sum(1).cpu().numpy()
+            prefix = (right | ~scored).cumprod(1).bool()
+            prefix = prefix if intact is None else prefix & intact
+            intact = prefix[:, -1:]
+            totals[:, piece] += torch.stack([scored, right, prefix]).sum(1).cpu().numpy()
             if progress:
                 progress(answers.numel())
     return Counts(words, *totals)
@@ -130,16 +110,13 @@ def count_words(read: Reader, source, words: int, rows: int = 64, segment: int =
 
 @dataclass(frozen=True)
 class Problem:
-    """The test stream of a run's problem, for words of up to `length` tokens.
+    """The test stream of a run's problem, such as `S3` or `parity`.
 
     Attributes:
-        name: such as `S3` or `parity`.
         formal: a formal language (one answer a row, rows of many lengths), not a group.
-        train_length: longest word, in tokens, that the run was trained on.
-        length: longest word tested.
+        train_length, length: longest word, in tokens, that the run was trained on, and that is tested.
         chance: accuracy of guessing.
-        sources: streams whose counts are summed.
-        seed: of the streams.
+        sources, seed: streams whose counts are summed, and theirs.
     """
 
     name: str
@@ -151,27 +128,25 @@ class Problem:
     seed: int
 
     def count(self, read: Reader, words: int, **options) -> Counts:
-        """Counts over `words` words of each source, padded to `length`; options of `count_words`."""
-        total = Counts(0, *np.zeros((3, self.length), dtype=np.int64))
+        """Counts over `words` words of each source together; options of `count_words`."""
+        totals = np.zeros((3, self.length), dtype=np.int64)
         for source in self.sources:
             part = count_words(read, source, words, **options)
-            pad = (0, self.length - source.seq_len)
-            total += Counts(part.words, *(np.pad(x, pad) for x in (part.scored, part.correct, part.prefix)))
-        return total
+            totals[:, : source.seq_len] += [part.scored, part.correct, part.prefix]
+        return Counts(words * len(self.sources), *totals)
 
     def tokens(self, words: int) -> int:
         """Tokens that `count` reads."""
         return words * sum(source.seq_len for source in self.sources)
 
 
-def problem_of(config: dict, length: int = 0, seed: int | None = None, split: str = "test") -> Problem:
+def problem_of(config: dict, length: int = 0, seed: int | None = None) -> Problem:
     """The held-out words of the problem that a run was trained on.
 
     Args:
         config: the run's job config (`LoadedModel.config`).
         length: tokens of the longest word; 0: four times the training length, for formal languages at least 256.
         seed: of the stream; None: the run's own (streams of the same seed share no words).
-        split: `test` or `validation`.
 
     Raises:
         CheckpointError: the run was not trained on generated words. ConfigError: no words of that length.
@@ -184,15 +159,16 @@ def problem_of(config: dict, length: int = 0, seed: int | None = None, split: st
         raise ConfigError(f"words of {length:,} tokens: their elements are numbered up to {1 << POSITION_BITS:,}")
     if data["kind"] == "group_word":
         length = length or 4 * seq_len
-        source = GroupWordSource(data["group"], length, seed, split)
+        source = GroupWordSource(data["group"], length, seed, "test")
         return Problem(data["group"], False, min(seq_len, length), length, source.chance, (source,), seed)
     if data["kind"] == "formal_language":
         name, longest = data["language"], data["max_length"]
         length = length or max(256, 4 * longest)
-        sources = (FormalSource(name, min(longest, length), data["min_length"], min(longest, length), seed, split),)
+        trained = min(longest, length)
+        sources = (FormalSource(name, trained, data["min_length"], trained, seed, "test"),)
         if length > longest:
-            sources += (FormalSource(name, length, longest + 1, length, seed, split),)
-        return Problem(name, True, min(longest, length), length, sources[0].chance, sources, seed)
+            sources += (FormalSource(name, length, longest + 1, length, seed, "test"),)
+        return Problem(name, True, trained, length, sources[0].chance, sources, seed)
     raise CheckpointError(
         f"data.kind is {data['kind']!r}: state tracking needs a run on group_word or formal_language, see "
         "train_configs/state_tracking"

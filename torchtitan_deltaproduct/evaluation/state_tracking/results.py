@@ -34,12 +34,10 @@ _TRAINED = {
 
 @dataclass(frozen=True)
 class Criterion:
-    """When a run counts as having solved its problem (on scaled accuracy for formal languages)."""
+    """The least accuracies (scaled for formal languages) at the training length and the tested one to be a solution."""
 
     at_training: float = 0.99
-    """Least accuracy at the training length."""
     beyond: float = 0.9
-    """Least accuracy at the tested length."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +56,13 @@ class Share:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one checkpoint can do.
+    """What one checkpoint, named by its label, can do.
 
     Attributes:
-        label: names the checkpoint.
-        problem: what was tested.
-        counts: over its words.
+        problem, counts: what was tested, and the answers.
         settings: dotted config keys that make the setting, such as `model.num_householder`.
         seeds: (of the data, of the weights).
-        step: of the checkpoint.
-        steps: that the run was to make.
+        step, steps: of the checkpoint, and those that the run was to make.
     """
 
     label: str
@@ -81,15 +76,21 @@ class RunResult:
     @classmethod
     def of(cls, loaded: LoadedModel, problem: Problem, counts: Counts) -> "RunResult":
         config = loaded.config
-        settings = {
-            f"{table}.{key}": config[table][key]
-            for table, keys in _TRAINED.items()
-            for key in keys
-            if key in config.get(table, {})
-        }
-        settings["checkpoint.step"] = loaded.step
+        known = [(table, key) for table, keys in _TRAINED.items() for key in keys if key in config.get(table, {})]
+        settings = {f"{table}.{key}": config[table][key] for table, key in known} | {"checkpoint.step": loaded.step}
         seeds = (config["data"]["seed"], config["debug"]["seed"])
         return cls(loaded.label, problem, counts, settings, seeds, loaded.step, config["training"]["steps"])
+
+    @classmethod
+    def from_dict(cls, record: dict, setting: dict) -> "RunResult":
+        """The run of a record that `to_dict` made, and of the record of its setting."""
+        formal = "prefix_correct" not in record
+        problem = Problem(setting["problem"], formal, record["train_length"], record["length"], record["chance"], (),
+                          record["test_seed"])  # fmt: skip
+        counts = [record["scored"], record["correct"], record.get("prefix_correct", [0] * record["length"])]
+        seeds = (record["data_seed"], record["model_seed"])
+        return cls(record["run"], problem, Counts(record["words"], *map(np.array, counts)), setting["settings"], seeds,
+                   record["step"], record["steps_planned"])  # fmt: skip
 
     @property
     def n_h(self) -> int:
@@ -191,28 +192,23 @@ class Setting:
         """The number of seeds that solved it."""
         return sum(run.solved(criterion) for run in self.runs)
 
-    def share_solved(self, criterion: Criterion) -> Share:
-        """Share of the seeds that solved it."""
-        return Share.of(self.solved(criterion), len(self.runs))
-
-    def values(self, name: str) -> list[float]:
-        """`at_training` or `at_length` of each seed."""
-        return [getattr(run, name).value for run in self.runs]
-
     def mean(self, name: str) -> float:
         """Mean over the seeds of `at_training` or `at_length`."""
-        return float(np.mean(self.values(name)))
+        return self.spread(name)["mean"]
+
+    def spread(self, name: str) -> dict[str, float]:
+        """Mean, min and max over the seeds of `at_training` or `at_length`."""
+        values = [getattr(run, name).value for run in self.runs]
+        return {"mean": float(np.mean(values)), "min": min(values), "max": max(values)}
 
     def to_dict(self, criterion: Criterion) -> dict:
-        first = self.runs[0]
-        spread = {
-            f"accuracy_{key}": {"mean": self.mean(name), "min": min(self.values(name)), "max": max(self.values(name))}
-            for key, name in (("at_training_length", "at_training"), ("at_length", "at_length"))
-        }
+        first, solved = self.runs[0], self.solved(criterion)
         return {
             "problem": self.problem.name, "num_householder": first.n_h, "eigenvalue_range": first.range,
-            "differs": self.differs, "seeds": len(self.runs), "solved": self.solved(criterion),
-            "share_solved": vars(self.share_solved(criterion)), **spread, "settings": first.settings,
+            "differs": self.differs, "seeds": len(self.runs), "solved": solved,
+            "share_solved": vars(Share.of(solved, len(self.runs))),
+            "accuracy_at_training_length": self.spread("at_training"),
+            "accuracy_at_length": self.spread("at_length"), "settings": first.settings,
             "runs": [run.to_dict(criterion) for run in self.runs],
         }  # fmt: skip
 
@@ -226,15 +222,18 @@ def by_setting(results: list[RunResult]) -> list[Setting]:
     settings = sorted(groups.values(), key=lambda setting: setting.kind)
     for setting in settings:
         own, same = setting.runs[0], [other.runs[0] for other in settings if other.kind == setting.kind]
-        parts = [
-            f"{key.split('.')[1]} {value}"
-            for key, value in own.settings.items()
-            if any(other.settings.get(key) != value for other in same)
-        ]
+        differing = {key for other in same for key, value in own.settings.items() if other.settings.get(key) != value}
+        parts = [f"{key.split('.')[1]} {value}" for key, value in own.settings.items() if key in differing]
         if any(other.problem.length != own.problem.length for other in same):
             parts.append(f"to {own.problem.length} tokens")
         setting.differs = ", ".join(parts)
     return settings
+
+
+def read_settings(paths: list[Path]) -> list[Setting]:
+    """The runs of several files of `write_json`, by setting; DataError if one is damaged."""
+    records = [setting for path in paths for setting in files.read_results(path, "settings")]
+    return by_setting([RunResult.from_dict(run, setting) for setting in records for run in setting["runs"]])
 
 
 def table(settings: list[Setting], criterion: Criterion) -> Table:
@@ -245,14 +244,15 @@ def table(settings: list[Setting], criterion: Criterion) -> Table:
     for name in ("training length", "tested length", "whole words", "solved"):
         out.add_column(name, justify="right")
     for setting in settings:
-        names = (setting.problem.name, setting.label)
-        if len(setting.runs) > 1:
+        names, seeds = (setting.problem.name, setting.label), len(setting.runs)
+        if seeds > 1:
             low, high = setting.problem.train_length, setting.problem.length
-            out.add_row(
-                *names, f"mean of {len(setting.runs)}", f"{setting.mean('at_training'):.1%} @ {low:,}",
-                f"{setting.mean('at_length'):.1%} @ {high:,}", "",
-                f"{setting.solved(criterion)} of {len(setting.runs)}", style="bold",
-            )  # fmt: skip
+            trained, tested = (
+                f"{setting.mean('at_training'):.1%} @ {low:,}",
+                f"{setting.mean('at_length'):.1%} @ {high:,}",
+            )
+            solved = f"{setting.solved(criterion)} of {seeds}"
+            out.add_row(*names, f"mean of {seeds}", trained, tested, "", solved, style="bold")
             names = ("", "")
         for run in setting.runs:
             unfinished = f" (step {run.step:,} of {run.steps:,})" if run.step < run.steps else ""
@@ -288,12 +288,10 @@ def write_csv(path: Path, settings: list[Setting]) -> None:
              "prefix_high"]  # fmt: skip
     rows = []
     for setting, run in [(one, run) for one in settings for run in one.runs]:
-        counts = run.counts
+        counts, head = run.counts, [setting.problem.name, run.n_h, run.range, setting.differs, *run.seeds, run.label]
         shares = [counts.accuracy(), *wilson(counts.correct, counts.scored)]
-        if not run.problem.formal:
-            shares += [counts.prefix / counts.words, *wilson(counts.prefix, counts.words)]
-        head = [setting.problem.name, run.n_h, run.range, setting.differs, *run.seeds, run.label]
+        prefix = [counts.prefix / counts.words, *wilson(counts.prefix, counts.words)]
+        shares += [[""] * len(counts.scored)] * 3 if run.problem.formal else prefix
         for i in np.flatnonzero(counts.scored):
-            numbers = [*(share[i] for share in shares), "", "", ""][:6]
-            rows.append([*head, i + 1, counts.scored[i], counts.correct[i], *numbers])
+            rows.append([*head, i + 1, counts.scored[i], counts.correct[i], *(share[i] for share in shares)])
     files.write_csv(path, names, rows)

@@ -8,6 +8,7 @@ write_results(sweep, rows)
 """
 
 import json
+from pathlib import Path
 
 from rich.console import Console
 
@@ -70,15 +71,15 @@ def _text(value: float | None) -> str:
     return "" if value is None else f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def pictures(sweep: Sweep, rows: list[Row], console: Console) -> None:
-    """Compares the models of each eval on each dataset: pictures in OUT/EVAL/compared/DATASET."""
-    for (name, data), chosen in _by_dataset(rows).items():
+def pictures(out: Path, jobs: list[SweepJob], console: Console) -> None:
+    """Compares the models of each eval on each dataset, by jobs that are done: OUT/EVAL/compared/DATASET."""
+    for (name, data), rows in _by_dataset([(job, {}) for job in jobs]).items():
         compare = evals()[name].compare
         if compare is not None:
-            folder = sweep.out / name / "compared" / data
+            folder = out / name / "compared" / data
             folder.mkdir(parents=True, exist_ok=True)
-            files = [job.folder / f"{name}.json" for job, _ in chosen]
-            compare(files, [job.model.name for job, _ in chosen], folder / name)
+            files = [job.folder / f"{name}.json" for job, _ in rows]
+            compare(files, [job.model.name for job, _ in rows], folder / name)
             console.print(f"written: {folder}/{name}*.png", soft_wrap=True)
 
 

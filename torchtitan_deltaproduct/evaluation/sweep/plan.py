@@ -3,8 +3,9 @@
     sweep = read_sweep(Path("eval/example_sweep.toml"))
     for job in sweep.jobs: print(job.name, job.command)
 
-A job is done when the results in its folder say that they were made by this command, of these weights: a newer
-checkpoint, or another option, makes it due again.
+A grid of training runs (`launch.grid`) evaluates its runs in the same way, by the same tables. A job is done when the
+results in its folder say that they were made by this command, of these weights: a newer checkpoint, or another option,
+makes it due again.
 """
 
 import importlib
@@ -23,6 +24,7 @@ from torchtitan_deltaproduct.config.locate import locate
 from torchtitan_deltaproduct.config.values import nearest
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.files import read_text
+from torchtitan_deltaproduct.jobs import Job
 
 from ..swept import Swept, checkpoint_of
 
@@ -53,7 +55,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class SweepJob:
+class SweepJob(Job):
     """One eval of one model, on one dataset or none.
 
     Attributes:
@@ -76,6 +78,17 @@ class SweepJob:
     def command(self) -> list[str]:
         """What to run."""
         return [sys.executable, "-m", f"eval.{self.eval}", *self.words]
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def prepare(self) -> None:
+        """Removes results of another command or other weights; the folder is this job's, whatever it read then."""
+        (self.folder / f"{self.eval}.json").unlink(missing_ok=True)
+
+    def state(self) -> str:
+        return super().state() + ("" if self.obstacle() else f" ({self.model.checkpoint})")
 
     def obstacle(self) -> str:
         """Why it cannot run now, or ""."""
@@ -114,46 +127,60 @@ def read_sweep(file: Path) -> Sweep:
     Raises:
         ConfigError: all that is wrong with it.
     """
+    tree, lines = read_toml(file, "a sweep, such as eval/example_sweep.toml")
+    reader = TableReader(file, lines, ("out", "models", "data"))
+    out = Path(os.path.expanduser(tree.get("out") or file.with_suffix("")))
+    jobs = reader.jobs(tree, reader.models(tree.get("models")), out)
+    if not any(name in tree for name in evals()):
+        reader.wrong((), f"nothing to do: add a table for an eval: {', '.join(f'[{name}]' for name in evals())}")
+    reader.refuse()
+    return Sweep(file, out, jobs)
+
+
+def read_toml(file: Path, expected: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The content of a TOML, and the line of each of its keys; raises ConfigError, which names what was expected."""
     try:
         text = read_text(file)
-        tree = tomllib.loads(text)
+        return tomllib.loads(text), locate(text)
     except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}; expected a sweep, such as eval/example_sweep.toml") from None
+        raise ConfigError(f"{file}: {error.strerror}; expected {expected}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start:,}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
-    reader = _Reader(file, locate(text))
-    out = Path(os.path.expanduser(tree.get("out") or file.with_suffix("")))
-    jobs = reader.jobs(tree, out)
-    if reader.problems:
-        raise ConfigError("\n".join(reader.problems))
-    return Sweep(file, out, jobs)
 
 
-class _Reader:
-    """Reads the tables and notes all that is wrong with them."""
+class TableReader:
+    """Reads the tables that say what is evaluated, and notes all that is wrong with them.
 
-    def __init__(self, file: Path, lines: dict[tuple[str, ...], int]):
-        self.file, self.lines, self.problems = file, lines, []
+    Args:
+        file: the TOML.
+        lines: of its keys.
+        keys: what may stand in it beside the tables of evals.
+    """
+
+    def __init__(self, file: Path, lines: dict[tuple[str, ...], int], keys: tuple[str, ...]):
+        self.file, self.lines, self.keys, self.problems = file, lines, keys, []
 
     def wrong(self, where: tuple[str, ...], what: str) -> None:
         self.problems.append(f"{self.file}:{self.lines.get(where, 1)}: {what}")
 
-    def jobs(self, tree: dict[str, Any], out: Path) -> list[SweepJob]:
+    def refuse(self) -> None:
+        """Raises ConfigError if anything was wrong."""
+        if self.problems:
+            raise ConfigError("\n".join(self.problems))
+
+    def jobs(self, tree: dict[str, Any], models: dict[str, Model], out: Path) -> list[SweepJob]:
+        """The jobs of all evals, for models by their names, with results below `out`."""
         for key in tree:
-            if key not in ("out", "models", "data", *evals()):
-                guess = nearest(key, ["out", "models", "data", *evals()])
-                expected = f"expected out, models, data, or an eval: {', '.join(evals())}"
+            if key not in (*self.keys, *evals()):
+                guess = nearest(key, [*self.keys, *evals()])
+                expected = f"expected {', '.join(self.keys)}, or an eval: {', '.join(evals())}"
                 self.wrong((key,), f"[{key}]: no such table; {f'nearest: {guess!r}' if guess else expected}")
-        models, data = self.models(tree.get("models")), self.data(tree.get("data", {}))
-        asked = {name: options for name, options in tree.items() if name in evals()}
-        if not asked:
-            self.wrong((), f"nothing to do: add a table for an eval: {', '.join(f'[{name}]' for name in evals())}")
-        jobs = []
-        for name, options in asked.items():
-            if isinstance(options, dict):
-                jobs += self.jobs_of(name, options, models, data, out)
+        data, jobs = self.data(tree.get("data", {})), []
+        for name in (name for name in tree if name in evals()):
+            if isinstance(tree[name], dict):
+                jobs += self.jobs_of(name, tree[name], models, data, out)
             else:
                 self.wrong((name,), f"{name}: expected a table [{name}]")
         return jobs

@@ -1,0 +1,274 @@
+"""A claim: a grid of runs, what is expected of them and from which source, and what came of it.
+
+    claim = read_claim(CLAIMS / "S3.toml")
+    verdict(claim, results_of(claim)).word                   # "as expected"
+    print(page(read_claims([])))                             # docs/science.md
+
+train_configs/claims/NAME.toml is a grid (`launch.grid`) with these tables more:
+
+    [claim]
+    title = "S3: two reflections a token follow a triangle, one does not"
+    expectation = "..."                                      # and its `source`, and a `budget`; `gpus` it needs
+    readme = ["{laptop_S3_n2_pm1 | solved}"]                 # sentences of README.md with numbers of the results
+
+    [[expect]]
+    settings = ["laptop_S3_n2_pm1"]
+    metric = "solved"
+    at_least = 1                                             # or `below`
+    seeds = "most"                                           # of each setting: "all", or "most", more than half
+
+results/NAME.json holds the numbers of every run; the page, the pictures and the sentences are made of it alone.
+"""
+
+import json
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from torchtitan_deltaproduct.config import Environment
+from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.evaluation.figures import COLOURS, picture
+from torchtitan_deltaproduct.evaluation.files import finite
+from torchtitan_deltaproduct.evaluation.state_tracking.figures import accuracy_figure
+from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, Setting, by_setting
+from torchtitan_deltaproduct.files import read_text, write_atomically
+
+from .grid import FINAL, Grid, read_grid
+from .sbatch import ROOT
+from .summary import Result, Summary, cell, show
+
+CLAIMS, RESULTS, PAGE, README = (
+    ROOT / "train_configs/claims",
+    ROOT / "results",
+    ROOT / "docs/science.md",
+    ROOT / "README.md",
+)
+TEXTS = ("title", "expectation", "source", "budget")
+KEPT = ("run", "step", "steps_planned", "data_seed", "model_seed", "test_seed", "train_length", "length", "chance",
+        "words", "scored", "correct", "prefix_correct")  # fmt: skip
+"""Of a run's record of state tracking: what its curves are drawn from."""
+HEAD = """\
+# What is claimed, and what came of it
+
+Written by `python -m launch.reproduce`, of the claims in `train_configs/claims/` and the results in `results/`;
+`--check` makes this page, its pictures and its numbers in README.md again and fails if anything differs. A cell is the
+mean over the seeds (and the least and the greatest of them); of `solved` the number of seeds, and the 95 % interval of
+their share.
+"""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What is expected of a metric, in each of some settings."""
+
+    settings: list[str]
+    metric: str
+    at_least: float | None = None
+    below: float | None = None
+    seeds: str = "all"
+
+    def holds(self, result: Result) -> bool:
+        """Whether one run is as expected."""
+        value = result.metrics.get(self.metric)
+        if value is None:
+            return False
+        return value < self.below if self.at_least is None else value >= self.at_least
+
+    def __str__(self) -> str:
+        limit = f"below {self.below:g}" if self.at_least is None else f"at least {self.at_least:g}"
+        return f"{self.metric} {limit} in {'more than half of the' if self.seeds == 'most' else 'all'} seeds"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, by the name of its TOML."""
+
+    name: str
+    grid: Grid
+    title: str
+    expectation: str
+    source: str
+    budget: str
+    gpus: int
+    readme: list[str]
+    expect: list[Expectation]
+
+    @property
+    def settings(self) -> list[str]:
+        return list(dict.fromkeys(run.setting for run in self.grid.runs))
+
+    def label(self, setting: str) -> str:
+        """`n_h = 2, [-1, 1]`, or the setting's name where that does not tell the settings apart."""
+        models = {run.setting: run.config.model for run in self.grid.runs}
+        labels = {
+            name: f"n_h = {model.num_householder}, {'[-1, 1]' if model.allow_neg_eigval else '[0, 1]'}"
+            for name, model in models.items()
+        }
+        return labels[setting] if len(set(labels.values())) == len(labels) else setting
+
+    @property
+    def file(self) -> Path:
+        return RESULTS / f"{self.name}.json"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What came of a claim: numbers of each run, and the curves of state tracking where it was evaluated."""
+
+    summary: Summary
+    curves: list[Setting]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`as expected`, `not as expected`, `incomplete` or `not run yet`, and lines that say why."""
+
+    word: str
+    lines: list[str]
+
+
+def read_claims(names: list[str]) -> list[Claim]:
+    """The claims of these names, or all; raises ConfigError for one that there is not."""
+    files = {file.stem: file for file in sorted(CLAIMS.glob("*.toml"))}
+    for name in names:
+        if name not in files:
+            raise ConfigError(f"{name}: no such claim; there are: {', '.join(files)}")
+    return [read_claim(files[name]) for name in names or files]
+
+
+def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overrides: list[str] | None = None) -> Claim:
+    """Reads a claim; the other arguments are those of `read_grid`.
+
+    Raises:
+        ConfigError: what is wrong with it.
+    """
+    grid = read_grid(file, seeds or [], out, overrides or [], Environment())
+    table, settings = grid.tree.get("claim", {}), {run.setting for run in grid.runs}
+    try:
+        texts = [" ".join(table[name].split()) for name in TEXTS]
+        expect = [Expectation(**entry) for entry in grid.tree.get("expect", [])]
+        claim = Claim(file.stem, grid, *texts, table.get("gpus", 0), table.get("readme", []), expect)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{file}: [claim] needs {', '.join(TEXTS)}, and see launch/claims.py ({error!r})") from None
+    for one in expect:
+        if unknown := set(one.settings) - settings:
+            raise ConfigError(f"{file}: [[expect]] settings: no {', '.join(unknown)}; there are: {', '.join(settings)}")
+        if (one.at_least is None) == (one.below is None) or one.seeds not in ("all", "most"):
+            raise ConfigError(f'{file}: [[expect]]: expected at_least or below, and seeds = "all" or "most"')
+    return claim
+
+
+def verdict(claim: Claim, results: Results) -> Verdict:
+    """What came of a claim, in words; runs that are not as expected are named even where most are."""
+    summary, lines, holds = results.summary, [], True
+    if not summary.results:
+        return Verdict("not run yet", [])
+    for one in claim.expect:
+        for setting in one.settings:
+            runs = summary.of(setting)
+            bad = [run for run in runs if not one.holds(run)]
+            holds &= 2 * len(bad) < len(runs) if one.seeds == "most" else bool(runs) and not bad
+            for run in bad:
+                value = run.metrics.get(one.metric)
+                shown = "none" if value is None else show(value, False)
+                lines.append(f"{claim.label(setting)}, seed {run.seed}: {one.metric} {shown}; expected: {one}")
+    if summary.missing:
+        return Verdict("incomplete", [summary.note(), *lines])
+    return Verdict("as expected" if holds else "not as expected", lines)
+
+
+def write_results(claim: Claim, results: Results, origin: dict) -> None:
+    """Writes results/NAME.json: `origin`, the numbers of each run, and the counts that curves are drawn from."""
+    curves = []
+    for setting in results.curves:
+        record = setting.to_dict(Criterion())
+        kept = {name: record[name] for name in ("problem", "settings")}
+        curves.append(kept | {"runs": [{key: run[key] for key in KEPT if key in run} for run in record["runs"]]})
+    lines = [
+        f'"origin": {json.dumps(origin)}',
+        _list("runs", [vars(result) for result in results.summary.results]),
+        _list("state_tracking", curves),
+    ]
+    RESULTS.mkdir(exist_ok=True)
+    write_atomically(claim.file, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _list(name: str, records: list[dict]) -> str:
+    """A member of a JSON object with one record a line, so that a change is seen in its line."""
+    return f'"{name}": [\n' + ",\n".join(json.dumps(finite(record)) for record in records) + "\n]"
+
+
+def results_of(claim: Claim) -> Results:
+    """What results/NAME.json holds of the claim's runs as its TOML names them; DataError if it is damaged."""
+    planned = {(run.setting, run.seed) for run in claim.grid.runs}
+    if not claim.file.exists():
+        return Results(Summary([], len(planned)), [])
+    try:
+        content = json.loads(read_text(claim.file))
+        runs = [Result(**record) for record in content["runs"]]
+        curves = [RunResult.from_dict(run, setting) for setting in content["state_tracking"] for run in setting["runs"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{claim.file} cannot be read ({error!r}); run the claim again") from None
+    kept = [run for run in runs if (run.setting, run.seed) in planned]
+    return Results(Summary(kept, len(planned)), by_setting(curves))
+
+
+def draw(claim: Claim, results: Results, path: Path) -> None:
+    """The picture of a claim: its curves, or its first expected metric, a dot a run."""
+    if results.curves:
+        accuracy_figure(results.curves, path)
+        return
+    metric = claim.expect[0].metric
+    with picture(path, "", 1, 1, (6.5, 1 + 0.4 * len(claim.settings))) as (_, axes):
+        for row, setting in enumerate(claim.settings):
+            values = [run.metrics[metric] for run in results.summary.of(setting) if run.metrics.get(metric) is not None]
+            axes[0, 0].plot(values, np.full(len(values), row), "o", color=COLOURS[row % len(COLOURS)])
+        axes[0, 0].set_yticks(range(len(claim.settings)), map(claim.label, claim.settings))
+        axes[0, 0].set_xlabel(metric)
+        axes[0, 0].invert_yaxis()
+
+
+def page(claims: list[Claim]) -> str:
+    """docs/science.md: a section a claim."""
+    return "\n".join([HEAD, *map(section, claims)])
+
+
+def section(claim: Claim) -> str:
+    """Expectation and source, command, table, picture and verdict of a claim."""
+    results = results_of(claim)
+    judged = verdict(claim, results)
+    drawn = f"\n![{claim.title}](../results/{claim.name}.png)\n" if results.summary.results else ""
+    lines = "".join(f"\n- {line}" for line in judged.lines)
+    return f"""\
+## {claim.title}
+
+{textwrap.fill(f"Expected: {claim.expectation} Source: {claim.source}.", 120)}
+
+Command: `python -m launch.reproduce {claim.name}` ({claim.budget})
+
+{table(claim, results.summary)}{drawn}
+Verdict: **{judged.word}**{":" if lines else ""}{lines}
+"""
+
+
+def table(claim: Claim, summary: Summary) -> str:
+    """The table of a claim as Markdown: evaluations where there are any, and a row for what was not run, too."""
+    header, lines = summary.without(FINAL if claim.grid.evaluations else ()).cells()
+    rows = {line[0]: line for line in lines}
+    blank = ["not run yet", *[""] * (len(header) - 2)]
+    body = [[claim.label(setting), *rows.get(setting, ["", *blank])[1:]] for setting in claim.settings]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---", *["---:"] * (len(header) - 1)], *body])
+
+
+def sentences(claim: Claim) -> list[str]:
+    """The claim's sentences of README.md, with the numbers of its results in the place of `{setting | metric}`."""
+    summary = results_of(claim).summary
+
+    def number(match: re.Match) -> str:
+        setting, metric = match[1], match[2]
+        return cell(metric, [run.metrics.get(metric) for run in summary.of(setting)]).partition(" (")[0]
+
+    return [re.sub(r"\{([^|}]+?) *\| *([^}]+?)\}", number, sentence) for sentence in claim.readme]

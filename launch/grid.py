@@ -1,0 +1,334 @@
+"""Many training runs from one TOML: settings x seeds. Trains and evaluates what is missing, then prints one table.
+
+    python -m launch.grid train_configs/claims/S3.toml --dry-run           the runs, and what is done already
+    python -m launch.grid train_configs/claims/S3.toml --seeds 1 2 3       one run a GPU, or a core, at a time
+    python -m launch.grid GRID.toml --jobs 16                              on 8 GPUs two runs each
+    python -m launch.grid GRID.toml --slurm --gpus 1 --time 2:00:00        as an array, a run a task
+    python -m launch.grid GRID.toml --training.steps 50                    further arguments go to all runs
+
+    base = "../state_tracking/laptop_S3.toml"   # a training TOML, seen from here
+    out = "outputs/state_tracking"              # the runs are OUT/SETTING/seed-N
+    seeds = [1, 2, 3]                           # of the data and of the weights
+    device = "cpu"                              # cpu, auto
+    ranks = 1                                   # of each run; with more, torchrun and so many GPUs
+
+    [vary]                                      # the settings are the product of these lists; named ones, in their
+    "model.num_householder" = [1, 2]            # place or in front of them, are tables [settings.NAME], `base` too
+
+    [overrides]                                 # of all runs
+    "training.steps" = 500
+
+    [state_tracking]                            # evaluations of each run and their options, as in a sweep
+    words = 1024
+
+The same command again goes on where it was: runs continue from their newest checkpoint, and a run is finished when its
+own folder says so. Failed runs are named at the end. Exit code 0: all is done; 1: something is not.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from torchtitan_deltaproduct.arguments import Parser
+from torchtitan_deltaproduct.arguments import path as path_of
+from torchtitan_deltaproduct.checkpoint import latest_complete
+from torchtitan_deltaproduct.config import Environment, JobConfig, load_config
+from torchtitan_deltaproduct.config.compare import compare_configs, refuse_breaking
+from torchtitan_deltaproduct.config.snapshots import read_snapshot, snapshot
+from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
+from torchtitan_deltaproduct.evaluation.options import make_folder
+from torchtitan_deltaproduct.evaluation.sweep.collect import metrics_of, pictures
+from torchtitan_deltaproduct.evaluation.sweep.plan import NAME, Model, SweepJob, TableReader, read_toml
+from torchtitan_deltaproduct.history import ends, of_a_step
+from torchtitan_deltaproduct.jobs import (
+    Job,
+    add_job_options,
+    chosen,
+    hand_over,
+    places_for,
+    print_dry_run,
+    report_failures,
+    run_jobs,
+)
+
+from .node import TRAIN
+from .sbatch import submit_jobs
+from .summary import Result, Summary
+
+KEYS = ("base", "out", "seeds", "device", "ranks", "overrides", "vary", "settings", "data", "claim", "expect")
+LEARNED = ("training.", "optimizer.", "lr_scheduler.", "debug.")
+"""Options that decide what a run learned, beside those that make it another run."""
+FINAL = ("loss", "validation loss", "validation bits per byte", "validation token accuracy")
+"""The newest numbers of metrics.jsonl that are results; in tables, where there are no evaluations."""
+
+
+@dataclass(frozen=True)
+class Run(Job):
+    """One training run of a grid.
+
+    Attributes:
+        setting: what its seeds have in common.
+        seed: of the data and of the weights.
+        words: `--section.key value` words for the trainer.
+        config: what they come to.
+        ranks: of the run.
+    """
+
+    setting: str
+    seed: int
+    words: list[str]
+    config: JobConfig
+    ranks: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}/seed-{self.seed}"
+
+    @property
+    def command(self) -> list[str]:
+        torchrun = ["-m", "launch.torchrun", "--standalone", f"--nproc-per-node={self.ranks}"] if self.ranks > 1 else []
+        return [sys.executable, *torchrun, "-m", TRAIN, *self.words]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.job.dump_folder)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "train.log"
+
+    def is_done(self) -> bool:
+        """Whether its folder holds the last step.
+
+        Raises:
+            ConfigError: the folder holds a run with other settings.
+        """
+        newest = latest_complete(self.folder / self.config.checkpoint.folder)
+        if newest is None:
+            return False
+        saved = read_snapshot(newest.path / "config.json") or {}
+        comparison = compare_configs(saved, snapshot(self.config, {"world_size": self.ranks}))
+        refuse_breaking(comparison, newest.path, self.config.provenance)
+        if newest.step < self.config.training.steps:
+            return False
+        # "auto" was replaced by what it came to when the run began.
+        changed = [c for c in comparison.notable if c.key.startswith(LEARNED) and c.new != "auto"]
+        if changed:
+            raise ConfigError(
+                f"{self.folder} was trained to its end with other settings: {'; '.join(map(str, changed))}\n"
+                "delete it to train it anew, or choose another folder with --out"
+            )
+        return True
+
+    def progress(self) -> tuple[int, int, str]:
+        newest = self.newest
+        note = f"loss {newest['loss']:.4f}" if newest.get("loss") is not None else "starting"
+        if "validation_token_accuracy" in newest:
+            note += f", validation accuracy {newest['validation_token_accuracy']:.1%}"
+        return newest.get("step", 0), self.config.training.steps, note
+
+    @property
+    def newest(self) -> dict[str, float]:
+        """The newest value of each number in metrics.jsonl."""
+        records = filter(of_a_step, ends(self.folder / "metrics.jsonl", head=0))
+        return {name: value for record in records for name, value in record.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a grid's TOML and the command line come to.
+
+    Attributes:
+        file: the TOML.
+        tree: its content.
+        out: folder of everything it makes.
+        runs: seed by seed.
+        evaluations: of all runs, in the order of the file.
+        as_written: nothing on the command line changed what is run.
+    """
+
+    file: Path
+    tree: dict[str, Any]
+    out: Path
+    runs: list[Run]
+    evaluations: list[SweepJob]
+    as_written: bool
+
+    def evaluations_of(self, runs: list[Run]) -> list[SweepJob]:
+        names = {run.name for run in runs}
+        return [job for job in self.evaluations if job.model.name in names]
+
+
+def read_grid(
+    file: Path, seeds: list[int], out: str, overrides: list[str], environment: Environment | None = None
+) -> Grid:
+    """Reads and checks a grid's TOML.
+
+    Args:
+        file: the TOML, as the module docstring shows it.
+        seeds: instead of the file's, unless empty.
+        out: instead of the file's, unless empty.
+        overrides: `--section.key value` words for all runs.
+        environment: that the settings are checked against; None: this machine.
+
+    Raises:
+        ConfigError: what is wrong with it, or with the settings of a run.
+    """
+    tree, lines = read_toml(file, "a grid, such as train_configs/claims/S3.toml")
+    reader = TableReader(file, lines, KEYS)
+    for key, kind, form in FORMS:
+        if not isinstance(tree.get(key, kind()), kind) or (key == "seeds" and not all_whole_numbers(tree.get(key, []))):
+            reader.wrong((key,), f"{key}: expected {form}")
+    if tree.get("ranks", 1) < 1:
+        reader.wrong(("ranks",), f"ranks = {tree['ranks']}: must be at least 1")
+    if tree.get("device", "auto") not in ("auto", "cpu"):
+        reader.wrong(("device",), f"device = {tree['device']!r}: expected 'auto' or 'cpu'")
+    reader.refuse()
+    ranks = tree.get("ranks", 1)
+    folder = Path(os.path.expanduser(out or tree.get("out") or f"outputs/{file.stem}"))
+    settings = settings_of(tree, reader)
+    reader.refuse()
+    runs = []
+    for seed in dict.fromkeys(seeds or tree.get("seeds") or [1]):
+        for setting, (base, values) in settings.items():
+            words = [
+                "--job.config_file",
+                str(file.parent / base),
+                "--job.dump_folder",
+                f"{folder}/{setting}/seed-{seed}",
+            ]
+            words += ["--data.seed", str(seed), "--debug.seed", str(seed)]
+            for key, value in values.items():
+                words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+            try:
+                config = load_config([*words, *overrides], environment or Environment(ranks))
+                runs.append(Run(setting, seed, [*words, *overrides], config, ranks))
+            except ConfigError as error:
+                raise ConfigError(f"{file}, setting {setting}: {error}") from None
+    models = {run.name: Model(run.name, str(run.folder)) for run in runs}
+    evaluations = reader.jobs(tree, models, folder / "eval")
+    reader.refuse()
+    return Grid(file, tree, folder, runs, evaluations, not (seeds or out or overrides))
+
+
+FORMS = (
+    ("base", str, "the path of a training TOML"), ("out", str, "the path of a folder"),
+    ("seeds", list, "a list of whole numbers"), ("ranks", int, "a whole number"),
+    ("overrides", dict, 'a table of options, "section.key" = value'),
+    ("vary", dict, 'a table of lists, "section.key" = [value, ...]'), ("settings", dict, "tables [settings.NAME]"),
+)  # fmt: skip
+"""Keys of a grid, their types, and how to say so."""
+
+
+def all_whole_numbers(values: list) -> bool:
+    return all(type(value) is int for value in values)
+
+
+def settings_of(tree: dict[str, Any], reader: TableReader) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The settings by name: the TOML that each starts from, and what it changes there."""
+    named, vary = tree.get("settings") or {"": {}}, flat(tree.get("vary", {}))
+    for key, values in vary.items():
+        if not isinstance(values, list) or not values:
+            reader.wrong(("vary",), f'[vary] "{key}": expected a list of values')
+            return {}
+    settings = {}
+    for name, table in named.items():
+        if not isinstance(table, dict) or not isinstance(table.get("base", tree.get("base")), str):
+            reader.wrong(("settings", name), f"[settings.{name}]: expected a table, and a base here or at the head")
+            continue
+        own = flat({key: value for key, value in table.items() if key != "base"})
+        for values in itertools.product(*vary.values()):
+            varied = dict(zip(vary, values, strict=True))
+            parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in varied.items()]
+            label = "_".join([*([name] if name else []), *parts]) or Path(tree["base"]).stem
+            if not NAME.fullmatch(label):
+                reader.wrong(
+                    ("settings", name), f"{label!r}: expected a name of letters, digits, '.', '_', '+' and '-'"
+                )
+            settings[label] = (table.get("base", tree.get("base")), flat(tree.get("overrides", {})) | own | varied)
+    return settings
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys, whichever way the TOML wrote them: `"model.head_dim" = 64` or a table `[model]`."""
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser("launch.grid", __doc__, allow_abbrev=False)
+    parser.add_argument("file", type=path_of, metavar="GRID.toml", help="the runs; shown at the head of launch/grid.py")
+    add_grid_options(parser)
+    options, overrides = parser.parse_known_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    return run_grid(read_grid(Path(options.file), options.seeds, options.out, overrides), options, console)
+
+
+def add_grid_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --seeds, --out and those of `jobs.add_job_options`."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="instead of the TOML's")
+    parser.add_argument("--out", type=path_of, default="", help="folder of the runs and results, instead of the TOML's")
+    add_job_options(parser, jobs=0, jobs_default="one a GPU, or one a core without any")
+
+
+def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: str = "") -> int:
+    """Does what the options of `add_grid_options` ask for; returns the exit code.
+
+    Args:
+        grid: to be run.
+        options: of the command line.
+        console: for everything it prints.
+        again: the command that goes on with it, where that is not `launch.grid`.
+    """
+    runs = chosen(grid.runs, options.only)
+    if options.dry_run:
+        print_dry_run(runs, console)
+        return 0
+    make_folder(grid.out)
+    if options.slurm:
+        commands = [run.command for run in runs if not run.is_done()]
+        if hand_over(commands, grid.out / "slurm", grid.file.stem, options, submit_jobs, console):
+            console.print(f"when they are done: {again or f'python -m launch.grid {grid.file}'}", soft_wrap=True)
+        return 0
+    failed: dict[str, str] = {}
+    if not options.collect:
+        places = places_for(options.jobs, grid.tree.get("device", "auto"), len(runs), grid.tree.get("ranks", 1))
+        console.print(f"{grid.out}: training, at most {len(places)} at a time")
+        failed |= run_jobs(runs, places, console)
+        evaluations = grid.evaluations_of([run for run in runs if run.name not in failed])
+        if evaluations:
+            console.print("evaluating")
+            failed |= run_jobs(evaluations, places, console)
+    summary = summarise(grid)
+    summary.write(grid.out)
+    console.print(summary.without(FINAL if grid.evaluations else ()).table())
+    pictures(grid.out / "eval", [job for job in grid.evaluations if job.is_done()], console)
+    console.print(f"written: {grid.out}/results.jsonl, results.csv, results.md", soft_wrap=True)
+    report_failures(failed, console)
+    return 1 if failed or (summary.missing and not options.only) else 0
+
+
+def summarise(grid: Grid) -> Summary:
+    """What the finished runs came to: the newest numbers of their training, and of their evaluations."""
+    results = []
+    for run in (run for run in grid.runs if run.is_done()):
+        newest = run.newest
+        metrics = {name: newest[key] for name in FINAL if (key := name.replace(" ", "_")) in newest}
+        for job in grid.evaluations_of([run]):
+            if job.is_done():
+                metrics |= {" ".join(filter(None, (name, job.data))): value for name, value in metrics_of(job).items()}
+        results.append(Result(run.setting, run.seed, metrics))
+    return Summary(results, len(grid.runs))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

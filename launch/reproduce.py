@@ -1,0 +1,179 @@
+"""Runs the claims of this project, and keeps what came of them: results/NAME.json, a table and a picture each.
+
+    python -m launch.reproduce --list             the claims, what they cost, and where they stand
+    python -m launch.reproduce S3                 runs what is missing of it; --jobs, --slurm, ... as of launch.grid
+    python -m launch.reproduce                    all that this machine has the GPUs for
+    python -m launch.reproduce --check            makes page, pictures and numbers again from results/, runs nothing
+    python -m launch.reproduce --write            writes page and pictures again, after an edit of a claim
+    python -m launch.reproduce S3 --seeds 1       a part of it, or (--training.steps 50) a variant: shown, not kept
+
+A claim is a TOML in train_configs/claims/ (`launch.claims` says what is in it); docs/science.md shows all of them. The
+same command again goes on where it was. Exit code 0: as expected (with --check: nothing differs); 1: not so.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from torchtitan_deltaproduct.arguments import Parser
+from torchtitan_deltaproduct.config.snapshots import versions
+from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
+from torchtitan_deltaproduct.evaluation.state_tracking.results import read_settings
+from torchtitan_deltaproduct.files import read_text, write_atomically
+from torchtitan_deltaproduct.jobs import visible_gpus
+
+from .claims import (
+    PAGE,
+    README,
+    Claim,
+    Results,
+    draw,
+    page,
+    read_claim,
+    read_claims,
+    results_of,
+    sentences,
+    verdict,
+    write_results,
+)
+from .grid import add_grid_options, run_grid, summarise
+
+PIXELS = 0.01
+"""Mean difference, of 1, up to which two pictures are the same: elsewhere fonts are drawn a little differently."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser("launch.reproduce", __doc__, in_full=True, allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a claim (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the claims")
+    parser.add_argument("--check", action="store_true", help="compare page, pictures and README.md with results/")
+    parser.add_argument("--write", action="store_true", help="write page and pictures from results/")
+    add_grid_options(parser)
+    options, overrides = parser.parse_known_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    claims = read_claims(options.names)
+    if options.list:
+        console.print(listing(claims))
+        return 0
+    if options.check:
+        return check(claims, console)
+    if options.write:
+        write(claims, console)
+        return 0
+    if not options.names:
+        claims = affordable(claims, console)
+    if (options.out or options.only) and len(claims) > 1:
+        raise ConfigError("--out and --only are of one claim; name it")
+    codes = [reproduce(claim, options, overrides, console) for claim in claims]
+    return max(codes, default=0)
+
+
+def listing(claims: list[Claim]) -> Table:
+    table = Table()
+    for name in ("claim", "what", "budget", "runs done", "verdict"):
+        table.add_column(name, overflow="fold")
+    for claim in claims:
+        results = results_of(claim)
+        done = f"{len(results.summary.results)} of {results.summary.planned}"
+        table.add_row(claim.name, escape(claim.title), claim.budget, done, verdict(claim, results).word)
+    return table
+
+
+def affordable(claims: list[Claim], console: Console) -> list[Claim]:
+    """The claims that this machine has the GPUs for."""
+    gpus = len(visible_gpus())
+    for claim in claims:
+        if claim.gpus > gpus:
+            console.print(f"{claim.name}: left out, needs {claim.gpus} GPUs and here are {gpus}; --slurm, or name it")
+    return [claim for claim in claims if claim.gpus <= gpus]
+
+
+def reproduce(claim: Claim, options: argparse.Namespace, overrides: list[str], console: Console) -> int:
+    """Runs what is missing of a claim, tells the verdict, and keeps the results of one that is run as it is written."""
+    console.print(f"[bold]{escape(claim.title)}[/]")
+    claim = read_claim(claim.grid.file, options.seeds, options.out, overrides)
+    run_grid(claim.grid, options, console, f"python -m launch.reproduce {claim.name}")
+    if options.dry_run or options.slurm:
+        return 0
+    results = collected(claim)
+    if claim.grid.as_written and results.summary.results:
+        write_results(claim, results, origin(claim))
+        console.print(f"written: {claim.file}", soft_wrap=True)
+        write([claim], console)
+    judged = verdict(claim, results)
+    for line in judged.lines:
+        console.print(line, soft_wrap=True, markup=False)
+    colour = {"as expected": "green", "not as expected": "red"}.get(judged.word, "yellow")
+    console.print(f"[bold {colour}]{judged.word}[/]: {escape(claim.expectation)}", soft_wrap=True)
+    return 0 if judged.word == "as expected" else 1
+
+
+def collected(claim: Claim) -> Results:
+    """What the finished runs of a claim hold."""
+    files = [job.folder / "state_tracking.json" for job in claim.grid.evaluations if job.eval == "state_tracking"
+             and job.is_done()]  # fmt: skip
+    return Results(summarise(claim.grid), read_settings(files))
+
+
+def origin(claim: Claim) -> dict[str, str]:
+    """By what, and where, results were made."""
+    command = f"python -m launch.reproduce {claim.name}"
+    gpus = f", {len(visible_gpus())} GPUs" if visible_gpus() else ""
+    return {"command": command, "machine": f"{platform.machine()}, {os.cpu_count()} cores{gpus}", **versions()}
+
+
+def write(claims: list[Claim], console: Console) -> None:
+    """Draws the pictures of some claims, and writes the page of all."""
+    for claim in claims:
+        results = results_of(claim)
+        if results.summary.results:
+            draw(claim, results, picture_of(claim))
+            console.print(f"written: {picture_of(claim)}", soft_wrap=True)
+    write_atomically(PAGE, page(read_claims([])))
+    console.print(f"written: {PAGE}", soft_wrap=True)
+
+
+def picture_of(claim: Claim) -> Path:
+    return claim.file.with_suffix(".png")
+
+
+def check(claims: list[Claim], console: Console) -> int:
+    """Compares the page, the pictures and the sentences of README.md with what the results make of them."""
+    different = []
+    if read_text(PAGE) != page(read_claims([])):
+        different.append(f"{PAGE}: not what the results make of it")
+    readme = " ".join(read_text(README).split())
+    with tempfile.TemporaryDirectory() as folder:
+        for claim in claims:
+            results, file = results_of(claim), picture_of(claim)
+            for sentence in sentences(claim):
+                if " ".join(sentence.split()) not in readme:
+                    different.append(f"{README}: does not say: {sentence}")
+            if results.summary.results:
+                again = Path(folder, file.name)
+                draw(claim, results, again)
+                if not file.exists() or not same_picture(file, again):
+                    different.append(f"{file}: not the picture of the results")
+    for line in different:
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(f"{len(claims)} claims: {len(different) or 'no'} differences")
+    return 1 if different else 0
+
+
+def same_picture(first: Path, second: Path) -> bool:
+    """Whether two PNGs look the same."""
+    one, other = matplotlib.image.imread(first), matplotlib.image.imread(second)
+    return one.shape == other.shape and float(np.abs(one - other).mean()) <= PIXELS
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,154 @@
+"""Grids with runs of two steps: planned, trained, evaluated, told in one table, gone on with, and stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch import grid
+from tests.toy import REPO
+from tests.unit.evaluation.words_toy import write_toml
+from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.events import last_stop, read_events
+
+TOML = """
+base = "s3.toml"
+out = "{folder}/out"
+device = "cpu"
+[vary]
+"model.num_householder" = [1, 2]
+[state_tracking]
+words = 20
+"""
+
+
+@pytest.fixture
+def toml(tmp_path):
+    """Two settings, seed 1."""
+    write_toml(tmp_path / "s3.toml")
+    file = tmp_path / "paper.toml"
+    file.write_text(TOML.format(folder=tmp_path))
+    return file
+
+
+def test_settings_are_products_of_lists_behind_named_tables(toml):
+    text = toml.read_text().replace("[vary]", '[vary]\n"optimizer.lr" = [0.1, 0.01]')
+    toml.write_text(f"seeds = [3, 4]\n{text}\n[settings.low.model]\nallow_neg_eigval = false\n[settings.high]\n")
+    planned = grid.read_grid(toml, [], "", ["--training.steps", "3"])
+    assert len(planned.runs) == 2 * 2 * 2 * 2 and not planned.as_written
+    run = planned.runs[0]
+    assert run.name == "low_lr-0.1_num_householder-1/seed-3" and run.config.training.steps == 3
+    assert (run.config.model.allow_neg_eigval, run.config.optimizer.lr, run.config.debug.seed) == (False, 0.1, 3)
+    assert planned.runs[-1].config.model.allow_neg_eigval and planned.runs[-1].seed == 4
+    assert {run.seed for run in grid.read_grid(toml, [7], "", []).runs} == {7}
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("[vary]", "[varry]", r"paper.toml:5: \[varry\]: no such table; nearest: 'vary'"),
+    ("[1, 2]", "1", r'paper.toml:5: \[vary\] "model.num_householder": expected a list of values'),
+    ("[1, 2]", "[1, 0]", r"setting num_householder-0: .*num_householder 0"),
+    ("num_householder", "num_householders", "nearest: --model.num_householder"),
+    ('"cpu"', '"gpu"', "device = 'gpu': expected 'auto' or 'cpu'"),
+    ('base = "s3.toml"', "seeds = [1.5]", "seeds: expected a list of whole numbers"),
+    ('base = "s3.toml"', "", r"\[settings.*expected a table, and a base"),
+    ("s3.toml", "s4.toml", "s4.toml: no such file"),
+    ("words = 20", "wrods = 20", r"\[state_tracking\]: unrecognized arguments: --wrods 20"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_before_training(toml, old, new, message):
+    toml.write_text(toml.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        grid.main([str(toml)])
+    assert not (toml.parent / "out").exists()
+
+
+def test_trains_evaluates_tells_and_reuses(toml, capsys):
+    out = toml.parent / "out"
+    assert grid.main([str(toml), "--seeds", "1", "2", "--jobs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("4 jobs, 0 done already") == 2 and "4/4 num_householder-2/seed-2: done in" in printed
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [(result["setting"], result["seed"]) for result in results] == [
+        ("num_householder-1", 1), ("num_householder-2", 1), ("num_householder-1", 2), ("num_householder-2", 2)
+    ]  # fmt: skip
+    assert {"loss", "solved", "accuracy at the tested length"} <= results[0]["metrics"].keys()
+    table = (out / "results.md").read_text()
+    assert "| num_householder-2 | 2 |" in table and "| 0 of 2 (0 to 66 %) |" in table
+    compared = json.loads((out / "eval/state_tracking/compared/state_tracking.json").read_text())
+    assert [len(setting["runs"]) for setting in compared["settings"]] == [2, 2]
+    assert (out / "eval/state_tracking/compared/state_tracking.png").stat().st_size > 10_000
+    assert grid.main([str(toml), "--only", "num_householder-1"]) == 0
+    assert capsys.readouterr().out.count("1 jobs, 1 done already") == 2
+    with pytest.raises(ConfigError, match="other settings: optimizer.lr: 0.0003 -> 0.1"):
+        grid.main([str(toml), "--optimizer.lr", "0.1"])
+    with pytest.raises(ConfigError, match="another model"):
+        grid.main([str(toml), "--model.head_dim", "4"])
+
+
+def test_a_failed_run_is_named_and_the_others_are_trained(toml, capsys):
+    """The folder of the first run is a file."""
+    (toml.parent / "out").mkdir()
+    (toml.parent / "out/num_householder-1").mkdir()
+    (toml.parent / "out/num_householder-1/seed-1").mkdir()
+    (toml.parent / "out/num_householder-1/seed-1/checkpoint").touch()
+    assert grid.main([str(toml), "--jobs", "2"]) == 1
+    printed = capsys.readouterr().out
+    assert "2/2 num_householder-2/seed-1: done" in printed
+    last = printed.partition("1 of the jobs is not done:\n")[2]
+    assert last.startswith("  num_householder-1/seed-1: exit code ") and len(last.splitlines()) == 1
+    assert "1 of 2 runs are not done" in (toml.parent / "out/results.md").read_text()
+
+
+def start(toml, *words: str) -> subprocess.Popen:
+    """The command in a process group of its own, with runs that last until they are stopped."""
+    command = [sys.executable, "-m", "launch.grid", str(toml), "--jobs", "2", *words]
+    with open(toml.parent / "grid.log", "a") as log:
+        return subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log, start_new_session=True,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def until(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+LONG = ("--training.steps", "100000", "--metrics.log_freq", "1")
+
+
+@pytest.mark.parametrize("number", [
+    signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
+], ids=lambda number: number.name)  # fmt: skip
+def test_stopped_runs_save_and_go_on(toml, number):
+    """Ctrl-C reaches the runs too; SIGTERM the grid alone; and a grid that is killed takes its runs along."""
+    runs = [toml.parent / f"out/num_householder-{n}/seed-1" for n in (1, 2)]
+    toml.write_text(toml.read_text().partition("[state_tracking]")[0])
+    process = start(toml, *LONG)
+    until(lambda: all((run / "metrics.jsonl").exists() for run in runs))
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert process.wait(timeout=120) == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
+    until(lambda: all(last_stop(read_events(run)) for run in runs))
+    for stop in (last_stop(read_events(run)) for run in runs):
+        assert (stop["reason"], stop["saved"]) == ("signal", True) and stop["step"] > 0
+    steps = [last_stop(read_events(run))["step"] for run in runs]
+    process = start(toml, "--training.steps", str(max(steps) + 1))
+    assert process.wait(timeout=240) == 0, (toml.parent / "grid.log").read_text()[-3000:]
+    launches = [[event for event in read_events(run) if event["event"] == "launch"] for run in runs]
+    assert [events[-1]["step"] for events in launches] == steps
+
+
+def test_as_an_array(toml, stand_in, capsys, monkeypatch):
+    stand_in(sbatch="echo 42")
+    monkeypatch.chdir(toml.parent)
+    assert grid.main([str(toml), "--slurm", "--gpus", "1", "--time", "1:00:00"]) == 0
+    assert "job 42: 2 tasks" in capsys.readouterr().out
+    tasks = [json.loads(line) for line in (toml.parent / "out/slurm/tasks.jsonl").read_text().splitlines()]
+    assert tasks == [run.command for run in grid.read_grid(toml, [], "", []).runs]
+    assert "--array=0-1" in (toml.parent / "out/slurm/job.sbatch").read_text()

@@ -1,0 +1,158 @@
+"""Claims: what is wrong with a TOML, when a claim counts as shown, what is kept, and that the page is made of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch import claims, reproduce
+from launch.claims import Results, read_claim, read_claims, results_of, verdict
+from launch.summary import Result, Summary
+from tests.unit.evaluation.words_toy import write_toml
+from torchtitan_deltaproduct.errors import ConfigError, DataError
+
+TOML = """
+base = "s3.toml"
+out = "{folder}/out"
+device = "cpu"
+[claim]
+title = "Two follow"
+expectation = '''One does not,
+two do.'''
+source = "nobody"
+budget = "seconds"
+readme = ["in [-1, 1] it does ({{n2 | solved}} seeds)"]
+[settings]
+n1 = {{ "model.num_householder" = 1 }}
+n2 = {{ "model.num_householder" = 2 }}
+[state_tracking]
+words = 20
+[[expect]]
+settings = ["n1"]
+metric = "accuracy at the tested length"
+below = 0.7
+[[expect]]
+settings = ["n2"]
+metric = "solved"
+at_least = 1
+seeds = "most"
+"""
+
+
+@pytest.fixture
+def toy_claim(tmp_path, monkeypatch) -> Path:
+    """A claim of two runs, in a repository of its own."""
+    for name, place in (("CLAIMS", "claims"), ("RESULTS", "results"), ("PAGE", "science.md"), ("README", "README.md")):
+        for module in (claims, reproduce):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, tmp_path / place)
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "README.md").write_text("With two\nin [-1, 1] it does (0 of 1\nseeds), they say.\n")
+    write_toml(tmp_path / "claims/s3.toml")
+    file = tmp_path / "claims/toy.toml"
+    file.write_text(TOML.format(folder=tmp_path))
+    monkeypatch.setattr(claims, "read_claims", lambda names: [read_claim(file)])
+    monkeypatch.setattr(reproduce, "read_claims", claims.read_claims)
+    return file
+
+
+def judged(claim, solving, others) -> claims.Verdict:
+    """The verdict on so many seeds of n2 and n1; by the accuracy of each."""
+    metric = "accuracy at the tested length"
+    runs = [Result("n2", seed, {"solved": float(a > 0.9), metric: a}) for seed, a in enumerate(solving)]
+    runs += [Result("n1", seed, {"solved": float(a > 0.9), metric: a}) for seed, a in enumerate(others)]
+    return verdict(claim, Results(Summary(runs, len(solving) + len(others)), []))
+
+
+@pytest.mark.parametrize(("solving", "others", "word", "line"), [
+    ((1.0,), (0.3,), "as expected", ""),
+    ((1.0, 1.0, 0.5), (0.3,), "as expected", "seed 2: solved 0.0000; expected: solved at least 1 in more than half"),
+    ((1.0, 0.5), (0.3,), "not as expected", "n_h = 2, [-1, 1], seed 1"),
+    ((1.0,), (0.3, 0.75), "not as expected", "n_h = 1, [-1, 1], seed 1: accuracy at the tested length 0.7500; "),
+    ((), (), "not run yet", ""),
+])  # fmt: skip
+def test_verdict(toy_claim, solving, others, word, line):
+    verdict = judged(read_claim(toy_claim), solving, others)
+    assert verdict.word == word and line in "\n".join(verdict.lines) and bool(line) is bool(verdict.lines)
+
+
+def test_a_setting_without_runs_is_no_success(toy_claim):
+    claim = read_claim(toy_claim)
+    assert judged(claim, (1.0,), ()).word == "not as expected" and "n1" in claim.settings
+    summary = Summary([Result("n2", 1, {"solved": 1.0})], planned=2)
+    assert verdict(claim, Results(summary, [])).word == "incomplete"
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ('source = "nobody"\n', "", r"\[claim\] needs title, expectation, source, budget"),
+    ('settings = ["n1"]', 'settings = ["n3"]', r"\[\[expect\]\] settings: no n3; there are: "),
+    ("below = 0.7", "", "expected at_least or below"),
+    ("below = 0.7", "above = 0.7", r"\[claim\] needs .*above"),
+    ('"most"', '"some"', 'seeds = "all" or "most"'),
+])  # fmt: skip
+def test_wrong_claims(toy_claim, old, new, message):
+    toy_claim.write_text(toy_claim.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        read_claim(toy_claim)
+
+
+def test_run_keep_check(toy_claim, capsys):
+    """The model of two steps solves nothing: the failed expectation is shown as such, everywhere."""
+    folder = toy_claim.parents[1]
+    assert reproduce.main(["toy", "--jobs", "2"]) == 1
+    printed = capsys.readouterr().out
+    assert "n_h = 2, [-1, 1], seed 1: solved 0.0000" in printed and "not as expected: One does not, two do." in printed
+    content = json.loads((folder / "results/toy.json").read_text())
+    assert [(run["setting"], run["seed"]) for run in content["runs"]] == [("n1", 1), ("n2", 1)]
+    assert content["origin"]["command"] == "python -m launch.reproduce toy" and content["origin"]["torch"]
+    page = (folder / "science.md").read_text()
+    assert "| n_h = 2, [-1, 1] | 1 |" in page and "Verdict: **not as expected**:\n- n_h = 2, [-1, 1], seed 1" in page
+    assert "![Two follow](../results/toy.png)" in page and "loss" not in page
+    results = results_of(read_claim(toy_claim))
+    assert [len(setting.runs) for setting in results.curves] == [1, 1] and not results.summary.missing
+    assert reproduce.main(["--check"]) == 0
+    # Another number, picture, page or sentence is found.
+    kept = {path: path.read_bytes() for path in folder.glob("*/toy.*")} | {folder / "science.md": page.encode()}
+    for path, old, new, message in (
+        ("results/toy.json", b'"solved": 0.0', b'"solved": 1.0', "science.md: not what the results make of it"),
+        ("README.md", b"(0 of 1", b"(1 of 1", "README.md: does not say: in [-1, 1] it does (0 of 1 seeds)"),
+        ("science.md", b"seconds", b"minutes", "science.md: not what"),
+        ("claims/toy.toml", b"nobody", b"someone", "science.md: not what"),
+    ):
+        before = (folder / path).read_bytes()
+        (folder / path).write_bytes(before.replace(old, new))
+        capsys.readouterr()
+        assert reproduce.main(["--check"]) == 1, path
+        assert message in capsys.readouterr().out
+        (folder / path).write_bytes(before)
+    (folder / "results/toy.png").unlink()
+    assert reproduce.main(["--check"]) == 1
+    # Part of a claim, or a variant, is shown and not kept.
+    assert reproduce.main(["toy", "--only", "n1/seed-1", "--collect", "--seeds", "1"]) == 1
+    assert "written: " + str(folder / "results") not in capsys.readouterr().out
+    assert (folder / "results/toy.json").read_bytes() == kept[folder / "results/toy.json"]
+    (folder / "results/toy.json").write_text("{")
+    with pytest.raises(DataError, match="toy.json cannot be read"):
+        reproduce.main(["--list"])
+
+
+def test_the_shipped_claims_are_honest(capsys):
+    """Every number and picture of docs/science.md, and README's that come from results, are made again."""
+    assert reproduce.main(["--check"]) == 0, capsys.readouterr().out
+    shipped = read_claims([])
+    assert {"S3", "S4", "A5", "S5", "parity", "formal", "language"} <= {claim.name for claim in shipped}
+    assert len(claims.PAGE.read_text().splitlines()) < 250
+    for claim in shipped:
+        assert claim.source and claim.budget and claim.expect, claim.name
+
+
+def test_no_such_claim():
+    with pytest.raises(ConfigError, match="S6: no such claim; there are: A5, S3"):
+        reproduce.main(["S6"])
+
+
+def test_without_a_name_what_the_machine_can(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert reproduce.main(["--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "S5: left out, needs 1 GPUs and here are 0" in printed and "laptop_S3_n2_pm1/seed-1" in printed

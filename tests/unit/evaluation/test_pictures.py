@@ -1,0 +1,112 @@
+"""What pictures say of themselves: bands and thin lines by name, no interval where there is none, nothing hidden."""
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from tests.unit.evaluation.test_position_loss import write_parts
+from tests.unit.evaluation.words_toy import flat
+from torchtitan_deltaproduct.evaluation import figures
+from torchtitan_deltaproduct.evaluation.effective_rank.figures import comparison, of_one
+from torchtitan_deltaproduct.evaluation.effective_rank.results import Result
+from torchtitan_deltaproduct.evaluation.effective_rank.transitions import Tally
+from torchtitan_deltaproduct.evaluation.files import write_array
+from torchtitan_deltaproduct.evaluation.length_extrapolation.figures import loss_figure
+from torchtitan_deltaproduct.evaluation.length_extrapolation.results import summarise
+from torchtitan_deltaproduct.evaluation.pieces import Measured, Pieces
+from torchtitan_deltaproduct.evaluation.state_tracking.figures import accuracy_figure
+from torchtitan_deltaproduct.evaluation.state_tracking.results import by_setting
+from torchtitan_deltaproduct.models.args import DeltaProductArgs
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """{name of the file: figure}, laid out but not written."""
+    kept = {}
+
+    def keep(figure, path):
+        figure.canvas.draw()
+        kept[path.name] = figure
+
+    monkeypatch.setattr(figures, "save", keep)
+    yield kept
+    for figure in kept.values():
+        figures.plt.close(figure)
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(Text) if text.get_visible()]
+
+
+def losses(folder, sequences, names=("a",)):
+    """Results of models whose losses differ a lot between sequences."""
+    loss = np.random.default_rng(0).gamma(0.4, 1, (sequences, 1)) * np.ones((sequences, 400))
+    measured = []
+    for name in names:
+        parts = write_parts(folder / f"{name}{sequences}", loss.astype(np.float32), np.zeros(loss.shape, bool))
+        model = {"name": name, "label": name, "step": 1, "train_length": 100}
+        measured.append(Measured(model, {"name": "d", "kind": "packed"}, parts))
+    return summarise(measured, "")
+
+
+def test_loss_bands_are_named_and_stay_where_losses_can_be(drawn, tmp_path):
+    loss_figure(losses(tmp_path, 4, "ab"), tmp_path / "many.png", log_positions=True)
+    said = texts(drawn["many.png"])
+    assert "band: 95 % interval over sequences" in said and said.count("trained to 100 tokens") == 3
+    loss = drawn["many.png"].axes[0]
+    assert loss.get_ylim()[0] >= 0
+    # Two models of the same losses: the second line does not cover the first.
+    first, second = (line for line in loss.lines if line.get_marker() in "os")
+    assert first.get_linewidth() > second.get_linewidth() + 1 and first.get_linestyle() != second.get_linestyle()
+    assert loss.child_axes[0].get_ylabel() == "perplexity"
+    assert all(float(tick.get_text()) >= 1 for tick in loss.child_axes[0].get_yticklabels())
+
+
+@pytest.mark.parametrize(("sequences", "reason"), [(1, "one sequence is"), (2, "two sequences are")])
+def test_few_sequences_have_no_band(drawn, tmp_path, sequences, reason):
+    loss_figure(losses(tmp_path, sequences), tmp_path / "few.png", log_positions=False)
+    said = texts(drawn["few.png"])
+    assert f"No band: {reason} too few for an interval" in said and not any(text.startswith("band") for text in said)
+
+
+def test_accuracies(drawn, tmp_path):
+    """Two settings that lie on one another, each named at its end; seeds, bands and guessing are explained."""
+    runs = [flat(1.0, seed=1), flat(1.0, seed=2), flat(1.0, n=3)]
+    accuracy_figure(by_setting(runs), tmp_path / "words.png")
+    said = texts(drawn["words.png"])
+    assert {"thin: a seed each (thick: their mean)", "band: 95 % interval over words (Wilson)", "guessing"} < set(said)
+    for name in ("$n_h$ = 2, [-1, 1]", "$n_h$ = 3, [-1, 1]"):
+        assert said.count(name) == 3, "in the legend and beside both panels"
+    left = drawn["words.png"].axes[0]
+    places = [text.get_position()[1] for text in left.texts if text.get_text().startswith("$n_h$")]
+    assert abs(places[0] - places[1]) > 5
+    assert len({line.get_linewidth() for line in left.lines if line.get_marker() in "sD"}) == 2
+
+
+@pytest.fixture
+def states(tmp_path):
+    """Ranks of 4 sequences of 3 documents, of a model of two layers."""
+    sequences, length, every = 4, 2000, 4
+    args = DeltaProductArgs(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_heads=2, head_dim=8)
+    rank = 5 + np.random.default_rng(0).random((2, 2, sequences, length // every, 1)).astype(np.float32)
+    starts = np.array([[row, place] for row in range(sequences) for place in (900, 1400)])
+    about = {"version": 1, "sequences": sequences, "length": length, "batch": sequences, "every": every}
+    pieces = Pieces(tmp_path, about, ".npz")
+    write_array(pieces.path((0, sequences)), {"rank": rank, "starts": starts, **vars(Tally.empty(args))})
+    model = {"name": "m", "train_length": 500, "allow_neg_eigval": True, "num_householder": 2, "head_dim": 8}
+    return Result(Measured(model, {"name": "d"}, pieces))
+
+
+def test_ranks(drawn, states, tmp_path):
+    comparison([states], tmp_path / "ranks")
+    said = texts(drawn["ranks.png"])
+    assert {"band: ± 1 standard deviation over sequences", "trained to 500 tokens", "mean of the heads"} < set(said)
+    of_one(states, tmp_path / "one")
+    assert set(drawn) == {"ranks.png", *(f"one_{name}.png" for name in ("sequence", "beta", "spectrum", "documents"))}
+    assert "m on d: the first of 4 sequences" in texts(drawn["one_sequence.png"])
+    assert "document start" in texts(drawn["one_sequence.png"])
+    figure = drawn["one_documents.png"]
+    assert {"band: 95 % interval over document starts", "document start"} < set(texts(figure))
+    heads, layers, colours = figure.axes
+    assert heads.get_position().x0 < colours.get_position().x0 < layers.get_position().x0
+    assert np.ptp(layers.collections[0].get_paths()[0].vertices[:, 1]) > 0

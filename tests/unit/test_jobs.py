@@ -1,0 +1,139 @@
+"""Jobs: where they run, which are run, and what is said of those that fail."""
+
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from torchtitan_deltaproduct import jobs
+from torchtitan_deltaproduct.errors import ConfigError
+
+
+@dataclass
+class Program(jobs.Job):
+    """Python code, done when it has made a file."""
+
+    name: str
+    folder: Path
+    code: str
+    why_not: str = ""
+
+    @property
+    def command(self):
+        return [sys.executable, "-c", self.code]
+
+    @property
+    def log(self):
+        return self.folder / self.name / "log.txt"
+
+    @property
+    def made(self):
+        return self.folder / self.name / "made"
+
+    def obstacle(self):
+        return self.why_not
+
+    def is_done(self):
+        return self.made.exists()
+
+
+def program(folder, name, code="", **more) -> Program:
+    made = folder / name / "made"
+    return Program(name, folder, f"import os, pathlib, sys\n{code}\npathlib.Path({str(made)!r}).touch()", **more)
+
+
+def run(given, places) -> tuple[dict[str, str], str]:
+    console = Console(file=io.StringIO(), width=200)
+    failed = jobs.run_jobs(given, places, console)
+    jobs.report_failures(failed, console)
+    return failed, console.file.getvalue()
+
+
+def test_what_is_missing_runs_and_what_fails_is_named(tmp_path):
+    given = [
+        program(tmp_path, "good", "print(os.environ['PLACE'])"),
+        program(tmp_path, "bad", "print('x\\nboom'); sys.exit(3)"),
+        program(tmp_path, "killed", "os.kill(os.getpid(), 9)"), program(tmp_path, "early", "sys.exit(0)"),
+        program(tmp_path, "blocked", why_not="no weights"), program(tmp_path, "made before", "sys.exit(1)"),
+    ]  # fmt: skip
+    (tmp_path / "made before").mkdir()
+    given[-1].made.touch()
+    failed, printed = run(given, [{"PLACE": "first"}, {"PLACE": "second"}])
+    assert failed == {
+        "blocked": "not ready: no weights", "bad": "exit code 3: boom", "killed": "SIGKILL: it printed nothing",
+        "early": "exit code 0 before its end: it printed nothing",
+    }  # fmt: skip
+    assert "6 jobs, 1 done already" in printed and "1/4 good: done in" in printed and "    boom" in printed
+    assert printed.endswith("  early: exit code 0 before its end: it printed nothing\n")
+    assert given[0].log.read_text() == "first\n" and not (tmp_path / "made before/log.txt").exists()
+
+
+def test_bars_on_a_terminal(tmp_path, monkeypatch):
+    """They show the running jobs and go with them; what failed stays."""
+    monkeypatch.setattr(Program, "progress", lambda self: (3, 7, "half way"))
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, highlight=False)
+    given = [program(tmp_path, "good", "__import__('time').sleep(1)"), program(tmp_path, "bad", "sys.exit(3)")]
+    failed = jobs.run_jobs(given, [{}, {}], console)
+    printed = console.file.getvalue()
+    assert list(failed) == ["bad"] and "3/7" in printed and "half way" in printed
+    assert "1/2 good: done in" in printed and "2/2 bad: failed with exit code 3" in printed
+
+
+def test_each_place_has_one_job_at_a_time(tmp_path):
+    code = "p = pathlib.Path(os.environ['PLACE']); p.mkdir(); __import__('time').sleep(0.3); p.rmdir()"
+    given = [program(tmp_path, f"job {number}", code) for number in range(6)]
+    failed, _ = run(given, [{"PLACE": str(tmp_path / place)} for place in "ab"])
+    assert not failed
+
+
+@pytest.mark.parametrize(("visible", "at_a_time", "device", "count", "devices", "threads"), [
+    ("", 0, "auto", 9, [None] * 8, "1"),
+    ("", 2, "auto", 9, [None] * 2, "4"),
+    ("", 0, "auto", 1, [None], None),
+    ("0,1", 0, "auto", 9, ["0", "1"], "4"),
+    ("0,1", 5, "auto", 9, ["0", "1", "0", "1", "0"], "1"),
+    ("GPU-7", 0, "auto", 9, ["GPU-7"], None),
+    ("0,1", 0, "cpu", 9, [""] * 8, "1"),
+    ("0,1", 0, "cpu", 2, [""] * 2, "4"),
+    ("0,1", 1, "auto", 9, ["0"], None),
+])  # fmt: skip
+def test_places(monkeypatch, visible, at_a_time, device, count, devices, threads):
+    """On eight cores."""
+    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda process: range(8))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    places = jobs.places_for(at_a_time, device, count)
+    assert [place.get("CUDA_VISIBLE_DEVICES") for place in places] == devices
+    assert {place.get("OMP_NUM_THREADS") for place in places} == {threads}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert {place.get("OMP_NUM_THREADS") for place in jobs.places_for(2, device, 2)} == {"3"}
+
+
+def test_places_of_several_gpus(monkeypatch):
+    for visible, places in (("0,1,2,3,4", ["0,1", "2,3"]), ("0,1,2,3", ["0,1", "2,3"]), ("5", ["5"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [place["CUDA_VISIBLE_DEVICES"] for place in jobs.places_for(0, "auto", 9, gpus_each=2)] == places
+
+
+def test_gpus_are_counted_without_torch(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert jobs.visible_gpus() == []
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\necho 'GPU 1: NVIDIA H100'\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert jobs.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert jobs.visible_gpus() == []
+
+
+def test_only_names_jobs_or_beginnings(tmp_path):
+    given = [program(tmp_path, name) for name in ("a/1", "a/2", "ab/1")]
+    assert [job.name for job in jobs.chosen(given, ["a"])] == ["a/1", "a/2"]
+    assert jobs.chosen(given, []) == given
+    with pytest.raises(ConfigError, match="--only b: no such job; there are: a/1, a/2, ab/1"):
+        jobs.chosen(given, ["b"])

@@ -1,0 +1,320 @@
+"""Many commands, a few at a time: what is missing runs, and what fails is named at the end and stops nothing else.
+
+    places = places_for(jobs_at_a_time=0, device="auto", jobs=len(jobs))    # one a GPU, or one a core
+    failed = run_jobs(jobs, places, console)                                # {"S3/seed-2": "exit code 1: ..."}
+
+Grids of training runs (`launch.grid`) and sweeps of evaluations (`evaluation.sweep`) are such jobs. There is no second
+book: a job is done if what it was to make is there, so a list that was killed is gone on with by giving it again. With
+SIGINT, SIGTERM or SIGHUP, or the death of the process that started them, the jobs are told to end as well (SIGTERM),
+and a trainer saves first.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .arguments import path
+from .errors import ConfigError
+
+TAIL = 8
+"""Lines of a failed job's log that are shown."""
+SECONDS_BETWEEN_LINES = 15.0
+MOST_THREADS = 8
+SET_PARENT_DEATH_SIGNAL = 1
+
+
+class Job:
+    """One command.
+
+    Attributes:
+        name: what it is called in lists, and by --only.
+        command: its words.
+        log: the file that gets its output.
+    """
+
+    name: str
+    command: list[str]
+    log: Path
+
+    def obstacle(self) -> str:
+        """Why it cannot run now, or ""."""
+        return ""
+
+    def is_done(self) -> bool:
+        """Whether what it makes is there, by this command."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """What comes before its start, beside the folder of its log."""
+
+    def progress(self) -> tuple[int, int, str]:
+        """Steps done, steps in all (0: it does not tell) and a few words."""
+        return 0, 0, ""
+
+    def state(self) -> str:
+        """In a list: `done`, `to run`, or why it cannot."""
+        obstacle = self.obstacle()
+        return f"not ready: {obstacle}" if obstacle else "done" if self.is_done() else "to run"
+
+
+def add_job_options(parser: argparse.ArgumentParser, jobs: int, jobs_default: str) -> None:
+    """Adds --dry-run, --collect, --only, --jobs (0 or more) and all of --slurm to a command line."""
+    add = parser.add_argument
+    add("--dry-run", action="store_true", help="print the jobs and their commands, run nothing")
+    add("--collect", action="store_true", help="collect what is there, run nothing")
+    add("--only", nargs="+", default=[], metavar="JOB", help="only jobs of these names, or whose names begin so")
+    add("--jobs", type=int, default=jobs, metavar="N", help=f"jobs at a time (default: {jobs_default})")
+    add("--slurm", action="store_true", help="submit what is missing as a SLURM array")
+    add("--site", type=path, metavar="FILE", help="site TOML of --slurm (see launch/site_example.toml)")
+    add("--gpus", type=int, default=0, help="of each task of --slurm (default: %(default)s)")
+    add("--time", default="", help="limit of each task of --slurm (default: the site's)")
+    add("--max-parallel", type=int, default=0, metavar="N", help="tasks of --slurm at a time (default: no limit)")
+
+
+def chosen(jobs: Sequence[Job], only: list[str]) -> list[Job]:
+    """The jobs named, or whose names begin with the same parts, or all; raises ConfigError for a name that is none."""
+    for name in only:
+        if not any(f"{job.name}/".startswith(f"{name}/") for job in jobs):
+            raise ConfigError(f"--only {name}: no such job; there are: {', '.join(job.name for job in jobs)}")
+    return [job for job in jobs if not only or any(f"{job.name}/".startswith(f"{name}/") for name in only)]
+
+
+def listing(jobs: Sequence[Job]) -> Table:
+    """A line a job: its name, and whether it is done."""
+    table = Table()
+    table.add_column("job")
+    table.add_column("state")
+    for job in jobs:
+        table.add_row(job.name, job.state())
+    return table
+
+
+Submit = Callable[[list[list[str]], Path, str, argparse.Namespace], str]
+"""Hands commands to SLURM as one array, given its folder, its name and the options above; returns its job id."""
+
+
+def hand_over(
+    commands: list[list[str]], folder: Path, name: str, options: argparse.Namespace, submit: Submit, console: Console
+) -> bool:
+    """Gives commands to SLURM, a task each; False if there are none."""
+    if not commands:
+        console.print("nothing to submit: every job is done, or its model is not ready")
+        return False
+    array = submit(commands, folder, name, options)
+    # More tasks than the cluster takes at once are several arrays, `12,13`.
+    first = array.partition(",")[0]
+    console.print(f"job {array}: {len(commands)} tasks; tail -f {folder}/{first}_0.out", soft_wrap=True, markup=False)
+    return True
+
+
+def print_dry_run(jobs: Sequence[Job], console: Console) -> None:
+    """The list of the jobs, and the command of each."""
+    console.print(listing(jobs))
+    for job in jobs:
+        console.print(shlex.join(["python", *job.command[1:]]), soft_wrap=True, style="dim", markup=False)
+
+
+def places_for(at_a_time: int, device: str, jobs: int, gpus_each: int = 1) -> list[dict[str, str]]:
+    """Where jobs run: the environment variables of each of the places that are used at one time.
+
+    Args:
+        at_a_time: jobs at a time; 0: one a GPU, or without any one a CPU core.
+        device: `auto`, or `cpu` to leave GPUs alone.
+        jobs: how many there are to run.
+        gpus_each: of a job; one that needs more than there are gets all.
+    """
+    visible = visible_gpus() if device == "auto" else []
+    firsts = range(0, max(len(visible) - gpus_each, 0) + 1, gpus_each) if visible else []
+    gpus = [",".join(visible[first : first + gpus_each]) for first in firsts]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = max(1, min(at_a_time or len(gpus) or cores, jobs))
+    threads = max(1, min(MOST_THREADS, cores // (count * gpus_each)))
+    # Alone a job has the machine, as a command typed by hand would.
+    shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)} if count > 1 else {}
+    if not gpus:
+        return [shared | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})] * count
+    # Round the GPUs: with more places than GPUs there are several on some.
+    return [shared | {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} for place in range(count)]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; without an import of torch."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [name.strip() for name in listed.split(",") if name.strip() not in ("", "-1")]
+    try:
+        printed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return [str(number) for number in range(len(re.findall(r"^GPU \d+:", printed.stdout, re.MULTILINE)))]
+
+
+def run_jobs(jobs: Sequence[Job], places: list[dict[str, str]], console: Console) -> dict[str, str]:
+    """Runs what is missing of some jobs, one in each place at a time.
+
+    Args:
+        jobs: in the order of their starts.
+        places: environment variables of each place, as of `places_for`.
+        console: for the lines of progress.
+
+    Returns:
+        By name, why a job is not done: the exit code and the last line of its log, or its obstacle.
+    """
+    missing = [job for job in jobs if not job.is_done()]
+    console.print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} done already")
+    ready = [job for job in missing if not job.obstacle()]
+    failed = {job.name: f"not ready: {job.obstacle()}" for job in missing if job not in ready}
+    for name, why in failed.items():
+        console.print(f"{name}: {why}", soft_wrap=True, markup=False)
+    waiting = deque(enumerate(ready, start=1))
+    running: dict[int, Running] = {}
+    with Display(len(ready), console) as display, ending_together(running, console):
+        while waiting or running:
+            for place in range(len(places)):
+                if place not in running and waiting:
+                    number, job = waiting.popleft()
+                    running[place] = Running(job, f"{number}/{len(ready)} {job.name}", places[place])
+                    display.starts(running[place])
+            time.sleep(0.1)
+            display.update(list(running.values()))
+            for place, one in list(running.items()):
+                if one.process.poll() is not None:
+                    del running[place]
+                    if why := one.failure():
+                        failed[one.job.name] = why
+                    display.ends(one, why)
+    return failed
+
+
+class Running:
+    """A job that was started, its output going to its log."""
+
+    def __init__(self, job: Job, label: str, environment: dict[str, str]):
+        self.job, self.label, self.start = job, label, time.monotonic()
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        job.prepare()
+        libc, parent = ctypes.CDLL(None), os.getpid()
+
+        def die_with_parent() -> None:
+            # However this process ends, by SIGKILL too: a job that is left behind would be in the way of the next one.
+            if hasattr(libc, "prctl"):
+                libc.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+                if os.getppid() != parent:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        with job.log.open("ab") as log:
+            self.log_begins = log.tell()
+            self.process = subprocess.Popen(
+                job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                env=os.environ | environment, preexec_fn=die_with_parent,
+            )  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """What it has printed, line by line."""
+        with self.job.log.open("rb") as log:
+            log.seek(max(self.log_begins, log.seek(0, os.SEEK_END) - 65536))
+            return [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+
+    def failure(self) -> str:
+        """Why it is not done, now that it has ended; "" if it is."""
+        code = self.process.returncode
+        if code == 0 and self.job.is_done():
+            return ""
+        ending = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        last = (self.lines() or ["it printed nothing"])[-1]
+        return f"{ending}{' before its end' if code == 0 else ''}: {last}"
+
+
+@contextlib.contextmanager
+def ending_together(running: dict[int, Running], console: Console) -> Iterator[None]:
+    """Ends the running jobs, and waits for them, when the block is left early; SIGTERM and SIGHUP leave it."""
+    handled = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # Under nohup SIGHUP stays ignored.
+    for number in [number for number, handler in handled.items() if handler != signal.SIG_IGN]:
+        signal.signal(number, lambda received, frame: sys.exit(128 + received))
+    try:
+        yield
+    finally:
+        if running:
+            names = ", ".join(one.job.name for one in running.values())
+            console.print(f"stopping {names}; the same command goes on from there", soft_wrap=True, markup=False)
+        for one in running.values():
+            one.process.terminate()
+        for one in running.values():
+            one.process.wait()
+        for number, handler in handled.items():
+            signal.signal(number, handler)
+
+
+class Display:
+    """Progress of the jobs: bars of the running ones on a terminal, a line a job every 15 seconds elsewhere."""
+
+    def __init__(self, total: int, console: Console):
+        self.console, self.last_lines, self.bars = console, time.monotonic(), None
+        self.tasks: dict[str, int] = {}
+        if console.is_terminal and total:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+
+    def __enter__(self) -> "Display":
+        if self.bars:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def starts(self, one: Running) -> None:
+        if self.bars:
+            self.tasks[one.label] = self.bars.add_task(one.label, total=one.job.progress()[1] or None, note="starting")
+        else:
+            self.console.print(f"{one.label} ...", soft_wrap=True, markup=False)
+
+    def update(self, running: list[Running]) -> None:
+        """Shows where the running jobs are."""
+        if not self.bars and time.monotonic() - self.last_lines < SECONDS_BETWEEN_LINES:
+            return
+        self.last_lines = time.monotonic()
+        for one in running:
+            step, total, note = one.job.progress()
+            if self.bars:
+                self.bars.update(self.tasks[one.label], completed=step, note=note)
+            elif total:
+                self.console.print(f"{one.label}: step {step:,} of {total:,}, {note}", soft_wrap=True, markup=False)
+
+    def ends(self, one: Running, failure: str) -> None:
+        """Says how a job ended, with the end of its log if it failed."""
+        if self.bars:
+            self.bars.remove_task(self.tasks.pop(one.label))
+        if not failure:
+            self.console.print(
+                f"{one.label}: done in {time.monotonic() - one.start:.0f} s", soft_wrap=True, markup=False
+            )
+            return
+        self.console.print(
+            f"{one.label}: failed with {failure.partition(':')[0]}; {one.job.log} ends:", soft_wrap=True, markup=False
+        )
+        self.console.print("\n".join(f"    {line}" for line in one.lines()[-TAIL:]), soft_wrap=True, markup=False)
+
+
+def report_failures(failed: dict[str, str], console: Console) -> None:
+    """Names the jobs that are not done, a line each."""
+    if failed:
+        console.print(f"{len(failed)} of the jobs {'is' if len(failed) == 1 else 'are'} not done:")
+        for name, why in failed.items():
+            console.print(f"  {name}: {why}", soft_wrap=True, markup=False)
