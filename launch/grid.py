@@ -36,6 +36,7 @@ from typing import Any
 
 from rich.console import Console
 
+from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.arguments import path as path_of
 from torchtitan_deltaproduct.checkpoint import latest_complete
 from torchtitan_deltaproduct.config import Environment, JobConfig, load_config
@@ -264,11 +265,8 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.grid", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("file", type=path_of, metavar="GRID.toml", help="the runs; shown above")
+    parser = Parser("launch.grid", __doc__, allow_abbrev=False)
+    parser.add_argument("file", type=path_of, metavar="GRID.toml", help="the runs; shown at the head of launch/grid.py")
     add_grid_options(parser)
     options, overrides = parser.parse_known_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
