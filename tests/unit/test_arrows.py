@@ -18,7 +18,7 @@ LAYERS = [
     {"models"},
     {"config"},
     {"memory", "data"},
-    {"checkpoint"},
+    {"checkpoint", "scaling"},
     {"titan", "evaluation", "plan", "doctor", "status"},
     {"train"},
 ]
