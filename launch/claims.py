@@ -256,11 +256,7 @@ Verdict: **{judged.word}**{":" if lines else ""}{lines}
 
 def table(claim: Claim, summary: Summary) -> str:
     """The table of a claim as Markdown: evaluations where there are any, and a row for what was not run, too."""
-    hidden = {name.replace("_", " ") for name in FINAL} if claim.grid.evaluations else set()
-    results = [
-        Result(r.setting, r.seed, {k: v for k, v in r.metrics.items() if k not in hidden}) for r in summary.results
-    ]
-    header, lines = Summary(results, summary.planned).cells()
+    header, lines = summary.without(FINAL if claim.grid.evaluations else ()).cells()
     rows = {line[0]: line for line in lines}
     blank = ["not run yet", *[""] * (len(header) - 2)]
     body = [[claim.label(setting), *rows.get(setting, ["", *blank])[1:]] for setting in claim.settings]

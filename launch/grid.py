@@ -64,8 +64,8 @@ from .summary import Result, Summary
 KEYS = ("base", "out", "seeds", "device", "ranks", "overrides", "vary", "settings", "data", "claim", "expect")
 LEARNED = ("training.", "optimizer.", "lr_scheduler.", "debug.")
 """Options that decide what a run learned, beside those that make it another run."""
-FINAL = ("loss", "validation_loss", "validation_bits_per_byte", "validation_token_accuracy")
-"""Of the newest record of metrics.jsonl: what the table shows."""
+FINAL = ("loss", "validation loss", "validation bits per byte", "validation token accuracy")
+"""The newest numbers of metrics.jsonl that are results; in tables, where there are no evaluations."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: s
             failed |= run_jobs(evaluations, places, console)
     summary = summarise(grid)
     summary.write(grid.out)
-    console.print(summary.table())
+    console.print(summary.without(FINAL if grid.evaluations else ()).table())
     pictures(grid.out / "eval", [job for job in grid.evaluations if job.is_done()], console)
     console.print(f"written: {grid.out}/results.jsonl, results.csv, results.md", soft_wrap=True)
     report_failures(failed, console)
@@ -324,7 +324,7 @@ def summarise(grid: Grid) -> Summary:
     results = []
     for run in (run for run in grid.runs if run.is_done()):
         newest = run.newest
-        metrics = {name.replace("_", " "): newest[name] for name in FINAL if name in newest}
+        metrics = {name: newest[key] for name in FINAL if (key := name.replace(" ", "_")) in newest}
         for job in grid.evaluations_of([run]):
             if job.is_done():
                 metrics |= {" ".join(filter(None, (name, job.data))): value for name, value in metrics_of(job).items()}

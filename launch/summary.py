@@ -9,6 +9,7 @@ seeds, with the 95 % interval of the share (Wilson).
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,14 @@ class Summary:
     def of(self, setting: str) -> list[Result]:
         """The results of a setting, a seed each."""
         return [result for result in self.results if result.setting == setting]
+
+    def without(self, names: Sequence[str]) -> "Summary":
+        """The same without some metrics."""
+        kept = [
+            Result(result.setting, result.seed, {k: v for k, v in result.metrics.items() if k not in names})
+            for result in self.results
+        ]
+        return Summary(kept, self.planned)
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """The header of the table, and a line a setting."""

@@ -1,8 +1,8 @@
 """Samples while training on two ranks that share weights and sequences."""
 
 from tests import toy as toys
-from tests.dist.helper import run_distributed
 from tests.dist.test_resume import continue_on
+from tests.processes import run_distributed
 from tests.unit.titan.test_samples import ASKED, said_by_an_evaluation, samples
 
 SPREAD = ("--training.steps", "4", "--parallelism.context_parallel_degree", "2", "--model.tie_word_embeddings", "false",

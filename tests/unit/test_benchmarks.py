@@ -1,13 +1,14 @@
-"""The benchmarks of training, of scale and of context parallelism run and print what they are to."""
+"""The benchmarks of training, of scale, of failures and of context parallelism run and print what they are to."""
 
 import json
 import math
+import random
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks import scale
+from benchmarks import failures, scale
 from benchmarks.training import Variant, kind_of, main, run, table_of
 from tests.toy import REPO
 
@@ -114,3 +115,39 @@ def test_scale_measures_a_run_of_its_own(tmp_path):
     assert all(0 < seconds < 5 for seconds in (records | folders | plans).values())
     assert plans["plan again"] < plans["plan at first"]
     assert (tmp_path / "run/metrics.repeated.jsonl").read_text().count("\n") == 11
+
+
+TRAINER = """
+import json, pathlib, sys, time
+folder, wrong = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+loss = wrong if folder.exists() else 0.0
+folder.mkdir(exist_ok=True)
+saved, metrics, draft = folder / "saved", folder / "metrics.jsonl", folder / "draft"
+step = int(saved.read_text()) if saved.exists() else 0
+lines = metrics.read_text().splitlines()[:step] if step else []
+while step < 60:
+    step += 1
+    record = {"step": step, "loss": 1 / step + loss, "grad_norm": 1.0, "seconds": 0.01, "time": time.time()}
+    lines.append(json.dumps(record))
+    draft.write_text("".join(f"{line}\\n" for line in lines))
+    draft.replace(metrics)
+    if step % 20 == 0:
+        saved.write_text(str(step))
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("wrong", ["0", "1e-9"])
+def test_failures_are_counted_and_compared(tmp_path, wrong):
+    """A program that trains and saves as a run does; one of them learns another thing when it goes on."""
+    run = failures.Run("x.toml", tmp_path / "run", 1, [])
+    run.command = [sys.executable, "-c", TRAINER, str(tmp_path / "run"), wrong]
+    said = []
+    cost = failures.kill_again_and_again(run, 3, 0.1, random.Random(1), lambda *given: said.append(given))
+    assert [number for number, _ in said] == [1, 2, 3] == list(range(1, len(cost) + 1))
+    for one in cost:
+        assert one.from_step % 20 == 0 and 0 <= one.at - one.from_step <= 20
+        assert 0 < one.start_up < 20 and one.lost == pytest.approx(0.01 * max(one.at - one.from_step - 1, 0))
+    assert run.steps()[-1]["step"] == 60 and bool(run.different) == (wrong != "0")
+    rows = failures.table(cost, 0.5).columns[1]._cells
+    assert rows[3] == "50.0%" and 99 < float(rows[4].rstrip("%")) <= 100

@@ -8,6 +8,7 @@ import torch
 from tests import toy as toys
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.checkpoint.load import load_model
+from torchtitan_deltaproduct.evaluation import figures
 from torchtitan_deltaproduct.evaluation.generate.vocabulary import Vocabulary, open_vocabulary
 
 
@@ -31,3 +32,9 @@ def random_model():
     with torch.no_grad():
         model.tok_embeddings.weight.mul_(3)
     return model.requires_grad_(False)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For tests of numbers and names: drawing takes longer than the rest, and elsewhere each picture is drawn."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: (figures.plt.close(figure), path.touch()))

@@ -19,7 +19,6 @@ from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, find_eos
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
 from torchtitan_deltaproduct.evaluation import effective_rank
 from torchtitan_deltaproduct.evaluation.effective_rank.results import WINDOW_BINS, Change
-from torchtitan_deltaproduct.evaluation.figures import plt
 from torchtitan_deltaproduct.evaluation.files import slugs
 from torchtitan_deltaproduct.models.decode import init_cache, step
 
@@ -46,12 +45,6 @@ def data(tmp_path_factory):
     texts = [text for source in sources for text in source.read_text().split("\n\n") if len(text) > 100]
     path.write_text("".join(json.dumps({"text": text[:150]}) + "\n" for text in texts))
     return path
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """For tests of numbers and names: drawing takes longer than everything else, and `whole` is drawn."""
-    monkeypatch.setattr(f"{HERE}.figures.save", lambda figure, path: (plt.close(figure), path.touch()))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from tests import processes
 from tests import toy as toys
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.checkpoint.hf import write_hf
@@ -140,7 +141,7 @@ def test_files(run, data, whole):
     assert len(raw(whole)) == 3 and not list(whole.rglob("*.tmp*"))
 
 
-def test_several_models_and_datasets(run, data, tmp_path, capsys):
+def test_several_models_and_datasets(run, data, tmp_path, capsys, no_pictures):
     """A Hugging Face folder of a step has its losses; one checkpoint under two names is one model."""
     export(load_model(run, 4), tmp_path / "exported")
     book = tmp_path / "book.txt"
@@ -171,7 +172,7 @@ class Stop(Exception):
     pass
 
 
-def test_interrupted_and_resumed(run, data, whole, tmp_path, monkeypatch, capsys):
+def test_interrupted_and_resumed(run, data, whole, tmp_path, monkeypatch, capsys, no_pictures):
     """Raised out of the middle of a part: the same bits, and only what is missing is read again."""
     evaluation, seen = length_extrapolation.LengthExtrapolation, []
     measure = evaluation.measure
@@ -220,20 +221,16 @@ def compute_only(run, data, out, piece):
     write_array(pieces.path(piece), array)
 
 
-def start(out, *arguments, ranks):
-    """torchrun in a session of its own, its output in OUT.log."""
-    module = ["-m", "eval.length_extrapolation", *command(out, *arguments)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    with open(f"{out}.log", "a") as log:
-        return subprocess.Popen([sys.executable, *torchrun, *module], stdout=log, stderr=log, cwd=toys.REPO,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
+def start(out, *arguments):
+    """On two ranks in a session of their own, the output in OUT.log."""
+    return processes.start(["-m", "eval.length_extrapolation", *command(out, *arguments)], f"{out}.log", ranks=2)
 
 
-def test_two_ranks_killed_then_one(run, data, tmp_path):
-    """SIGKILL to two ranks in the middle of their pieces; then one rank goes on, or two: the same bits."""
-    options = ("--documents", "packed", "--segment", "1", "--length", "150", "--batch", "1")
+def test_two_ranks_killed_then_two(run, data, tmp_path, no_pictures):
+    """SIGKILL to two ranks in the middle of their pieces, then two go on: the same bits as of one never killed."""
+    options = ("--documents", "packed", "--segment", "1", "--length", "100", "--batch", "1")
     evaluate(tmp_path / "one", run, data / "train", *options)
-    process = start(tmp_path / "two", run, data / "train", *options, ranks=2)
+    process = start(tmp_path / "two", run, data / "train", *options)
     end = time.monotonic() + 200
     while not list((tmp_path / "two").glob("length_extrapolation/*/0*.npy")):
         assert time.monotonic() < end and process.poll() is None, toys.log_of(tmp_path / "two")
@@ -243,25 +240,22 @@ def test_two_ranks_killed_then_one(run, data, tmp_path):
     assert 0 < len(done) < 6 and not (tmp_path / "two/length_extrapolation.json").exists()
     # What is killed while it writes leaves this.
     done[0].with_name("00005-00005.npy.tmp1").write_bytes(b"half")
-    shutil.copytree(tmp_path / "two", tmp_path / "three")
-    evaluate(tmp_path / "two", run, data / "train", *options)
-    process = start(tmp_path / "three", run, data / "train", *options, ranks=2)
-    assert process.wait(timeout=300) == 0, toys.log_of(tmp_path / "three")
-    for name in ("two", "three"):
-        assert raw(tmp_path / name) == raw(tmp_path / "one") and entries(tmp_path / name) == entries(tmp_path / "one")
-        assert not list((tmp_path / name).rglob("*.tmp*"))
-    said = toys.log_of(tmp_path / "three")
+    process = start(tmp_path / "two", run, data / "train", *options)
+    assert process.wait(timeout=300) == 0, toys.log_of(tmp_path / "two")
+    assert raw(tmp_path / "two") == raw(tmp_path / "one") and entries(tmp_path / "two") == entries(tmp_path / "one")
+    assert not list((tmp_path / "two").rglob("*.tmp*"))
+    said = toys.log_of(tmp_path / "two")
     assert said.count("written:") == 1 and "tokens/s on each of 2 ranks" in said
 
 
 def test_an_error_on_two_ranks_is_said_once(run, tmp_path):
-    process = start(tmp_path / "out", run, tmp_path / "nothing.txt", ranks=2)
+    process = start(tmp_path / "out", run, tmp_path / "nothing.txt")
     assert process.wait(timeout=200) != 0
     said = toys.log_of(tmp_path / "out")
     assert said.count("error: There is no file or folder") == 1 and 'File "' not in said.split("error: There")[0]
 
 
-def test_other_buckets(whole, tmp_path, capsys, monkeypatch):
+def test_other_buckets(whole, tmp_path, capsys, monkeypatch, no_pictures):
     """From the raw losses, which must be there; the model is not."""
     copy = shutil.copytree(whole, tmp_path / "copy")
     monkeypatch.setattr(f"{HERE}.long.load_models", None)
@@ -287,7 +281,7 @@ def test_other_buckets(whole, tmp_path, capsys, monkeypatch):
             length_extrapolation.main(arguments)
 
 
-def test_side_by_side(run, data, tmp_path):
+def test_side_by_side(run, data, tmp_path, no_pictures):
     """Two models evaluated apart are as they are evaluated together, differences included."""
     words = (data / "train", "--documents", "packed", "--sequences", "3")
     for step in ("4", "8"):
@@ -306,7 +300,7 @@ def test_side_by_side(run, data, tmp_path):
         length_extrapolation.main(["--from", str(tmp_path / "8"), str(tmp_path / "short"), "--out", str(tmp_path)])
 
 
-def test_damaged_and_foreign_parts(run, data, whole, tmp_path):
+def test_damaged_and_foreign_parts(run, data, whole, tmp_path, no_pictures):
     copy = shutil.copytree(whole, tmp_path / "copy")
     part = next((copy / "length_extrapolation").glob("*/00002*.npy"))
     good = part.read_bytes()
@@ -340,7 +334,7 @@ def test_every_setting_has_its_own_parts(run, data, tmp_path, monkeypatch):
     assert len(list((tmp_path / "length_extrapolation").glob("*/about.json"))) == 7
 
 
-def test_wrong_tokenizer(run, data, tmp_path, capsys):
+def test_wrong_tokenizer(run, data, tmp_path, capsys, no_pictures):
     copy = shutil.copytree(run, tmp_path / "run")
     file = copy / "tokenizer/tokenizer.json"
     file.write_text(file.read_text() + " ")
@@ -385,7 +379,7 @@ def test_wrong_arguments(run, data, tmp_path):
         length_extrapolation.main([str(run), *long])
 
 
-def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys):
+def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys, no_pictures):
     monkeypatch.setattr(f"{HERE}.ranks.SECONDS_BETWEEN_LINES", 0.0)
     evaluate(tmp_path, run, data / "train", "--sequences", "1", "--batch", "1", "--documents", "packed")
     said = capsys.readouterr().out
@@ -406,7 +400,7 @@ def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys):
     assert notes(reset) == ["m was trained with its state reset at documents; here it is carried across them"]
 
 
-def test_results_on_other_data_are_not_overwritten(run, data, tmp_path):
+def test_results_on_other_data_are_not_overwritten(run, data, tmp_path, no_pictures):
     """Neither by the default folder nor by --out; all data together may replace one of them."""
     (tmp_path / "book.txt").write_text("def f(x):\n    return x\n" * 200)
     sets, size = [str(data / "validation"), str(tmp_path / "book.txt")], ["--length", "64", "--sequences", "2"]
