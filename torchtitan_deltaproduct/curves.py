@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from .evaluation.figures import style
+from .evaluation.figures import STYLE
 from .events import began
 from .runs import Run
 
@@ -74,7 +74,7 @@ class Curve:
     def render(self, **options) -> bytes:
         colours = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
         look = dict.fromkeys(colours, TEXT) | {"grid.color": RULE, "svg.fonttype": "none", "svg.hashsalt": self.name}
-        with style(), matplotlib.rc_context(look):
+        with matplotlib.rc_context(STYLE | look):
             figure = Figure(figsize=(5.4, 2.7), layout="constrained")
             self.draw(figure)
             stream = io.BytesIO()
