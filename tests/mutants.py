@@ -37,6 +37,7 @@ OPS, MODELS, DATA, CHECKPOINT, TITAN = (
     f"tests/unit/{room}/" for room in ("ops", "models", "data", "checkpoint", "titan")
 )
 PARITY, STEP = OPS + "test_parity.py", OPS + "test_custom_op.py"
+MUON = "tests/unit/test_optimizers.py"
 FOLDERS, MODEL = CHECKPOINT + "test_folders.py", MODELS + "test_model.py"
 RESUME, NON_FINITE = "tests/dist/test_resume.py", "tests/dist/test_non_finite.py"
 # fmt: off
@@ -105,6 +106,9 @@ MUTANTS = [
         ("checkpoint/folders.py", "    retire(path)\n    for child", "    for child", FOLDERS),
         ("checkpoint/folders.py", "return is_there(path / SAVING) and not is_there(path / MARKER)", "return not is_there(path / MARKER)", FOLDERS),
         ("checkpoint/folders.py", "if not info.path.is_symlink()", "if True", FOLDERS),
+        ("checkpoint/folders.py", "        if step in best:", "        if step not in kept and step in best and place < 3:", FOLDERS),
+        ("checkpoint/folders.py", "elif always_kept and not self.keep_best and complete", "elif always_kept and complete", FOLDERS),
+        ("checkpoint/marker.py", "if loss is not None and math.isfinite(loss) else None", "if loss is not None else None", FOLDERS),
         ("checkpoint/marker.py", "(folder / SAVING).unlink(missing_ok=True)", "pass", f"{FOLDERS} {CHECKPOINT}test_commands.py"),
         ("checkpoint/marker.py", "if (now := status.st_size) != size:", "if (now := status.st_size) < size:", FOLDERS),
         ("checkpoint/marker.py", "sorted(marker.files)[share::shares]", "sorted(marker.files)[share + 1 :: shares]", FOLDERS),
@@ -112,10 +116,19 @@ MUTANTS = [
         ("checkpoint/safe_dcp.py", "return numbers == math.prod(entry.size) and", "return", CHECKPOINT + "test_safe_dcp.py"),
         ("checkpoint/staging.py", "offset = -(-slot.end // ALIGNMENT) * ALIGNMENT", "offset = slot.end - 1", CHECKPOINT + "test_staging.py"),
         # titan and what it trains with
-        ("optimizers.py", "(max_norm / (norm + 1e-6)).clamp(max=1.0)", "(max_norm / (norm + 1e-6))", TITAN + "test_optimizer.py " + NON_FINITE),
+        ("optimizers.py", "(max_norm / (norm + 1e-6)).clamp(max=1.0)", "(max_norm / (norm + 1e-6))", "tests/dist/test_optimizers.py"),
         ("optimizers.py", "squares = torch.stack(norms).double().square().sum()", "squares = torch.stack(norms).double().sum()", TITAN + "test_optimizer.py tests/dist/test_optimizers.py"),
+        ("optimizers.py", "(rows // group.get(\"stacked\", 1), columns)", "(rows, columns)", MUON),
+        ("optimizers.py", "gradients = [torch.where(skip, m, g) for", "gradients = [g for", TITAN + "test_optimizer.py"),
+        ("optimizers.py", "torch.where(skip, 1.0, 1 - group[\"lr\"] * group[\"weight_decay\"])", "1 - group[\"lr\"] * group[\"weight_decay\"]", TITAN + "test_optimizer.py"),
+        ("optimizers.py", "return min(max(rows - rank * each, 0), each)", "return each", MUON),
+        ("optimizers.py", "heapq.heappush(loads, (load + costs[task], rank))", "heapq.heappush(loads, (load, rank))", MUON),
+        ("optimizers.py", "[[pieces[holder] for pieces in cut] for holder in range(ranks)]", "[[pieces[rank] for pieces in cut] for holder in range(ranks)]", "tests/dist/test_optimizers.py"),
         ("titan/optimizer.py", "return parameter.ndim == 2 and \"tok_embeddings\" not in name", "return parameter.ndim == 2", TITAN + "test_optimizer.py"),
         ("titan/optimizer.py", "group.update(values)", "pass", TITAN + "test_optimizer.py tests/dist/test_optimizers.py"),
+        ("titan/samples.py", "ids += [token] * goes_on", "ids += [token]", TITAN + "test_samples.py"),
+        ("titan/samples.py", "scores[1::2].softmax(1), 1, generator=generator", "scores[1::2].softmax(1), 1", TITAN + "test_samples.py"),
+        ("titan/metrics.py", "set_repeated_aside(path, step - redone)", "set_repeated_aside(path, step)", TITAN + "test_samples.py"),
         ("titan/spikes.py", "spread = max(1.4826 * statistics.median(abs(x - median) for x in self.losses), SMALLEST)", "spread = 1.4826 * statistics.median(abs(x - median) for x in self.losses) or 1.0", TITAN + "test_spikes.py"),
         ("titan/stopping.py", "return time.time() + 2 * step_seconds + 2 * save_seconds + self.margin >= self.deadline", "return time.time() + self.margin >= self.deadline", TITAN + "test_stopping.py"),
         ("titan/validator.py", "\"bits_per_byte\": loss_sum / math.log(2) / n_bytes,", "\"bits_per_byte\": loss_sum / math.log(2) / tokens,", TITAN + "test_validator.py"),
@@ -123,6 +136,11 @@ MUTANTS = [
         ("titan/word_validator.py", "unbroken = scored & (wrong.cumsum(1) == 0)", "unbroken = scored & ~wrong", TITAN + "test_word_validator.py"),
         ("titan/feed.py", "self.taken = copy.copy(self.loader)\n        batches, self.ahead = self.ahead, []", "self.taken = self.loader\n        batches, self.ahead = self.ahead, []", TITAN + "test_feed.py"),
         ("titan/watchdog.py", "if time.monotonic() - self.last > self.limit:", "if time.monotonic() - self.last > 1000 * self.limit:", TITAN + "test_watchdog.py"),
+        ("config/compare.py", "if not before.last_at_peak < step <", "if not before.last_at_peak <= step <", "tests/unit/config/test_compare.py"),
+        ("config/schedule.py", "if last == warmup + 1 < self.total_steps:", "if False:", "tests/unit/config/test_schedule.py"),
+        ("scaling.py", "in_a_host = max(1, min(ranks, self.host // stride))", "in_a_host = min(ranks, self.host)", "tests/unit/test_scaling.py"),
+        ("scaling.py", "max(backward, again + reduce + across)", "max(backward, again + reduce)", "tests/unit/test_scaling.py"),
+        ("memory.py", "if share % b == 0 and fits(b)", "if fits(b)", "tests/unit/test_scaling.py"),
         ("config/schedule.py", "first_decaying = self.total_steps + 1 - decay", "first_decaying = self.total_steps - decay", "tests/unit/config/test_schedule.py"),
     ]
 ]

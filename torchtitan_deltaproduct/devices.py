@@ -1,6 +1,7 @@
-"""What is known of accelerators by name: the peak that MFU and `plan` divide by. The one table of it.
+"""What is known of accelerators by name: the peak that MFU and `plan` divide by, and their memory. The one table of it.
 
 peak_flops("NVIDIA H100 80GB HBM3")      # 989e12
+memory_gb("H100")                        # 80.0
 """
 
 import re
@@ -25,12 +26,43 @@ PEAK_FLOPS = {
 }
 
 
+# Of one device in the GB it is sold with, which are powers of two; of an A100 the larger one. B200 and cards with error
+# correction in their memory show less than they are sold with: so much is given here.
+MEMORY = {
+    "A100": 80.0,
+    "H100 PCIe": 80.0,
+    "H100 NVL": 94.0,
+    "H100": 80.0,
+    "H200": 141.0,
+    "H20": 96.0,
+    "GH200": 96.0,
+    "B200": 180.0,
+    "L40S": 45.0,
+    "L4": 22.5,
+    "A10": 22.5,
+    "RTX 4090": 24.0,
+    "MI250X": 64.0,
+    "MI300X": 192.0,
+    "MI355X": 288.0,
+}
+
+
 def peak_flops(device_name: str) -> float:
     """Dense bf16 peak of the named device in FLOP/s; 0.0 where it is not known (a CPU, say)."""
+    return PEAK_FLOPS.get(known_name(device_name), 0.0)
+
+
+def memory_gb(device_name: str) -> float:
+    """Memory of the named device in GB of 2^30 bytes; 0.0 where it is not known."""
+    return MEMORY.get(known_name(device_name), 0.0)
+
+
+def known_name(device_name: str) -> str:
+    """The name in the tables that stands in a device's name; "" if none does."""
     # A name is a word of the device's: an L40 is no L4.
     matches = [
         name
         for name in PEAK_FLOPS
         if re.search(rf"(?<![a-z0-9]){name.replace(' ', ' ?')}(?![a-z0-9])", device_name, re.IGNORECASE)
     ]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else 0.0
+    return max(matches, key=len, default="")

@@ -89,6 +89,29 @@ def longest_sequence(config: JobConfig, world_size: int, parts: Mapping[str, int
     return low * step
 
 
+def largest_local_batch(config: JobConfig, world_size: int, parts: Mapping[str, int], room: float) -> int:
+    """The most sequences of a micro-batch for which a rank needs at most `room` bytes; 0: not even one.
+
+    Where the global batch is fixed, only those that divide a rank's share of it.
+    """
+
+    def fits(sequences: int) -> bool:
+        other = copy.copy(config)
+        other.training = replace(config.training, local_batch_size=sequences)
+        return sum(rank_memory(other, world_size, parts).values()) <= room
+
+    share = config.training.global_batch_size // config.data_ranks(world_size)
+    if share > 0:
+        return max((b for b in range(1, share + 1) if share % b == 0 and fits(b)), default=0)
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
 def on_kernels(config: JobConfig) -> bool:
     """Whether activations are counted as a compiled model on our kernels keeps them."""
     args = config.model

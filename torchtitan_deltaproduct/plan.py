@@ -5,12 +5,15 @@
 
 `--tokens-per-second N` (all ranks together), or `--mfu F` with `--device NAME` or `metrics.peak_flops`, adds
 the duration of the run. What is wrong with the data is said, and the rest is printed all the same: it may lie where
-only the nodes see it. `--device-memory GB` is what the memory of a rank is compared with.
+only the nodes see it. The memory of a rank is compared with that of `--device`, or with `--device-memory GB`. For more
+than one rank a prediction of the step follows (docs/scaling.md).
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,7 +31,7 @@ from .data.shards.manifest import NAME as MANIFEST
 from .data.shards.manifest import Manifest
 from .data.shards.verified import file_states
 from .data.text.tokenizer import Tokenizer, tokenizer_sha256
-from .devices import PEAK_FLOPS, peak_flops
+from .devices import PEAK_FLOPS, memory_gb, peak_flops
 from .errors import ConfigError, DataError, UserError, exit_on_user_error
 from .formats import amount, duration, sparkline
 from .memory import (
@@ -37,6 +40,7 @@ from .memory import (
     checkpoint_bytes,
     exchange_bytes,
     final_checkpoint_bytes,
+    largest_local_batch,
     longest_sequence,
     on_kernels,
     rank_memory,
@@ -46,7 +50,10 @@ from .memory import (
 from .models import counts
 from .optimizers import OPTIMIZERS, orthogonalization_flops
 from .options import value_of
+from .scaling import GOOD, MEASURED_DEVICE, Inputs, advised, measured_mfu, predict, smallest_tokens
 
+DEVICE_MEMORY = 80.0
+"""GB of a device where none is named."""
 SPARE = 1.2
 """Share of the counted memory that a device needs: the operator's work space, fragmentation, communication buffers."""
 
@@ -65,13 +72,18 @@ def main(argv: list[str] | None = None) -> None:
     console.print(f"[bold]{options.toml}[/] on {world_size} rank{'s' * (world_size > 1)}", soft_wrap=True)
     if config.job.description:
         console.print(escape(config.job.description), soft_wrap=True)
-    for title, rows in sections(config, world_size, seconds, options.device_memory):
+    device_memory = options.device_memory or memory_gb(options.device or "") or DEVICE_MEMORY
+    for title, rows in sections(config, world_size, seconds, device_memory, options.device):
         console.print(f"\n[bold]{title}[/]")
         console.print(_table(rows))
 
 
 def sections(
-    config: JobConfig, world_size: int, seconds: float | None = None, device_memory: float = 80.0
+    config: JobConfig,
+    world_size: int,
+    seconds: float | None = None,
+    device_memory: float = DEVICE_MEMORY,
+    device: str | None = None,
 ) -> Iterator[tuple[str, Rows]]:
     """The parts of the plan: a title, and rows of text whose first column is a name.
 
@@ -80,6 +92,7 @@ def sections(
         world_size: its ranks.
         seconds: how long it takes; None: not known.
         device_memory: of a device in GB, as it is sold: 80 for an H100.
+        device: its name in `devices`; None: predictions are for the one that was measured.
     """
     yield f"Model: {describe_model(config)}", model_rows(config)
     yield "Compute", compute_rows(config, world_size, seconds)
@@ -88,6 +101,10 @@ def sections(
     yield f"Memory of a rank (estimate, {kind} activations)", memory_rows(config, world_size, device_memory)
     if config.parallelism.context_parallel_degree > 1:
         yield "Context parallelism", context_rows(config, world_size, device_memory)
+    if world_size > 1:
+        name = device or MEASURED_DEVICE
+        title = f"Speed on {name}, a prediction (docs/scaling.md)"
+        yield title, scaling_rows(config, world_size, name, device_memory)
     yield "Checkpoints on disk", checkpoint_rows(config)
     yield f"Learning rate  {sparkline(lr_curve(config), low=0.0)}", schedule_rows(config)
     yield "Values that are not defaults", provenance_rows(config)
@@ -228,7 +245,52 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
         *rows,
         ("sum", amount(sum(memory.values()), "B"), f"and 20 % for work space: {amount(needed, 'B')}"),
         (f"{verdict} {device_memory:g} GB", f"{needed / room:.0%}", "of what a device has for it"),
+        _largest_batch_row(config, world_size, parts, room / SPARE),
     ]
+
+
+def _largest_batch_row(config: JobConfig, world_size: int, parts: dict[str, int], room: float) -> tuple[str, ...]:
+    largest = largest_local_batch(config, world_size, parts, room)
+    remark = f"training.local_batch_size; it is {config.training.local_batch_size}"
+    if config.training.global_batch_size > 0:
+        remark += ", and divides a rank's share of the global batch"
+    if not largest:
+        remark = "not even one sequence: activation_checkpoint, more shards or context parallelism need less"
+    return "largest that fits", f"{largest} sequences" if largest else "none", remark
+
+
+def scaling_rows(config: JobConfig, world_size: int, device: str, device_memory: float) -> Rows:
+    """What a step takes with the layout of the config, which shard degree is advised, and how few tokens are enough."""
+    inputs = Inputs.of(config, world_size, peak_flops(device))
+    own, context = shard_degree(config, world_size), config.parallelism.context_parallel_degree
+    parts, room = counts.parameters_by_part(config.model), 0.99 * device_memory * 2**30 / SPARE
+
+    def needed(shards: int) -> int:
+        other = copy.copy(config)
+        other.parallelism = replace(config.parallelism, data_parallel_shard_degree=shards // context)
+        return sum(rank_memory(other, world_size, parts).values())
+
+    degrees = [s for s in range(context, world_size + 1, context) if world_size % s == 0]
+    best = advised(inputs, [s for s in degrees if needed(s) <= room] or degrees)
+
+    def row(name: str, shards: int, more: str = "") -> tuple[str, ...]:
+        step = predict(inputs, shards)
+        remark = f"step {step.seconds:.3g} s, {step.efficiency:.1%} efficient, padding {step.padding:.1%}"
+        return name, f"{shards} shards x {world_size // shards}", remark + more
+
+    rows = [row("as configured", own)]
+    if best != own:
+        degrees = best // context, world_size // best
+        rows.append(row("advised", best, f": data_parallel_shard_degree = {degrees[0]}, replicate {degrees[1]}"))
+    own_step = predict(inputs, own)
+    tokens = config.training.samples_per_step(config.data_ranks(world_size)) * config.training.seq_len
+    used = own_step.efficiency * measured_mfu(config.model)
+    return [
+        *rows,
+        ("speed", f"{tokens / own_step.seconds:,.0f} tokens/s", f"as configured, MFU {used:.1%}"),
+        ("smallest batch", f"{smallest_tokens(inputs, best):,} tokens",
+         f"a GPU and micro-batch, for {GOOD:.0%} efficiency with {best} shards"),
+    ]  # fmt: skip
 
 
 def context_rows(config: JobConfig, world_size: int, device_memory: float) -> Rows:
@@ -364,9 +426,7 @@ def _duration(config: JobConfig, world_size: int, options: argparse.Namespace) -
         return None
     peak = config.metrics.peak_flops or peak_flops(options.device or "")
     if not peak:
-        near = nearest((options.device or "").upper(), PEAK_FLOPS)
-        known = f"nearest: {near}" if near else f"known: {', '.join(PEAK_FLOPS)}"
-        raise ConfigError(f"--mfu needs --device or metrics.peak_flops; --device {options.device}: {known}")
+        raise ConfigError(f"--mfu needs --device or metrics.peak_flops; --device is one of {', '.join(PEAK_FLOPS)}")
     return tokens * counts.training_flops_per_token(config.model) / (options.mfu * peak * world_size)
 
 
@@ -399,8 +459,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--world-size", type=int, help="ranks; default: the product of the degrees")
     parser.add_argument("--tokens-per-second", type=float, help="measured speed of all ranks together")
     parser.add_argument("--mfu", type=float, help="assumed share of the peak FLOP/s, for example 0.4")
-    parser.add_argument("--device-memory", type=float, default=80.0, metavar="GB", help="(default: %(default)g)")
     parser.add_argument("--device", help=f"one of {', '.join(PEAK_FLOPS)}")
+    parser.add_argument("--device-memory", type=float, metavar="GB", help=f"default: --device's, or {DEVICE_MEMORY:g}")
     # The file comes first: argparse could not tell it from the value of an override.
     toml, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     options, overrides = parser.parse_known_args(rest)
@@ -410,6 +470,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be positive")
+    if options.device and not peak_flops(options.device):
+        near = nearest(options.device.upper(), PEAK_FLOPS)
+        known = f"nearest: {near}" if near else f"known: {', '.join(PEAK_FLOPS)}"
+        raise ConfigError(f"--device {options.device}: {known}")
     options.toml = toml
     return options, overrides
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"models"},
     {"config"},
     {"memory", "data", "runs"},
-    {"checkpoint"},
+    {"checkpoint", "scaling"},
     {"titan", "evaluation", "plan", "doctor", "status"},
     {"train", "compare", "curves"},
     {"report"},

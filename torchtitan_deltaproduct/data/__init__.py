@@ -1,8 +1,8 @@
 """From text to the batches of a training step.
 
-    1 text           corpus/*.txt, *.jsonl(.gz), *.parquet, a dataset of `datasets`            text/sources.py
+    1 text           text, JSON, CSV, Parquet, a dataset of `datasets`                         text/sources.py
          | prepare   "def f():\\n" -> 283 71 9 14, then 0, the separator       text/tokenizer.py, text/prepare.py
-    2 token shards   shards/00003.bin  ... 283 71 9 14 0 283 88 ...  (uint16)     shards/shards.py, shards/manifest.py
+    2 token shards   shards/00003.bin  ... 283 71 9 14 0 283 88 ...  (uint16)      shards/shards.py, shards/corpora.py
          | order     global sample 4711 -> epoch 2, window 913 of data/code                     shards/order.py
     3 window         tokens [913*T - 1, 914*T) of the set, one read                                  packing.py
          | loader    rank r takes samples first + r*LB + [0, LB)                  loader.py, shards/prepared.py
@@ -30,25 +30,17 @@ if TYPE_CHECKING:
 
 # Modules are imported when they are needed: `prepare` starts without torch, training without `datasets`.
 KINDS = {
-    "prepared": ".shards.prepared",
-    "streaming": ".shards.streaming",
-    "group_word": ".generated.group_words",
+    "prepared": ".shards.prepared", "streaming": ".shards.streaming", "group_word": ".generated.group_words",
     "formal_language": ".generated.languages",
-}
+}  # fmt: skip
 GENERATED = ("group_word", "formal_language")
 """Kinds made from a seed: they read no files, have no tokenizer, and are validated on generated samples."""
 
 
 def build_loader(
-    data,
-    *,
-    seq_len: int,
-    local_batch_size: int,
-    global_batch_size: int,
-    dp_rank: int = 0,
-    dp_world_size: int = 1,
+    data, *, seq_len: int, local_batch_size: int, global_batch_size: int, dp_rank: int = 0, dp_world_size: int = 1,
     tokenizer_path: str = "",
-) -> "Loader":
+) -> "Loader":  # fmt: skip
     """The training loader that a `[data]` table asks for: iterating yields micro-batches forever, from its state on.
 
     Args:

@@ -25,34 +25,32 @@ def check_data(config: JobConfig) -> list[str] | None:
     if config.data.kind in GENERATED:
         return check_generated(config)
     training = config.data.paths if config.data.kind == "prepared" else []
-    validation = config.validation.paths if config.validation.enable else []
-    paths = [*training, *validation]
+    paths = [*training, *(config.validation.paths if config.validation.enable else [])]
     streams = open_streams(paths, "data.paths", config.model.hf_assets_path, config.data.eos) if paths else []
-    manifests = dict(zip(paths, (stream.manifest for stream in streams), strict=True))
-    for path, manifest in manifests.items():
+    for stream in streams:
+        manifest = stream.manifest
         if manifest.vocab_size > config.model.vocab_size:
             raise ConfigError(
-                f"{path} has token ids up to {manifest.vocab_size - 1:,}, but model.vocab_size = "
+                f"{stream.folder} has token ids up to {manifest.vocab_size - 1:,}, but model.vocab_size = "
                 f"{config.model.vocab_size:,} ({config.provenance.get('model.vocab_size', 'default')})\n"
                 f"set model.vocab_size to {manifest.vocab_size:,} or more (a multiple of 64 is fastest)"
             )
-    return [manifests[path].content_sha256 for path in training] or None
+    return [stream.manifest.content_sha256 for stream in streams[: len(training)]] or None
 
 
 def check_generated(config: JobConfig) -> list[str]:
     """The version of the generator, after making its sources: a wrong name of a group shows here."""
     key = "data.group" if config.data.kind == "group_word" else "data.language"
     origin, lengths = config.provenance.get(key, "default"), config.validation.lengths
+    sizes = {"seq_len": config.training.seq_len, "local_batch_size": 1, "samples": 1}
     try:
-        sets = held_out_lengths(
-            config.data, seq_len=config.training.seq_len, lengths=lengths, local_batch_size=1, samples=1
-        )
+        source = held_out_lengths(config.data, lengths=lengths, **sizes)[0].source
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
-    if sets[0].source.vocab_size > config.model.vocab_size:
+    if source.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"{sets[0].source.name} ({origin}) has {sets[0].source.vocab_size:,} tokens, but model.vocab_size = "
+            f"{source.name} ({origin}) has {source.vocab_size:,} tokens, but model.vocab_size = "
             f"{config.model.vocab_size:,} ({config.provenance.get('model.vocab_size', 'default')})\n"
-            f"set model.vocab_size to {sets[0].source.vocab_size:,}"
+            f"set model.vocab_size to {source.vocab_size:,}"
         )
     return [f"generator {GENERATOR}"]

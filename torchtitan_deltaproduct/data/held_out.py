@@ -110,26 +110,15 @@ class HeldOut:
 
 
 def held_out_text(
-    paths: list[str],
-    *,
-    seq_len: int,
-    local_batch_size: int,
-    steps: int = -1,
-    reset_state_at_documents: bool = False,
-    tokenizer_path: str = "",
-    eos: str = "",
-    **ranks: int,
-) -> HeldOut:
-    """The windows of `seq_len` tokens of prepared folders or token files of others, one after the other.
+    paths: list[str], *, seq_len: int, local_batch_size: int, steps: int = -1, reset_state_at_documents: bool = False,
+    tokenizer_path: str = "", eos: str = "", **ranks: int,
+) -> HeldOut:  # fmt: skip
+    """The windows of `seq_len` tokens of what `open_stream` opens, one after the other; see `HeldOut`.
 
     Args:
-        paths, tokenizer_path, eos: see `open_stream`.
-        seq_len: the last window of each may be partly ignored.
-        local_batch_size: windows of one batch on this rank.
         steps: -1 reads every window once; else steps * local_batch_size windows, evenly spaced so that every
             part of every folder is represented.
         reset_state_at_documents: adds `document_starts`; as in training. It changes no label.
-        ranks: `dp_rank` and `dp_world_size`.
 
     Raises:
         ConfigError: `paths` or `steps` cannot be used. DataError: a folder is missing, damaged or empty.
@@ -142,25 +131,12 @@ def held_out_text(
 
 
 def held_out_sequences(
-    data,
-    *,
-    seq_len: int,
-    local_batch_size: int,
-    samples: int,
-    split: str = "validation",
-    min_length: int | None = None,
-    max_length: int | None = None,
-    **ranks: int,
-) -> HeldOut:
-    """The generated sequences of one length that belong to a `[data]` table; a curriculum plays no part.
+    data, *, seq_len: int, local_batch_size: int, samples: int, split: str = "validation",
+    min_length: int | None = None, max_length: int | None = None, **ranks: int,
+) -> HeldOut:  # fmt: skip
+    """The generated rows of `seq_len` tokens that belong to a `[data]` table; a curriculum plays no part.
 
-    Args:
-        data: the `[data]` table.
-        seq_len: tokens of a row; may be longer than in training.
-        local_batch_size, samples: rows of one batch on this rank, and of all ranks together.
-        split: `validation` or `test`.
-        min_length, max_length: tokens of a row of a formal language, in place of those in `data`.
-        ranks: `dp_rank` and `dp_world_size`.
+    `min_length` and `max_length` of a formal language are in place of those in `data`; for the rest see `HeldOut`.
 
     Raises:
         ConfigError: `data.kind` is not generated, or the settings cannot be run.

@@ -115,7 +115,6 @@ class Loader:
 
     @property
     def tokenizer_path(self) -> str:
-        """Folder with the tokenizer of the data; empty if the data has none."""
         return self.source.tokenizer_path
 
     def __iter__(self) -> Iterator[Batch]:
@@ -129,14 +128,8 @@ class Loader:
         if self.num_workers:
             options |= {"prefetch_factor": self.prefetch_factor, "worker_init_fn": ignore_stop_signals}
         # A generator of its own: a loader made anew on restart must not draw from the global one.
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            collate_fn=_as_is,
-            num_workers=self.num_workers,
-            generator=torch.Generator(),
-            **options,
-        )
+        options |= {"num_workers": self.num_workers, "generator": torch.Generator()}
+        return DataLoader(dataset, batch_size=None, collate_fn=_as_is, **options)
 
     def epochs(self) -> dict[str, float]:
         """Passes over each part of the data so far, fractions included."""

@@ -32,11 +32,9 @@ class Stream(Protocol):
 
 
 def read_window(stream: Stream, window: int, inputs: np.ndarray, labels: np.ndarray, starts: np.ndarray | None) -> None:
-    """Fills one row of a batch.
+    """Fills one row of a batch with a window of a stream.
 
     Args:
-        stream: the tokens.
-        window: index of the window.
         inputs: [T] int64, filled with tokens; after the end of the stream with the last token.
         labels: [T] int64, filled with the tokens that follow; after the end of the stream with `IGNORE`.
         starts: [T] bool, filled with document starts, or None to leave them out.

@@ -7,6 +7,7 @@ python -m torchtitan_deltaproduct.data.show data/code/train --verify          # 
 
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,11 +25,7 @@ SHOWN_TOKENS = 200
 
 
 def verify(folder: str | Path) -> int:
-    """Compares every shard file with its checksum; returns the number of files.
-
-    Raises:
-        DataError: names the files that are missing, have another size, or differ.
-    """
+    """Compares every shard file with its checksum, DataError names those that differ; returns the number of files."""
     manifest = read_manifest(folder)
     file_states(Path(folder), manifest)
     files = [(shard, suffix) for shard in range(len(manifest.shards)) for suffix in SUFFIXES]
@@ -65,10 +62,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--document", type=int, default=0, metavar="N", help="document to show (default: 0)")
     parser.add_argument("--verify", action="store_true", help="check every file against its checksum")
     options = parser.parse_args(arguments)
-    console = Console()
-    stream = open_stream(options.folder, options.tokenizer)
+    console, stream = Console(), open_stream(options.folder, options.tokenizer)
     console.print(table(stream))
-    tokens = stream.document(options.document)
+    if stream.manifest.documents:
+        tokens = stream.document(options.document)
+    else:
+        # Of files without an index, the beginning.
+        tokens = np.empty(min(SHOWN_TOKENS, stream.tokens), dtype=np.int64)
+        stream.read(0, tokens)
     tokenizer = load_tokenizer(stream.tokenizer_path, stream.manifest.eos_id)
     shown = tokens[:SHOWN_TOKENS].tolist()
     pieces = Text()

@@ -1,6 +1,5 @@
 """Shows the samples that a run trains on at a step, to look at what a loss spike or a skipped step came from.
 
-    python -m torchtitan_deltaproduct.data.show_batch outputs/run --step 812
     python -m torchtitan_deltaproduct.data.show_batch outputs/run --step 812 --rows 0 5 --tokens 2000
 
 The order of samples is a function of the settings and the step, so the batch is made anew, not remembered. Run it where
@@ -39,13 +38,9 @@ def global_batch(run: Path, step: int):
         raise ConfigError(f"{run} streams its data: a step cannot be reached without reading all before it")
     if not step >= 1:
         raise ConfigError(f"--step {step}: steps count from 1")
-    loader = build_loader(
-        SimpleNamespace(**config["data"] | {"num_workers": 0}),
-        seq_len=config["training"]["seq_len"],
-        local_batch_size=samples,
-        global_batch_size=samples,
-        tokenizer_path=config["model"]["hf_assets_path"],
-    )
+    sizes = {"seq_len": config["training"]["seq_len"], "local_batch_size": samples, "global_batch_size": samples}
+    data = SimpleNamespace(**config["data"] | {"num_workers": 0})
+    loader = build_loader(data, **sizes, tokenizer_path=config["model"]["hf_assets_path"])
     first = (step - 1) * samples
     inputs, labels = loader.source.batch(loader.geometry.rows(first))
     return loader, first, inputs, labels

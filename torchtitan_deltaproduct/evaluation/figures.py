@@ -95,11 +95,11 @@ def mark_trained(axis, length: int, place: float) -> None:
 def name_ends(axis, ends: list[tuple[float, str, Any]]) -> None:
     """Names lines at the right of an axis, whose limits are final: (last y, name, colour) of each, none on another."""
     low, high = axis.get_ylim()
-    gap, places = 0.075 * (high - low), []
-    for y, _, _ in sorted(ends, key=lambda end: end[0]):
+    gap, places, ends = 0.075 * (high - low), [], sorted(ends, key=lambda end: end[0])
+    for y, _, _ in ends:
         places.append(max(y, places[-1] + gap) if places else y)
     shift = max(0, places[-1] - high)
-    for place, (_, name, colour) in zip(places, sorted(ends, key=lambda end: end[0]), strict=True):
+    for place, (_, name, colour) in zip(places, ends, strict=True):
         axis.annotate(name, (1.015, place - shift), xycoords=("axes fraction", "data"), color=colour, fontsize=8.5,
                       va="center", annotation_clip=False)  # fmt: skip
 

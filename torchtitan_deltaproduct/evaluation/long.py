@@ -30,16 +30,7 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.models import DeltaProductLM
 
 from .files import read_results, short_names, short_paths, write_array, write_csv, write_json
-from .options import (
-    MOST_ROWS,
-    add_model_options,
-    add_out_option,
-    add_text_options,
-    at_least,
-    load_models,
-    make_folder,
-    output_folder,
-)
+from .options import MOST_ROWS, add_model_options, add_text_options, at_least, load_models, make_folder, output_folder
 from .pieces import Arrays, Measured, Pieces, Sequences, Tokens, describe, fingerprint
 from .ranks import Meter, Ranks
 from .swept import Swept, made_by
@@ -130,7 +121,6 @@ class LongEvaluation(ABC):
         """The command line; ConfigError if it is wrong."""
         parser = Parser(f"eval.{self.name}", self.summary)
         add_model_options(parser, dtype=self.dtype, optional=True)
-        add_out_option(parser)
         add_text_options(parser, length=self.length, sequences=self.sequences, documents=self.documents)
         self.add_options(parser.add_argument)
         parser.add_argument("--from", dest="source", nargs="+", default=[], type=path, metavar="FOLDER",

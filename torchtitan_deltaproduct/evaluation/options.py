@@ -21,8 +21,10 @@ MOST_ROWS = 8
 """Sequences that are read together unless --batch says how many."""
 
 
-def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", optional: bool = False) -> None:
-    """Adds MODEL... (which may be `optional`), --step, --device and --dtype, with its default."""
+def add_model_options(
+    parser: argparse.ArgumentParser, dtype: str = "auto", optional: bool = False, results: bool = True
+) -> None:
+    """Adds MODEL... (which may be `optional`), --step, --device, --dtype with its default, and, for results, --out."""
     add = parser.add_argument
     add("models", nargs="*" if optional else "+", type=path, metavar="MODEL",
         help="run folder, one of its checkpoint/step-N, or Hugging Face folder")  # fmt: skip
@@ -30,12 +32,9 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: str = "auto", opti
     add("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, default=dtype,
         help="of weights and activations; auto: bfloat16 on cuda, float32 on cpu (default: %(default)s)")  # fmt: skip
-
-
-def add_out_option(parser: argparse.ArgumentParser) -> None:
-    """Adds --out."""
-    parser.add_argument("--out", type=path,
-        help="folder for results (default: eval/ in the model's folder, or in the one common to all)")  # fmt: skip
+    if results:
+        add("--out", type=path,
+            help="folder for results (default: eval/ in the model's folder, or in the one common to all)")  # fmt: skip
 
 
 def add_text_options(parser: argparse.ArgumentParser, *, length: int, sequences: int, documents: str) -> None:

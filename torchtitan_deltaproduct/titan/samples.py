@@ -9,13 +9,12 @@ cached states and outside of compiled code. Training's random numbers are not to
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..data.shards.manifest import read_manifest
+from ..data.shards.shards import TokenStream
 from ..data.text.tokenizer import load_tokenizer
 from ..models.decode import init_cache, join, prefill, step
 
@@ -28,12 +27,12 @@ class Samples:
     Args:
         prompts: texts; an empty one stands for the beginning of a document.
         tokens: the most to add to each.
-        folder: prepared data, whose tokenizer and separator are used.
+        data: whose tokenizer and separator are used.
     """
 
-    def __init__(self, prompts: list[str], tokens: int, folder: str) -> None:
-        self.prompts, self.tokens, self.separator = prompts, tokens, read_manifest(folder).eos_id
-        self.tokenizer = load_tokenizer(Path(folder, "tokenizer"), self.separator)
+    def __init__(self, prompts: list[str], tokens: int, data: TokenStream) -> None:
+        self.prompts, self.tokens, self.separator = prompts, tokens, data.manifest.eos_id
+        self.tokenizer = load_tokenizer(data.tokenizer_path, self.separator)
         self.ids = [ids or [self.separator] for ids in self.tokenizer.encode_batch(prompts)]
 
     def draw(self, model: nn.Module, step: int) -> list[dict[str, int | str]]:

@@ -127,7 +127,7 @@ class Validator(HeldOutValidator):
             eos=job_config.data.eos,
         )
         if config.prompts:
-            self.samples = Samples(config.prompts, config.sample_tokens, config.paths[0])
+            self.samples = Samples(config.prompts, config.sample_tokens, self.loader.source.streams[0])
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         totals = torch.zeros(3, dtype=torch.float64)  # summed loss, tokens, bytes

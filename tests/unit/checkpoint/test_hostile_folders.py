@@ -17,8 +17,8 @@ from torchtitan_deltaproduct.checkpoint.from_hf import import_hf
 from torchtitan_deltaproduct.checkpoint.hf import make_unfinished, put_in_place, write_hf
 from torchtitan_deltaproduct.checkpoint.load import architecture
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
+from torchtitan_deltaproduct.data.text.files import read_record
 from torchtitan_deltaproduct.data.text.plan import Settings, make_plan
-from torchtitan_deltaproduct.data.text.prepare import read_record
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
 from torchtitan_deltaproduct.evaluation.files import read_results
 from torchtitan_deltaproduct.titan.lock import RunLock

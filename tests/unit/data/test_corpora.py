@@ -183,6 +183,9 @@ def test_the_settings_of_a_run(tmp_path, tokenizer, corpus):
 def test_show(tokenizer, corpus, capsys):
     show([str(corpus), "--tokenizer", tokenizer, "--document", "7"])
     shown = capsys.readouterr().out
+    np.save(corpus.with_name("x.npy"), np.array([5, 6, 0], dtype=np.uint16))
+    show([str(corpus.with_name("x.npy")), "--tokenizer", tokenizer])
+    assert "[5, 6, 0]" in capsys.readouterr().out
     assert "read as" in shown and f"document 7, {len(random_documents(0, 300)[7])} tokens" in shown
 
 

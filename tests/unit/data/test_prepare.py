@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -74,6 +75,9 @@ def test_every_kind_of_input_becomes_the_same_documents(tmp_path, tokenizer):
     for number, text in enumerate(texts):
         (tmp_path / "h" / f"{number:03d}.txt.zst").write_bytes(zstd(text.encode()))
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d", "e.csv", "f.json", "g.jsonl.zst", "h"):
+        units = plan_units([tmp_path / name], "body", 1 << 10)
+        assert [record.text for unit in units for record in read_unit(unit)] == texts, name
+    for name in ("c.parquet", "h"):
         out = tmp_path / f"out_{name[0]}"
         assert prepare(Settings(str(out), tokenizer, [str(tmp_path / name)], text_field="body"), workers=1)
         assert texts_of(out) == texts, name
@@ -104,12 +108,17 @@ def command(out: Path, tokenizer: str, corpus: Path, *options: str) -> list[str]
     return [*start, "--tokenizer", tokenizer, "--validation-fraction", "0.2", "--shard-mb", "1", *options]
 
 
+def here(words: list[str]) -> int:
+    """The exit code of a `command` in this process."""
+    return main(words[3:])
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """About 6 MB, so 6 shards: text files, and one JSON lines file that is cut in the middle of lines."""
-    folder = make_corpus(tmp_path_factory.mktemp("corpus"), 300)
+    """About 4 MB, so 4 shards: text files, and one JSON lines file that is cut in the middle of lines."""
+    folder = make_corpus(tmp_path_factory.mktemp("corpus"), 100)
     texts = ["def f(x):\n    return x\n", "naïve 日本 ", "0123 <|endoftext|>"]
-    lines = [json.dumps({"text": f"{n} {texts[n % 3] * 40}", "n": n}) + "\n" for n in range(4500)]
+    lines = [json.dumps({"text": f"{n} {texts[n % 3] * 40}", "n": n}) + "\n" for n in range(3000)]
     (folder / "lines.jsonl").write_text("".join(lines))
     return folder
 
@@ -117,7 +126,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, tokenizer, corpus) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "out"
-    subprocess.run(command(out, tokenizer, corpus, "--workers", "1"), check=True, capture_output=True)
+    assert here(command(out, tokenizer, corpus, "--workers", "1")) == 0
     found = files_of(out)
     assert len([name for name in found if name.endswith(".bin")]) >= 8
     assert not any(".tmp" in name or ".prepare" in name for name in found)
@@ -125,14 +134,13 @@ def uninterrupted(tmp_path_factory, tokenizer, corpus) -> dict[str, bytes]:
 
 
 def test_workers_do_not_change_a_byte(tmp_path, tokenizer, corpus, uninterrupted):
-    subprocess.run(command(tmp_path / "out", tokenizer, corpus, "--workers", "3"), check=True, capture_output=True)
+    assert here(command(tmp_path / "out", tokenizer, corpus, "--workers", "3")) == 0
     assert files_of(tmp_path / "out") == uninterrupted
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_again_and_again_then_finished_gives_the_same_bytes(tmp_path, tokenizer, corpus, uninterrupted, seed):
+def test_killed_again_and_again_then_finished_gives_the_same_bytes(tmp_path, tokenizer, corpus, uninterrupted):
     """Killed at a random moment, once before and then after each further shard."""
-    out, rng, seen, kills = tmp_path / "out", random.Random(seed), 0, 0
+    out, rng, seen, kills = tmp_path / "out", random.Random(0), 0, 0
     while True:
         with open(tmp_path / "log", "a") as log:
             process = subprocess.Popen(command(out, tokenizer, corpus, "--workers", "2"), stdout=log, stderr=log)
@@ -151,7 +159,7 @@ def test_killed_again_and_again_then_finished_gives_the_same_bytes(tmp_path, tok
 
 
 @pytest.mark.parametrize("options", [[], ["--verify"]])
-def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uninterrupted, options):
+def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uninterrupted, options, capsys):
     """Those that were written to; with --verify those too that are as large, as old and the same file."""
     out = tmp_path / "out"
     process = subprocess.Popen(command(out, tokenizer, corpus, "--workers", "1"), stderr=subprocess.DEVNULL)
@@ -165,36 +173,28 @@ def test_damaged_finished_shards_are_made_again(tmp_path, tokenizer, corpus, uni
     shard.write_bytes(b"\0" * before.st_size)
     if options:
         os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
-    done = subprocess.run(
-        command(out, tokenizer, corpus, *options),
-        check=True,
-        stderr=subprocess.PIPE,
-        text=True,
-        stdout=subprocess.DEVNULL,
-    )
-    assert "is damaged and is made again" in done.stderr
+    assert here(command(out, tokenizer, corpus, *options)) == 0
+    assert "is damaged and is made again" in capsys.readouterr().err
     assert files_of(out) == uninterrupted
 
 
-def test_parts_on_several_machines(tmp_path, tokenizer, corpus, uninterrupted):
+def test_parts_on_several_machines(tmp_path, tokenizer, corpus, uninterrupted, capsys):
     """Two at a time and one after them, then what is left: the same bytes as in one go."""
     out = tmp_path / "out"
-    parts = [command(out, tokenizer, corpus, "--workers", "1", "--part", f"{number}/4") for number in (1, 2, 3)]
+    parts = [command(out, tokenizer, corpus, "--workers", "1", "--part", f"{number}/3") for number in (1, 2, 3)]
     together = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for words in parts[:2]]
     for process in together:
         _, errors = process.communicate()
-        assert process.returncode == 0 and "of 4" not in errors and "/4 of" in errors, errors
+        assert process.returncode == 0 and "continuing" not in errors and "/3 of" in errors, errors
     whole = len(list(out.glob(".prepare/0*.json")))
-    assert 0 < whole < 9 and not list(out.rglob("manifest.json"))
-    subprocess.run(parts[2], check=True, capture_output=True)
+    assert whole == 3 and not list(out.rglob("manifest.json"))
+    assert here(parts[2]) == 0
     assert len(list(out.glob(".prepare/0*.json"))) > whole
-    with locked(out, fcntl.LOCK_SH):
-        refused = subprocess.run(command(out, tokenizer, corpus), stderr=subprocess.PIPE, text=True)
-        assert refused.returncode == 2 and "Another prepare is writing" in refused.stderr
-    done = subprocess.run(command(out, tokenizer, corpus), check=True, stderr=subprocess.PIPE, text=True)
-    assert "shards are there already" in done.stderr and files_of(out) == uninterrupted
-    again = subprocess.run(parts[0], check=True, capture_output=True, text=True)
-    assert again.stdout.startswith("already prepared:")
+    with locked(out, fcntl.LOCK_SH), pytest.raises(DataError, match="Another prepare is writing"):
+        here(command(out, tokenizer, corpus))
+    assert here(command(out, tokenizer, corpus)) == 0
+    assert "shards are there already" in capsys.readouterr().err and files_of(out) == uninterrupted
+    assert here(parts[0]) == 0 and capsys.readouterr().out.startswith("already prepared:")
 
 
 @pytest.mark.parametrize("part, more", [((0, 4), {}), ((5, 4), {}), ((1, 4), {"overwrite": True})])
@@ -444,3 +444,20 @@ def test_a_full_disk_is_one_clear_error(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(DataError, match=r"disk of .* is full; finished shards are kept"):
         units._run_unit(0, unit)
     assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_shards_of_an_interrupted_earlier_version_are_made_again(tmp_path, tokenizer, capsys):
+    """Their .idx was int64 alone, where each document ends; the rest of the record is as it is now."""
+    make_jsonl(tmp_path / "a.jsonl", 30), (tmp_path / "b.jsonl").write_text("{\n")
+    words = [str(tmp_path / "out"), "--tokenizer", tokenizer, "--workers", "1", "--input"]
+    words += [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(DataError, match="--max-bad-records"):
+        main([*words, "--max-bad-records", "0"])
+    path, index = tmp_path / "out/.prepare/00000.json", tmp_path / "out/shards/00000.idx"
+    index.write_bytes(np.arange(1, 31).astype("<i8").tobytes())
+    record = json.loads(path.read_text())
+    record["shards"][""]["idx_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    record["states"][""][1] = [index.stat().st_size, index.stat().st_mtime_ns, index.stat().st_ino]
+    path.write_text(json.dumps(record))
+    assert main(words) == 0 and "is damaged and is made again" in capsys.readouterr().err
+    assert len(texts_of(tmp_path / "out")) == 30 and verify(tmp_path / "out") == 2

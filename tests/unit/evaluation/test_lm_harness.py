@@ -24,7 +24,11 @@ LOCAL = ["--include_path", "tests/lm_tasks"]
 @pytest.fixture(scope="module")
 def here():
     pytest.importorskip("lm_eval", reason="lm-eval is an extra: " + lm_harness.INSTALL)
+    from lm_eval import tasks
+
     with pytest.MonkeyPatch.context() as patch:
+        # lm-eval reads its 14,000 task files for 8 seconds each time; here only ours.
+        patch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
         # Data paths of the tasks are relative.
         patch.chdir(REPO)
         yield patch
@@ -349,11 +353,7 @@ def test_wrong_model_arguments(here, toy_run, wrong, said):
         harness(toy_run, **wrong)
 
 
-def test_wrong_commands(here, toy_run, tmp_path, monkeypatch):
-    from lm_eval import tasks
-
-    # lm-eval reads its 14,000 task files for 8 seconds; here only ours.
-    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+def test_wrong_commands(here, toy_run, tmp_path):
     with pytest.raises(CheckpointError, match="complete steps there: 4, 6, 8"):
         lm_harness.main([str(toy_run), "--model_args", "step=5", "--tasks", "py_choice", *LOCAL])
     with pytest.raises(CheckpointError, match="does not exist(.|\n)*models come first"):

@@ -78,7 +78,7 @@ def test_run_resume_collect(toml, capsys):
     table = (out / "results.md").read_text()
     assert "## length extrapolation, held-out" in table and "| early |" in table and "rank at 64" in table
     for name in ("length_extrapolation/compared/held-out/length_extrapolation.png",
-                 "effective_rank/compared/held-out/effective_rank_map.png"):  # fmt: skip
+                 "effective_rank/compared/held-out/effective_rank.png"):  # fmt: skip
         assert (out / name).stat().st_size > 10_000
     assert sweep.main([str(toml), "--collect"]) == 0
     # Another option makes its jobs due again, and only those.

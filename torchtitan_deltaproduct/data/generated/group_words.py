@@ -121,7 +121,6 @@ class GroupWordSource(Generated):
         return parts
 
     def describe(self) -> str:
-        text = f"group words: {self.problem.describe()}; {self.seq_len:,} tokens, seed {self.seed}"
-        if self.curriculum:
-            text += f", from {self.curriculum.start:,} tokens on over {self.curriculum.steps:,} steps"
-        return text
+        grows = self.curriculum
+        longer = f", from {grows.start:,} tokens on over {grows.steps:,} steps" if grows else ""
+        return f"group words: {self.problem.describe()}; {self.seq_len:,} tokens, seed {self.seed}{longer}"

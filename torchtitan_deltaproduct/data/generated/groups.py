@@ -103,8 +103,7 @@ class WordProblem:
         if len(self.alphabet) < self.group.order:
             text += f", words over {len(self.alphabet)} of them"
         if self.tokens_per_element > 1:
-            how = "with fillers" if self.filler else "repeated"
-            text += f", {self.tokens_per_element} tokens each, {how}"
+            text += f", {self.tokens_per_element} tokens each, {'with fillers' if self.filler else 'repeated'}"
         return text
 
 
@@ -121,7 +120,7 @@ def _rank(perms: np.ndarray) -> np.ndarray:
 def _table_of(perms: np.ndarray) -> np.ndarray:
     """Multiplication table of permutations in lexicographic order, by looking up each product's rank."""
     ranks = _rank(perms)
-    return np.stack([np.searchsorted(ranks, _rank(left[perms])) for left in perms]).astype(_small(len(perms)))
+    return np.stack([np.searchsorted(ranks, _rank(left[perms])).astype(_small(len(perms))) for left in perms])
 
 
 def _cycles(perm: np.ndarray) -> str:
@@ -139,13 +138,11 @@ def _cycles(perm: np.ndarray) -> str:
 
 
 def symmetric(n: int) -> Group:
-    """S_n: all permutations of n points."""
     perms = np.array(list(permutations(range(n))), dtype=np.int16)
     return Group(f"S{n}", perms, _table_of(perms), tuple(map(_cycles, perms)))
 
 
 def alternating(n: int) -> Group:
-    """A_n: the even permutations of n points."""
     perms = np.array(list(permutations(range(n))), dtype=np.int16)
     pairs = np.triu(np.ones((n, n), dtype=bool), 1)
     inversions = ((perms[:, :, None] > perms[:, None, :]) & pairs).sum(axis=(1, 2))
@@ -163,11 +160,9 @@ def cyclic(n: int) -> Group:
 def dihedral(n: int) -> Group:
     """D_n: the 2n symmetries of an n-gon; r^k: i -> k + i and r^k s: i -> k - i on its corners."""
     flip, k = np.divmod(np.arange(2 * n), n)
-    sign = 1 - 2 * flip
-    points = np.arange(n)
-    perms = (k[:, None] + sign[:, None] * points) % n
-    turn = (k[:, None] + sign[:, None] * k) % n
-    table = (flip[:, None] ^ flip) * n + turn
+    sign = (1 - 2 * flip)[:, None]
+    perms = (k[:, None] + sign * np.arange(n)) % n
+    table = (flip[:, None] ^ flip) * n + (k[:, None] + sign * k) % n
     names = [f"r{j}" for j in range(n)] + [f"r{j}s" for j in range(n)]
     return Group(f"D{n}", perms.astype(np.int16), table.astype(_small(2 * n)), tuple(names))
 
@@ -260,10 +255,8 @@ def _unknown(name: str) -> ConfigError:
     plain = [f"{family}{n}" for family, top in zip("SAZD", (7, 7, 61, 31), strict=True) for n in range(2, top)]
     known = [*plain, "A4_x_Z5", "S3_x_Z2", "S3_x_S3", "A5_x_Z2", "Z2_x_Z2", "D4_x_Z3"]
     for n in range(3, 7):
-        limits = [f"S{n}_limit_to_{m}" for m in range(2, n + 1)]
-        for start in (f"S{n}", f"S{n}_only_swaps", *limits):
-            spelled = [f"{start}_{t}_tokens{end}" for t in range(2, 6) for end in ("", "_s_token", "_last")]
-            known += [start, *spelled]
+        for start in (f"S{n}", f"S{n}_only_swaps", *(f"S{n}_limit_to_{m}" for m in range(2, n + 1))):
+            known += [start, *(f"{start}_{t}_tokens{end}" for t in range(2, 6) for end in ("", "_s_token", "_last"))]
     written = re.sub(r"(?<=\d)\s*[x×*]\s*(?=[SAZD])", "_x_", name.strip().upper().replace("X", "x"))
     written = re.sub(r"[A-Z_]{4,}", lambda match: match[0].lower(), written)
     guesses = [written] if _NAME.fullmatch(written) else get_close_matches(name, known, n=1, cutoff=0.5)

@@ -56,11 +56,6 @@ def _parity(bits: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.where(inside, ones, 2), (ones * inside).sum(axis=1) % 2
 
 
-def _operate(operator: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    choices = [left + right, left - right, left * right]
-    return np.choose(operator - _PLUS, choices) % MODULUS
-
-
 def _arithmetic(bits: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     positions, equals = np.arange(bits.shape[1]), lengths[:, None] - 1
     tokens = np.where(positions % 2 == 0, below(bits, MODULUS), _PLUS + below(bits, 3))
@@ -101,7 +96,8 @@ def _brackets(bits: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.nda
         start, size = np.concatenate([start + 1, middle + 1]), np.concatenate([left, size - 3 - left])
         row = np.concatenate([row, row])
     for row, start, middle, operator in reversed(depths):
-        values[row, start] = _operate(operator, values[row, start + 1], values[row, middle + 1])
+        left, right = values[row, start + 1], values[row, middle + 1]
+        values[row, start] = np.choose(operator - _PLUS, [left + right, left - right, left * right]) % MODULUS
     return tokens, values[:, 0]
 
 

@@ -62,10 +62,8 @@ def find_files(path: str | Path) -> list[str]:
 def open_stream(path: str | Path, tokenizer_path: str = "", eos: str = "") -> TokenStream:
     """Opens a prepared folder, or token files of others.
 
-    Args:
-        path: the folder or file.
-        tokenizer_path: folder with the tokenizer.json of the files of others; a prepared folder has its own.
-        eos: text of the token between documents, if it is not the one that the tokenizer names.
+    These need the folder of their tokenizer.json; and the text of the token between documents, if it is not the one
+    that the tokenizer names.
 
     Raises:
         ConfigError: files of others, and no tokenizer. DataError: the data is missing, damaged or does not fit.
@@ -185,16 +183,13 @@ def _look_at_npy(name: str, file: FileIO, dtype: str, eos_id: int) -> File:
     size, offset = _size(file), 0
     if file.read(6) == b"\x93NUMPY":
         try:
-            file.seek(0)
-            old = np.lib.format.read_magic(file) == (1, 0)
-            read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-            shape, by_columns, kind = read(file)
-        except ValueError as error:
+            saved = np.load(name, mmap_mode="r")
+        except (ValueError, EOFError) as error:
             raise DataError(f"{name} is a damaged .npy file: {error}.") from None
-        if kind.kind not in "iu" or kind.newbyteorder("<") != kind or (by_columns and len(shape) > 1):
-            raise DataError(f"{name} holds {kind}; expected whole numbers, little endian, in the order of rows.")
+        if saved.dtype.kind not in "iu" or not saved.dtype.isnative or not saved.flags.c_contiguous:
+            raise DataError(f"{name} holds {saved.dtype}; expected whole numbers, little endian, in the order of rows.")
         # Unsigned, as in `megatron`.
-        dtype, offset = f"uint{8 * kind.itemsize}", file.tell()
+        dtype, offset = f"uint{8 * saved.itemsize}", saved.offset
     itemsize = np.dtype(dtype).itemsize
     if size == offset or (size - offset) % itemsize:
         raise DataError(

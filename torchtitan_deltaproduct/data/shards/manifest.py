@@ -6,8 +6,7 @@
                     shards/00000.bin   token ids, little endian
                     shards/00000.idx   where documents begin, as in a Megatron corpus (megatron.py)
 
-    manifest = read_manifest("data/code/train"); manifest.tokens; manifest.shards[3].name
-The files carry checksums. `python -m torchtitan_deltaproduct.data.show FOLDER` prints what they say.
+`python -m torchtitan_deltaproduct.data.show FOLDER` prints what it says.
 """
 
 import hashlib
@@ -28,6 +27,7 @@ NAME, TABLE, WORK = "manifest.json", "shards.npy", ".prepare"
 """Files of a prepared folder, and the folder of what an unfinished one needs to go on."""
 FORMAT = "torchtitan-deltaproduct tokens"
 RESTORE = "Restore it from a copy or prepare again."
+UNREADABLE = "{} cannot be read as a folder of tokens: {}."
 CHANGED = f"{{}} was changed after it was written: its checksum does not match.\n{RESTORE}"
 VERSION = 3
 """Of what is written; older ones are read as well. Up to version 2 an .idx was int64, for each document the position
@@ -96,9 +96,8 @@ class Manifest:
     bytes: int
     """UTF-8 bytes of the text."""
     empty_documents: int
-    """Documents without text; left out."""
     bad_records: int
-    """Records that could not be read; left out."""
+    """Those that could not be read; left out, as are documents without text."""
     source: dict
     """How the folder was made: inputs, options, and `plan`, their checksum."""
     shards: ShardTable | Sequence[Shard] = field(default_factory=list)
@@ -113,7 +112,6 @@ class Manifest:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token in a shard."""
         return np.dtype(self.dtype).itemsize
 
     @property
@@ -146,12 +144,9 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Reads and checks manifest.json and the table of shards; once in a process unless the file changes.
+    """Reads and checks manifest.json and the table of shards, once in a process unless the file changes.
 
-    The shard files are not looked at: `verified` does that.
-
-    Raises:
-        DataError: it is missing, damaged, or of another version.
+    The shard files are not looked at: `verified` does that. DataError: it is missing, damaged, or of another version.
     """
     folder = Path(folder)
     try:
@@ -159,7 +154,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_missing(folder)) from None
     except OSError as error:
-        raise DataError(f"{folder} cannot be read as a folder of tokens: {error.strerror}.") from None
+        raise DataError(UNREADABLE.format(folder, error.strerror)) from None
     return _read(folder, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -171,7 +166,7 @@ def _read(folder: Path, *_state: int) -> Manifest:
         if not isinstance(body, dict):
             raise ValueError("it is not a JSON object")
     except OSError as error:
-        raise DataError(f"{folder} cannot be read as a folder of tokens: {error.strerror}.") from None
+        raise DataError(UNREADABLE.format(folder, error.strerror)) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}).\n{RESTORE}") from None
     if body.get("format") != FORMAT:
@@ -216,8 +211,8 @@ def _missing(folder: Path) -> str:
     if inner:
         return f"{folder} has no {NAME}, but these have: {', '.join(str(folder / name) for name in inner)}"
     if (folder / WORK).exists() or (folder.parent / WORK).exists():
-        again = "Run the same prepare command again; it continues."
-        return f"{folder} has no {NAME}: its preparation did not finish.\n{again}"
+        unfinished = "its preparation did not finish.\nRun the same prepare command again; it continues."
+        return f"{folder} has no {NAME}: {unfinished}"
     return (
         f"{folder} has no {NAME}: it is not a folder made by torchtitan_deltaproduct.data.prepare, nor are there "
         "Megatron (.bin and .idx) or .npy files of tokens."

@@ -29,8 +29,6 @@ CODES = {"uint16": 8, "uint32": 4}
 
 
 class Index(NamedTuple):
-    """The header of an index."""
-
     dtype: str
     sequences: int
     documents: int
@@ -46,7 +44,6 @@ class Index(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
         return self.document_indices + 8 * (self.documents + 1)
 
 
@@ -67,16 +64,7 @@ def index_bytes(ends: Sequence[int], dtype: str) -> bytes:
 
 
 def read_index(path: str, size: int, header: bytes) -> Index:
-    """Understands the first bytes of an index.
-
-    Args:
-        path: of the file, for messages.
-        size: of the file, in bytes.
-        header: its first `HEADER.size` bytes.
-
-    Raises:
-        DataError: it is none, is cut short, or its tokens are no whole numbers.
-    """
+    """What the first `HEADER.size` bytes of a file of `size` bytes say; DataError if it is damaged, or holds floats."""
     if len(header) < HEADER.size or not header.startswith(MAGIC):
         raise DataError(f"{path} is not the index of a Megatron corpus: it does not begin with MMIDIDX.")
     _, version, code, sequences, entries = HEADER.unpack(header)

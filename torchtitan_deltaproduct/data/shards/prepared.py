@@ -116,15 +116,12 @@ class PreparedSource(Windows):
 
     def order(self) -> dict[str, object]:
         """Data by content, so that a folder may move; the period of the mixture is its quotas."""
+        contents = [stream.manifest.content_sha256[:16] for stream in self.streams]
+        weights = self.sequence.quotas.tolist() if self.weights else []
         return {
-            "kind": "prepared",
-            "data": [stream.manifest.content_sha256[:16] for stream in self.streams],
-            "weights": self.sequence.quotas.tolist() if self.weights else [],
-            "seed": self.sequence.seed,
-            "shuffle": self.sequence.shuffle,
-            "seq_len": self.seq_len,
-            "reset_state_at_documents": self.reset,
-        }
+            "kind": "prepared", "data": contents, "weights": weights, "seed": self.sequence.seed,
+            "shuffle": self.sequence.shuffle, "seq_len": self.seq_len, "reset_state_at_documents": self.reset,
+        }  # fmt: skip
 
     def epochs(self, sample: int) -> dict[str, float]:
         names = self.paths if self.weights else [" + ".join(self.paths)]

@@ -75,7 +75,6 @@ class ShardWriter:
         return Shard(self.name, self.tokens, len(self.ends), self.text_bytes, *digests)
 
     def abandon(self) -> None:
-        """Removes what was written."""
         self.file.close()
         for suffix in (".bin", ".idx"):
             Path(self._temporary(suffix)).unlink(missing_ok=True)
@@ -117,7 +116,6 @@ class TokenStream:
         return TokenStream, (self.folder,)
 
     def path(self, shard: int, suffix: str) -> Path:
-        """A file of a shard."""
         return self.folder / (self.manifest.shards[shard].name + suffix)
 
     def read(self, start: int, out: np.ndarray) -> int:
@@ -206,7 +204,6 @@ class TokenStream:
         return place + int(a), starts[a:b]
 
     def _tokens(self, shard: int, first: int, last: int) -> np.ndarray:
-        """Tokens [first, last) of a shard."""
         return self._read(shard, self.suffix, self._dtype, first * self._dtype.itemsize, last - first)
 
     def _starts(self, shard: int, first: int, last: int) -> np.ndarray:

@@ -54,8 +54,6 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> "StreamingLoader":
         raise ConfigError(
             f"data.num_workers is {data.num_workers}: streaming reads one stream, so it takes 0 or 1 worker"
         )
-    if data.shuffle_buffer < 0:
-        raise ConfigError(f"data.shuffle_buffer is {data.shuffle_buffer}: expected 0 or more documents")
     source = StreamingSource(data, geometry.seq_len, tokenizer_path)
     return StreamingLoader(source, geometry, data.num_workers, data.prefetch_factor)
 

@@ -1,8 +1,7 @@
 """Are the shards of a prepared folder still what `prepare` wrote? No token is read from a file that may not be.
 
     verified = Verified(Path("data/code/train"), manifest)
-    verified.start()                         # DataError names the files that differ
-    verified.check(shard, ".bin", file)      # of a file just opened
+    verified.start(); verified.check(shard, ".bin", file)      # DataError names the files that differ
 
 A size proves little: a restored, half-copied or foreign file of the same size holds other tokens. Checksums are
 compared once; `.verified-*.npy` in the folder (or, where that cannot be written, in the user's cache) then knows each
@@ -41,18 +40,14 @@ logger = logging.getLogger(__name__)
 
 
 class Verified:
-    """What is known of the files of a prepared folder."""
+    """What is known of the files of a prepared folder. DataError names those that are not what the manifest says."""
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
         self.note = self._read_note()
 
     def start(self) -> None:
-        """Looks at the folders of the shards; if one changed, or none was ever looked at, compares what is not known.
-
-        Raises:
-            DataError: names the files that are missing, have another size, or differ from their checksums.
-        """
+        """Looks at the folders of the shards; if one changed, or none was looked at, compares what is not known."""
         if self._same_folders():
             return
         with alone(self.folder):
@@ -65,11 +60,7 @@ class Verified:
         self._note_files(lambda *_: None)
 
     def check(self, shard: int, suffix: str, file: FileIO) -> None:
-        """Compares an open file with its checksum, unless that was done since it last changed.
-
-        Raises:
-            DataError: its size or its checksum is not what the manifest says.
-        """
+        """Compares an open file with its checksum, unless that was done since it last changed."""
         row, status = len(self.manifest.shards.folders) + 2 * shard + SUFFIXES.index(suffix), os.fstat(file.fileno())
         if self.note[row].tolist() == state(status):
             return
@@ -169,7 +160,6 @@ def check_size(path: str | Path, size: int | None, expected: int) -> None:
 
 
 def file_size(manifest: Manifest, shard: int, suffix: str) -> int:
-    """Bytes of a file of a shard, by the manifest."""
     row = manifest.shards.rows[shard]
     if suffix == ".bin":
         return int(row["tokens"]) * manifest.token_bytes

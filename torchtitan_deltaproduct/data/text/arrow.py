@@ -48,14 +48,9 @@ def check_no_split(name: str, split: str, config: str = "") -> None:
 
 
 def open_dataset(name: str, config: str, split: str, streaming: bool):
-    """A split of a dataset: `datasets.load_dataset`, or for local data whatever fits the path.
+    """A split of a dataset: a name on the hub, a data file, a folder of such, or one written by `save_to_disk`.
 
-    Args:
-        name: a hub name, a data file (JSON lines, Parquet, text), a folder of such files, or a folder
-            written by `save_to_disk`.
-        config: configuration (subset) name; empty for the default.
-        split: such as `train`.
-        streaming: an `IterableDataset`, which downloads what it reads, instead of a `Dataset`.
+    `streaming`: an `IterableDataset`, which downloads what it reads, instead of a `Dataset`.
     """
     import datasets
 
@@ -127,11 +122,7 @@ def _text_types() -> dict:
 
 
 def column_values(column) -> list[bytes | None]:
-    """The bytes of the texts in an Arrow column, which need not be UTF-8.
-
-    Raises:
-        pyarrow.ArrowInvalid, IndexError: the column is damaged.
-    """
+    """The bytes of the texts in an Arrow column, which need not be UTF-8; a damaged one raises nearly anything."""
     import pyarrow
 
     if isinstance(column, pyarrow.ChunkedArray):

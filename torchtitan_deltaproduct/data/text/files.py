@@ -12,11 +12,13 @@ import os
 import re
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +60,9 @@ def begins_as_list(path: Path) -> bool:
     """Whether a `.json` file, which may be JSON lines, holds one list."""
     if not re.search(r"\.json\b", path.name.lower()):
         return False
-    try:
-        with open_unpacked(path) as file:
-            return file.read(1 << 10).removeprefix(UTF8_BOM).lstrip().startswith(b"[")
-    except READ_ERRORS:
-        return False
+    with suppress(*READ_ERRORS), open_unpacked(path) as file:
+        return file.read(1 << 10).removeprefix(UTF8_BOM).lstrip().startswith(b"[")
+    return False
 
 
 def list_files(inputs: Iterable[str | Path]) -> list[Path]:
@@ -98,6 +98,12 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         why = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
         raise DataError(f"{folder} cannot be made: {why}; choose another folder") from None
+
+
+def read_record(path: Path) -> dict | None:
+    """What an earlier run noted in a JSON file; None if there is none, or it is damaged."""
+    with suppress(OSError, ValueError, RecursionError):
+        return json.loads(read_text(path))
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -72,7 +72,6 @@ class Plan:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """The folder of each part of the result."""
         return {part: Path(self.job.out, part) for part in self.job.parts}
 
 

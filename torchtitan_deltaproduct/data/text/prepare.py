@@ -4,7 +4,6 @@
     prepare data/code --tokenizer data/tokenizer --input corpus/ --validation-fraction 0.02 --workers 8
     prepare data/web --tokenizer data/tokenizer --input part-*.jsonl.gz --text-field content
     prepare data/fineweb --tokenizer data/mistral --dataset HuggingFaceFW/fineweb:sample-10BT
-    prepare data/book --tokenizer data/tokenizer --input book.txt --validation-fraction 0.05 --split-by token
     prepare data/web ... --part 3/16         # one of 16 machines on one file system; then, once, without --part
 
 The input is cut into units (sources.py); each becomes one shard. A run that was killed continues: shards that are
@@ -21,7 +20,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from ..shards.manifest import NAME, TABLE, WORK, Manifest, Shard, read_manifest,
 from ..shards.megatron import own_index
 from ..shards.verified import SUFFIXES, THREADS, Verified, file_sha256, file_states, state
 from .documents import BadRecord
-from .files import make_folder
+from .files import make_folder, read_record
 from .plan import Plan, Settings, log, make_plan
 from .tokenizer import MOST_UNKNOWN, copy_tokenizer
 from .units import Preparation, tokenize_units
@@ -42,14 +41,9 @@ BAD_RECORDS = "bad_records.jsonl"
 
 
 def prepare(
-    settings: Settings,
-    workers: int = 0,
-    max_bad_records: int = 100,
-    overwrite: bool = False,
-    max_unknown: float = MOST_UNKNOWN,
-    verify: bool = False,
-    part: tuple[int, int] | None = None,
-) -> bool:
+    settings: Settings, workers: int = 0, max_bad_records: int = 100, overwrite: bool = False,
+    max_unknown: float = MOST_UNKNOWN, verify: bool = False, part: tuple[int, int] | None = None,
+) -> bool:  # fmt: skip
     """Makes the prepared folder, or folders `train` and `validation` inside it.
 
     Args:
@@ -138,9 +132,8 @@ def make_room(out: Path, plan: Plan, overwrite: bool, keep: str, alone: bool) ->
     begun = out / WORK / "plan.json"
     sources = [read_record(begun) or {}] if begun.is_file() else []
     # To be overwritten, a dataset need not be readable.
-    sources += [
-        {} if overwrite else read_manifest(folder).source for folder in targets(out) if (folder / NAME).is_file()
-    ]
+    made = [folder for folder in (out, out / "train", out / "validation") if (folder / NAME).is_file()]
+    sources += [{} if overwrite else read_manifest(folder).source for folder in made]
     other = [source for source in sources if source.get("plan") != plan.source["plan"]]
     if other and not overwrite:
         raise DataError(
@@ -160,11 +153,6 @@ def make_room(out: Path, plan: Plan, overwrite: bool, keep: str, alone: bool) ->
             leftover.unlink()
 
 
-def targets(out: Path) -> list[Path]:
-    """The folders in which a prepared dataset may lie."""
-    return [out, out / "train", out / "validation"]
-
-
 def differences(other: dict, ours: dict) -> str:
     """The settings in which two sources differ, in words."""
     names = (other.keys() | ours.keys()) - {"plan", "part"}
@@ -175,10 +163,11 @@ def differences(other: dict, ours: dict) -> str:
 
 def clear(out: Path, keep: str) -> None:
     """Removes what prepare wrote, manifests first, but the tokenizer `keep`."""
-    for folder in targets(out):
+    folders = out, out / "train", out / "validation"
+    for folder in folders:
         for file in (folder / NAME, folder / TABLE, *folder.glob(".verified*")):
             file.unlink(missing_ok=True)
-    for folder in targets(out):
+    for folder in folders:
         shutil.rmtree(folder / "shards", ignore_errors=True)
         if os.path.realpath(folder / "tokenizer") != os.path.realpath(keep):
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
@@ -199,16 +188,11 @@ def finished_units(out: Path, numbers: range, verify: bool) -> dict[int, dict]:
     return records
 
 
-def read_record(path: Path) -> dict | None:
-    """A JSON file of the working folder; None if it is damaged."""
-    try:
-        return json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 def intact(out: Path, record: dict, verify: bool) -> bool:
     """Whether the shards of a unit are those of its record: untouched since, or with the right checksums."""
+    if "least" not in record:
+        # Of an earlier version.
+        return False
     for part, shard in record["shards"].items():
         for place, suffix in enumerate(SUFFIXES if shard else ()):
             path = out / part / (shard["name"] + suffix)
@@ -241,7 +225,6 @@ def hold_out_one(plan: Plan, records: list[dict], workers: int, max_bad_records:
 
 
 def check_unknown(records: list[dict], limit: float) -> None:
-    """Raises DataError if the share of unknown tokens is above `limit`."""
     unknown = sum(record["unknown"] for record in records)
     tokens = sum(shard.tokens - shard.documents for shard in shards_of(records))
     if unknown > limit * tokens:
@@ -252,7 +235,6 @@ def check_unknown(records: list[dict], limit: float) -> None:
 
 
 def shards_of(records: list[dict], part: str | None = None) -> list[Shard]:
-    """The shards of a part, or of all."""
     shards = [shard for record in records for name, shard in record["shards"].items() if part in (None, name)]
     return [Shard(**shard) for shard in shards if shard]
 
@@ -273,14 +255,11 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
             )
         if os.path.realpath(tokenizer) != os.path.realpath(folder / "tokenizer"):
             copy_tokenizer(tokenizer, folder / "tokenizer", plan.job.eos_id)
-        tokens, documents, text_bytes = (
-            sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents", "bytes")
-        )
+        totals = {name: sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents", "bytes")}
         manifests[folder] = Manifest(
-            dtype=plan.job.dtype, vocab_size=plan.vocab_size, eos_id=plan.job.eos_id,
-            tokenizer_sha256=plan.tokenizer_sha256, tokens=tokens, documents=documents, bytes=text_bytes,
-            empty_documents=empty, bad_records=len(bad), unknown_tokens=unknown,
-            source={**plan.source, "part": part}, shards=shards,
+            dtype=plan.job.dtype, vocab_size=plan.vocab_size, eos_id=plan.job.eos_id, **totals, shards=shards,
+            tokenizer_sha256=plan.tokenizer_sha256, empty_documents=empty, bad_records=len(bad), unknown_tokens=unknown,
+            source={**plan.source, "part": part},
         )  # fmt: skip
     if bad:
         lines = [json.dumps({"file": file, "position": place, "reason": reason}) for file, place, reason in bad]
@@ -301,56 +280,40 @@ def no_documents(part: str, job: Preparation, bad: list[BadRecord]) -> str:
         return f"Name other files with {'--validation-input' if part == 'validation' else '--input'}."
     if job.split_by == "token":
         return "No document is long enough to be cut: give more input, or another --validation-fraction."
-    return (
-        "One document cannot be on both sides: --split-by token holds out the end of each, --validation-input PATH "
-        "other files."
-    )
+    apart = "--split-by token holds out the end of each, --validation-input PATH other files."
+    return f"One document cannot be on both sides: {apart}"
 
 
-def summary(out: Path, plan_parts: tuple[str, ...]) -> str:
-    """What the folder holds and how to train on it."""
+def summary(out: Path, parts: tuple[str, ...]) -> str:
     lines = []
-    for part in plan_parts:
+    for part in parts:
         manifest = read_manifest(out / part)
         lines.append(
             f"  {out / part}: {manifest.counts()}, {manifest.bytes_a_token:.2f} bytes a token, "
             f"{manifest.tokens * manifest.token_bytes / 1e6:.1f} MB in {len(manifest.shards)} shards"
         )
-    if manifest.empty_documents or manifest.bad_records:
-        named = f" (named in {out / BAD_RECORDS}), such as" if manifest.bad_records else ""
-        lines.append(
-            f"  left out: {manifest.empty_documents} empty documents, {manifest.bad_records} unreadable records{named}"
-        )
+    empty, bad = manifest.empty_documents, manifest.bad_records
+    if empty or bad:
+        named = f" (named in {out / BAD_RECORDS}), such as" if bad else ""
+        lines.append(f"  left out: {empty} empty documents, {bad} unreadable records{named}")
         lines += [f"    {record}" for record in first_bad(out)]
     if manifest.unknown_tokens:
-        share = manifest.unknown_tokens / max(1, sum(read_manifest(out / part).tokens for part in plan_parts))
+        share = manifest.unknown_tokens / max(1, sum(read_manifest(out / part).tokens for part in parts))
         lines.append(f"  unknown: {manifest.unknown_tokens:,} tokens ({share:.1%}) that the vocabulary cannot write")
-    return "\n".join(
-        [*lines, "  to train on it, with this or another TOML:", f"    {next_command(out, plan_parts, manifest)}"]
-    )
-
-
-def next_command(out: Path, parts: tuple[str, ...], manifest: Manifest) -> str:
-    """A command that trains on the folder; the vocabulary is that of the tokenizer, made a multiple of 64."""
     held_out = ["--validation.paths", str(out / parts[1])] if len(parts) > 1 else ["--validation.no-enable"]
     words = ["bash", "launch/local.sh", "train_configs/own_text.toml", "--job.dump_folder", f"outputs/{out.name}"]
-    words += [
-        "--data.paths",
-        str(out / parts[0]),
-        *held_out,
-        "--model.vocab_size",
-        str(-(-manifest.vocab_size // 64) * 64),
-    ]
-    return shlex.join([*words, "--model.hf_assets_path", str(out / parts[0] / "tokenizer")])
+    words += ["--data.paths", str(out / parts[0]), *held_out]
+    # A vocabulary that is a multiple of 64 is fastest.
+    words += ["--model.vocab_size", str(-(-manifest.vocab_size // 64) * 64)]
+    words += ["--model.hf_assets_path", str(out / parts[0] / "tokenizer")]
+    return "\n".join([*lines, "  to train on it, with this or another TOML:", f"    {shlex.join(words)}"])
 
 
 def first_bad(out: Path) -> list[BadRecord]:
     """The first three records that could not be read."""
-    try:
-        lines = read_text(out / BAD_RECORDS).splitlines()[:3]
-        return [BadRecord(*json.loads(line).values()) for line in lines]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return []
+    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return [BadRecord(*json.loads(line).values()) for line in read_text(out / BAD_RECORDS).splitlines()[:3]]
+    return []
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -381,7 +344,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def part_of(word: str) -> tuple[int, int]:
-    """`3/16` -> (3, 16)."""
     number, _, parts = word.partition("/")
     if not (number.isdecimal() and parts.isdecimal()):
         raise argparse.ArgumentTypeError(f"{word}: expected I/N, such as 3/16")

@@ -39,7 +39,6 @@ class Progress:
             self.bar.stop()
 
     def update(self, done: int, note: str = "") -> None:
-        """done: bytes so far, those of an earlier run included."""
         if self.bar:
             self.bar.update(self.task, completed=done, note=note)
             return

@@ -7,6 +7,7 @@ state = records.state_dict()             # load_state_dict(state): goes on with 
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -93,15 +94,10 @@ class DatasetRecords:
 
 def _columns(unit: Unit) -> list[str]:
     """The fields of the first JSON object in a unit; none if there is no object near its start."""
-    try:
+    # What is damaged is named when it is read.
+    with suppress(*READ_ERRORS):
         for line in islice(lines_of(unit), ROWS_AT_ONCE):
-            try:
-                record = json.loads(line.removeprefix(UTF8_BOM))
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict):
-                return list(record)
-    except READ_ERRORS:
-        # Damaged: reading names it.
-        pass
+            with suppress(ValueError, RecursionError):
+                if isinstance(record := json.loads(line.removeprefix(UTF8_BOM)), dict):
+                    return list(record)
     return []

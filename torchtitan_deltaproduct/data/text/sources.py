@@ -85,10 +85,8 @@ def _read_file(unit: Unit, name: str) -> Iterator[Document | BadRecord]:
 def _read_text(unit: Unit, name: str) -> Iterator[Entry]:
     with open_unpacked(name) as file:
         raw = file.read()
-    if raw.startswith(UTF16_BOMS) or raw.count(0) > len(raw) // 8:
-        yield 1, "", "UTF-16 text, or no text at all; expected UTF-8"
-    else:
-        yield _decoded(raw)
+    no_text = raw.startswith(UTF16_BOMS) or raw.count(0) > len(raw) // 8
+    yield (1, "", "UTF-16 text, or no text at all; expected UTF-8") if no_text else _decoded(raw)
 
 
 def _decoded(raw: bytes) -> Entry:
@@ -131,14 +129,12 @@ def _lines_before(name: str, position: int) -> int:
 
 
 def _text_of_line(line: bytes, field: str) -> tuple[str, str]:
-    """A JSON line's text, and the reason why it has none."""
     try:
-        record = json.loads(line.removeprefix(UTF8_BOM).decode())
+        return _text_of_object(json.loads(line.removeprefix(UTF8_BOM).decode()), field)
     except UnicodeDecodeError:
         return "", "invalid UTF-8"
     except (ValueError, RecursionError) as error:
         return "", f"invalid JSON ({error})"
-    return _text_of_object(record, field)
 
 
 def _text_of_object(record: object, field: str) -> tuple[str, str]:
@@ -206,11 +202,7 @@ def _read_csv(unit: Unit, name: str) -> Iterator[Entry]:
 
 
 READERS = {
-    "text": ("line", _read_text),
-    "json": ("line", _read_json),
-    "list": ("item", _read_list),
-    "csv": ("line", _read_csv),
-    "parquet": ("row", read_parquet),
-    "dataset": ("row", read_dataset),
-}
+    "text": ("line", _read_text), "json": ("line", _read_json), "list": ("item", _read_list),
+    "csv": ("line", _read_csv), "parquet": ("row", read_parquet), "dataset": ("row", read_dataset),
+}  # fmt: skip
 """What a place in a file is called, and what reads it."""

@@ -16,6 +16,7 @@ import re
 import shutil
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -174,7 +175,6 @@ def _alphabet(inner: HfTokenizer) -> frozenset[str] | None:
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """`path`/tokenizer.json, or DataError."""
     file = Path(path, "tokenizer.json")
     if file.is_file():
         return file
@@ -191,7 +191,6 @@ def tokenizer_file(path: str | Path) -> Path:
 
 
 def tokenizer_sha256(path: str | Path) -> str:
-    """Checksum of tokenizer.json."""
     return hashlib.sha256(tokenizer_file(path).read_bytes()).hexdigest()
 
 
@@ -219,10 +218,9 @@ def copy_tokenizer(source: str | Path, target: str | Path, eos_id: int | None = 
 
 def same_tokenizer(source: str | Path, target: str | Path, eos_id: int | None) -> bool:
     """Whether `target` holds all that `copy_tokenizer` would make of `source`."""
-    try:
+    with suppress(DataError):
         return tokenizer_sha256(source) == tokenizer_sha256(target) and eos_id in (None, named_eos_id(target))
-    except DataError:
-        return False
+    return False
 
 
 def find_eos_id(path: str | Path, eos: str = "", option: str = "--eos TOKEN") -> int:
@@ -232,18 +230,13 @@ def find_eos_id(path: str | Path, eos: str = "", option: str = "--eos TOKEN") ->
     """
     inner = _read(path)
     special = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]
-    shown = ", ".join(special[:8]) or "none"
+    shown = f"its special tokens: {', '.join(special[:8]) or 'none'}"
     name = eos or _named_eos(Path(path)) or next((name for name in USUAL_EOS if name in special), "")
     if not name:
-        raise DataError(
-            f"The tokenizer in {path} names no end-of-text token; its special tokens: {shown}.\nName one with {option}."
-        )
+        raise DataError(f"The tokenizer in {path} names no end-of-text token; {shown}.\nName one with {option}.")
     index = inner.token_to_id(name)
     if index is None:
-        raise DataError(
-            f"The tokenizer in {path} has no token {name!r}; its special tokens: {shown}.\n"
-            f"Name one of them with {option}."
-        )
+        raise DataError(f"The tokenizer in {path} has no token {name!r}; {shown}.\nName one of them with {option}.")
     return index
 
 
@@ -282,13 +275,11 @@ def token_bytes(path: str | Path, vocab_size: int, eos_id: int | None = None) ->
 
     Exact for byte-level vocabularies without a normaliser (GPT-2, Llama 3, ours), and for SentencePiece ones with byte
     fallback (Llama 2, Mistral) up to the one space that they put before each document. Where a normaliser changes the
-    text, or unknown tokens stand for some, only the manifest knows the bytes (`validation.ValidationLoader`).
+    text, or unknown tokens stand for some, only the manifest knows the bytes (`held_out.HeldOutWindows`).
     """
-    description = json.loads(tokenizer_file(path).read_text(encoding="utf-8"))
-    inner = _read(path)
+    description, inner = json.loads(tokenizer_file(path).read_text(encoding="utf-8")), _read(path)
     added = inner.get_added_tokens_decoder()
-    parts = json.dumps([description.get("pre_tokenizer"), description.get("decoder")])
-    byte_level = '"ByteLevel"' in parts
+    byte_level = '"ByteLevel"' in json.dumps([description.get("pre_tokenizer"), description.get("decoder")])
     table = np.zeros(vocab_size, dtype=np.int32)
     for token, index in inner.get_vocab(with_added_tokens=True).items():
         if index == eos_id:

@@ -6,7 +6,6 @@ The pre-tokenizer is GPT-2's; the only special token is `<|endoftext|>`, id 0, w
 same input gives the same tokenizer. A folder that holds the result already is left as it is.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from torchtitan_deltaproduct.arguments import Parser, path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
-from torchtitan_deltaproduct.files import read_text, write_atomically, write_json
+from torchtitan_deltaproduct.files import write_atomically, write_json
 
 from .documents import BadRecord, Unit
-from .files import make_folder
+from .files import make_folder, read_record
 from .plan import identity
 from .progress import Progress
 from .sources import plan_units, read_unit
@@ -43,11 +42,7 @@ def train_tokenizer(
     content = identity(units, {name for unit in units for name in unit.paths})
     record = {"inputs": inputs, "vocab_size": vocab_size, "text_field": text_field, "content": content}
     if (folder / "tokenizer.json").exists() and not overwrite:
-        try:
-            same = json.loads(read_text(folder / RECORD)) == record
-        except (OSError, ValueError, RecursionError):
-            same = False
-        if not same:
+        if read_record(folder / RECORD) != record:
             raise DataError(
                 f"{out} holds a tokenizer made from other input or settings.\n"
                 "Choose another folder, or replace it with --overwrite."
@@ -95,15 +90,12 @@ def save(tokenizer: Tokenizer, folder: Path, record: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("torchtitan_deltaproduct.data.train_tokenizer", __doc__)
-    parser.add_argument(
-        "input", nargs="+", type=path, help="text, JSON, CSV (also packed) or Parquet files, or folders"
-    )
-    parser.add_argument("--out", required=True, type=path, metavar="FOLDER", help="folder to write")
-    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="entries of the vocabulary")
-    parser.add_argument(
-        "--text-field", default="text", type=text, metavar="NAME", help="JSON field or column that holds the text"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace another tokenizer in the folder")
+    add = parser.add_argument
+    add("input", nargs="+", type=path, help="text, JSON, CSV (also packed) or Parquet files, or folders")
+    add("--out", required=True, type=path, metavar="FOLDER", help="folder to write")
+    add("--vocab-size", type=int, default=32_000, metavar="N", help="entries of the vocabulary")
+    add("--text-field", default="text", type=text, metavar="NAME", help="JSON field or column that holds the text")
+    add("--overwrite", action="store_true", help="replace another tokenizer in the folder")
     options = parser.parse_args(arguments)
     made = train_tokenizer(options.input, options.vocab_size, options.out, options.text_field, options.overwrite)
     size = load_tokenizer(options.out).vocab_size

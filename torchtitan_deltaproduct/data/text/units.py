@@ -39,19 +39,17 @@ QUEUED = 4
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is the same for all units."""
+    """What is the same for all units; as in `Settings`, and:"""
 
     out: str
     work: str
     """Folder of the records of finished units."""
     tokenizer: str
     eos_id: int
-    """Token after every document."""
     dtype: str
+    """Of the shards."""
     validation_fraction: float
-    """Share of documents in the part `validation`; 0: there is one part, named ""."""
     split_by: str
-    """`document`, `file` or `token`."""
     validation_from: int | None = None
     """Number of the first unit of `--validation-input`; None: there is none."""
     surely: float = -1.0
@@ -93,13 +91,9 @@ class Stopped(Exception):
 
 
 def tokenize_units(
-    job: Preparation,
-    units: list[Unit],
-    done: dict[int, dict],
-    workers: int,
-    max_bad_records: int,
+    job: Preparation, units: list[Unit], done: dict[int, dict], workers: int, max_bad_records: int,
     numbers: range | None = None,
-) -> list[dict]:
+) -> list[dict]:  # fmt: skip
     """Tokenises the units that are not in `done`; returns the records of all, in order; of all in `numbers` if given.
 
     Raises:
@@ -243,7 +237,7 @@ def tokenize_unit(
 
 
 def states_of(folder: Path, shard: Shard) -> list[list[int]]:
-    """Size, time and inode of the files of a shard, by which a later run knows them."""
+    """By which a later run knows the files of a shard."""
     return [state(os.stat(folder / (shard.name + suffix))) for suffix in SUFFIXES]
 
 

@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("eval.generate", __doc__)
-    add_model_options(parser)
+    add_model_options(parser, results=False)
     add = parser.add_argument
     add("--prompt", nargs="+", action="extend", default=[], type=text, metavar="TEXT",
         help="what to continue; several are continued together")  # fmt: skip
@@ -118,7 +118,9 @@ def read_texts(options: argparse.Namespace) -> list[Prompt]:
 
     Raises DataError if a file cannot be read as UTF-8 text.
     """
-    named = [(shorten(prompt), prompt) for prompt in options.prompt]
+    # A prompt's name is its beginning, on one line.
+    shown = [(repr(prompt), prompt) for prompt in options.prompt]
+    named = [(name if len(name) <= 60 else name[:57] + "...", prompt) for name, prompt in shown]
     for file in options.file:
         try:
             data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
@@ -158,11 +160,6 @@ def speak(
         for place, (prompt, continuation) in enumerate(zip(batch, texts, strict=True), start=first + 1):
             text = prompt.text + continuation.text if options.echo else continuation.text
             print(f"--- {place} of {len(prompts)}: {prompt.name}\n{text}", flush=True)
-
-
-def shorten(text: str) -> str:
-    """A prompt's name: its beginning on one line."""
-    return repr(text) if len(repr(text)) <= 60 else repr(text)[:57] + "..."
 
 
 def say(text: str) -> None:

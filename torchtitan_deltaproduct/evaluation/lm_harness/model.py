@@ -142,8 +142,8 @@ class DeltaProductHarness(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **kwargs) -> list[Score]:
         """Of requests that are ((context, continuation), their ids, its ids); lm-eval wants it to be there."""
-        texts, contexts, continuations = zip(*requests, strict=True)
-        return self._score("loglikelihood", texts, list(zip(contexts, continuations, strict=True)), disable_tqdm)
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        return self._score("loglikelihood", [text for text, _, _ in requests], pairs, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         texts = [request.args for request in requests]

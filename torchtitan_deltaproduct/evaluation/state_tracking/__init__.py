@@ -18,7 +18,7 @@ from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 
 from ..files import read_results
-from ..options import add_model_options, add_out_option, at_least, load_models, output_folder
+from ..options import add_model_options, at_least, load_models, output_folder
 from ..ranks import Meter
 from ..swept import Swept, made_by
 from .problems import Problem, model_reader, problem_of
@@ -48,7 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser("eval.state_tracking", __doc__)
     add_model_options(parser, dtype="float32")
-    add_out_option(parser)
     add = parser.add_argument
     add("--length", type=int, default=0,
         help="tokens of the tested words (default: 4 times the training length; formal languages 256)")  # fmt: skip
@@ -88,19 +87,14 @@ def report(
         f"{criterion.at_training:.0%} at the training length and {criterion.beyond:.0%} at the tested length"
     )
     for setting in settings:
-        if setting.runs[0].problem.formal:
-            _print_buckets(setting, console)
+        for run in setting.runs if setting.problem.formal else ():
+            cells = [f"{b['first']}-{b['last']}: {b['value']:.1%} ({b['scaled']:.2f})" for b in run.buckets()]
+            console.print(f"{setting.problem.name}, {setting.label}, seed {run.seed_name}, accuracy (scaled) by length")
+            console.print("  " + "  ".join(cells))
     accuracy_figure(settings, stem.with_suffix(".png"))
     write_csv(stem.with_suffix(".csv"), settings)
     write_json(stem.with_suffix(".json"), settings, criterion, origin or {})
     console.print(f"written: {stem}.json, .csv, .png", soft_wrap=True)
-
-
-def _print_buckets(setting: Setting, console: Console) -> None:
-    for run in setting.runs:
-        cells = [f"{b['first']}-{b['last']}: {b['value']:.1%} ({b['scaled']:.2f})" for b in run.buckets()]
-        console.print(f"{setting.problem.name}, {setting.label}, seed {run.seed_name}, accuracy (scaled) by length")
-        console.print("  " + "  ".join(cells))
 
 
 def metrics(folder: Path) -> dict[str, float | None]:
