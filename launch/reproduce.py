@@ -4,7 +4,6 @@
     python -m launch.reproduce S3                 runs what is missing of it; --jobs, --slurm, ... as of launch.grid
     python -m launch.reproduce                    all that this machine has the GPUs for
     python -m launch.reproduce --check            makes page, pictures and numbers again from results/, runs nothing
-    python -m launch.reproduce --write            writes page and pictures again, after an edit of a claim
     python -m launch.reproduce S3 --seeds 1       a part of it, or (--training.steps 50) a variant: shown, not kept
 
 A claim is a TOML in train_configs/claims/ (`launch.claims` says what is in it); docs/science.md shows all of them. The

@@ -141,6 +141,14 @@ MUTANTS = [
         ("scaling.py", "max(backward, again + reduce + across)", "max(backward, again + reduce)", "tests/unit/test_scaling.py"),
         ("memory.py", "if share % b == 0 and fits(b)", "if fits(b)", "tests/unit/test_scaling.py"),
         ("config/schedule.py", "first_decaying = self.total_steps + 1 - decay", "first_decaying = self.total_steps - decay", "tests/unit/config/test_schedule.py"),
+        ("compare.py", "for value in values) / (n - 1)", "for value in values) / n", "tests/unit/test_compare.py"),
+        ("compare.py", "for key, name in changed.items() if key not in SEEDS", "for key, name in changed.items()", "tests/unit/test_compare.py"),
+        ("runs.py", "0 if last is None or time in launches else time - last", "0 if last is None else time - last", "tests/unit/test_compare.py"),
+        ("report.py", "autoescape=not markdown", "autoescape=False", "tests/unit/test_report.py"),
+        ("report.py", "path.is_file() and path.resolve().is_relative_to(home)", "path.is_file()", "tests/unit/test_report.py"),
+        ("status.py", "left * typical[\"seconds\"]) if typical and left > 0", "left * typical[\"seconds\"]) if typical", "tests/unit/test_status.py"),
+        ("history.py", "if record[\"step\"] not in met", "", "tests/unit/test_history.py"),
+        ("__main__.py", "for length in (2, 1):", "for length in (1, 2):", "tests/unit/test_command.py"),
     ]
 ]
 # fmt: on

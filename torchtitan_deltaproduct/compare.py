@@ -232,7 +232,7 @@ def grouped(runs: list[Run], names: list[str], changed: dict[str, str]) -> list[
 
 
 def group_table(groups: list[Group]) -> Table:
-    result = Table(caption="95 % intervals over seeds by Student's t; fewer than three are too few for one")
+    result = Table(caption="mean ± 95 % interval over seeds, from three seeds on")
     result.add_column("group", overflow="fold")
     for name in ("seeds", "train loss", "validation", "best"):
         result.add_column(name, justify="right")
@@ -323,9 +323,8 @@ def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]]) -> None
     """Loss on one axis, the groups in their order."""
     from matplotlib.ticker import EngFormatter
 
-    from .evaluation.figures import COLOURS
+    from .evaluation.figures import band, look
 
-    dashes = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
     unit = 1
     if name.startswith("seconds") and max((points[-1][0] for _, points in lines if points), default=0) > 3 * 3600:
         name, unit = "hours of running", 3600
@@ -334,15 +333,14 @@ def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]]) -> None
         if not points:
             continue
         x, y, half = zip(*((place / unit, loss, half) for place, loss, half in points), strict=True)
-        look = {"color": "#c8c8c8", "linewidth": 0.8, "zorder": 1, "marker": "o" if len(x) == 1 else None}
+        style = {"color": "#c8c8c8", "linewidth": 0.8, "zorder": 1}
         if number < HIGHLIGHTED:
-            look |= {"color": COLOURS[number % len(COLOURS)], "linestyle": dashes[number % len(dashes)],
-                     "linewidth": 1.8, "zorder": 3}  # fmt: skip
-            labels.append((y[-1], x[-1], group_label(group), look["color"]))
+            style = look(number, HIGHLIGHTED) | {"zorder": 3}
+            labels.append((y[-1], x[-1], group_label(group), style["color"]))
             if half[0] is not None:
                 low, high = ([m + sign * h for m, h in zip(y, half, strict=True)] for sign in (-1, 1))
-                panel.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
-        panel.plot(x, y, **look)
+                band(panel, x, low, high, style["color"])
+        panel.plot(x, y, marker="o" if len(x) == 1 else None, **style)
     panel.set_xlabel(name)
     panel.xaxis.set_major_formatter(EngFormatter(sep=" "))
     if missing := sum(not points for _, points in lines):
@@ -358,9 +356,9 @@ def group_label(group: Group) -> str:
 
 
 def loss_range(lines: list[Points]) -> tuple[float, float]:
-    """From the lowest loss to the highest after the first tenth of a line: the beginning would flatten the rest."""
+    """From the lowest loss to the highest after the first eighth of a line: the beginning would flatten the rest."""
     low = min((y for points in lines for _, y, _ in points), default=0.0)
-    high = max((y for points in lines for _, y, _ in points[len(points) // 10 :]), default=1.0)
+    high = max((y for points in lines for x, y, _ in points if x >= points[-1][0] / 8), default=1.0)
     margin = 0.06 * (high - low) or 0.1
     return low - margin, high + margin
 

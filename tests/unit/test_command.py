@@ -3,10 +3,10 @@
 import ast
 import importlib.util
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -55,12 +55,12 @@ def test_a_wheel_holds_all_of_it():
 
 
 def test_help_and_version_are_quick():
-    times = []
-    for _ in range(3):
-        start = time.monotonic()
-        helped, version = deltaproduct("--help"), deltaproduct("--version")
-        times.append((time.monotonic() - start) / 2)
-    assert min(times) < 0.3 and version.stdout == f"deltaproduct {__version__}\n"
+    """In seconds of a processor: those of the clock depend on who else is there."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    helped, version = deltaproduct("--help"), deltaproduct("--version")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert used / 2 < 0.3 and version.stdout == f"deltaproduct {__version__}\n"
     assert len(helped.stdout.splitlines()) < 30 and all(name in helped.stdout for name in command.COMMANDS)
 
 
