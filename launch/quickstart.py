@@ -1,4 +1,4 @@
-"""The quick start: corpus, tokenizer, token shards, training, and what was learned, all offline.
+"""The quick start: corpus, tokenizer, token shards, training, a page of it, and what was learned, all offline.
 
     python -m launch.quickstart                        everything, in outputs/quickstart
     NPROC=2 python -m launch.quickstart                two ranks: FSDP2 over gloo
@@ -91,6 +91,7 @@ def report(run: Path, baseline: float, seconds: float, config: Path) -> None:
         f"{np.exp(baseline):,.0f}, {np.exp(baseline - loss[1]):.1f} times as much",
         "speed": f"{speed:,.0f} tokens a second; {steps[-1]['tokens']:,} tokens, this launch took {seconds:.0f} s",
         "where": f"{run}: metrics.jsonl, checkpoint/, config.json, tb/ (tensorboard --logdir {run}/tb)",
+        "a page of it": f"{run}/report.html",
         "next": f"python -m torchtitan_deltaproduct.train --job.config_file {config} --training.steps {more} "
         f"--job.dump_folder {run.parent}/longer\n{'':16}python -m torchtitan_deltaproduct.plan {config}",
     }
@@ -120,7 +121,10 @@ def main() -> None:
     call(python, "-m", "launch.torchrun", "--standalone", "--nproc_per_node", ranks, "-m", f"{package}.train",
          "--job.config_file", str(CONFIG), *overrides)  # fmt: skip
     baseline = unigram_loss(ROOT / "stdlib/train", ROOT / "stdlib/validation")
-    report(Path(config.job.dump_folder), baseline, time.monotonic() - begin, CONFIG)
+    seconds = time.monotonic() - begin
+    # The page first: what was learned is the last that one reads.
+    call(python, "-m", f"{package}.report", config.job.dump_folder)
+    report(Path(config.job.dump_folder), baseline, seconds, CONFIG)
 
 
 if __name__ == "__main__":

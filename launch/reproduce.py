@@ -4,7 +4,6 @@
     python -m launch.reproduce S3                 runs what is missing of it; --jobs, --slurm, ... as of launch.grid
     python -m launch.reproduce                    all that this machine has the GPUs for
     python -m launch.reproduce --check            makes page, pictures and numbers again from results/, runs nothing
-    python -m launch.reproduce --write            writes page and pictures again, after an edit of a claim
     python -m launch.reproduce S3 --seeds 1       a part of it, or (--training.steps 50) a variant: shown, not kept
 
 A claim is a TOML in train_configs/claims/ (`launch.claims` says what is in it); docs/science.md shows all of them. The
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.config.snapshots import versions
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 from torchtitan_deltaproduct.evaluation.state_tracking.results import read_settings
@@ -51,10 +51,7 @@ PIXELS = 0.01
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.reproduce", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("launch.reproduce", __doc__, in_full=True, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help="of a claim (default: all)")
     parser.add_argument("--list", action="store_true", help="list the claims")
     parser.add_argument("--check", action="store_true", help="compare page, pictures and README.md with results/")

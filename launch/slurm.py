@@ -32,6 +32,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.config.snapshots import versions
 from torchtitan_deltaproduct.data.check import check_data
@@ -93,10 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.slurm", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("launch.slurm", __doc__.partition("\nA launch leaves")[0], in_full=True, allow_abbrev=False)
     add = parser.add_argument
     add("config", metavar="TOML", help="what to train")
     add("--nodes", type=at_least(1), default=1, help="(default: 1)")

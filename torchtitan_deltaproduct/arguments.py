@@ -1,13 +1,51 @@
-"""What words of a command line become, for argparse's `type`.
+"""The parser of our commands, and what words of a command line become, for argparse's `type`.
 
+parser = Parser("torchtitan_deltaproduct.compare", __doc__)
 parser.add_argument("--input", type=path)       # "~/corpus" -> "/home/me/corpus"
 parser.add_argument("--eos", type=text)         # UTF-8 whatever the locale says of the terminal
 print(shown(os.fsdecode(b"caf\\xe9")))         # caf\\xe9
 """
 
+import argparse
 import os
+import shutil
+import sys
 
 from .errors import ConfigError
+
+COMMAND = "deltaproduct"
+"""The one name of all commands, see `__main__`, which puts it and a subcommand into `sys.argv[0]`."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Named as the user called it, `python -m MODULE` or `deltaproduct NAME`, with a help that wastes no lines.
+
+    Args:
+        module: whose command it is.
+        doc: its doc string: `--help` shows the first line, or all with `in_full`.
+        options: of argparse's parser.
+    """
+
+    def __init__(self, module: str, doc: str, in_full: bool = False, **options) -> None:
+        prog = sys.argv[0] if sys.argv[0].startswith(f"{COMMAND} ") else f"python -m {module}"
+        description = doc if in_full else doc.split("\n")[0]
+        super().__init__(prog=prog, description=description, formatter_class=Help, add_help=False, **options)
+        # Lines that every help of argparse has, and that say nothing.
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+        self._positionals.title = self._optionals.title = None
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Lines as wide as the terminal, 120 where there is none; what may be left out is one word of the usage."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=shutil.get_terminal_size((120, 24)).columns)
+
+    def _format_usage(self, usage, actions, groups, prefix):
+        needed = [action for action in actions if action.required or not action.option_strings]
+        if usage is not None or len(actions) - len(needed) < 6:
+            return super()._format_usage(usage, actions, groups, prefix)
+        return super()._format_usage(None, needed, [], prefix).rstrip() + " [options]\n\n"
 
 
 def path(word: str) -> str:
@@ -25,6 +63,21 @@ def text(word: str) -> str:
         return os.fsencode(word).decode()
     except UnicodeError:
         raise ConfigError(f"{word!a} is not UTF-8 text") from None
+
+
+def seconds(word: str) -> float:
+    """Seconds to wait, at least one.
+
+    Raises:
+        ConfigError: it is no such number.
+    """
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 1e6:
+        raise ConfigError(f"{word!a}: expected seconds, from 1 to a million")
+    return value
 
 
 def shown(name: str | os.PathLike) -> str:

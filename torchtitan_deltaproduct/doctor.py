@@ -6,7 +6,6 @@
 Exit code 0: nothing stands in the way; 1: something does. On a cluster, run it in a job: `srun ... python -m ...`.
 """
 
-import argparse
 import contextlib
 import importlib.metadata
 import os
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .arguments import Parser
 from .errors import exit_on_user_error, first_line
 
 TESTED = {
@@ -258,9 +258,7 @@ def end_time() -> float | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m torchtitan_deltaproduct.doctor", description=__doc__.split("\n")[0]
-    )
+    parser = Parser("torchtitan_deltaproduct.doctor", __doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="where run folders go (default: %(default)s)")
     options = parser.parse_args(arguments)
     checks: list[Callable[[], Finding]] = [python, versions, accelerator, operator, compiler, host, processes,

@@ -1,7 +1,7 @@
 """RUN/events.jsonl: what happened to a run, one JSON line an event, over all its launches.
 
     {"event": "launch", "time": 1764000000.0, "step": 12000, "ranks": 8, "host": "n1", "slurm_job": "123",
-     "slurm_restart": 2, "resumed_from": 12000}
+     "slurm_restart": 2, "arguments": ["--job.config_file", "x.toml"], "resumed_from": 12000}
     {"event": "stop", "time": 1764003600.0, "step": 12345, "reason": "signal", "detail": "SIGUSR1", "saved": true}
 
     append(run, "launch", step=0, ranks=8)
@@ -15,6 +15,7 @@ by this file whether to start the run again, and `status` tells its story from i
 import json
 import os
 import socket
+import sys
 import time
 import types
 from pathlib import Path
@@ -25,6 +26,8 @@ from .history import ends
 NAME = "events.jsonl"
 LIMIT = 1 << 22
 """Bytes of it that are read: some 40,000 events, the newest."""
+LATEST = 1e11
+"""Seconds since 1970 that are no time any more; nor are NaN and infinity."""
 
 
 def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
@@ -76,6 +79,9 @@ FIELDS: dict[str, dict[str, type | types.UnionType]] = {
 def fits(record: dict[str, Any]) -> bool:
     """Whether a record is an event with all that readers of its kind count on."""
     expected = {"event": str} | FIELDS.get(str(record.get("event")), {})
+    when = record.get("time", 0.0)
+    if not (isinstance(when, int | float) and abs(when) < LATEST):
+        return False
     return all(name in record and isinstance(record[name], kind) for name, kind in expected.items())
 
 
@@ -108,6 +114,7 @@ def began(events: list[dict[str, Any]]) -> float | None:
 
 
 def whereabouts() -> dict[str, Any]:
-    """Host and SLURM job of this process, for a `launch`."""
+    """Host, SLURM job and command line of this process, for a `launch`."""
     job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")
-    return {"host": socket.gethostname(), "slurm_job": job, "slurm_restart": int(restart) if restart else None}
+    return {"host": socket.gethostname(), "slurm_job": job, "slurm_restart": int(restart) if restart else None,
+            "arguments": sys.argv[1:]}  # fmt: skip

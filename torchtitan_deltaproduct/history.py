@@ -7,6 +7,7 @@
 """
 
 import errno
+import heapq
 import json
 import os
 import stat
@@ -20,8 +21,10 @@ BLOCK = 1 << 16
 """Bytes read at once from an end."""
 WHOLE = 1 << 20
 """Bytes up to which a file is read whole."""
-POINTS, VALIDATIONS, AROUND = 256, 128, 1 << 12
-"""Of a longer file: places looked at, validations looked up, and bytes read at each."""
+NUMBERS = {int, float, bool, type(None)}
+"""Types of JSON's numbers, and null."""
+VALIDATIONS, AROUND = 128, 1 << 12
+"""Of a longer file: validations looked up, and bytes read at each place, of which there are `WHOLE / AROUND`."""
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -33,9 +36,9 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def parse(data: bytes) -> Iterator[dict[str, Any]]:
-    """The JSON objects of some lines; a line that does not parse is left out."""
-    return (record for record in map(parse_line, data.splitlines()) if record is not None)
+def parse(data: bytes, word: bytes = b"") -> Iterator[dict[str, Any]]:
+    """The JSON objects of some lines that hold a word; a line that does not parse is left out."""
+    return (record for record in map(parse_line, (x for x in data.splitlines() if word in x)) if record is not None)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -53,7 +56,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 def of_a_step(record: dict[str, Any]) -> bool:
     """Whether a record is one of metrics.jsonl: `{"step": 20, "loss": 5.1, ...}`, numbers and nulls."""
-    return type(record.get("step")) is int and all(isinstance(v, int | float | None) for v in record.values())
+    return type(record.get("step")) is int and NUMBERS.issuperset(map(type, record.values()))
 
 
 def open_records(path: Path) -> BinaryIO:
@@ -104,13 +107,14 @@ def blocks_from_the_end(file: BinaryIO) -> Iterator[tuple[int, list[bytes]]]:
         end, size = start + cut, BLOCK
 
 
-def overview(path: Path, validated_every: int | None) -> tuple[list[dict[str, Any]], bool]:
+def overview(path: Path, validated_every: int | None, limit: int = WHOLE) -> tuple[list[dict[str, Any]], bool]:
     """Records of a metrics.jsonl in its order: all of a short file; of a long one its end and places all over it.
 
     Args:
         path: the file; one that is not there has no records.
         validated_every: steps between validations, whose records are looked up, the newest and others evenly, up to
             `VALIDATIONS`; None: only those met by chance.
+        limit: bytes up to which a file is read whole, and of a longer one about as many.
 
     Returns:
         The records, and whether they are all there are.
@@ -118,38 +122,60 @@ def overview(path: Path, validated_every: int | None) -> tuple[list[dict[str, An
     try:
         with open_records(path) as file:
             size = os.fstat(file.fileno()).st_size
-            if size <= WHOLE:
+            if size <= limit:
                 return list(filter(of_a_step, parse(os.pread(file.fileno(), size, 0)))), True
-            places = [(size * i // POINTS, AROUND) for i in range(POINTS)] + [(size - WHOLE // 4, WHOLE // 4)]
+            points = limit // AROUND
+            places = [(size * i // points, AROUND) for i in range(points)] + [(size - limit // 4, limit // 4)]
             newest = filter(of_a_step, in_order(file, [(size - BLOCK, BLOCK)]))
             last = max((record["step"] for record in newest), default=0)
+            records = list(filter(of_a_step, in_order(file, places)))
             if validated_every:
                 steps = range(last // validated_every * validated_every, -1, -validated_every)
                 steps = steps[:: -(-len(steps) // VALIDATIONS)]
-                places += [(place_of(file, size, step), 3 * AROUND) for step in steps]
-            return list(filter(of_a_step, in_order(file, places))), False
+                validations = in_order(
+                    file, [(place_of(file, size, step, last), 3 * AROUND) for step in steps], b"validation_"
+                )
+                met = {record["step"] for record in records if "validation_loss" in record}
+                others = [record for record in filter(of_a_step, validations) if record["step"] not in met]
+                records = list(heapq.merge(records, others, key=lambda record: record["step"]))
+            return records, False
     except OSError:
         return [], True
 
 
-def place_of(file: BinaryIO, size: int, step: int) -> int:
-    """A place at most `AROUND` bytes before the first record of a step, by halving."""
-    low, high = 0, size
+def place_of(file: BinaryIO, size: int, step: int, last: int) -> int:
+    """A place at most `AROUND` bytes before the first record of a step.
+
+    It is looked for where it would be if all lines were as long, a little to the side that is still far, and further
+    each time that it turns out to be further: in few looks where lines are alike, in the logarithm of them at worst.
+
+    Args:
+        file: the file.
+        size: of it, in bytes.
+        step: to be found.
+        last: about the step at its end.
+    """
+    low, high, below, above = 0, size, 0, max(last, 1)
+    aside = -AROUND // 2
     while high - low > AROUND:
-        middle = (low + high) // 2
+        share = (step - below) / (above - below) if below <= step < above else 0.5
+        middle = low + int((high - low) * share) + aside
+        middle = min(max(middle, low + AROUND // 2), high - AROUND // 2)
         first = next(filter(of_a_step, parse(part(file, middle, AROUND)[1])), None)
         if first is None or first["step"] >= step:
-            high = middle
+            high, above = middle, first["step"] if first else above
+            aside = 4 * aside if aside < 0 else -AROUND // 2
         else:
-            low = middle
+            low, below = middle, first["step"]
+            aside = 4 * aside if aside > 0 else AROUND // 2
     return low
 
 
-def in_order(file: BinaryIO, places: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """The records at some places of a file (where, and how many bytes), by where they are, each once."""
+def in_order(file: BinaryIO, places: list[tuple[int, int]], word: bytes = b"") -> Iterator[dict[str, Any]]:
+    """The records that hold a word at some places of a file (where, and how many bytes), in order, each once."""
     end = 0
     for start, size in sorted((max(start, 0), size) for start, size in places):
         if size and start + size > end:
             begin, data = part(file, max(start, end), start + size - max(start, end))
             end = max(end, begin + len(data))
-            yield from parse(data)
+            yield from parse(data, word)

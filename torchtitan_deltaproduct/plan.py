@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .arguments import Parser
 from .checkpoint import retention
 from .config import Environment, JobConfig, load_config
 from .config.schedule import Schedule
@@ -446,20 +447,15 @@ def _table(rows: Rows) -> Table:
     return table
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def error(self, message: str) -> None:
         raise ConfigError(f"{message}\n{self.format_usage().strip()}")
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and the rest: overrides."""
-    parser = _Parser(
-        prog="python -m torchtitan_deltaproduct.plan",
-        usage="%(prog)s X.toml [options] [--section.key value ...]",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _Parser("torchtitan_deltaproduct.plan", __doc__, in_full=True, allow_abbrev=False,
+                     usage="%(prog)s X.toml [options] [--section.key value ...]")  # fmt: skip
     parser.add_argument("--world-size", type=int, help="ranks; default: the product of the degrees")
     parser.add_argument("--tokens-per-second", type=float, help="measured speed of all ranks together")
     parser.add_argument("--mfu", type=float, help="assumed share of the peak FLOP/s, for example 0.4")

@@ -1,14 +1,14 @@
 """Where a run is, from the files it writes: metrics.jsonl, events.jsonl, heartbeat.json.
 
-    python -m torchtitan_deltaproduct.status outputs/run
-    watch -n 10 python -m torchtitan_deltaproduct.status outputs/*/run
+    python -m torchtitan_deltaproduct.status outputs/run                       all of one run
+    python -m torchtitan_deltaproduct.status outputs/*/run --watch 10          a line a run, every ten seconds
 
 Of checkpoints it reads no more than the markers. It needs neither torch nor the machine that trains.
 """
 
-import argparse
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .arguments import path
+from .arguments import Parser, path, seconds
 from .checkpoint.folders import step_folders
 from .checkpoint.marker import read_marker
 from .errors import CheckpointError, UserError, exit_on_user_error
@@ -27,30 +27,106 @@ from .events import LIMIT, NAME, last_stop, read_events
 from .files import read_text
 from .formats import sparkline
 from .history import VALIDATIONS, overview
+from .runs import short_names
 
 LAUNCHES = 20
 """Lines of launches that are shown."""
+ROW = ("state", "step", "loss", "validation", "best", "tokens/s", "to go")
+"""What the line of one of several runs says."""
+WIDE = 110
+"""Characters of a terminal that has room for all of it, with curves."""
 FRESH = 60.0
 """Seconds after which a heartbeat is no longer taken for a living run."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m torchtitan_deltaproduct.status", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=path, help="run folder")
+    parser = Parser("torchtitan_deltaproduct.status", __doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=path, help="run folder; of several, a line each")
+    parser.add_argument("--watch", type=seconds, metavar="SECONDS", help="again every so often, until Ctrl-C")
     options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    refused = []
-    for run in map(Path, options.runs):
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    while True:
+        content, refused = reports(list(map(Path, options.runs)), time.time(), console.width)
+        if options.watch:
+            # Does nothing where the output is no terminal.
+            console.clear()
+        console.print(content)
+        for error in refused:
+            print(f"left out: {error}", file=sys.stderr)
+        if not options.watch:
+            return
+        time.sleep(options.watch)
+
+
+def reports(runs: list[Path], now: float, width: int) -> tuple[Table, list[UserError]]:
+    """All of one run, or a line for each of several; and why others are left out.
+
+    Args:
+        runs: the run folders.
+        now: seconds since 1970.
+        width: of the terminal, in characters.
+
+    Raises:
+        UserError: none of the folders is a run's.
+    """
+    good, refused = [], []
+    for run in runs:
         try:
-            console.print(report(run, time.time()))
+            good.append((run, *read(run)))
         except UserError as error:
             refused.append(error)
-    if len(refused) == len(options.runs):
+    if not good:
         raise refused[0]
-    for error in refused:
-        print(f"left out: {error}", file=sys.stderr)
+    if len(runs) == 1:
+        return report(runs[0], now), refused
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("run", overflow="fold", min_width=8)
+    wide = width >= WIDE
+    columns = [name for name in ROW if wide or name not in ("best", "tokens/s")]
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    for name, (run, records, _, events) in zip(short_names([run for run, *_ in good]), good, strict=True):
+        cells = row(run, records, events, now, blocks=12 if wide else 0)
+        table.add_row(escape(name), *(cells[name] for name in columns))
+    return table, refused
+
+
+def read(run: Path) -> tuple[list[dict], bool, list[dict]]:
+    """Records, whether these are all, and events.
+
+    Raises:
+        UserError: the folder is not a run's.
+    """
+    records, whole = overview(run / "metrics.jsonl", setting(run, "validation", "freq"))
+    events = read_events(run)
+    if not records and not events:
+        what = "has neither metrics.jsonl nor events.jsonl" if run.is_dir() else "is not a folder"
+        raise UserError(f"{run} {what}; expected the dump_folder of a run that was started")
+    return records, whole, events
+
+
+def row(run: Path, records: list[dict], events: list[dict], now: float, blocks: int) -> dict[str, str]:
+    """What the line of one of several runs says, see `ROW`.
+
+    Args:
+        run: the folder.
+        records, events: of it.
+        now: seconds since 1970.
+        blocks: width of the curve of losses; 0: none.
+    """
+    steps, total = [r for r in records if "loss" in r], setting(run, "training", "steps")
+    how = re.split(r"[:,]| \d", state(events, read_json(run / "heartbeat.json"), now))[0]
+    step = f"{steps[-1]['step']:,}" + (f"/{total:,}" if total else "") if steps else ""
+    values = [r["validation_loss"] for r in records if r.get("validation_loss") is not None]
+    newest, best = (f"{values[-1]:.4f}", f"{min(values):.4f}") if values else ("", "")
+    typical = typical_step(steps)
+    left = (total or 0) - steps[-1]["step"] if steps else 0
+    speed = f"{typical['tokens_per_second']:,.0f}" if typical else ""
+    to_go = ago(left * typical["seconds"]) if typical and left > 0 else ""
+    last = [r["loss"] for r in steps if r["loss"] is not None]
+    curve = f"{sparkline(last, blocks)} " if blocks and last else ""
+    loss = f"{curve}{sum(last[-20:]) / len(last[-20:]):.4f}" if last else ""
+    return dict(zip(ROW, (how, step, loss, newest, best, speed, to_go), strict=True))
 
 
 def report(run: Path, now: float) -> Table:
@@ -63,13 +139,8 @@ def report(run: Path, now: float) -> Table:
     Raises:
         UserError: the folder is not a run's.
     """
-    every = setting(run, "validation", "freq")
-    records, whole = overview(run / "metrics.jsonl", every)
-    events = read_events(run)
-    if not records and not events:
-        what = "has neither metrics.jsonl nor events.jsonl" if run.is_dir() else "is not a folder"
-        raise UserError(f"{run} {what}; expected the dump_folder of a run that was started")
-    beat = read_json(run / "heartbeat.json")
+    records, whole, events = read(run)
+    beat, every = read_json(run / "heartbeat.json"), setting(run, "validation", "freq")
     steps, total = [r for r in records if "loss" in r], setting(run, "training", "steps")
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in [
@@ -167,17 +238,21 @@ def validation(records: list[dict], every: int | None = None) -> str:
     return f"{said}; best{some} {best['validation_loss']:.4f} at step {best['step']:,}"
 
 
-def speed(steps: list[dict], total: int | None) -> str:
-    """Medians of the last steps: one that validates or saves is not typical."""
+def typical_step(steps: list[dict]) -> dict | None:
+    """The median of the last steps by their seconds: one that validates or saves is not typical."""
     timed = [r for r in steps[-50:] if r.get("seconds") is not None and r.get("tokens_per_second") is not None]
-    recent = sorted(timed, key=lambda r: r["seconds"])
-    if not recent:
+    return sorted(timed, key=lambda r: r["seconds"])[len(timed) // 2] if timed else None
+
+
+def speed(steps: list[dict], total: int | None) -> str:
+    typical = typical_step(steps)
+    if typical is None:
         return ""
-    typical = recent[len(recent) // 2]
+    newest = steps[-1]
     mfu = f", MFU {typical['mfu']:.1%}" if typical.get("mfu") else ""
     left = (total or 0) - steps[-1]["step"]
     eta = f", {ago(left * typical['seconds'])} to go" if left > 0 else ""
-    goodput = f", goodput {timed[-1]['goodput']:.1%}" if timed[-1].get("goodput") else ""
+    goodput = f", goodput {newest['goodput']:.1%}" if newest.get("goodput") else ""
     said = f"{typical['tokens_per_second']:,.0f} tokens/s, {typical['seconds']:.3g} s a step{mfu}{goodput}{eta}"
     return f"{said}, {typical['memory_gib']:.1f} GiB a device" if typical.get("memory_gib") is not None else said
 

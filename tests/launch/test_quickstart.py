@@ -1,6 +1,7 @@
 """The quick start, shortened to three steps: real corpus, tokenizer, shards, torchrun, report; then again."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -25,6 +26,8 @@ def test_from_nothing_and_again(tmp_path):
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
     for line in ("step 3/3", "held-out loss", "token frequencies alone give", "tokens a second", "where", "next"):
         assert line in first.stdout
+    (page,) = re.findall(r"a page of it +(.*)", first.stdout)
+    assert "<svg" in (tmp_path / page).read_text()
     second = quickstart(tmp_path, "2", "--training.steps", "4", "--lr_scheduler.total_steps", "4",
                         "--training.local_batch_size", "1")  # fmt: skip
     assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-2000:]

@@ -16,7 +16,8 @@ from tests.unit.evaluation.words_toy import write_toml as write_words
 from torchtitan_deltaproduct.config import Environment, load_config
 
 REPO = toys.REPO
-MODULES = ("eval", *(f"torchtitan_deltaproduct.{name}" for name in ("data", "checkpoint", "status")))
+ROOMS = ("data", "checkpoint", "status", "compare", "report")
+MODULES = ("eval", *(f"torchtitan_deltaproduct.{name}" for name in ROOMS))
 """Of `python -m`: the commands that are run here. The others train, or look at this machine."""
 RUN = [words for words in map(shlex.split, COMMANDS) if words[:2] == ["python", "-m"] and words[2].startswith(MODULES)]
 FINEWEB = sorted((REPO / "train_configs/fineweb").glob("*.toml"))
@@ -61,7 +62,7 @@ def call(folder, words, *more):
 def test_the_commands_are_found():
     names = {words[2].rpartition(".")[2] for words in RUN}
     assert {"prepare", "length_extrapolation", "effective_rank", "generate", "lm_harness", "sweep", "to_hf", "from_hf",
-            "state_tracking", "status", "ls", "verify"} <= names  # fmt: skip
+            "state_tracking", "status", "compare", "report", "ls", "verify"} <= names  # fmt: skip
 
 
 @pytest.mark.parametrize("words", RUN, ids=lambda words: " ".join(words[2:])[:60])

@@ -12,15 +12,17 @@ from tests.toy import REPO
 
 PACKAGE = "torchtitan_deltaproduct"
 LAYERS = [
-    {"errors", "files", "history", "events", "arguments", "devices", "formats", "jobs", "options", "optimizers",
-     "torch_internals"},  # fmt: skip
+    {"errors", "files", "history", "events", "arguments", "devices", "flops", "formats", "jobs", "options",
+     "optimizers", "torch_internals"},  # fmt: skip
     {"ops"},
     {"models"},
     {"config"},
-    {"memory", "data"},
+    {"memory", "data", "runs"},
     {"checkpoint", "scaling"},
     {"titan", "evaluation", "plan", "doctor", "status"},
-    {"train"},
+    {"train", "compare", "curves"},
+    {"report"},
+    {"__main__"},
 ]
 """Rooms and top-level modules from the lowest up; each may import those of lower layers, the lowest one another too."""
 ROOTS = (PACKAGE, "launch", "eval", "benchmarks")

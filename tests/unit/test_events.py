@@ -9,6 +9,8 @@ def test_append_and_read(tmp_path):
     append(tmp_path, "launch", step=0, ranks=2)
     with open(tmp_path / NAME, "a") as file:
         file.write('{"event": "stop", "rea\n[1, 2]\n')
+        for time in ("NaN", "Infinity", "1e12", '"noon"'):
+            file.write(f'{{"event": "launch", "step": 1, "time": {time}}}\n')
     append(tmp_path, "stop", step=4, reason="signal", detail="SIGTERM", saved=True)
     found = read_events(tmp_path)
     assert [event["event"] for event in found] == ["launch", "stop"] and found[1]["detail"] == "SIGTERM"

@@ -67,6 +67,17 @@ def test_every_validation_of_a_long_file_is_found(tmp_path):
     assert status.losses([r for r in records if "loss" in r], whole).endswith(" steps read")
 
 
+def test_a_step_is_found_in_few_looks(tmp_path, bytes_read):
+    path = write(tmp_path / "metrics.jsonl", 60_000)
+    steps = range(1, 60_001, 599)
+    with open_records(path) as file:
+        for step in steps:
+            place = history.place_of(file, path.stat().st_size, step, 60_000)
+            found = {record["step"] for record in history.in_order(file, [(place, 2 * history.AROUND)])}
+            assert step in found
+    assert len(bytes_read) / len(steps) < 16  # two a look, and two to read the place; halving takes 12 looks
+
+
 def test_of_very_many_validations_some_are_read(tmp_path):
     path = write(tmp_path / "metrics.jsonl", 30_000, every=100)
     records, _ = overview(path, validated_every=100)

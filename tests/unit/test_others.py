@@ -26,6 +26,17 @@ def test_a_dependency_has_an_upper_bound_and_admits_what_is_tested(wanted):
     assert wanted.specifier.contains(tested)
 
 
+def test_the_lock_of_uv_is_of_these_dependencies():
+    """If not: `uv lock` (https://docs.astral.sh/uv; `uv sync` installs from it)."""
+    locked = {package["name"]: package for package in tomllib.loads((REPO / "uv.lock").read_text())["package"]}
+    ours = locked["torchtitan-deltaproduct"]["metadata"]
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    extras = [Requirement(text) for texts in project["optional-dependencies"].values() for text in texts]
+    wanted = {text.name.lower().replace("_", "-"): text.specifier for text in DEPENDENCIES + extras}
+    assert {text["name"]: Requirement(f"x{text['specifier']}").specifier for text in ours["requires-dist"]} == wanted
+    assert all(specifier.contains(locked[name]["version"]) for name, specifier in wanted.items())
+
+
 def test_the_versions_named_in_the_files_are_those_of_pyproject():
     bounds = {wanted.name: wanted.specifier for wanted in DEPENDENCIES}
     low, _, high = torch_internals.WRITTEN_FOR.removeprefix("torch ").partition(" to ")

@@ -1,6 +1,7 @@
 """What `status` says of runs in every state, from their files alone."""
 
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -117,3 +118,50 @@ def test_folders_that_are_no_runs_are_left_out(tmp_path, capsys):
     assert "finished" in said.out and f"left out: {tmp_path}/evals has neither metrics.jsonl nor" in said.err
     with pytest.raises(UserError, match="has neither"):
         status.main([str(tmp_path / "evals")])
+
+
+def table(*runs, width=200) -> list[list[str]]:
+    """The cells of each line; those left empty are missing."""
+    console = Console(width=width, highlight=False, record=True)
+    console.print(status.reports(list(runs), NOW, width)[0])
+    return [re.split(" {2,}", line.strip()) for line in console.export_text().splitlines()]
+
+
+def test_of_several_runs_a_line_each(tmp_path):
+    records = [step(n, 10 / n) for n in range(1, 51)] + [{"step": 50, "validation_loss": 0.9}]
+    records.insert(20, {"step": 20, "validation_loss": 0.7})
+    going = write(tmp_path / "a[b]", records, [LAUNCH], BEAT)
+    done = write(tmp_path / "done", [step(100)], [LAUNCH, stop("signal", "SIGTERM: x")])
+    new = write(tmp_path / "new", [], [LAUNCH])
+    mean = sum(10 / n for n in range(31, 51)) / 20
+    header, *rows = table(going, done, new)
+    assert header == ["run", *status.ROW]
+    assert [row[:1] + row[1:2] for row in rows] == [
+        ["a[b]", "running"],
+        ["done", "stopped on SIGTERM"],
+        ["new", "silent"],
+    ]
+    assert rows[0][2:] == ["50/100", f"█▃▂▂▁▁▁▁▁▁▁▁ {mean:.4f}", "0.9000", "0.7000", "500", "1 min"]
+    assert rows[1][2:] == ["100/100", "▁ 3.0000", "500"]
+    header, *rows = table(going, done, width=80)
+    assert header == ["run", "state", "step", "loss", "validation", "to go"]
+    assert rows[0] == ["a[b]", "running", "50/100", f"{mean:.4f}", "0.9000", "1 min"]
+
+
+def test_watch_looks_again_until_it_is_ended(tmp_path, capsys, monkeypatch):
+    run, waits = write(tmp_path / "run", [step(1)], [LAUNCH]), []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        write(run, [step(1), step(2)], [LAUNCH])
+        if len(waits) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        status.main([str(run), "--watch", "2.5"])
+    said = capsys.readouterr().out
+    assert waits == [2.5, 2.5] and "1 of 100" in said and "2 of 100" in said and "\x1b" not in said
+    for wrong in ("0", "nan", "often"):
+        with pytest.raises(UserError, match="expected seconds, from 1"):
+            status.main([str(run), "--watch", wrong])

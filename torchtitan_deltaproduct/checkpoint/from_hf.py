@@ -12,7 +12,6 @@ Evals take the run folder, and the Hugging Face folder itself. Every tensor is a
 missing and what is left over.
 """
 
-import argparse
 import json
 import shutil
 import warnings
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 
-from ..arguments import path, text
+from ..arguments import Parser, path, text
 from ..data.text.tokenizer import copy_tokenizer, find_eos_id
 from ..errors import CheckpointError, exit_on_user_error
 from ..files import write_json
@@ -94,9 +93,7 @@ def model_table(args: DeltaProductArgs) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m torchtitan_deltaproduct.checkpoint.from_hf", description=__doc__.split("\n")[0]
-    )
+    parser = Parser("torchtitan_deltaproduct.checkpoint.from_hf", __doc__)
     parser.add_argument("source", type=path, metavar="HF", help="folder with config.json and model.safetensors")
     parser.add_argument("out", type=path, metavar="OUT", help="run folder to make")
     parser.add_argument(

@@ -5,7 +5,6 @@
 Looks at names, sizes and markers; `checkpoint.verify` reads everything back.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..arguments import path
+from ..arguments import Parser, path
 from ..config.snapshots import read_snapshot
 from ..errors import CheckpointError, exit_on_user_error
 from .folders import CheckpointInfo, best_steps, deletable, is_hf_folder, retention, scan, was_complete
@@ -65,9 +64,7 @@ def listing(checkpoints: list[CheckpointInfo], settings: dict) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m torchtitan_deltaproduct.checkpoint.ls", description=__doc__.split("\n")[0]
-    )
+    parser = Parser("torchtitan_deltaproduct.checkpoint.ls", __doc__)
     parser.add_argument("run", metavar="RUN", type=path, help="run folder")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)

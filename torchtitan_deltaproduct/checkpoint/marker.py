@@ -10,10 +10,12 @@ removes the marker first. `.saving` says that a save of ours is under way, or wa
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import stat
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +51,22 @@ class Marker:
     validation_loss: float | None = None
 
 
-def checksum(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 of a file."""
-    with open(path, "rb") as file:
+class Counted(io.FileIO):
+    """A file that tells how many bytes were read each time."""
+
+    def __init__(self, path: Path, tell: Callable[[int], None]) -> None:
+        super().__init__(path)
+        self.told = tell
+
+    def readinto(self, buffer: memoryview) -> int:
+        size = super().readinto(buffer)
+        self.told(size)
+        return size
+
+
+def checksum(path: Path, tell: Callable[[int], None] | None = None) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of a file; `tell` is called with the bytes that were read, again and again."""
+    with Counted(path, tell) if tell else open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), digest
 
@@ -118,18 +133,21 @@ def wrong_sizes(folder: Path, marker: Marker) -> str:
     return ""
 
 
-def wrong_checksums(folder: Path, marker: Marker, share: int = 0, shares: int = 1) -> list[str]:
+def wrong_checksums(
+    folder: Path, marker: Marker, share: int = 0, shares: int = 1, tell: Callable[[int], None] | None = None
+) -> list[str]:
     """Files that are not what was written, in words.
 
     Args:
         folder: the checkpoint.
         marker: its marker.
         share: which part of the files to read, of `shares`: ranks divide the work.
+        tell: is called with the bytes that were read, again and again, by several threads.
     """
 
     def problem(name: str) -> str:
         try:
-            same = checksum(folder / name) == marker.files[name]
+            same = checksum(folder / name, tell) == marker.files[name]
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         return "" if same else f"{name} is not what was written (its checksum differs)"

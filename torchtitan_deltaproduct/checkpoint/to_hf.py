@@ -9,19 +9,22 @@ under its name only after it was read back: the weights must be the run's, bit f
 the run's logits.
 """
 
-import argparse
 import logging
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
-from ..arguments import path, text
+from ..arguments import Parser, path, text
 from ..data.text.tokenizer import copy_tokenizer, load_tokenizer
 from ..errors import CheckpointError, ConfigError, DataError, exit_on_user_error
 from ..files import utf8_path
+from ..formats import amount
 from ..models.hf_names import to_hf as under_fla_names
 from .folders import is_hf_folder
 from .hf import make_unfinished, put_in_place, write_hf
@@ -60,6 +63,7 @@ def export(
     tokenizer: str | Path | None = None,
     eos: str = "",
     overwrite: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Verified:
     """Writes `out`; see the module.
 
@@ -72,12 +76,14 @@ def export(
         tokenizer: folder with tokenizer.json; None: the run's own.
         eos: text of the separator between documents; empty: that of training.
         overwrite: replaces an export that is there already.
+        tell: is called with what is being done.
 
     Raises:
         CheckpointError: `run` cannot be loaded, `out` is in the way, or what was written is not what was to be.
     """
     out = Path(out)
     _check_target(out, overwrite)
+    tell(f"reading {run}")
     loaded = load_model(run, step)
     source = Path(tokenizer) if tokenizer else loaded.tokenizer
     unfinished = make_unfinished(out)
@@ -89,6 +95,7 @@ def export(
         # Of imported weights the step and run that made them, where they are known.
         made = loaded.origin or {"step": loaded.step, "run": str(loaded.run)}
         training = {"step": made.get("step"), "run": made.get("run") or made.get("folder"), "config": loaded.config}
+        tell(f"writing {amount(sum(tensor.nbytes for tensor in state.values()), 'B')}")
         write_hf(
             *(unfinished, state, loaded.model.args),
             training=training,
@@ -99,6 +106,7 @@ def export(
             copy_tokenizer(source, unfinished, separator)
         card = model_card(loaded, out.name, dtype)
         (unfinished / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+        tell("reading it back, and opening it with fla's class")
         verified = verify(unfinished, loaded, state)
         put_in_place(unfinished, out)
     finally:
@@ -199,9 +207,7 @@ def _open_with_fla(folder: Path, expected: dict[str, torch.Tensor]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m torchtitan_deltaproduct.checkpoint.to_hf", description=__doc__.split("\n")[0]
-    )
+    parser = Parser("torchtitan_deltaproduct.checkpoint.to_hf", __doc__)
     add = parser.add_argument
     add("run", type=path, metavar="RUN", help="run folder, or one of its checkpoint/step-N")
     add("out", type=path, metavar="OUT", help="folder to make")
@@ -215,7 +221,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not options["max_shard_size"][:-2].isdigit() or options["max_shard_size"][-2:] not in ("KB", "MB", "GB"):
         raise ConfigError(f"--max-shard-size {options['max_shard_size']}: expected a size such as 500MB or 5GB")
     out = options["out"]
-    verified = export(options.pop("run"), options.pop("out"), **options)
+    # Nothing where standard error is no terminal.
+    with Console(stderr=True).status("") as status:
+        options["tell"] = lambda doing: status.update(escape(doing))
+        verified = export(options.pop("run"), options.pop("out"), **options)
     files = sorted(file for file in Path(out).iterdir() if file.is_file())
     size = sum(file.stat().st_size for file in files)
     print(f"{out}: {', '.join(file.name for file in files)} ({size / 1e6:,.1f} MB)")

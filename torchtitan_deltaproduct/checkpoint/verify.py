@@ -7,11 +7,12 @@
 Exit code 0: all that was read is as it was written; 1: something is not, or nothing is complete.
 """
 
-import argparse
+import threading
 import time
 from pathlib import Path
 
-from ..arguments import path
+from ..arguments import Parser, path
+from ..data.text.progress import Progress
 from ..errors import CheckpointError, exit_on_user_error
 from .folders import CheckpointInfo, inspect, scan
 from .ls import checkpoint_folder
@@ -37,16 +38,25 @@ def chosen(run: Path, step: int | None) -> list[CheckpointInfo]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m torchtitan_deltaproduct.checkpoint.verify", description=__doc__.split("\n")[0]
-    )
+    parser = Parser("torchtitan_deltaproduct.checkpoint.verify", __doc__)
     parser.add_argument("run", metavar="RUN", type=path, help="run folder, or one checkpoint/step-N")
     parser.add_argument("--step", type=int, help="only this step (default: all)")
     options = parser.parse_args(arguments)
-    good = bad = 0
-    for info in chosen(Path(options.run), options.step):
+    good = bad = done = 0
+    lock = threading.Lock()
+    infos = chosen(Path(options.run), options.step)
+    total = sum(size for info in infos if info.complete for size, _ in info.marker.files.values())
+
+    def tell(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            progress.update(done)
+
+    for info in infos:
         start = time.monotonic()
-        problems = wrong_checksums(info.path, info.marker) if info.complete else [info.reason]
+        with Progress("verify", total, done, lines=False) as progress:
+            problems = wrong_checksums(info.path, info.marker, tell=tell) if info.complete else [info.reason]
         seconds = max(time.monotonic() - start, 1e-9)
         good, bad = good + (not problems), bad + bool(problems)
         if problems:

@@ -1,7 +1,7 @@
 """Loads a job: the TOML named by `--job.config_file`, then the command line on top, strictly.
 
 Every problem of the file and of the command line is collected, each with its line and the nearest valid name,
-and raised as one `ConfigError`, before any process group starts. `--help` prints all options, `--help
+and raised as one `ConfigError`, before any process group starts. `--help` prints the tables, `--help
 training` those of a table.
 
     config = load_config(["--job.config_file", "train_configs/x.toml", "--training.steps", "10"])

@@ -1,7 +1,8 @@
 """The options in words: `--help`, and the reference page docs/config.md.
 
-    python -m torchtitan_deltaproduct.train --help              all tables, with types, defaults and first doc sentences
+    python -m torchtitan_deltaproduct.train --help              the tables, and names of their options
     python -m torchtitan_deltaproduct.train --help training     one table, in full
+    python -m torchtitan_deltaproduct.train --help all          all, with types, defaults and first doc sentences
     python -m torchtitan_deltaproduct.config.reference > docs/config.md
 
 Options that this toolkit refuses are listed, with the reason, only where one table is asked for.
@@ -14,9 +15,11 @@ from .values import show
 
 _USAGE = """\
 usage: --job.config_file FILE [--section.key VALUE | --section.flag | --section.no-flag] ...
-       --help [section]
+       --help section | --help all
 
 Options of the TOML tables; every one can be overridden on the command line."""
+_WIDTH = 118
+"""Characters of a line of the overview."""
 
 
 def asks_for_help(argv: list[str]) -> bool:
@@ -31,8 +34,11 @@ def print_help(argv: list[str]) -> None:
 
 
 def render_help(section: str = "") -> str:
-    """The help of one table, or of all if `section` is empty."""
+    """The help of one table, of "all", or, if `section` is empty, a line a table."""
     section = "" if section.startswith("-") else section.replace("-", "_")
+    if not section:
+        return "\n".join([_USAGE, "", *filter(None, map(_line, tables()))])
+    section = "" if section == "all" else section
     chosen = [table for table in tables() if not section or f"{table}.".startswith(f"{section}.")]
     if not chosen:
         return f"no table [{section}]; {describe_table(section)}"
@@ -42,6 +48,15 @@ def render_help(section: str = "") -> str:
         refused = [key for key in schema() if refusal(key)]
         parts.append(f"{len(refused)} options of torchtitan are refused: --help section says which and why.")
     return "\n\n".join(parts)
+
+
+def _line(table: str) -> str:
+    """A table and as many names of its options as fit; "" if all are refused."""
+    names = [name for name in tables()[table] if refusal(f"{table}.{name}") is None]
+    if not names:
+        return ""
+    text = f"  [{table}] {', '.join(names)}"
+    return text if len(text) <= _WIDTH else f"{text[:_WIDTH].rpartition(',')[0]}, ..."
 
 
 def _render_table(table: str, in_full: bool) -> str:

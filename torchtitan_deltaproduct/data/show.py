@@ -5,7 +5,6 @@ python -m torchtitan_deltaproduct.data.show data/code/train --document 17     # 
 python -m torchtitan_deltaproduct.data.show data/code/train --verify          # checksums of every file
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from torchtitan_deltaproduct.arguments import path
+from torchtitan_deltaproduct.arguments import Parser, path
 from torchtitan_deltaproduct.errors import exit_on_user_error
 
 from .shards.corpora import open_stream
@@ -57,7 +56,7 @@ def table(stream: TokenStream) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="show", description=__doc__.split("\n")[0])
+    parser = Parser("torchtitan_deltaproduct.data.show", __doc__)
     parser.add_argument("folder", type=path, help="prepared folder, the one with manifest.json, or files of others")
     parser.add_argument("--tokenizer", default="", type=path, metavar="FOLDER", help="that made the files of others")
     parser.add_argument("--document", type=int, default=0, metavar="N", help="document to show (default: 0)")

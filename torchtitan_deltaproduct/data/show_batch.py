@@ -6,7 +6,6 @@ The order of samples is a function of the settings and the step, so the batch is
 the run was started from: data paths are those of its config.json.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 from rich.console import Console
 from rich.text import Text
 
-from torchtitan_deltaproduct.arguments import path
+from torchtitan_deltaproduct.arguments import Parser, path
 from torchtitan_deltaproduct.config.snapshots import read_snapshot
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, exit_on_user_error
 
@@ -48,7 +47,7 @@ def global_batch(run: Path, step: int):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="show_batch", description=__doc__.split("\n")[0])
+    parser = Parser("torchtitan_deltaproduct.data.show_batch", __doc__)
     parser.add_argument("run", metavar="RUN", type=path, help="run folder")
     parser.add_argument("--step", type=int, required=True, metavar="S", help="step, as the log names it")
     parser.add_argument("--rows", type=int, nargs="+", metavar="R", help="rows of the batch (default: all)")

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from torchtitan_deltaproduct.arguments import path, shown
+from torchtitan_deltaproduct.arguments import Parser, path, shown
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.models import DeltaProductLM
@@ -119,7 +119,7 @@ class LongEvaluation(ABC):
 
     def parse(self, arguments: list[str] | None) -> argparse.Namespace:
         """The command line; ConfigError if it is wrong."""
-        parser = argparse.ArgumentParser(prog=f"python -m eval.{self.name}", description=self.summary)
+        parser = Parser(f"eval.{self.name}", self.summary)
         add_model_options(parser, dtype=self.dtype, optional=True)
         add_text_options(parser, length=self.length, sequences=self.sequences, documents=self.documents)
         self.add_options(parser.add_argument)

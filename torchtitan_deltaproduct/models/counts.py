@@ -11,13 +11,14 @@ activation checkpointing is not useful work and not counted.
 """
 
 import re
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from .. import ops
 from ..errors import ConfigError
+from ..flops import flops_per_token
 from .args import DeltaProductArgs
-from .init import plain_name
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def parameters_by_part(args: DeltaProductArgs) -> dict[str, int]:
@@ -76,12 +77,14 @@ PARTS = {
 """Names of the parameters of each part."""
 
 
-def check_formulas(model: nn.Module, args: DeltaProductArgs) -> None:
+def check_formulas(model: "nn.Module", args: DeltaProductArgs) -> None:
     """Compares the formulas with a model: a parameter that they leave out makes FLOPs, MFU and the plan wrong.
 
     Raises:
         ConfigError: they do not agree; names the parameter, or the part whose sizes differ.
     """
+    from .init import plain_name  # imports torch, which the formulas alone do not need
+
     sizes, uncounted = dict.fromkeys(PARTS, 0), []
     for name, parameter in model.named_parameters():
         name = plain_name(name)
@@ -114,7 +117,7 @@ def paper_parameters(args: DeltaProductArgs) -> int:
 def forward_flops_per_token(args: DeltaProductArgs) -> int:
     """FLOPs of one forward pass, per token."""
     matrices = _mixer_matrices(args) + 3 * args.hidden_size * args.mlp_size
-    operator = ops.flops_per_token(args.num_householder, args.num_heads, args.head_dim, args.head_v_dim)
+    operator = flops_per_token(args.num_householder, args.num_heads, args.head_dim, args.head_v_dim)
     return args.num_hidden_layers * (2 * matrices + operator) + 2 * args.vocab_size * args.hidden_size
 
 

@@ -220,13 +220,14 @@ class TensorBoard(stock.BaseLogger):
 
 
 def wandb_logger(job_config: JobConfig, folder: Path) -> stock.BaseLogger:
-    """torchtitan's wandb logger, continuing the run whose id is kept in `folder/wandb_id`."""
+    """torchtitan's wandb logger, continuing the run whose id is kept in `folder/wandb_id`; named after the folder."""
     path = folder / "wandb_id"
     if not path.exists():
         path.write_text(os.environ.get("WANDB_RUN_ID") or os.urandom(4).hex(), encoding="utf-8")
     os.environ["WANDB_RUN_ID"] = path.read_text(encoding="utf-8").strip()
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("WANDB_PROJECT", "torchtitan-deltaproduct")
+    os.environ.setdefault("WANDB_RUN_NAME", "/".join(folder.resolve().parts[-2:]))
     return stock.WandBLogger(str(folder), job_config)
 
 

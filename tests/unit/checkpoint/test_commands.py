@@ -53,13 +53,33 @@ def test_ls_marks_the_best(run, capsys):
 
 def test_verify(run, capsys):
     assert verify.main([str(run), "--step", "40"]) == 0
-    assert "step 40: 3 files as they were written" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "step 40: 3 files as they were written" in said.out and not said.err
     flip(run / "checkpoint/step-30/__0_0.distcp")
     assert verify.main([str(run)]) == 1
     said = capsys.readouterr().out
     assert "step 30: NOT USABLE: __0_0.distcp is not what was written" in said
     assert "step 50: NOT USABLE" in said and "step 20: 3 files" in said
     assert verify.main([str(run / "checkpoint/step-20")]) == 0
+
+
+def test_verify_shows_its_progress_on_a_terminal(run, monkeypatch):
+    """A bar over the bytes of all complete steps: each is told of once."""
+    totals, shown = set(), []
+
+    class Bar(verify.Progress):
+        def __init__(self, title, total, done, lines):
+            totals.add(total)
+            super().__init__(title, total, done, lines)
+
+        def update(self, done, note=""):
+            shown.append(done)
+
+    monkeypatch.setattr(verify, "Progress", Bar)
+    assert verify.main([str(run)]) == 1
+    files = [file for step in (10, 20, 30, 40) for file in (run / f"checkpoint/step-{step}").iterdir()]
+    total = sum(file.stat().st_size for file in files if file.name != "complete.json")
+    assert totals == {total} and shown[-1] == total and shown == sorted(shown) and len(shown) >= len(files) - 4
 
 
 def test_wrong_paths(run, tmp_path):

@@ -51,9 +51,16 @@ def test_type_names():
 
 
 def test_help_of_everything_lists_what_is_supported():
-    text = render_help()
+    text = render_help("all")
     assert "[training]" in text and "  steps: int = 10000\n      How many train steps to run\n" in text
     assert "tensor_parallel_degree" not in text
+
+
+def test_help_without_a_word_is_an_overview():
+    lines = render_help().splitlines()
+    assert len(lines) < 30 and max(map(len, lines)) < 125 and not any("quantize" in line for line in lines)
+    (line,) = (line for line in lines if line.startswith("  [training] "))
+    assert line.startswith("  [training] local_batch_size, global_batch_size, seq_len") and "dataset" not in line
 
 
 def test_help_of_a_table():

@@ -12,6 +12,7 @@ from torchtitan_deltaproduct import history
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.events import read_events
 from torchtitan_deltaproduct.history import read_jsonl
+from torchtitan_deltaproduct.titan import metrics
 from torchtitan_deltaproduct.titan.metrics import RecordFile, TensorBoard, restore_history, set_repeated_aside
 
 
@@ -185,3 +186,17 @@ def test_tensorboard_that_cannot_begin_stops_no_run(tmp_path, caplog):
     board.log({"loss": 1.0}, 4 + TensorBoard.RETRY)
     board.close()
     assert list((tmp_path / "tb").iterdir())
+
+
+def test_wandb_has_one_run_a_folder_named_after_it(tmp_path, monkeypatch):
+    opened = []
+    for name in ("WANDB_RUN_ID", "WANDB_RUN_NAME", "WANDB_PROJECT", "WANDB_RESUME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(metrics.stock, "WandBLogger", lambda *_: opened.append(dict(os.environ)))
+    (tmp_path / "outputs/s3").mkdir(parents=True)
+    for _ in range(2):
+        metrics.wandb_logger(None, tmp_path / "outputs/s3")
+        monkeypatch.delenv("WANDB_RUN_ID")
+    first, second = opened
+    assert first["WANDB_RUN_NAME"] == "outputs/s3" and first["WANDB_PROJECT"] == "torchtitan-deltaproduct"
+    assert first["WANDB_RUN_ID"] == second["WANDB_RUN_ID"] == (tmp_path / "outputs/s3/wandb_id").read_text()

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from torchtitan_deltaproduct.arguments import path, text
+from torchtitan_deltaproduct.arguments import Parser, path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.files import read_text, write_atomically
 
@@ -317,7 +317,7 @@ def first_bad(out: Path) -> list[BadRecord]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="prepare", description=__doc__.split("\n")[0])
+    parser = Parser("torchtitan_deltaproduct.data.prepare", __doc__)
     add, paths = parser.add_argument, {"nargs": "+", "default": [], "type": path, "metavar": "PATH"}
     add("out", type=path, help="folder to make")
     add("--input", **paths, help="text, JSON, CSV (also packed) or Parquet files, or folders")

@@ -17,12 +17,12 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Args: title: of the job; total: bytes in all; done: bytes that an earlier run has done already."""
+    """Args: title: of the job; total: bytes; done: those of an earlier run; lines: whether to write lines."""
 
-    def __init__(self, title: str, total: int, done: int = 0):
+    def __init__(self, title: str, total: int, done: int = 0, lines: bool = True):
         self.title, self.total, self.start_done = title, max(total, 1), done
         self.start = self.last_line = time.monotonic()
-        self.bar = None
+        self.bar, self.lines = None, lines
         console = Console(stderr=True)
         if console.is_terminal:
             columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -43,7 +43,7 @@ class Progress:
             self.bar.update(self.task, completed=done, note=note)
             return
         now = time.monotonic()
-        if now - self.last_line >= SECONDS_BETWEEN_LINES:
+        if self.lines and now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
             print(self.line(done, now - self.start, note), file=sys.stderr, flush=True)
 

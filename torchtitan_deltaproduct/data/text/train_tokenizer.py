@@ -6,14 +6,13 @@ The pre-tokenizer is GPT-2's; the only special token is `<|endoftext|>`, id 0, w
 same input gives the same tokenizer. A folder that holds the result already is left as it is.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from torchtitan_deltaproduct.arguments import path, text
+from torchtitan_deltaproduct.arguments import Parser, path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.files import write_atomically, write_json
 
@@ -90,7 +89,7 @@ def save(tokenizer: Tokenizer, folder: Path, record: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train_tokenizer", description=__doc__.split("\n")[0])
+    parser = Parser("torchtitan_deltaproduct.data.train_tokenizer", __doc__)
     add = parser.add_argument
     add("input", nargs="+", type=path, help="text, JSON, CSV (also packed) or Parquet files, or folders")
     add("--out", required=True, type=path, metavar="FOLDER", help="folder to write")

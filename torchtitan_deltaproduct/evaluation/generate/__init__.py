@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from torchtitan_deltaproduct.arguments import path, text
+from torchtitan_deltaproduct.arguments import Parser, path, text
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.generate", description=__doc__.split("\n")[0])
+    parser = Parser("eval.generate", __doc__)
     add_model_options(parser, results=False)
     add = parser.add_argument
     add("--prompt", nargs="+", action="extend", default=[], type=text, metavar="TEXT",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 
 from ..files import read_results
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.state_tracking", description=__doc__.split("\n")[0])
+    parser = Parser("eval.state_tracking", __doc__)
     add_model_options(parser, dtype="float32")
     add = parser.add_argument
     add("--length", type=int, default=0,

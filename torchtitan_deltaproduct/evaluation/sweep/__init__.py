@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from torchtitan_deltaproduct.arguments import path
+from torchtitan_deltaproduct.arguments import Parser, path
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.jobs import (
     Submit,
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None, submit: Submit | None = None) -> in
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.sweep", description=__doc__.split("\n")[0])
+    parser = Parser("eval.sweep", __doc__)
     parser.add_argument("file", type=path, metavar="SWEEP.toml",
                         help="models, datasets and evals; see eval/example_sweep.toml")  # fmt: skip
     add_job_options(parser, jobs=1, jobs_default="1")

@@ -1,0 +1,380 @@
+"""Compares runs: one table and one picture, from the files in their folders.
+
+    python -m torchtitan_deltaproduct.compare outputs/*/run
+    python -m torchtitan_deltaproduct.compare outputs/n1 outputs/n2 --out n1-n2.png
+    python -m torchtitan_deltaproduct.compare outputs/*/run --json
+
+Runs whose settings differ in seeds alone are one group: mean, and 95 % interval from three seeds on (Student's t).
+Seconds are those of running, without the time between launches. Reads no checkpoint and needs no torch.
+"""
+
+import json
+import math
+import os
+import sys
+from bisect import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from . import arguments
+from .errors import UserError, exit_on_user_error
+from .formats import amount, count, duration
+from .runs import Run, read_run, short_names, shown
+
+UNLEARNED = ("job.", "metrics.", "profiling.", "comm.", "guard.", "checkpoint.")
+"""Tables that change nothing that is learned: names, logging, saving, stopping."""
+SEEDS = ("debug.seed", "data.seed")
+BINS = 50
+"""Points of a curve of training losses."""
+LIMIT = 1 << 18
+"""Bytes of a metrics.jsonl that are read, and a little for each validation."""
+HIGHLIGHTED = 8
+"""Groups with a line of their own in a picture; others are grey."""
+# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = arguments.Parser("torchtitan_deltaproduct.compare", __doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=arguments.path, help="run folders")
+    parser.add_argument("--out", metavar="PNG", type=arguments.path, help="picture (default: compare.png)")
+    parser.add_argument("--json", action="store_true", help="print JSON; a picture only if --out names one")
+    options = parser.parse_args(words)
+    runs, refused = read_runs(options.runs)
+    names = short_names([run.path for run in runs])
+    changed = differences(runs)
+    groups = sorted(grouped(runs, names, changed), key=Group.rank)
+    picture = options.out or ("" if options.json else "compare.png")
+    if options.json:
+        content = {
+            "runs": [summary(run, name, changed) for run, name in zip(runs, names, strict=True)],
+            "groups": [{"name": group.name, "runs": group.names, **group.spread()} for group in groups],
+            "left_out": list(map(str, refused)),
+        }
+        print(json.dumps(content, indent=1))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+        console.print(table(runs, names, changed))
+        if any(len(group.runs) > 1 for group in groups):
+            console.print(group_table(groups))
+    for run, name in zip(runs, names, strict=True):
+        for problem in run.problems:
+            print(f"{name}: {problem}", file=sys.stderr)
+    for error in refused:
+        print(f"left out: {error}", file=sys.stderr)
+    if picture:
+        drawn = draw(groups, Path(picture))
+        print(f"picture: {picture}" if drawn else "no picture: no run has a loss yet", file=sys.stderr)
+
+
+def read_runs(folders: Iterable[str]) -> tuple[list[Run], list[UserError]]:
+    """The runs that can be read, each once, and why others cannot.
+
+    Raises:
+        UserError: there is none.
+    """
+    runs, refused = {}, []
+    for folder in folders:
+        try:
+            runs.setdefault(os.path.realpath(folder), read_run(folder, LIMIT))
+        except UserError as error:
+            refused.append(error)
+    if not runs:
+        raise refused[0]
+    return list(runs.values()), refused
+
+
+def differences(runs: list[Run]) -> dict[str, str]:
+    """Settings of what is learned that are not the same in all runs whose settings are known, and short names of them.
+
+    Every key by its last part, `num_householder`, or whole where two would have the same name.
+    """
+    known = [run.settings for run in runs if run.settings]
+    keys = dict.fromkeys(key for settings in known for key in settings)
+    keys = [key for key in keys if not key.startswith(UNLEARNED) or key == "checkpoint.initial_load_path"]
+    # A version that does not have an option says nothing of it.
+    keys = [key for key in keys if len({exact(settings[key]) for settings in known if key in settings}) > 1]
+    last = [key.rpartition(".")[2] for key in keys]
+    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
+
+
+def exact(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def setting_words(run: Run, changed: dict[str, str]) -> list[str]:
+    """`num_householder 2` for each of some settings, if they are known."""
+    if not run.settings:
+        return ["settings unknown"]
+    return [f"{name} {shown(run.settings.get(key))}" for key, name in changed.items()]
+
+
+def summary(run: Run, name: str, changed: dict[str, str]) -> dict[str, Any]:
+    """The numbers of one run; None where its files do not tell."""
+    newest, best = (run.validations or [{}])[-1], run.best or {}
+    tokens = run.last("tokens")
+    return {
+        "run": name,
+        "path": str(run.path),
+        "settings": {key: run.settings.get(key) for key in changed},
+        "step": run.records[-1]["step"] if run.records else None,
+        "steps": run.settings.get("training.steps"),
+        "train_loss": run.last_loss,
+        "validation_loss": newest.get("validation_loss"),
+        "validation_step": newest.get("step"),
+        "best_validation_loss": best.get("validation_loss"),
+        "best_step": best.get("step"),
+        "bits_per_byte": newest.get("validation_bits_per_byte"),
+        "tokens": tokens,
+        "tokens_per_second": run.speed,
+        "goodput": run.last("goodput"),
+        "seconds": max(run.seconds.values(), default=None),
+        "flops": tokens * run.flops_per_token if tokens is not None and run.flops_per_token else None,
+        "problems": run.problems,
+    }
+
+
+def table(runs: list[Run], names: list[str], changed: dict[str, str]) -> Table:
+    """A line a run, the best validation loss first; runs without one behind them, by their training loss."""
+    lines = [(run, summary(run, name, changed)) for run, name in zip(runs, names, strict=True)]
+    lines.sort(key=lambda line: rank(line[0]))
+    result = Table(title_justify="left", caption_justify="left")
+    for name in ("run", "settings that differ") if changed else ("run",):
+        result.add_column(name, overflow="fold")
+    for name in ("step", "train loss", "validation", "best (step)", "bits/byte", "tokens", "tokens/s", "goodput",
+                 "running", "FLOPs"):  # fmt: skip
+        result.add_column(name, justify="right")
+    for run, line in lines:
+        best = line["best_validation_loss"]
+        result.add_row(
+            escape(line["run"]) + (" [red]*[/]" if run.problems else ""),
+            *([escape(", ".join(setting_words(run, changed)))] if changed else []),
+            cell(line["step"], "{:,}"), cell(line["train_loss"], "{:.4f}"), cell(line["validation_loss"], "{:.4f}"),
+            "" if best is None else f"{best:.4f} ({line['best_step']:,})", cell(line["bits_per_byte"], "{:.4f}"),
+            cell(line["tokens"], count), cell(line["tokens_per_second"], "{:,.0f}"), cell(line["goodput"], "{:.1%}"),
+            cell(line["seconds"], duration), cell(line["flops"], lambda value: amount(value, "")),
+        )  # fmt: skip
+    if any(run.problems for run in runs):
+        result.caption = "* files missing or damaged, see below"
+    return result
+
+
+def rank(run: Run) -> tuple[float, float]:
+    """Its best validation loss; then its training loss."""
+    return (run.best["validation_loss"] if run.best else math.inf, math.inf if run.last_loss is None else run.last_loss)
+
+
+def cell(value: float | None, form: Any) -> str:
+    """A number by a format or a function; "" for None."""
+    if value is None:
+        return ""
+    return form.format(value) if isinstance(form, str) else form(value)
+
+
+@dataclass
+class Group:
+    """Runs that differ in seeds alone."""
+
+    name: str
+    runs: list[Run]
+    names: list[str]
+
+    def rank(self) -> tuple[float, float]:
+        """That of the best of its runs."""
+        return min(map(rank, self.runs))
+
+    def spread(self) -> dict[str, Any]:
+        """Over seeds: mean and half-width of the 95 % interval (None below three) of the losses that all have."""
+        result: dict[str, Any] = {"seeds": len(self.runs)}
+        validations = [run.validations[-1]["validation_loss"] if run.validations else None for run in self.runs]
+        bests = [run.best["validation_loss"] if run.best else None for run in self.runs]
+        trained = [run.last_loss for run in self.runs]
+        for name, values in (
+            ("validation_loss", validations),
+            ("best_validation_loss", bests),
+            ("train_loss", trained),
+        ):
+            known = None not in values
+            result[name] = mean_and_interval(values) if known else (None, None)
+        return result
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
+    """The mean, and half the width of its 95 % interval by Student's t; None for fewer than three values."""
+    n, mean = len(values), sum(values) / len(values)
+    if n < 3:
+        return mean, None
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
+    return mean, (T[n - 2] if n - 2 < len(T) else 1.96) * math.sqrt(variance / n)
+
+
+def grouped(runs: list[Run], names: list[str], changed: dict[str, str]) -> list[Group]:
+    """Groups by the settings that differ, seeds left out, in the order of the runs; unknown settings make no group."""
+    keys = {key: name for key, name in changed.items() if key not in SEEDS}
+    groups: dict[Any, Group] = {}
+    for run, name in zip(runs, names, strict=True):
+        identity = tuple(exact(run.settings.get(key)) for key in keys) if run.settings else id(run)
+        label = ", ".join(setting_words(run, keys)) if run.settings and keys else name
+        group = groups.setdefault(identity, Group(label, [], []))
+        group.runs.append(run)
+        group.names.append(name)
+    for group in groups.values():
+        if not keys and len(group.runs) > 1:
+            group.name = f"{len(group.runs)} runs"
+    return list(groups.values())
+
+
+def group_table(groups: list[Group]) -> Table:
+    result = Table(caption="mean ± 95 % interval over seeds, from three seeds on")
+    result.add_column("group", overflow="fold")
+    for name in ("seeds", "train loss", "validation", "best"):
+        result.add_column(name, justify="right")
+    for group in groups:
+        spread = group.spread()
+        cells = []
+        for name in ("train_loss", "validation_loss", "best_validation_loss"):
+            mean, half = spread[name]
+            cells.append("" if mean is None else f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}"))
+        result.add_row(escape(group.name), str(spread["seeds"]), *cells)
+    return result
+
+
+AXES = ("steps", "tokens", "seconds of running", "FLOPs")
+
+
+def curve(run: Run, validated: bool, width: float) -> dict[int, tuple[float, tuple[float | None, ...]]]:
+    """The points of a run: by step, or by bin of `width` steps, the loss and where it is on each of `AXES`.
+
+    Args:
+        run: the run.
+        validated: whether to take validation losses; otherwise means of training losses over bins.
+        width: steps of a bin.
+    """
+    counted = [r for r in run.steps if r.get("tokens") is not None]
+    steps = [record["step"] for record in counted]
+
+    def place(record: dict[str, Any]) -> tuple[float | None, ...]:
+        # A validation has no tokens of its own: those of the newest step read before it, and in proportion.
+        step = record["step"]
+        at = counted[max(bisect(steps, step) - 1, 0)] if counted else {"step": 0}
+        tokens = at["tokens"] / at["step"] * step if at["step"] > 0 else None
+        flops = tokens * run.flops_per_token if tokens is not None and run.flops_per_token else None
+        return step, tokens, run.seconds.get(record.get("time")), flops
+
+    if validated:
+        return {record["step"]: (record["validation_loss"], place(record)) for record in run.validations}
+    bins: dict[int, list[dict[str, Any]]] = {}
+    for record in run.steps:
+        bins.setdefault(int(record["step"] / width), []).append(record)
+    return {number: (sum(r["loss"] for r in within) / len(within), place(within[-1]))
+            for number, within in bins.items()}  # fmt: skip
+
+
+Points = list[tuple[float, float, float | None]]
+"""Of a line: place on an axis, loss, half of its 95 % interval."""
+
+
+def mean_curve(curves: list[dict], axis: int) -> Points:
+    """The mean of a group's curves where all of them have a point."""
+    result = []
+    for key in sorted(set.intersection(*map(set, curves))):
+        places = [points[key][1][axis] for points in curves]
+        if None not in places:
+            result.append((sum(places) / len(places), *mean_and_interval([points[key][0] for points in curves])))
+    return sorted(result, key=lambda point: point[0])
+
+
+def draw(groups: list[Group], path: Path) -> bool:
+    """Writes the picture: a panel for each of `AXES`, lines for the first of the groups and grey ones for the others.
+
+    Returns:
+        False, and there is no file, if no run has a loss yet.
+    """
+    validated = any(run.validations for group in groups for run in group.runs)
+    steps = [record["step"] for group in groups for run in group.runs for record in run.records[-1:]]
+    width = max(max(steps, default=0) / BINS, 1)
+    curves = [[curve(run, validated, width) for run in group.runs] for group in groups]
+    lines = [[mean_curve(members, axis) for members in curves] for axis in range(len(AXES))]
+    drawn = [number for number, points in enumerate(lines[0]) if points]
+    if not drawn:
+        return False
+
+    from .evaluation.figures import picture  # matplotlib takes half a second
+
+    others = len(drawn) - HIGHLIGHTED
+    title = f"{'validation' if validated else 'training'} loss, nats a token"
+    title += f"; {others} more groups in grey" if others > 0 else ""
+    with picture(path, title, 2, 2, (13, 8.5), sharey=True) as (_, panels):
+        # Shared by all panels.
+        panels[0, 0].set_ylim(*loss_range([lines[0][number] for number in drawn]))
+        for panel, name, all_points in zip(panels.flat, AXES, lines, strict=True):
+            draw_panel(panel, name, [(groups[number], all_points[number]) for number in drawn])
+    return True
+
+
+def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]]) -> None:
+    """Loss on one axis, the groups in their order."""
+    from matplotlib.ticker import EngFormatter
+
+    from .evaluation.figures import band, look
+
+    unit = 1
+    if name.startswith("seconds") and max((points[-1][0] for _, points in lines if points), default=0) > 3 * 3600:
+        name, unit = "hours of running", 3600
+    labels = []
+    for number, (group, points) in enumerate(lines):
+        if not points:
+            continue
+        x, y, half = zip(*((place / unit, loss, half) for place, loss, half in points), strict=True)
+        style = {"color": "#c8c8c8", "linewidth": 0.8, "zorder": 1}
+        if number < HIGHLIGHTED:
+            style = look(number, HIGHLIGHTED) | {"zorder": 3}
+            labels.append((y[-1], x[-1], group_label(group), style["color"]))
+            if half[0] is not None:
+                low, high = ([m + sign * h for m, h in zip(y, half, strict=True)] for sign in (-1, 1))
+                band(panel, x, low, high, style["color"])
+        panel.plot(x, y, marker="o" if len(x) == 1 else None, **style)
+    panel.set_xlabel(name)
+    panel.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    if missing := sum(not points for _, points in lines):
+        panel.set_title(f"not known of {missing} of {len(lines)}", fontsize=9, fontweight="normal")
+    label_ends(panel, labels)
+
+
+def group_label(group: Group) -> str:
+    """The name of a group beside its line, and what the line is of."""
+    seeds = len(group.runs)
+    name = group.name if len(group.name) <= 44 else group.name[:43] + "…"
+    return name if seeds == 1 else f"{name} ({seeds} seeds{', no interval' if seeds == 2 else ''})"
+
+
+def loss_range(lines: list[Points]) -> tuple[float, float]:
+    """From the lowest loss to the highest after the first eighth of a line: the beginning would flatten the rest."""
+    low = min((y for points in lines for _, y, _ in points), default=0.0)
+    high = max((y for points in lines for x, y, _ in points if x >= points[-1][0] / 8), default=1.0)
+    margin = 0.06 * (high - low) or 0.1
+    return low - margin, high + margin
+
+
+def label_ends(panel: Any, labels: list[tuple[float, float, str, str]]) -> None:
+    """Names lines on the right of a panel, at the height of their ends or above where there is no room."""
+    low, high = panel.get_ylim()
+    gap, place = 0.05 * (high - low), -math.inf
+    for y, x, text, colour in sorted(labels):
+        place = max(min(max(y, low), high), place + gap)
+        panel.annotate(
+            text.replace("$", r"\$"), (x, y), xytext=(1.04, place), textcoords=("axes fraction", "data"),
+            va="center", fontsize=8, color=colour, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
