@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchtitan_deltaproduct.data.held_out import held_out_text
+from torchtitan_deltaproduct.data.held_out import count_tokens, held_out_text
 from torchtitan_deltaproduct.data.packing import IGNORE
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
 from torchtitan_deltaproduct.errors import ConfigError
@@ -54,6 +54,9 @@ def test_fewer_steps_read_windows_from_every_folder(sets):
     windows = np.arange(20) * source.bounds[-1] // source.samples
     assert loader.samples == source.samples == len(set(windows.tolist())) == 20
     assert windows.min() < source.bounds[1] <= windows.max() < source.bounds[2]
+    whole = held_out_text([sets["a"], sets["b"]], seq_len=16, local_batch_size=1)
+    rows = [labels[0] for number, (_, labels) in enumerate(whole) if number in windows]
+    assert torch.equal(torch.cat([labels for _, labels in loader]), torch.stack(rows))
     everything = held_out_text([sets["a"]], seq_len=16, local_batch_size=4, steps=10**6)
     assert len(everything) == len(held_out_text([sets["a"]], seq_len=16, local_batch_size=4))
     # The windows are the same for any number of ranks.
@@ -68,3 +71,9 @@ def test_padding_is_valid_input(sets):
     ((inputs, labels),) = list(loader)
     assert (labels == IGNORE).all() and (inputs["input"] >= 0).all()
     assert inputs["input"].max() < loader.source.vocab_size == len(loader.source.token_bytes)
+
+
+def test_the_tokens_of_a_set_have_the_bytes_of_its_text(sets):
+    source = held_out_text([sets["a"], sets["b"]], seq_len=16, local_batch_size=4).source
+    counts = torch.from_numpy(sum(map(count_tokens, source.streams))).double()
+    assert (source.token_bytes @ counts).item() == pytest.approx(2) and source.token_bytes[0] == 0
