@@ -40,7 +40,7 @@ from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.arguments import path as path_of
 from torchtitan_deltaproduct.checkpoint import latest_complete
 from torchtitan_deltaproduct.config import Environment, JobConfig, load_config
-from torchtitan_deltaproduct.config.compare import compare_configs, refuse_breaking
+from torchtitan_deltaproduct.config.compare import UNKNOWN_TO_ONE, compare_configs, refuse_breaking
 from torchtitan_deltaproduct.config.snapshots import read_snapshot, snapshot
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 from torchtitan_deltaproduct.evaluation.options import make_folder
@@ -118,8 +118,12 @@ class Run(Job):
         refuse_breaking(comparison, newest.path, self.config.provenance)
         if newest.step < self.config.training.steps:
             return False
-        # "auto" was replaced by what it came to when the run began.
-        changed = [c for c in comparison.notable if c.key.startswith(LEARNED) and c.new != "auto"]
+        # "auto" was replaced by what it came to when the run began; a new version's option had no effect before it.
+        changed = [
+            change
+            for change in comparison.notable
+            if change.key.startswith(LEARNED) and change.new != "auto" and change.why != UNKNOWN_TO_ONE
+        ]
         if changed:
             raise ConfigError(
                 f"{self.folder} was trained to its end with other settings: {'; '.join(map(str, changed))}\n"

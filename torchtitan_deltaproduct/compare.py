@@ -315,12 +315,14 @@ def draw(groups: list[Group], path: Path) -> bool:
         # Shared by all panels.
         panels[0, 0].set_ylim(*loss_range([lines[0][number] for number in drawn]))
         for panel, name, all_points in zip(panels.flat, AXES, lines, strict=True):
-            draw_panel(panel, name, [(groups[number], all_points[number]) for number in drawn])
+            # The two panels of a row end at the same heights: the names on the right are for both.
+            named = panel in panels[:, 1]
+            draw_panel(panel, name, [(groups[number], all_points[number]) for number in drawn], named)
     return True
 
 
-def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]]) -> None:
-    """Loss on one axis, the groups in their order."""
+def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]], named: bool) -> None:
+    """Loss on one axis, the groups in their order; their names at the ends of the lines if it is `named`."""
     from matplotlib.ticker import EngFormatter
 
     from .evaluation.figures import band, look
@@ -345,7 +347,8 @@ def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]]) -> None
     panel.xaxis.set_major_formatter(EngFormatter(sep=" "))
     if missing := sum(not points for _, points in lines):
         panel.set_title(f"not known of {missing} of {len(lines)}", fontsize=9, fontweight="normal")
-    label_ends(panel, labels)
+    if named:
+        label_ends(panel, labels)
 
 
 def group_label(group: Group) -> str:

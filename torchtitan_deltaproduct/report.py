@@ -33,6 +33,8 @@ EMBEDDED = 24 << 20
 """Bytes of pictures in one page; others are named."""
 SAMPLED = 6
 """Steps of which a prompt's samples are shown: the first, the last and others evenly."""
+MADE_OF = {"streaming": "dataset", "group_word": "group", "formal_language": "language"}
+"""The option of `[data]` that names the source of a kind."""
 LINES = 100
 """Of a table: launches, checkpoints, events, results."""
 MEASURES: dict[str, tuple[str, dict[str, str]]] = {
@@ -373,8 +375,8 @@ def data(run: Run) -> Section:
             title = "training" if name == "data" else "validation"
             section.tables.append(Cells(rows, ("folder", "tokens", "documents", "share"), title))
     if not section and (kind := run.settings.get("data.kind")):
-        of = [run.settings.get(f"data.{key}") for key in ("dataset", "group", "language")]
-        section.notes.append(": ".join(shown(text) for text in (kind, *of) if text))
+        source = run.settings.get(f"data.{MADE_OF.get(kind)}")
+        section.notes.append(": ".join(shown(text) for text in (kind, source) if text))
     return section
 
 

@@ -82,6 +82,10 @@ def test_trains_evaluates_tells_and_reuses(toml, capsys):
     assert (out / "eval/state_tracking/compared/state_tracking.png").stat().st_size > 10_000
     assert grid.main([str(toml), "--only", "num_householder-1"]) == 0
     assert capsys.readouterr().out.count("1 jobs, 1 done already") == 2
+    # By a version that did not have an option of this one, and had another.
+    for file in out.glob("num_householder-1/seed-1/checkpoint/*/config.json"):
+        file.write_text(file.read_text().replace('"beta1"', '"betaX"'))
+    assert grid.read_grid(toml, [], "", []).runs[0].is_done()
     with pytest.raises(ConfigError, match="other settings: optimizer.lr: 0.0003 -> 0.1"):
         grid.main([str(toml), "--optimizer.lr", "0.1"])
     with pytest.raises(ConfigError, match="another model"):

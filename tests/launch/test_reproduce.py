@@ -151,7 +151,8 @@ def test_no_such_claim():
         reproduce.main(["S6"])
 
 
-def test_without_a_name_what_the_machine_can(monkeypatch, capsys):
+def test_without_a_name_what_the_machine_can(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert reproduce.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out

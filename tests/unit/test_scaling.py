@@ -135,6 +135,7 @@ def test_largest_local_batch():
     # 48 sequences on 8 ranks: six a rank, in equal parts.
     config.training.global_batch_size = 48
     assert [largest_local_batch(config, 8, parts, needed(b) + 1) for b in (1, 2, 3)] == [1, 2, 3]
+    assert largest_local_batch(config, 8, parts, needed(5)) == 3
     assert largest_local_batch(config, 8, parts, 1e15) == 6
 
 

@@ -22,6 +22,7 @@ from .schema import schema
 from .values import shorten, show
 
 VERSION = notable("results may differ in rounding")
+UNKNOWN_TO_ONE = "only one of the two versions has it"
 DERIVED = {
     "derived.mlp_size": OTHER_MODEL,
     "derived.global_batch_size": breaking("another number of samples a step"),
@@ -90,7 +91,7 @@ def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any], consum
         if key not in old or key not in new:
             # The first run under a version with a new option must not be refused for it.
             kind = harmless if change.kind == "harmless" else notable
-            change = kind("only one of the two versions has it")
+            change = kind(UNKNOWN_TO_ONE)
         elif key == "data.paths" and same_data:
             change = notable("the same data in another place")
         elif key == "model.hf_assets_path" and new.get("data.kind") == "streaming":

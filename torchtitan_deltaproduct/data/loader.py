@@ -44,9 +44,8 @@ class Geometry:
             )
         if self.global_batch_size < 1 or self.global_batch_size % self.micro_batch:
             raise ConfigError(
-                f"training.global_batch_size = {self.global_batch_size} is not a multiple of "
-                f"local_batch_size x data-parallel ranks = "
-                f"{self.local_batch_size} x {self.dp_world_size} = {self.micro_batch}"
+                f"training.global_batch_size = {self.global_batch_size} is not a multiple of local_batch_size x "
+                f"data-parallel ranks = {self.local_batch_size} x {self.dp_world_size} = {self.micro_batch}"
             )
 
     @property

@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import warnings
+from dataclasses import replace as replace_fields
 from pathlib import Path
 
 import pytest
@@ -373,6 +374,15 @@ def test_retention_of_a_launch_is_that_of_a_scan(tmp_path_factory, kinds, keep, 
     of_launch = Retention(root, keep, every, count)
     for _ in range(2):
         assert {i.step for i in of_launch.surplus()} == {i.step for i in deletable(scan(root), keep, every, count)}
+
+
+def test_a_milestone_can_be_the_best(tmp_path):
+    """Then no other step is kept for its loss; milestones are looked into for that."""
+    for step, loss in ((10, 2.0), (15, 2.5), (20, 3.0), (25, 4.0), (30, 4.0)):
+        path = save(tmp_path, step)
+        write_marker(path, replace_fields(read_marker(path), validation_loss=loss))
+    assert [i.step for i in Retention(tmp_path, keep_latest_k=2, keep_every=10, keep_best=1).surplus()] == [15]
+    assert [i.step for i in Retention(tmp_path, keep_latest_k=2, keep_every=10, keep_best=2).surplus()] == []
 
 
 def test_a_folder_is_looked_through_once(tmp_path, monkeypatch):

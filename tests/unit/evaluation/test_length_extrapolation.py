@@ -415,6 +415,7 @@ def test_results_on_other_data_are_not_overwritten(run, data, tmp_path, no_pictu
 
 
 def test_names_in_a_locale_that_cannot_write_them(run, tmp_path):
+    """In a process of its own, for Python takes its locale when it starts."""
     (tmp_path / "日本").mkdir()
     (tmp_path / "日本/文.txt").write_text("def f(x):\n    return x\n" * 200, encoding="utf-8")
     command = [sys.executable, "-X", "utf8=0", "-m", "eval.length_extrapolation", str(run), "--length", "64"]

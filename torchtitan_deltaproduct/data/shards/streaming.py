@@ -51,9 +51,7 @@ def build(data, geometry: Geometry, tokenizer_path: str) -> "StreamingLoader":
     if Path(data.dataset).exists() and not is_saved_dataset(data.dataset):
         check_no_split(data.dataset, data.split, data.dataset_config)
     if data.num_workers > 1:
-        raise ConfigError(
-            f"data.num_workers is {data.num_workers}: streaming reads one stream, so it takes 0 or 1 worker"
-        )
+        raise ConfigError(f"data.num_workers is {data.num_workers}: streaming reads one stream: it takes 0 or 1 worker")
     source = StreamingSource(data, geometry.seq_len, tokenizer_path)
     return StreamingLoader(source, geometry, data.num_workers, data.prefetch_factor)
 
@@ -104,8 +102,8 @@ class StreamingSource:
         }
 
     def describe(self) -> str:
-        data, buffer = self.data, self.data.shuffle_buffer
-        shuffled = f"shuffled in blocks of {buffer:,}" if buffer else "in file order"
+        data = self.data
+        shuffled = f"shuffled in blocks of {data.shuffle_buffer:,}" if data.shuffle_buffer else "in file order"
         return f"streaming data: {data.dataset} {data.dataset_config} {data.split}, documents {shuffled}"
 
     def chunks(self, start: Position) -> Iterator[Chunk]:

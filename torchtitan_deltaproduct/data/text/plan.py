@@ -89,10 +89,12 @@ def make_plan(settings: Settings) -> Plan:
         units = plan_dataset_units(name, config, settings.split, settings.text_field)
     else:
         units = units_of(settings, settings.input)
-    validation_from = None
+    validation_from = len(units) if settings.validation_input else None
     if settings.validation_input:
-        validation_from = len(units)
-        check_apart(settings)
+        trained = {os.path.realpath(file) for file in list_files(settings.input)}
+        for file in list_files(settings.validation_input):
+            if os.path.realpath(file) in trained:
+                raise DataError(f"{file} is in --input and in --validation-input: it would be trained on and held out")
         units += units_of(settings, settings.validation_input)
     eos_id, digest = find_eos_id(settings.tokenizer, settings.eos), tokenizer_sha256(settings.tokenizer)
     unread = {"out", "tokenizer", "eos"} | (set() if settings.dataset else {"dataset", "split"})
@@ -132,14 +134,6 @@ def units_of(settings: Settings, inputs: list[str]) -> list[Unit]:
     total = sum(unit.size for unit in plan_units(inputs, settings.text_field, 1 << 62))
     unit_bytes = (settings.shard_mb << 20) or min(max(total // UNITS, LEAST_UNIT_BYTES), MOST_UNIT_BYTES)
     return plan_units(inputs, settings.text_field, unit_bytes)
-
-
-def check_apart(settings: Settings) -> None:
-    """Raises DataError if a file to be held out is one to train on as well."""
-    trained = {os.path.realpath(file) for file in list_files(settings.input)}
-    for file in list_files(settings.validation_input):
-        if os.path.realpath(file) in trained:
-            raise DataError(f"{file} is in --input and in --validation-input: it would be trained on and held out")
 
 
 def log(message: str) -> None:
