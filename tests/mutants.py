@@ -148,7 +148,7 @@ MUTANTS = [
         ("report.py", "path.is_file() and path.resolve().is_relative_to(home)", "path.is_file()", "tests/unit/test_report.py"),
         ("status.py", "left * typical[\"seconds\"]) if typical and left > 0", "left * typical[\"seconds\"]) if typical", "tests/unit/test_status.py"),
         ("history.py", "if record[\"step\"] not in met", "", "tests/unit/test_history.py"),
-        ("__main__.py", "for length in (2, 1):", "for length in (1, 2):", "tests/unit/test_command.py"),
+        ("__main__.py", "(name == near[0] or name.endswith(f\" {near[0]}\"))", "name == near[0]", "tests/unit/test_command.py"),
     ]
 ]
 # fmt: on
