@@ -5,7 +5,6 @@
 Everything in it comes from the run: its settings, its metrics.jsonl, its formulas. Nothing is guessed.
 """
 
-from pathlib import Path
 
 from ..history import read_metrics
 from ..models import counts
@@ -14,8 +13,8 @@ from .load import LoadedModel
 PAPER = "https://arxiv.org/abs/2502.10297"
 
 
-def model_card(loaded: LoadedModel, name: str, dtype: str) -> str:
-    """Markdown with the front matter the Hugging Face hub reads."""
+def model_card(loaded: LoadedModel, name: str, dtype: str, license: str = "") -> str:
+    """Markdown with the front matter the Hugging Face hub reads; `license` is an identifier of the hub's list."""
     args = loaded.model.args
     kind = "Gated DeltaProduct" if args.use_forget_gate else "DeltaProduct"
     eigenvalues = "[-1, 1]" if args.allow_neg_eigval else "[0, 1]"
@@ -24,6 +23,7 @@ def model_card(loaded: LoadedModel, name: str, dtype: str) -> str:
         "library_name: fla",
         "pipeline_tag: text-generation",
         "tags: [deltaproduct, linear-rnn, torchtitan-deltaproduct]",
+        *([f"license: {license}"] if license else []),
         "---",
         f"# {name}",
         "",
@@ -32,7 +32,7 @@ def model_card(loaded: LoadedModel, name: str, dtype: str) -> str:
         "",
         *_table("Model", _model_rows(loaded, dtype)),
         *_table("Training", _training_rows(loaded)),
-        *_table("Held-out results at this step", _results(loaded.run, loaded.step)),
+        *_table("Held-out results at this step", _results(loaded)),
         "## Use",
         "",
         "```python",
@@ -101,11 +101,16 @@ def _training_rows(loaded: LoadedModel) -> dict[str, str]:
     return rows
 
 
-def _results(run: Path, step: int | None) -> dict[str, str]:
-    """The validation record of this very step in the run's metrics.jsonl, if it has one."""
-    for record in read_metrics(run):
-        if step is not None and record.get("step") == step and "validation_loss" in record:
-            return {
+def _results(loaded: LoadedModel) -> dict[str, str]:
+    """The validation record of this very step in the run's metrics.jsonl, and of what it is; {} if there is none."""
+    validation, training = (loaded.config.get(name, {}) for name in ("validation", "training"))
+    for record in read_metrics(loaded.run):
+        if loaded.step is not None and record.get("step") == loaded.step and "validation_loss" in record:
+            conditions = {
+                "of": ", ".join(map(str, validation.get("paths") or [])),
+                "sequences of": f"{training['seq_len']:,} tokens, nats a token" if "seq_len" in training else "",
+            }
+            return {name: text for name, text in conditions.items() if text} | {
                 name.removeprefix("validation_").replace("_", " "): f"{value:,.4g}"
                 for name, value in record.items()
                 if name.startswith("validation_") and isinstance(value, int | float) and "seconds" not in name

@@ -10,6 +10,8 @@ the run's logits.
 """
 
 import logging
+import re
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable
@@ -62,6 +64,7 @@ def export(
     max_shard_size: str = "5GB",
     tokenizer: str | Path | None = None,
     eos: str = "",
+    license: str = "",
     overwrite: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Verified:
@@ -75,6 +78,7 @@ def export(
         max_shard_size: of one file of weights.
         tokenizer: folder with tokenizer.json; None: the run's own.
         eos: text of the separator between documents; empty: that of training.
+        license: for the model card, `apache-2.0`; empty: none is named.
         overwrite: replaces an export that is there already.
         tell: is called with what is being done.
 
@@ -104,7 +108,7 @@ def export(
         )
         if source is not None:
             copy_tokenizer(source, unfinished, separator)
-        card = model_card(loaded, out.name, dtype)
+        card = model_card(loaded, out.name, dtype, license)
         (unfinished / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         tell("reading it back, and opening it with fla's class")
         verified = verify(unfinished, loaded, state)
@@ -216,10 +220,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of one file of weights (default: %(default)s)")
     add("--tokenizer", type=path, metavar="FOLDER", help="folder with tokenizer.json (default: the run's own)")
     add("--eos", default="", type=text, metavar="TOKEN", help="separator of documents (default: that of training)")
+    add("--license", default="", metavar="ID", help="for the model card, such as apache-2.0 (default: none)")
     add("--overwrite", action="store_true", help="replace a model that is in OUT already")
     options = vars(parser.parse_args(arguments))
     if not options["max_shard_size"][:-2].isdigit() or options["max_shard_size"][-2:] not in ("KB", "MB", "GB"):
         raise ConfigError(f"--max-shard-size {options['max_shard_size']}: expected a size such as 500MB or 5GB")
+    if not re.fullmatch(r"[a-z0-9.-]*", options["license"]):
+        raise ConfigError(f"--license {options['license']}: expected an identifier such as apache-2.0 or mit")
     out = options["out"]
     # Nothing where standard error is no terminal.
     with Console(stderr=True).status("") as status:
@@ -234,6 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"verified: {verified.tensors} tensors read back bit for bit, {same}; {verified.fla}")
     if not (Path(out) / "tokenizer.json").exists():
         print("note: without a tokenizer: the run names none; add one with --tokenizer FOLDER --overwrite")
+    print(f"to publish it: hf upload USER/{shlex.quote(Path(out).resolve().name)} {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

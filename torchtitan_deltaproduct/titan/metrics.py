@@ -19,11 +19,13 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from torchtitan.components import metrics as stock
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
@@ -186,21 +188,39 @@ class TensorBoard(stock.BaseLogger):
         self.log({}, step)
 
     def log(self, metrics: dict, step: int) -> None:
-        self.write("add_scalar", metrics, step)
+        def write(writer: SummaryWriter) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+
+        self.write(write, step)
 
     def log_texts(self, texts: dict[str, str], step: int) -> None:
         """Texts as they are; TensorBoard takes them for Markdown, in which four spaces begin a block of code."""
-        code = {name: "\n".join("    " + line for line in text.splitlines()) for name, text in texts.items()}
-        self.write("add_text", code, step)
 
-    def write(self, method: str, values: dict, step: int) -> None:
-        """Calls a method of the library's writer with each of `values`."""
+        def write(writer: SummaryWriter) -> None:
+            for name, text in texts.items():
+                writer.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+
+        self.write(write, step)
+
+    def log_settings(self, settings: dict[str, bool | int | float | str], step: int) -> None:
+        """Settings for the page HPARAMS, which puts the runs of a folder beside each other with their losses."""
+        about, session, _ = hparams(settings, dict.fromkeys(("loss", "validation_loss"), 0.0))
+
+        def write(writer: SummaryWriter) -> None:
+            # `SummaryWriter.add_hparams` would open a second folder.
+            writer.file_writer.add_summary(about)
+            writer.file_writer.add_summary(session)
+
+        self.write(write, step)
+
+    def write(self, action: Callable[[SummaryWriter], None], step: int) -> None:
+        """Lets `action` use the library's writer."""
         if self.writer is None and step < self.retry_at:
             return
         try:
             self.writer = self.writer or self.open()
-            for name, value in values.items():
-                getattr(self.writer, method)(name, value, step)
+            action(self.writer)
         except OSError as error:
             logger.warning("TensorBoard's files in %s cannot be written (%s)", self.folder, error)
             self.writer, self.retry_at = None, step + self.RETRY
@@ -217,6 +237,17 @@ class TensorBoard(stock.BaseLogger):
             if self.writer is not None:
                 self.writer.close()
         self.kept_open.close()
+
+
+def hyperparameters(config: JobConfig) -> dict[str, bool | int | float | str]:
+    """The settings that decide what is learned, by their full names; lists as text, what is unset left out."""
+    tables = {name: vars(getattr(config, name)) for name in ("model", "data", "training", "optimizer", "lr_scheduler")}
+    return {
+        f"{name}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
+        for name, table in tables.items()
+        for key, value in table.items()
+        if value is not None and value != []
+    }
 
 
 def wandb_logger(job_config: JobConfig, folder: Path) -> stock.BaseLogger:
@@ -277,6 +308,7 @@ class MetricsProcessor(stock.MetricsProcessor):
                 self.samples = RecordFile(path)
             if self.job_config.metrics.enable_tensorboard:
                 self.tensorboard = TensorBoard(folder / self.job_config.metrics.save_tb_folder, step)
+                self.tensorboard.log_settings(hyperparameters(self.job_config), step)
                 self.logger.add_logger(self.tensorboard)
             if self.job_config.metrics.enable_wandb:
                 self.logger.add_logger(wandb_logger(self.job_config, folder))

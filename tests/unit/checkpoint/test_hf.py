@@ -80,8 +80,18 @@ def test_model_card(run, exported):
     card = (exported / "README.md").read_text()
     final = next(r for r in toys.records(run) if r["step"] == 8 and "validation_loss" in r)
     for said in ("| parameters | 36,544 |", "| step | 8 of 8 |", "| tokens | 2,048 (4 sequences of 64 a step) |",
-                 f"| loss | {final['validation_loss']:.4g} |", "short convolution of 4"):  # fmt: skip
+                 f"| loss | {final['validation_loss']:.4g} |", "short convolution of 4",
+                 "/data/validation |", "| sequences of | 64 tokens, nats a token |"):  # fmt: skip
         assert said in card
+    assert "license" not in card
+
+
+def test_a_licence_and_the_way_to_the_hub(run, tmp_path, capsys):
+    to_hf.main([str(run), str(tmp_path / "my model"), "--license", "apache-2.0"])
+    assert (tmp_path / "my model/README.md").read_text().splitlines()[4] == "license: apache-2.0"
+    assert capsys.readouterr().out.endswith(f"to publish it: hf upload USER/'my model' '{tmp_path}/my model'\n")
+    with pytest.raises(ConfigError, match="--license MIT licence: expected an identifier such as"):
+        to_hf.main([str(run), str(tmp_path / "other"), "--license", "MIT licence"])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -90,6 +90,7 @@ def test_what_is_no_file_is_refused(tmp_path, make):
 
 def test_one_record_a_step_in_every_sink(toy, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     run = tmp_path / "run"
     train(toy, run, "--training.steps", "4", "--metrics.log_freq", "2", "--checkpoint.keep_latest_k", "0")
@@ -108,6 +109,11 @@ def test_one_record_a_step_in_every_sink(toy, tmp_path, capsys):
     assert list(scalars) == [1, 2, 4, 6, 8]
     assert all(abs(scalars[r["step"]] - r["loss"]) < 1e-5 for r in steps if r["step"] in scalars)
     assert [event.step for event in board.Scalars("validation_bits_per_byte")] == [0, 4, 8]
+    # What TensorBoard's page HPARAMS reads.
+    settings = board.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    shown = HParamsPluginData.FromString(settings).session_start_info.hparams
+    assert shown["optimizer.lr"].number_value == 0.01 and shown["model.num_householder"].number_value == 2
+    assert shown["optimizer.name"].string_value == "AdamW" and "lr_scheduler.decay_ratio" not in shown
 
 
 def test_a_full_disk_costs_records_and_one_warning(tmp_path, caplog):
