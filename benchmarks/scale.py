@@ -127,7 +127,7 @@ def continue_seconds(folder: Path, shards: int) -> float:
                 os.truncate(file.fileno(), size)
             states.append(state(path.stat()))
         shard = {"name": f"shards/{number:05d}", "documents": 20, "bin_sha256": "0" * 64, "idx_sha256": "0" * 64}
-        record = {"shards": {"": shard}, "states": {"": states}, "bad": []}
+        record = {"shards": {"": shard}, "states": {"": states}, "bad": [], "least": 1.0}
         (folder / WORK / f"{number:05d}.json").write_text(json.dumps(record))
     begin = time.perf_counter()
     assert len(finished_units(folder, range(shards), verify=False)) == shards

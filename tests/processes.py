@@ -1,6 +1,7 @@
 """Processes that start with everything imported, on one rank or several.
 
     process = start(["-m", "torchtitan_deltaproduct.train", ...], log, ranks=2)     # like subprocess.Popen, logged
+    code, printed = completed(["-m", "torchtitan_deltaproduct.status", run])        # like subprocess.run
     run_distributed(check, world_size=2, args=(16,))        # check(rank, 16) on two gloo ranks; failures raise here
 
 Importing torch and torchtitan takes four seconds, and a suite needs it hundreds of times. So one process a session
@@ -50,13 +51,19 @@ class Process:
             os.kill(self.pid, number)
 
 
-def start(words: list[str], log: Path | str, ranks: int = 0) -> Process:
+def start(words: list[str], log: Path | str, ranks: int = 0, cwd: Path = REPO) -> Process:
     """Starts `python WORDS` ("-m", a module, its arguments) in a session of its own, its output appended to `log`.
 
     With `ranks` it runs on each of so many, as under torchrun.
     """
     assert words[0] == "-m"
-    return _fork((_run_module, words[1:]), log, ranks)
+    return _fork((_run_module, [str(cwd), *words[1:]]), log, ranks)
+
+
+def completed(words: list[str], cwd: Path = REPO) -> tuple[int, str]:
+    """Runs `python WORDS` as `start` does, to its end: the exit code, and all that it printed."""
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        return start(words, log.name, cwd=cwd).wait(), log.read()
 
 
 def run_distributed(function: Callable, world_size: int = 2, args: tuple = ()) -> None:
@@ -191,9 +198,9 @@ def _lead(ranks: int) -> None:
     os._exit(failed)
 
 
-def _run_module(name: str, *arguments: str) -> None:
-    sys.argv = [name, *arguments]
-    sys.path[0] = os.getcwd()
+def _run_module(cwd: str, name: str, *arguments: str) -> None:
+    os.chdir(cwd)
+    sys.argv, sys.path[0] = [name, *arguments], cwd
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 

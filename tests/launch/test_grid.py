@@ -110,8 +110,12 @@ def start(toml, *words: str) -> subprocess.Popen:
     """The command in a process group of its own, with runs that last until they are stopped."""
     command = [sys.executable, "-m", "launch.grid", str(toml), "--jobs", "2", *words]
     with open(toml.parent / "grid.log", "a") as log:
-        return subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log, start_new_session=True,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        return subprocess.Popen(
+            command, cwd=REPO, stdout=log, stderr=log, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            # A suite that runs in the background has it ignored, and hands that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
 
 
 def until(condition, seconds: float = 120) -> None:
@@ -125,7 +129,7 @@ LONG = ("--training.steps", "100000", "--metrics.log_freq", "1")
 
 
 @pytest.mark.parametrize("number", [
-    signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
+    signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGKILL, signal.SIGTERM))
 ], ids=lambda number: number.name)  # fmt: skip
 def test_stopped_runs_save_and_go_on(toml, number):
     """Ctrl-C reaches the runs too; SIGTERM the grid alone; and a grid that is killed takes its runs along."""

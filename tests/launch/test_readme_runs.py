@@ -1,10 +1,7 @@
 """The README's commands on data and models are run, on tiny data and a tiny run laid out as the README names them."""
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 
 from tests import toy as toys
 from tests.launch.test_readme import COMMANDS
+from tests.processes import completed
 from tests.unit.evaluation.words_toy import write_toml as write_words
 from torchtitan_deltaproduct.config import Environment, load_config
 
@@ -52,11 +50,9 @@ def hub(tmp_path_factory):
 
 def call(folder, words, *more):
     """Runs a command of the README in the folder."""
-    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *words[1:], *more]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, shlex.join(words) + "\n" + done.stderr[-2000:]
-    return done.stdout
+    code, printed = completed([*words[1:], *more], folder)
+    assert code == 0, shlex.join(words) + "\n" + printed[-2000:]
+    return printed
 
 
 def test_the_commands_are_found():
