@@ -1,5 +1,6 @@
 """Fixtures shared by the suite."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,20 @@ def toy(tmp_path_factory) -> Path:
     from tests.toy import make_data, write_toml
 
     return write_toml(make_data(tmp_path_factory.mktemp("toy")))
+
+
+@pytest.fixture
+def forked_jobs(monkeypatch):
+    """The jobs of sweeps and grids start from a process that has imported everything: see tests/processes.py."""
+    from tests.processes import popen
+    from torchtitan_deltaproduct import jobs
+
+    class Forking:
+        """`subprocess` as jobs.py sees it."""
+
+        Popen = staticmethod(popen)
+
+        def __getattr__(self, name):
+            return getattr(subprocess, name)
+
+    monkeypatch.setattr(jobs, "subprocess", Forking())

@@ -50,20 +50,30 @@ class Process:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
-def start(words: list[str], log: Path | str, ranks: int = 0, cwd: Path = REPO) -> Process:
+
+def start(words: list[str], log: Path | str, ranks: int = 0, cwd: Path = REPO, env: dict | None = None) -> Process:
     """Starts `python WORDS` ("-m", a module, its arguments) in a session of its own, its output appended to `log`.
 
     With `ranks` it runs on each of so many, as under torchrun.
     """
     assert words[0] == "-m"
-    return _fork((_run_module, [str(cwd), *words[1:]]), log, ranks)
+    return _fork((_run_module, [str(cwd), *words[1:]]), log, ranks, env)
 
 
 def completed(words: list[str], cwd: Path = REPO) -> tuple[int, str]:
     """Runs `python WORDS` as `start` does, to its end: the exit code, and all that it printed."""
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
         return start(words, log.name, cwd=cwd).wait(), log.read()
+
+
+def popen(command: list[str], *, stdout, env: dict | None = None, **_) -> Process | subprocess.Popen:
+    """Stands for `subprocess.Popen` where the program under test starts `python -m ...` with its output in a file."""
+    if command[:2] != [sys.executable, "-m"] or command[2].startswith(("launch", "torch.")):
+        return subprocess.Popen(command, stdout=stdout, env=env, **_)
+    return start(command[1:], stdout.name, cwd=Path.cwd(), env=env)
 
 
 def run_distributed(function: Callable, world_size: int = 2, args: tuple = ()) -> None:
@@ -108,8 +118,8 @@ def _ask(*request):
     return _server.recv()
 
 
-def _fork(program: tuple[Callable, tuple | list], log: Path | str, ranks: int) -> Process:
-    return Process(_ask("fork", program, str(log), ranks, os.environ | {"OMP_NUM_THREADS": "1"}))
+def _fork(program: tuple, log: Path | str, ranks: int, env: dict | None = None) -> Process:
+    return Process(_ask("fork", program, os.path.abspath(log), ranks, {**(env or os.environ), "OMP_NUM_THREADS": "1"}))
 
 
 # The side of the process that forks.
@@ -147,6 +157,7 @@ def _become(program: tuple[Callable, tuple | list], log: str, ranks: int, enviro
     os.close(output)
     os.environ.clear()
     os.environ.update(environment)
+    time.tzset()
     if ranks:
         _lead(ranks)
     function, arguments = program

@@ -15,6 +15,8 @@ from tests.unit.evaluation.words_toy import write_toml
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.events import last_stop, read_events
 
+pytestmark = pytest.mark.usefixtures("forked_jobs")
+
 TOML = """
 base = "s3.toml"
 out = "{folder}/out"

@@ -11,6 +11,8 @@ from launch.summary import Result, Summary
 from tests.unit.evaluation.words_toy import write_toml
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.usefixtures("forked_jobs")
+
 TOML = """
 base = "s3.toml"
 out = "{folder}/out"

@@ -21,6 +21,8 @@ from torchtitan_deltaproduct.evaluation.files import read_results
 from torchtitan_deltaproduct.evaluation.sweep.collect import collect
 from torchtitan_deltaproduct.evaluation.sweep.plan import read_sweep
 
+pytestmark = pytest.mark.usefixtures("forked_jobs")
+
 TOML = """
 out = "{out}"
 [models]
