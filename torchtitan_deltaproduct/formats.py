@@ -6,6 +6,8 @@ sparkline([5.0, 3.0, 2.5])           # "█▂▁"
 """
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+LARGEST = 1e300
+"""Numbers beyond it, infinities and NaN are no measurements."""
 
 
 def clock(seconds: float) -> str:
@@ -46,7 +48,13 @@ def amount(value: float, unit: str) -> str:
 
 
 def sparkline(values: list[float], width: int = 60, low: float | None = None) -> str:
-    """`█▆▄▃▂▁`: means of up to `width` stretches of the values, from `low` (None: the lowest mean) to the highest."""
+    """`█▆▄▃▂▁`: means of up to `width` stretches of the values, from `low` (None: the lowest mean) to the highest.
+
+    What is no number, and infinities, are left out.
+    """
+    values = [value for value in values if abs(value) < LARGEST]
+    if not values:
+        return ""
     width = min(width, len(values))
     bounds = [i * len(values) // width for i in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -21,12 +21,11 @@ from .config.values import shorten, show
 from .errors import CheckpointError, UserError
 from .events import began, read_events
 from .files import read_bytes
+from .formats import LARGEST
 from .history import WHOLE, overview
 from .models.args import DeltaProductArgs
 from .models.counts import training_flops_per_token
 
-LARGEST = 1e300
-"""Numbers beyond it, infinities and NaN are no measurements."""
 DEPTH = 8
 """Tables within tables of a config; deeper ones are no settings."""
 
@@ -94,13 +93,18 @@ class Run:
 
     @cached_property
     def seconds(self) -> dict[float, float]:
-        """Seconds of running by the time of a record: since the first launch, without the time between launches."""
+        """Seconds of running by the time of a record: since the first launch, without the time between launches.
+
+        A launch that is refused leaves a stop at no step, and no launch: what comes before it is such time, too.
+        """
         first = began(self.events)
         launches = {event["time"] for event in self.events if event["event"] == "launch"}
+        before_a_step = {event["time"] for event in self.events if event["event"] == "stop" and event["step"] is None}
         times = {r["time"] for r in [*self.records, *self.events] if isinstance(r.get("time"), int | float)}
         elapsed, last, result = 0.0, None, {}
         for time in sorted(time for time in times if abs(time) < LARGEST and (first is None or time >= first)):
-            elapsed += 0 if last is None or time in launches else time - last
+            idle = last is None or time in launches or (time in before_a_step and last not in launches)
+            elapsed += 0 if idle else time - last
             last, result[time] = time, elapsed
         return result
 

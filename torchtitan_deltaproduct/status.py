@@ -25,7 +25,7 @@ from .checkpoint.marker import read_marker
 from .errors import CheckpointError, UserError, exit_on_user_error
 from .events import LIMIT, NAME, last_stop, read_events
 from .files import read_text
-from .formats import sparkline
+from .formats import LARGEST, sparkline
 from .history import VALIDATIONS, overview
 from .runs import short_names
 
@@ -118,7 +118,7 @@ def row(run: Path, records: list[dict], events: list[dict], now: float, blocks: 
     how = re.split(r"[:,]| \d", state(events, read_json(run / "heartbeat.json"), now))[0]
     step = f"{steps[-1]['step']:,}" + (f"/{total:,}" if total else "") if steps else ""
     values = [r["validation_loss"] for r in records if r.get("validation_loss") is not None]
-    newest, best = (f"{values[-1]:.4f}", f"{min(values):.4f}") if values else ("", "")
+    newest, best = (f"{values[-1]:.4f}", f"{min(values, key=order):.4f}") if values else ("", "")
     typical = typical_step(steps)
     left = (total or 0) - steps[-1]["step"] if steps else 0
     speed = f"{typical['tokens_per_second']:,.0f}" if typical else ""
@@ -213,7 +213,7 @@ def losses(steps: list[dict], whole: bool = True, width: int = 48) -> str:
     last = values[-20:]
     mean = sum(last) / len(last)
     of = "" if whole else f" of {len(values):,} steps read"
-    return f"{sparkline(values, width)}  {mean:.4f} over the last {len(last)} steps, lowest {min(values):.4f}{of}"
+    return f"{sparkline(values, width)}  {mean:.4f} over the last {len(last)} steps, lowest {min(values, key=order):.4f}{of}"
 
 
 def validation(records: list[dict], every: int | None = None) -> str:
@@ -222,7 +222,7 @@ def validation(records: list[dict], every: int | None = None) -> str:
     if not found:
         return ""
     newest = found[-1]
-    best = min(found, key=lambda r: r["validation_loss"] if r["validation_loss"] is not None else float("inf"))
+    best = min(found, key=lambda r: order(r["validation_loss"]))
     extra = [
         f"{name} {newest[key]:,.4g}"
         for name, key in (("perplexity", "validation_perplexity"), ("bits/byte", "validation_bits_per_byte"),
@@ -232,15 +232,25 @@ def validation(records: list[dict], every: int | None = None) -> str:
     # A loss that is not finite is recorded as null.
     loss = "not finite" if newest["validation_loss"] is None else f"{newest['validation_loss']:.4f}"
     said = f"loss {loss} at step {newest['step']:,}" + "".join(f", {e}" for e in extra)
-    if best is newest or best["validation_loss"] is None:
+    if best is newest or not measured(best["validation_loss"]):
         return said
     some = f" of {len(found)} read" if every and newest["step"] > every * VALIDATIONS else ""
     return f"{said}; best{some} {best['validation_loss']:.4f} at step {best['step']:,}"
 
 
+def measured(value: float | None) -> bool:
+    """Whether a number of a record is finite; an older file may hold NaN and Infinity."""
+    return value is not None and abs(value) < LARGEST
+
+
+def order(loss: float | None) -> float:
+    """What losses are ordered by: those that are not finite behind all others."""
+    return loss if measured(loss) else float("inf")
+
+
 def typical_step(steps: list[dict]) -> dict | None:
     """The median of the last steps by their seconds: one that validates or saves is not typical."""
-    timed = [r for r in steps[-50:] if r.get("seconds") is not None and r.get("tokens_per_second") is not None]
+    timed = [r for r in steps[-50:] if measured(r.get("seconds")) and measured(r.get("tokens_per_second"))]
     return sorted(timed, key=lambda r: r["seconds"])[len(timed) // 2] if timed else None
 
 

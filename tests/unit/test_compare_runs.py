@@ -101,6 +101,17 @@ def test_places_on_the_axes(tmp_path):
     assert len(compare.curve(run, validated=False, width=10)) == 3
 
 
+def test_the_time_before_a_refused_launch_is_not_of_running(tmp_path):
+    """It records a stop at no step, without a launch; one that fails while it starts has a launch before its stop."""
+    run = make(tmp_path / "a")
+    end = NOW + 3640
+    events = [stop("failed", time=end + day * 86400, step=None) for day in (1, 2)]
+    events += [LAUNCH | {"time": end + 259200}, stop("failed", time=end + 259207, step=None)]
+    with (run / "events.jsonl").open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+    assert max(read_run(run).seconds.values()) == 47
+
+
 @pytest.mark.parametrize(("name", "content", "said"), [
     ("config.json", None, "config.json: not there"),
     ("config.json", b"{", "config.json: is not a config snapshot"),

@@ -19,6 +19,11 @@ def test_counts():
     assert [amount(v, "B") for v in (0, 999, 999.6, 1.234e9)] == ["0 B", "999 B", "1 kB", "1.23 GB"]
 
 
+def test_a_sparkline_leaves_out_what_is_not_finite():
+    odd = [float("nan"), float("inf"), -float("inf"), 1e308, -1e308]
+    assert sparkline([*odd, 0.0, 1.0, 2.0, 7.0, *odd], 4) == "▁▂▃█" and sparkline(odd) == sparkline([]) == ""
+
+
 def test_sparkline():
     assert sparkline([0.0, 1.0, 2.0, 7.0], 4) == "▁▂▃█"
     assert sparkline([5.0] * 9, 3) == "▁▁▁"

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tests.unit.test_compare import make
+from tests.unit.test_compare_runs import make
 from tests.unit.test_status import NOW, stop
 from torchtitan_deltaproduct import report
 from torchtitan_deltaproduct.curves import Curve, binned, curves_of

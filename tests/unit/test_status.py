@@ -148,6 +148,23 @@ def test_of_several_runs_a_line_each(tmp_path):
     assert rows[0] == ["a[b]", "running", "50/100", f"{mean:.4f}", "0.9000", "1 min"]
 
 
+@pytest.mark.parametrize(("value", "said"), [("1e999", "inf"), ("NaN", "nan"), ("-Infinity", "-inf")])
+def test_numbers_that_are_not_finite(tmp_path, value, said):
+    """As another program or an older version may have written them."""
+    good = write(tmp_path / "good", [step(1)], [LAUNCH])
+    bad = write(tmp_path / "bad", [step(1), {"step": 1, "validation_loss": 0.5}], [LAUNCH])
+    line = '{"step": 2, "loss": X, "seconds": X, "tokens_per_second": X, "tokens": X, "goodput": X}\n'
+    newest = '{"step": 2, "validation_loss": X, "validation_perplexity": X}\n'
+    (bad / "metrics.jsonl").write_text((bad / "metrics.jsonl").read_text().partition('{"step": 9')[0]
+                                       + (line + newest).replace("X", value))  # fmt: skip
+    _, first, second = table(good, bad)
+    assert first[:4] == ["good", "silent", "1/100", "▁ 3.0000"]
+    assert second[:6] == ["bad", "silent", "2/100", f"▁ {said}", said, "0.5000"]
+    text = show(bad)
+    assert f"{said} over the last 2 steps, lowest 3.0000" in text and f"loss {said} at step 2" in text
+    assert "best 0.5000 at step 1" in text and "500 tokens/s" in text
+
+
 def test_watch_looks_again_until_it_is_ended(tmp_path, capsys, monkeypatch):
     run, waits = write(tmp_path / "run", [step(1)], [LAUNCH]), []
 
