@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import arguments
-from .errors import UserError, exit_on_user_error
+from .errors import ConfigError, UserError, exit_on_user_error
 from .formats import amount, count, duration
 from .runs import Run, read_run, short_names, shown
 
-UNLEARNED = ("job.", "metrics.", "profiling.", "comm.", "guard.", "checkpoint.")
-"""Tables that change nothing that is learned: names, logging, saving, stopping."""
+UNLEARNED = ("job.", "metrics.", "profiling.", "comm.", "guard.", "checkpoint.", "validation.enable",
+             "validation.freq", "validation.prompts", "validation.sample_tokens")  # fmt: skip
+"""How keys begin that change nothing that is learned: names, logging, saving, stopping, when to look."""
+GENERAL = ("enable", "folder", "freq", "interval", "kind", "lengths", "mode", "name", "paths", "samples", "steps",
+           "weights")  # fmt: skip
+"""Last parts of keys that say nothing without their table."""
 SEEDS = ("debug.seed", "data.seed")
 BINS = 50
 """Points of a curve of training losses."""
@@ -44,14 +49,17 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.20
 def main(words: list[str] | None = None) -> None:
     parser = arguments.Parser("torchtitan_deltaproduct.compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=arguments.path, help="run folders")
-    parser.add_argument("--out", metavar="PNG", type=arguments.path, help="picture (default: compare.png)")
+    parser.add_argument("--out", metavar="FILE", type=arguments.path,
+                        help="picture, .png, .pdf or .svg (default: compare.png)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON; a picture only if --out names one")
     options = parser.parse_args(words)
+    picture = options.out or ("" if options.json else "compare.png")
+    if picture:
+        check_picture(Path(picture))
     runs, refused = read_runs(options.runs)
     names = short_names([run.path for run in runs])
     changed = differences(runs)
     groups = sorted(grouped(runs, names, changed), key=Group.rank)
-    picture = options.out or ("" if options.json else "compare.png")
     if options.json:
         content = {
             "runs": [summary(run, name, changed) for run, name in zip(runs, names, strict=True)],
@@ -74,6 +82,28 @@ def main(words: list[str] | None = None) -> None:
         print(f"picture: {picture}" if drawn else "no picture: no run has a loss yet", file=sys.stderr)
 
 
+def check_picture(path: Path) -> None:
+    """Looks whether a picture can be written, before all the work.
+
+    Raises:
+        ConfigError: its name ends in no format of pictures, or there is no folder to write it into.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    # LaTeX's own, which needs a TeX that is installed.
+    formats = sorted(FigureCanvasBase.get_supported_filetypes().keys() - {"pgf"})
+    if path.suffix[1:].lower() not in formats:
+        raise ConfigError(f"--out {shown(str(path), 200)}: expected a name that ends in one of: .{', .'.join(formats)}")
+    if path.is_dir():
+        raise ConfigError(f"--out {shown(str(path), 200)} is a folder; expected the file to write")
+    if not path.parent.is_dir():
+        raise ConfigError(
+            f"--out {shown(str(path), 200)}: there is no folder {shown(str(path.parent), 200)}; make it first"
+        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{shown(str(path), 200)} cannot be written; name another place with --out")
+
+
 def read_runs(folders: Iterable[str]) -> tuple[list[Run], list[UserError]]:
     """The runs that can be read, each once, and why others cannot.
 
@@ -94,15 +124,17 @@ def read_runs(folders: Iterable[str]) -> tuple[list[Run], list[UserError]]:
 def differences(runs: list[Run]) -> dict[str, str]:
     """Settings of what is learned that are not the same in all runs whose settings are known, and short names of them.
 
-    Every key by its last part, `num_householder`, or whole where two would have the same name.
+    Every key by its last part, `num_householder`, or whole, `optimizer.name`, where that is in several tables or says
+    nothing by itself.
     """
     known = [run.settings for run in runs if run.settings]
-    keys = dict.fromkeys(key for settings in known for key in settings)
-    keys = [key for key in keys if not key.startswith(UNLEARNED) or key == "checkpoint.initial_load_path"]
+    every = dict.fromkeys(key for settings in known for key in settings)
+    tables = Counter(key.rpartition(".")[2] for key in every)
+    keys = [key for key in every if not key.startswith(UNLEARNED) or key == "checkpoint.initial_load_path"]
     # A version that does not have an option says nothing of it.
     keys = [key for key in keys if len({exact(settings[key]) for settings in known if key in settings}) > 1]
-    last = [key.rpartition(".")[2] for key in keys]
-    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
+    last = {key: key.rpartition(".")[2] for key in keys}
+    return {key: name if tables[name] == 1 and name not in GENERAL else key for key, name in last.items()}
 
 
 def exact(value: Any) -> str:
@@ -189,6 +221,12 @@ class Group:
     def rank(self) -> tuple[float, float]:
         """That of the best of its runs."""
         return min(map(rank, self.runs))
+
+    def with_losses(self, validated: bool) -> "Group | None":
+        """Those of its runs that have validation losses, or training losses; None if there is none."""
+        kept = [number for number, run in enumerate(self.runs) if (run.validations if validated else run.steps)]
+        chosen = Group(self.name, [self.runs[n] for n in kept], [self.names[n] for n in kept])
+        return chosen if kept else None
 
     def spread(self) -> dict[str, Any]:
         """Over seeds: mean and half-width of the 95 % interval (None below three) of the losses that all have."""
@@ -298,6 +336,8 @@ def draw(groups: list[Group], path: Path) -> bool:
         False, and there is no file, if no run has a loss yet.
     """
     validated = any(run.validations for group in groups for run in group.runs)
+    absent = [name for group in groups for name in group.names]
+    groups = [part for group in groups if (part := group.with_losses(validated))]
     steps = [record["step"] for group in groups for run in group.runs for record in run.records[-1:]]
     width = max(max(steps, default=0) / BINS, 1)
     curves = [[curve(run, validated, width) for run in group.runs] for group in groups]
@@ -308,9 +348,13 @@ def draw(groups: list[Group], path: Path) -> bool:
 
     from .evaluation.figures import picture  # matplotlib takes half a second
 
-    others = len(drawn) - HIGHLIGHTED
+    others, shown_runs = len(drawn) - HIGHLIGHTED, {name for number in drawn for name in groups[number].names}
+    absent = [name for name in absent if name not in shown_runs]
     title = f"{'validation' if validated else 'training'} loss, nats a token"
     title += f"; {others} more groups in grey" if others > 0 else ""
+    if absent:
+        title += f"; not drawn, without {'validations' if validated else 'losses'}: {shown(', '.join(absent), 60)}"
+    title = title.replace("$", r"\$")
     with picture(path, title, 2, 2, (13, 8.5), sharey=True) as (_, panels):
         # Shared by all panels.
         panels[0, 0].set_ylim(*loss_range([lines[0][number] for number in drawn]))
@@ -353,9 +397,10 @@ def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]], named: 
 
 def group_label(group: Group) -> str:
     """The name of a group beside its line, and what the line is of."""
-    seeds = len(group.runs)
-    name = group.name if len(group.name) <= 44 else group.name[:43] + "…"
-    return name if seeds == 1 else f"{name} ({seeds} seeds{', no interval' if seeds == 2 else ''})"
+    count = len(group.runs)
+    name = group.names[0] if count == 1 and len(group.name) > 44 else group.name
+    name = name if len(name) <= 44 else name[:43] + "…"
+    return name if count == 1 else f"{name} ({count} seeds{', no interval' if count == 2 else ''})"
 
 
 def loss_range(lines: list[Points]) -> tuple[float, float]:

@@ -213,7 +213,8 @@ def losses(steps: list[dict], whole: bool = True, width: int = 48) -> str:
     last = values[-20:]
     mean = sum(last) / len(last)
     of = "" if whole else f" of {len(values):,} steps read"
-    return f"{sparkline(values, width)}  {mean:.4f} over the last {len(last)} steps, lowest {min(values, key=order):.4f}{of}"
+    low = min(values, key=order)
+    return f"{sparkline(values, width)}  {mean:.4f} over the last {len(last)} steps, lowest {low:.4f}{of}"
 
 
 def validation(records: list[dict], every: int | None = None) -> str:

@@ -5,12 +5,13 @@ import math
 import subprocess
 import sys
 
+import matplotlib
 import pytest
 from scipy.stats import t
 
 from tests.unit.test_status import LAUNCH, NOW, stop
 from torchtitan_deltaproduct import compare
-from torchtitan_deltaproduct.errors import UserError
+from torchtitan_deltaproduct.errors import ConfigError, UserError
 from torchtitan_deltaproduct.models.args import DeltaProductArgs
 from torchtitan_deltaproduct.models.counts import training_flops_per_token
 from torchtitan_deltaproduct.runs import read_run
@@ -89,6 +90,43 @@ def test_table_and_picture(tmp_path, capsys):
     for text in ("num_householder 2, seed 3", "2.0000 (10)", "50.0%", "40 s", "3 │"):
         assert text in said.out, said.out
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG") and "picture: " in said.err
+
+
+@pytest.mark.parametrize(("out", "said"), [
+    ("x.foo", r"ends in one of: .*\.pdf, .*\.png"), ("x", "ends in one of"),
+    ("no/x.png", "there is no folder .*/no; make"), ("folder.png", "is a folder"),
+])  # fmt: skip
+def test_a_picture_that_cannot_be_written_is_refused_first(tmp_path, capsys, out, said):
+    run = make(tmp_path / "a")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ConfigError, match=said) as raised:
+        compare.main([str(run), "--out", str(tmp_path / out)])
+    assert not capsys.readouterr().out and len(str(raised.value).splitlines()) == 1
+
+
+def test_names_of_settings_that_differ(tmp_path):
+    """What is no difference, and keys that say nothing without their table or are in several."""
+
+    def settings(name, **more):
+        own = {"optimizer": {"name": name, "lr": 1e-3}, "data": {"paths": [name], "seq": 1},
+               "validation": {"enable": name == "a", "freq": len(name), "prompts": [name], "sample_tokens": len(name),
+                              "seq": len(name)}}  # fmt: skip
+        return read_run(make(tmp_path / name, n_h=len(name), **own))
+
+    changed = compare.differences([settings("a"), settings("bc")])
+    assert changed == {"model.num_householder": "num_householder", "optimizer.name": "optimizer.name",
+                       "data.paths": "data.paths", "validation.seq": "validation.seq"}  # fmt: skip
+
+
+def test_runs_that_are_not_drawn_are_named(tmp_path):
+    """In a title; and a run with a long list of settings by its own name."""
+    long = make(tmp_path / "long", model=SMALL | {f"option_{i}": i for i in range(9)})
+    other = make(tmp_path / "other", model=SMALL | {f"option_{i}": -i for i in range(9)})
+    blind = make(tmp_path / "blind", validated=False)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        compare.main([*map(str, (long, other, blind)), "--out", str(tmp_path / "x.svg")])
+    text = (tmp_path / "x.svg").read_text()
+    assert "not drawn, without validations: blind" in text and ">long<" in text and ">other<" in text
 
 
 def test_places_on_the_axes(tmp_path):
