@@ -222,6 +222,11 @@ class Group:
         """That of the best of its runs."""
         return min(map(rank, self.runs))
 
+    @property
+    def seeds(self) -> int:
+        """How many different ones its runs have: a copy of a run is no other sample."""
+        return len({tuple(exact(run.settings.get(key)) for key in SEEDS) for run in self.runs})
+
     def with_losses(self, validated: bool) -> "Group | None":
         """Those of its runs that have validation losses, or training losses; None if there is none."""
         kept = [number for number, run in enumerate(self.runs) if (run.validations if validated else run.steps)]
@@ -229,8 +234,8 @@ class Group:
         return chosen if kept else None
 
     def spread(self) -> dict[str, Any]:
-        """Over seeds: mean and half-width of the 95 % interval (None below three) of the losses that all have."""
-        result: dict[str, Any] = {"seeds": len(self.runs)}
+        """Over runs: mean and half-width of the 95 % interval (None below three seeds) of the losses that all have."""
+        result: dict[str, Any] = {"seeds": self.seeds}
         validations = [run.validations[-1]["validation_loss"] if run.validations else None for run in self.runs]
         bests = [run.best["validation_loss"] if run.best else None for run in self.runs]
         trained = [run.last_loss for run in self.runs]
@@ -240,14 +245,17 @@ class Group:
             ("train_loss", trained),
         ):
             known = None not in values
-            result[name] = mean_and_interval(values) if known else (None, None)
+            result[name] = mean_and_interval(values, self.seeds) if known else (None, None)
         return result
 
 
-def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
-    """The mean, and half the width of its 95 % interval by Student's t; None for fewer than three values."""
+def mean_and_interval(values: list[float], seeds: int) -> tuple[float, float | None]:
+    """The mean, and half the width of its 95 % interval by Student's t; None for fewer than three values.
+
+    Nor is there an interval where the values are of fewer seeds: they are not independent.
+    """
     n, mean = len(values), sum(values) / len(values)
-    if n < 3:
+    if n < 3 or seeds < n:
         return mean, None
     variance = sum((value - mean) ** 2 for value in values) / (n - 1)
     return mean, (T[n - 2] if n - 2 < len(T) else 1.96) * math.sqrt(variance / n)
@@ -270,9 +278,9 @@ def grouped(runs: list[Run], names: list[str], changed: dict[str, str]) -> list[
 
 
 def group_table(groups: list[Group]) -> Table:
-    result = Table(caption="mean ± 95 % interval over seeds, from three seeds on")
+    result = Table(caption="mean ± 95 % interval over seeds, from three seeds on; none if runs share them")
     result.add_column("group", overflow="fold")
-    for name in ("seeds", "train loss", "validation", "best"):
+    for name in ("runs", "seeds", "train loss", "validation", "best"):
         result.add_column(name, justify="right")
     for group in groups:
         spread = group.spread()
@@ -280,7 +288,7 @@ def group_table(groups: list[Group]) -> Table:
         for name in ("train_loss", "validation_loss", "best_validation_loss"):
             mean, half = spread[name]
             cells.append("" if mean is None else f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}"))
-        result.add_row(escape(group.name), str(spread["seeds"]), *cells)
+        result.add_row(escape(group.name), str(len(group.runs)), str(spread["seeds"]), *cells)
     return result
 
 
@@ -319,13 +327,13 @@ Points = list[tuple[float, float, float | None]]
 """Of a line: place on an axis, loss, half of its 95 % interval."""
 
 
-def mean_curve(curves: list[dict], axis: int) -> Points:
-    """The mean of a group's curves where all of them have a point."""
+def mean_curve(curves: list[dict], axis: int, seeds: int) -> Points:
+    """The mean of a group's curves, of so many seeds, where all of them have a point."""
     result = []
     for key in sorted(set.intersection(*map(set, curves))):
         places = [points[key][1][axis] for points in curves]
         if None not in places:
-            result.append((sum(places) / len(places), *mean_and_interval([points[key][0] for points in curves])))
+            result.append((sum(places) / len(places), *mean_and_interval([points[key][0] for points in curves], seeds)))
     return sorted(result, key=lambda point: point[0])
 
 
@@ -341,7 +349,8 @@ def draw(groups: list[Group], path: Path) -> bool:
     steps = [record["step"] for group in groups for run in group.runs for record in run.records[-1:]]
     width = max(max(steps, default=0) / BINS, 1)
     curves = [[curve(run, validated, width) for run in group.runs] for group in groups]
-    lines = [[mean_curve(members, axis) for members in curves] for axis in range(len(AXES))]
+    lines = [[mean_curve(members, axis, group.seeds) for group, members in zip(groups, curves, strict=True)]
+             for axis in range(len(AXES))]  # fmt: skip
     drawn = [number for number, points in enumerate(lines[0]) if points]
     if not drawn:
         return False
@@ -397,10 +406,13 @@ def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]], named: 
 
 def group_label(group: Group) -> str:
     """The name of a group beside its line, and what the line is of."""
-    count = len(group.runs)
-    name = group.names[0] if count == 1 and len(group.name) > 44 else group.name
+    runs = len(group.runs)
+    name = group.names[0] if runs == 1 and len(group.name) > 44 else group.name
     name = name if len(name) <= 44 else name[:43] + "…"
-    return name if count == 1 else f"{name} ({count} seeds{', no interval' if count == 2 else ''})"
+    if runs == 1:
+        return name
+    of = f"{runs} seeds" if group.seeds == runs else f"{runs} runs of {group.seeds} seed{'s' * (group.seeds > 1)}"
+    return f"{name} ({of}{', no interval' if runs == 2 or group.seeds < runs else ''})"
 
 
 def loss_range(lines: list[Points]) -> tuple[float, float]:

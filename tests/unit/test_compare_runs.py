@@ -76,6 +76,16 @@ def test_groups_over_seeds(tmp_path, capsys):
     )
 
 
+def test_a_copy_is_no_other_seed(tmp_path, capsys):
+    runs = [make(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2), ("copy", 1))]
+    (group,) = as_json(capsys, *runs)["groups"]
+    assert (group["seeds"], group["best_validation_loss"], len(group["runs"])) == (2, [2.0, None], 3)
+    read = list(map(read_run, runs))
+    said = [compare.group_label(compare.Group("x", part, [])) for part in (read, read[::2], read[:2])]
+    assert said == ["x (3 runs of 2 seeds, no interval)", "x (2 runs of 1 seed, no interval)",
+                    "x (2 seeds, no interval)"]  # fmt: skip
+
+
 def test_quantiles():
     exact = [t.ppf(0.975, degrees) for degrees in range(1, 31)]
     assert list(compare.T) == pytest.approx(exact, abs=1e-3)
@@ -135,7 +145,7 @@ def test_places_on_the_axes(tmp_path):
     points = compare.curve(run, validated=True, width=1)
     flops = run.flops_per_token
     assert points[10] == (2.0, (10, 1000, 20, 1000 * flops)) and points[15] == (2.5, (15, 1500, 30, 1500 * flops))
-    assert compare.mean_curve([points, points], axis=1)[1] == (1000, 2.0, None)
+    assert compare.mean_curve([points, points], axis=1, seeds=2)[1] == (1000, 2.0, None)
     assert len(compare.curve(run, validated=False, width=10)) == 3
 
 
