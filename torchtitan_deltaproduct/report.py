@@ -26,7 +26,7 @@ from .events import last_stop
 from .files import read_bytes, read_text, write_atomically
 from .formats import amount, count, duration
 from .history import ends
-from .runs import Run, read_run, shown
+from .runs import Run, read_run, shown, visible
 from .status import ending, state
 
 EMBEDDED = 24 << 20
@@ -159,7 +159,7 @@ def content(run: Run, now: float) -> dict[str, Any]:
     parts = [part for part in (training(run), asked(run), launches(run), checkpoints(run), samples(run),
                                evaluations(run), data(run), provenance(run)) if part]  # fmt: skip
     return {
-        "title": arguments.shown(run.path.resolve().name),
+        "title": visible(arguments.shown(run.path.resolve().name)),
         "subtitle": [text for text in (described, "; ".join(filter(None, (how, written)))) if text],
         "numbers": list(numbers(run)),
         "problems": run.problems,
@@ -252,7 +252,7 @@ def checkpoints(run: Run) -> Section:
         return Section("Checkpoints", notes=[str(error)])
     rows = [
         (f"{info.step:,}", amount(info.size, "B"), stamp(info.marker.time) if info.marker else "",
-         info.marker.reason if info.marker else "", "complete" if info.complete else shown(info.reason, 200))
+         shown(info.marker.reason) if info.marker else "", "complete" if info.complete else shown(info.reason, 200))
         for info in infos[-LINES:]
     ]  # fmt: skip
     return Section("Checkpoints", tables=[Cells(rows, ("step", "size", "saved", "by", "state"))] if rows else [])
@@ -266,7 +266,7 @@ def samples(run: Run) -> Section:
         if all(isinstance(record.get(name), kind) for name, kind in expected.items()):
             by_step = found.setdefault(record["prompt"], {})
             by_step.setdefault(record["step"], []).append(
-                (f"step {record['step']:,}, {record['mode']}", record["text"])
+                (f"step {record['step']:,}, {shown(record['mode'])}", visible(record["text"]))
             )
     section = Section("Samples")
     for prompt, by_step in found.items():

@@ -9,6 +9,7 @@ Needs neither torch nor the machine that trains; of years of records the newest 
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,8 @@ from .history import WHOLE, overview
 from .models.args import DeltaProductArgs
 from .models.counts import training_flops_per_token
 
+UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+"""Characters that steer a terminal, turn the direction of writing or are none; not tabs and ends of lines."""
 DEPTH = 8
 """Tables within tables of a config; deeper ones are no settings."""
 
@@ -186,6 +189,11 @@ def short_names(runs: list[Path]) -> list[str]:
     paths = [os.path.realpath(run) for run in runs]
     common = os.path.commonpath([os.path.dirname(path) for path in paths])
     return [arguments.shown(os.path.relpath(path, common)) for path in paths]
+
+
+def visible(text: str) -> str:
+    """Text of several lines that does nothing but stand there: `\\x1b[2J` and `\\u202e` for what is not seen of it."""
+    return UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
 
 
 def shown(value: Any, width: int = 40) -> str:

@@ -100,6 +100,18 @@ def test_markdown(run):
     assert all((run / picture).read_bytes().startswith(PNG[:8]) for picture in pictures)
 
 
+def test_nothing_steers_a_terminal(tmp_path):
+    """Control characters, those that turn the direction of writing and halves of characters are shown escaped."""
+    run, evil = make(tmp_path / "a\x1b[2J"), "\x1b[2J\u202eabc\u2066\x9b\ud800\x07\r\n\tdé f漢\r!"
+    sample = {"step": 5, "prompt": evil, "mode": "\x1bgreedy", "text": evil}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    for option, name in ((["--markdown"], "report.md"), ([], "report.html")):
+        report.main([str(run), *option])
+        text = (run / name).read_text()
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", text)
+        assert r"\x1b[2J\u202eabc\u2066\x9b\ud800\x07" in text and re.search(r"\n *\tdé f漢\\r!", text)
+
+
 def test_curves(run):
     curves = {curve.name: curve for curve in curves_of(read_run(run))}
     loss = curves["loss"]
