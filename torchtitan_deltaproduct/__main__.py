@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": (f"{PACKAGE}.plan", "what a TOML will do: parameters, memory, data, learning rates"),
     "prepare": (f"{PACKAGE}.data.prepare", "text to token shards"),
     "tokenizer": (f"{PACKAGE}.data.train_tokenizer", "train a tokenizer on text"),
+    "data show": (f"{PACKAGE}.data.show", "what a prepared folder holds"),
+    "data show-batch": (f"{PACKAGE}.data.show_batch", "the samples that a run trains on at a step"),
     "status": (f"{PACKAGE}.status", "where runs are"),
     "compare": (f"{PACKAGE}.compare", "runs in one table and one picture"),
     "report": (f"{PACKAGE}.report", "a run as one HTML page"),

@@ -81,6 +81,7 @@ def test_the_help_of_a_command_is_short(name, monkeypatch, capsys):
     ("eval generat", "no command 'eval generat'; nearest: deltaproduct eval generate"),
     ("lm_harness", "nearest: deltaproduct eval lm-harness"),
     ("to_hf", "nearest: deltaproduct to-hf"),
+    ("show_batch", "nearest: deltaproduct data show-batch"),
     ("checkpoint --help", "deltaproduct checkpoint: expected one of: ls, verify"),
     ("qqqq", "deltaproduct --help lists them all"),
     ("completion fish", "deltaproduct completion bash >>"),
@@ -114,6 +115,7 @@ def test_a_folder_that_is_not_installed_is_named(monkeypatch):
 
 @pytest.mark.parametrize(("words", "offered"), [
     (["deltaproduct", "ev"], "eval"), (["deltaproduct", "checkpoint", ""], "ls verify"),
+    (["deltaproduct", "data", ""], "show show-batch"),
     (["deltaproduct", "eval", "l"], "length-extrapolation lm-harness"), (["deltaproduct", "train", "eval"], ""),
 ])  # fmt: skip
 def test_completion(capsys, words, offered):
