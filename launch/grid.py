@@ -313,6 +313,13 @@ def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: s
             console.print("evaluating")
             failed |= run_jobs(evaluations, places, console)
     summary = summarise(grid)
+    if not summary.results and (grid.out / "results.jsonl").exists():
+        console.print(
+            f"no run is finished under these settings: results.* in {grid.out}, of other ones, are left as they are",
+            soft_wrap=True,
+        )
+        report_failures(failed, console)
+        return 1
     summary.write(grid.out)
     console.print(summary.without(FINAL if grid.evaluations else ()).table())
     pictures(grid.out / "eval", [job for job in grid.evaluations if job.is_done()], console)

@@ -32,6 +32,8 @@ from .errors import ConfigError
 
 TAIL = 8
 """Lines of a failed job's log that are shown."""
+LINES_OF_AN_ERROR = 4
+"""The most lines of our messages, of which the first begins with `error:`; of other output the last line is quoted."""
 SECONDS_BETWEEN_LINES = 15.0
 MOST_THREADS = 8
 SET_PARENT_DEATH_SIGNAL = 1
@@ -235,7 +237,9 @@ class Running:
         if code == 0 and self.job.is_done():
             return ""
         ending = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        last = (self.lines() or ["it printed nothing"])[-1]
+        lines = (self.lines() or ["it printed nothing"])[-LINES_OF_AN_ERROR:]
+        begin = max((place for place, line in enumerate(lines) if line.startswith("error:")), default=len(lines) - 1)
+        last = " ".join(lines[begin:])
         return f"{ending}{' before its end' if code == 0 else ''}: {last}"
 
 

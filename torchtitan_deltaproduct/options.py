@@ -74,6 +74,8 @@ class Option:
     """What other trainers and model configs call it."""
     is_path: bool = False
     """Whether it names files or folders: `~` in front is the home folder then."""
+    is_prose: bool = False
+    """Whether a list holds texts of any form: on a command line one text as it is, commas too, or a TOML list."""
     refused: Refusal | None = None
 
 
@@ -84,7 +86,7 @@ def option(default: Any, resume: Resume, allowed: Range | None = None, **more: A
         default: its default; a list is copied for each config.
         resume: what a change of it means.
         allowed: its range.
-        more: `reader`, `is_path`, and `aliases`, in one string.
+        more: `reader`, `is_path`, `is_prose`, and `aliases`, in one string.
     """
     metadata = {"option": record(resume, allowed, **more)}
     if isinstance(default, list):

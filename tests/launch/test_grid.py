@@ -82,6 +82,10 @@ def test_trains_evaluates_tells_and_reuses(toml, capsys):
     compared = json.loads((out / "eval/state_tracking/compared/state_tracking.json").read_text())
     assert [len(setting["runs"]) for setting in compared["settings"]] == [2, 2]
     assert (out / "eval/state_tracking/compared/state_tracking.png").stat().st_size > 10_000
+    kept = (out / "results.jsonl").read_bytes()
+    assert grid.main([str(toml), "--collect", "--training.steps", "1000"]) == 1
+    assert "no run is finished under these settings" in capsys.readouterr().out
+    assert (out / "results.jsonl").read_bytes() == kept
     assert grid.main([str(toml), "--only", "num_householder-1"]) == 0
     assert capsys.readouterr().out.count("1 jobs, 1 done already") == 2
     # By a version that did not have an option of this one, and had another.

@@ -56,6 +56,7 @@ def test_what_is_missing_runs_and_what_fails_is_named(tmp_path):
     given = [
         program(tmp_path, "good", "print(os.environ['PLACE'])"),
         program(tmp_path, "bad", "print('x\\nboom'); sys.exit(3)"),
+        program(tmp_path, "refused", "print('x\\nerror: a is wrong\\nwrite b'); sys.exit(2)"),
         program(tmp_path, "killed", "os.kill(os.getpid(), 9)"), program(tmp_path, "early", "sys.exit(0)"),
         program(tmp_path, "blocked", why_not="no weights"), program(tmp_path, "made before", "sys.exit(1)"),
     ]  # fmt: skip
@@ -63,10 +64,11 @@ def test_what_is_missing_runs_and_what_fails_is_named(tmp_path):
     given[-1].made.touch()
     failed, printed = run(given, [{"PLACE": "first"}, {"PLACE": "second"}])
     assert failed == {
-        "blocked": "not ready: no weights", "bad": "exit code 3: boom", "killed": "SIGKILL: it printed nothing",
+        "blocked": "not ready: no weights", "bad": "exit code 3: boom",
+        "refused": "exit code 2: error: a is wrong write b", "killed": "SIGKILL: it printed nothing",
         "early": "exit code 0 before its end: it printed nothing",
     }  # fmt: skip
-    assert "6 jobs, 1 done already" in printed and "1/4 good: done in" in printed and "    boom" in printed
+    assert "7 jobs, 1 done already" in printed and "1/5 good: done in" in printed and "    boom" in printed
     assert printed.endswith("  early: exit code 0 before its end: it printed nothing\n")
     assert given[0].log.read_text() == "first\n" and not (tmp_path / "made before/log.txt").exists()
 

@@ -202,9 +202,12 @@ class Validation(titan.Validation):
     steps: int = option(-1, NOT_COMPARABLE, at_least_or(-1, 1, "every window of the set"), reader=TEXT)
     """Windows to read, in units of `local_batch_size`, evenly spaced and the same for any number of ranks; -1: every
     window of the set once."""
-    prompts: list[str] = option([], harmless("what to show"), reader=TEXT, aliases="sample_prompts generate_prompts")
+    prompts: list[str] = option(
+        [], harmless("what to show"), reader=TEXT, aliases="sample_prompts generate_prompts", is_prose=True
+    )
     """Texts that the model continues at each validation, greedy and sampled: in the log, RUN/samples.jsonl and
-    TensorBoard. "" is the beginning of a document. Every rank gathers the whole weights for it."""
+    TensorBoard. "" is the beginning of a document. On the command line one text, or several as '["def ", "class "]'.
+    Every rank gathers the whole weights for it."""
     sample_tokens: int = option(
         64, harmless("what to show"), COUNT, aliases="max_new_tokens",
         reader=Reader("validation.prompts", lambda config: bool(config.validation.prompts), "only read with prompts"),

@@ -139,7 +139,9 @@ def parse_overrides(argv: list[str]) -> tuple[dict[str, Any], list[Problem]]:
             continue
         text = text if equals else words.pop(0)
         try:
-            given[key] = conform(parse_text(text, schema()[key].hint), schema()[key].hint)
+            whole = schema()[key].record.is_prose and not text.lstrip().startswith("[")
+            value = [text] if whole else parse_text(text, schema()[key].hint)
+            given[key] = conform(value, schema()[key].hint)
         except ValueError as reason:
             problems.append(Problem(f"--{key} {text}: {reason}{quoted(schema()[key].summary)}"))
     return given, problems

@@ -343,3 +343,12 @@ def test_what_this_machine_does_not_allow(problems, tmp_path, monkeypatch):
     monkeypatch.setattr("torchtitan_deltaproduct.config.check.find_spec", lambda name: None)
     assert "wandb is not installed: pip install wandb" in problems(MINIMAL, "--metrics.enable_wandb", environment=here)
     assert problems(MINIMAL, "--metrics.enable_wandb") == ""
+
+
+@pytest.mark.parametrize(("written", "prompts"), [
+    ("def ", ["def "]), ("a, b", ["a, b"]), ("", [""]), ('["def ", "x,y"]', ["def ", "x,y"]), ("[]", []),
+])  # fmt: skip
+def test_prompts_are_taken_as_they_are(load, written, prompts):
+    options = ("--validation.enable", "--validation.paths", "held out, too", "--validation.prompts", written)
+    table = load('[data]\npaths = ["a"]\n', *options).validation
+    assert table.prompts == prompts and table.paths == ["held out", "too"]
