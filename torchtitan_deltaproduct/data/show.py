@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from torchtitan_deltaproduct.arguments import Parser, path
-from torchtitan_deltaproduct.errors import exit_on_user_error
+from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 
-from .shards.corpora import open_stream
+from .shards.corpora import NO_TOKENIZER, CorpusStream, find_files, open_stream
 from .shards.manifest import read_manifest
 from .shards.shards import TokenStream
 from .shards.verified import SUFFIXES, compare, file_states
@@ -34,14 +34,19 @@ def verify(folder: str | Path) -> int:
 
 
 def table(stream: TokenStream) -> Table:
-    """Counts, format and origin."""
+    """Counts, format and origin, as far as they are known: files of others do not say what text they were made of."""
     manifest = stream.manifest
-    rows = {
-        "tokens": f"{manifest.tokens:,} ({manifest.dtype}, vocabulary {manifest.vocab_size:,})",
-        "documents": f"{manifest.documents:,}, {manifest.tokens / max(1, manifest.documents):,.0f} tokens on average",
-        "text": f"{manifest.bytes:,} bytes, {manifest.bytes_a_token:.2f} a token",
-        "left out": f"{manifest.empty_documents} empty documents, {manifest.bad_records} unreadable records",
-        "unknown": f"{manifest.unknown_tokens:,} tokens, in all parts",
+    rows = {"tokens": f"{manifest.tokens:,} ({manifest.dtype}, vocabulary {manifest.vocab_size:,})"}
+    if manifest.documents:
+        mean = manifest.tokens / manifest.documents
+        rows["documents"] = f"{manifest.documents:,}, {mean:,.0f} tokens on average"
+    if not isinstance(stream, CorpusStream):
+        rows |= {
+            "text": f"{manifest.bytes:,} bytes, {manifest.bytes_a_token:.2f} a token",
+            "left out": f"{manifest.empty_documents} empty documents, {manifest.bad_records} unreadable records",
+            "unknown": f"{manifest.unknown_tokens:,} tokens, in all parts",
+        }
+    rows |= {
         "shards": f"{len(manifest.shards)}",
         "separator": f"id {manifest.eos_id}",
         "tokenizer": manifest.tokenizer_sha256[:16],
@@ -62,12 +67,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--document", type=int, default=0, metavar="N", help="document to show (default: 0)")
     parser.add_argument("--verify", action="store_true", help="check every file against its checksum")
     options = parser.parse_args(arguments)
+    if find_files(options.folder) and not options.tokenizer:
+        raise ConfigError(NO_TOKENIZER.format(options.folder, "--tokenizer"))
     console, stream = Console(), open_stream(options.folder, options.tokenizer)
     console.print(table(stream))
     if stream.manifest.documents:
         tokens = stream.document(options.document)
+        title = f"document {options.document}, {len(tokens):,} tokens, the first {min(SHOWN_TOKENS, len(tokens))}:"
+    elif options.document:
+        raise ConfigError(f"--document is {options.document}: {options.folder} has no index of its documents")
     else:
-        # Of files without an index, the beginning.
+        title = f"the first {min(SHOWN_TOKENS, stream.tokens)} of {stream.tokens:,} tokens:"
         tokens = np.empty(min(SHOWN_TOKENS, stream.tokens), dtype=np.int64)
         stream.read(0, tokens)
     tokenizer = load_tokenizer(stream.tokenizer_path, stream.manifest.eos_id)
@@ -75,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     pieces = Text()
     for index, token in enumerate(shown):
         pieces.append(tokenizer.decode([token]), style="on grey23" if index % 2 else "")
-    console.print(f"\ndocument {options.document}, {len(tokens):,} tokens, the first {len(shown)}:")
+    console.print(f"\n{title}")
     console.print(pieces)
     console.print(f"{shown[:16]} ...", highlight=False)
     if options.verify:

@@ -112,6 +112,24 @@ def test_npy(tmp_path, tokenizer, how):
     assert whole(open_stream(tmp_path / "deep/part-1.npy", tokenizer)) == joined(parts[1])
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_npy_that_does_not_end_with_a_separator(tmp_path, tokenizer, saved, caplog):
+    """Its end is the end of a document: a separator stands there for the reader, at whatever place a read begins."""
+    parts = [[3, 0, 4, 5], [6, 7], [8, 9, 0]]
+    for number, part in enumerate(parts):
+        tokens, path = np.array(part, dtype=np.uint16), tmp_path / f"part-{number}.npy"
+        np.save(path, tokens) if saved else tokens.tofile(path)
+    stream = pickle.loads(pickle.dumps(open_stream(tmp_path, tokenizer)))
+    tokens = [3, 0, 4, 5, 0, 6, 7, 0, 8, 9, 0]
+    assert whole(stream) == (tokens, [0, 2, 5, 8])
+    for first in range(len(tokens)):
+        for count in range(1, len(tokens) - first + 1):
+            piece = np.empty(count, dtype=np.int64)
+            assert stream.read(first, piece) == count and piece.tolist() == tokens[first : first + count]
+    assert [record.message for record in caplog.records if "2 of 3 files" in record.message]
+    assert len(caplog.records) == 1
+
+
 @pytest.fixture
 def corpus(tmp_path) -> Path:
     return write_megatron(tmp_path / "corpus", [[document] for document in random_documents(0, 300)], code=4)
@@ -185,8 +203,18 @@ def test_show(tokenizer, corpus, capsys):
     shown = capsys.readouterr().out
     np.save(corpus.with_name("x.npy"), np.array([5, 6, 0], dtype=np.uint16))
     show([str(corpus.with_name("x.npy")), "--tokenizer", tokenizer])
-    assert "[5, 6, 0]" in capsys.readouterr().out
+    without_index = capsys.readouterr().out
+    assert "[5, 6, 0]" in without_index and "the first 3 of 3 tokens" in without_index
     assert "read as" in shown and f"document 7, {len(random_documents(0, 300)[7])} tokens" in shown
+    assert "tokens on average" in shown and "document" not in without_index
+    assert not [row for row in ("text", "left out", "unknown") if f"│ {row} " in shown + without_index]
+    with pytest.raises(ConfigError, match="does not name their tokenizer\nset --tokenizer to the folder"):
+        show([str(corpus)])
+    with pytest.raises(ConfigError, match="--document is 2: .*x.npy has no index"):
+        show([str(corpus.with_name("x.npy")), "--tokenizer", tokenizer, "--document", "2"])
+    make_set(corpus.with_name("prepared"), tokenizer, [[50]])
+    show([str(corpus.with_name("prepared"))])
+    assert "│ unknown " in capsys.readouterr().out
 
 
 def cut(path: Path, size: int) -> None:
@@ -201,7 +229,8 @@ def cut(path: Path, size: int) -> None:
     (lambda c: write_megatron(c, [[[1.0, 0.0]]], code=6), "version 1 and tokens of type 6"),
     (lambda c: write_megatron(c, [[[1, 0]]], version=2), "version 2 and tokens of type 8"),
     (lambda c: write_megatron(c, [[[1, 0]], [[2, 0]], [[3]]]), "(?s)1 of 3 documents looked at .* data.eos"),
-    (lambda c: write_megatron(c, [[[1, -7, 0]]], code=4), "holds token 4,294,967,289; the vocabulary ends at 399"),
+    (lambda c: write_megatron(c, [[[1, -7, 0]]], code=4), "holds token -7; the vocabulary ends at 399"),
+    (lambda c: write_megatron(c, [[[1, -7]]], code=5), "holds token -7; the vocabulary ends at 399"),
     (lambda c: write_megatron(c, [[[1, 500, 0]]]), "holds token 500; the vocabulary ends at 399"),
 ])  # fmt: skip
 def test_damaged_corpora(tokenizer, corpus, damage, message):
@@ -224,7 +253,6 @@ def test_a_document_that_runs_into_the_next(tmp_path, tokenizer):
 @pytest.mark.parametrize(("content", "message"), [
     (b"\1\0\2\0\0", "has 5 bytes, which is no whole number of uint16 tokens"),
     (b"", "has 0 bytes"),
-    (b"\1\0\2\0", "1 of 1 documents looked at"),
     (b"\x93NUMPY\1\0", "is a damaged .npy file"),
 ])  # fmt: skip
 def test_damaged_npy(tmp_path, tokenizer, content, message):
@@ -237,6 +265,12 @@ def test_what_is_not_read(tmp_path, tokenizer, corpus):
     np.save(tmp_path / "f.npy", np.zeros(3))
     with pytest.raises(DataError, match="holds float64; expected whole numbers"):
         open_stream(tmp_path / "f.npy", tokenizer)
+    np.save(tmp_path / "windows.npy", np.ones((3, 4), dtype=np.uint16))
+    with pytest.raises(DataError, match=r"(?s)shape \[3, 4\]; expected token ids in one dimension.*reshape\(-1\)"):
+        open_stream(tmp_path / "windows.npy", tokenizer)
+    np.save(tmp_path / "negative.npy", np.array([3, -7], dtype=np.int32))
+    with pytest.raises(DataError, match="negative.npy holds token -7;"):
+        whole(open_stream(tmp_path / "negative.npy", tokenizer))
     write_megatron(tmp_path / "two/a", [[[1, 0]]], 4), write_megatron(tmp_path / "two/b", [[[1, 0]]], 8)
     with pytest.raises(DataError, match="b holds uint16 and .*a uint32.\nName them as separate paths"):
         open_stream(tmp_path / "two", tokenizer)

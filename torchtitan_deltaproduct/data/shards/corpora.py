@@ -9,7 +9,8 @@
     stream = open_stream("corpus/web_text_document", "data/gpt2")
 
 Documents of a Megatron corpus begin where its index says. If none of them ends with the separator (it was made without
-`--append-eod`), separators are put between them as they are read. In a `.npy` file documents begin after separators.
+`--append-eod`), separators are put between them as they are read. In a `.npy` file documents begin after separators,
+and its end ends the last one: a separator is put there as it is read, if none stands there.
 Such files have no checksums: a run knows them by their sizes and by some blocks of each.
 """
 
@@ -37,6 +38,11 @@ BLOCKS, BLOCK = 4, 1 << 14
 """Blocks of a file, and their bytes, by which a run knows it."""
 LOOKED_AT = 64
 """Documents of a file whose ends are looked at, to see whether separators stand there."""
+
+NO_TOKENIZER = (
+    "{} holds tokens that another program made, and does not name their tokenizer\n"
+    "set {} to the folder with its tokenizer.json"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +91,9 @@ class File(NamedTuple):
     size: int
     """Bytes of the file of tokens."""
     dtype: str
+    """As which tokens are read: unsigned, see `megatron.DTYPES`."""
+    signed: bool
+    """Whether the file has the signed type of that size."""
     offset: int
     """Bytes before the first token."""
     index: Index | None
@@ -109,18 +118,15 @@ class File(NamedTuple):
 class Corpus(NamedTuple):
     manifest: Manifest
     files: list[File]
-    inserts: bool
-    """Whether separators are put after documents as they are read."""
+    inserts: list[int]
+    """Separators put into each file as it is read: none, or one after each document, or at the end of a `.npy`."""
 
 
 @lru_cache(maxsize=16)
 def read_corpus(path: str | Path, names: tuple[str, ...], tokenizer_path: str, eos: str) -> Corpus:
     """What a look at each of the files of `find_files` shows: types, sizes, and whether separators are there."""
     if not tokenizer_path:
-        raise ConfigError(
-            f"{path} holds tokens that another program made, and does not name their tokenizer\n"
-            "set model.hf_assets_path to the folder with its tokenizer.json"
-        )
+        raise ConfigError(NO_TOKENIZER.format(path, "model.hf_assets_path"))
     vocab_size, eos_id = load_tokenizer(tokenizer_path).vocab_size, find_eos_id(tokenizer_path, eos, option="data.eos")
     with ThreadPoolExecutor(THREADS) as pool:
         files = list(pool.map(lambda name: _look(name, token_dtype(vocab_size), eos_id), names))
@@ -129,9 +135,18 @@ def read_corpus(path: str | Path, names: tuple[str, ...], tokenizer_path: str, e
         raise DataError(
             f"{other.name} holds {other.dtype} and {first.name} {first.dtype}.\nName them as separate paths."
         )
+    documents = [file.index.documents if file.index else 0 for file in files]
     ended = [end for file in files for end in file.ended]
-    inserts = first.index is not None and not any(ended)
-    if inserts:
+    inserts = [0] * len(files)
+    if not first.index:
+        inserts = [int(not end) for end in ended]
+        if any(inserts):
+            logger.warning(
+                "data: %d of %d files of %s do not end with the separator, token %d: it is put there, so that their "
+                "last documents end with them", sum(inserts), len(files), path, eos_id,
+            )  # fmt: skip
+    elif not any(ended):
+        inserts = documents
         logger.warning("data: the documents of %s have no separator at their ends: token %d is put there", path, eos_id)
     elif not all(ended):
         wrong = next(file.name for file in files if not all(file.ended))
@@ -140,9 +155,8 @@ def read_corpus(path: str | Path, names: tuple[str, ...], tokenizer_path: str, e
             f"{eos_id}, such as one of {wrong}.\nName the token that ends them with data.eos, or make the corpus "
             "again so that all do (Megatron: --append-eod) or none does."
         )
-    documents = [file.index.documents if file.index else 0 for file in files]
     itemsize = np.dtype(first.dtype).itemsize
-    tokens = [(file.size - file.offset) // itemsize + inserts * n for file, n in zip(files, documents, strict=True)]
+    tokens = [(file.size - file.offset) // itemsize + n for file, n in zip(files, inserts, strict=True)]
     prints = [file.fingerprint for file in files]
     manifest = Manifest(
         dtype=first.dtype, vocab_size=vocab_size, eos_id=eos_id, tokenizer_sha256=tokenizer_sha256(tokenizer_path),
@@ -168,7 +182,7 @@ def _look(name: str, dtype: str, eos_id: int) -> File:
 def _look_at_megatron(name: str, index_file: FileIO, file: FileIO, eos_id: int) -> File:
     size, header = _size(file), os.pread(index_file.fileno(), HEADER.size, 0)
     index = read_index(f"{name}.idx", _size(index_file), header)
-    seen = File(name, size, index.dtype, 0, index, [], _fingerprint(index_file, file))
+    seen = File(name, size, index.dtype, index.signed, 0, index, [], _fingerprint(index_file, file))
     dtype, starts = np.dtype(index.dtype), partial(seen.starts, partial(_array, index_file, INT64))
     last = starts(index.documents - 1, index.documents)[0] * dtype.itemsize
     if size % dtype.itemsize or not 0 <= last < size or starts(0, 1)[0]:
@@ -180,7 +194,7 @@ def _look_at_megatron(name: str, index_file: FileIO, file: FileIO, eos_id: int) 
 
 
 def _look_at_npy(name: str, file: FileIO, dtype: str, eos_id: int) -> File:
-    size, offset = _size(file), 0
+    size, signed, offset = _size(file), False, 0
     if file.read(6) == b"\x93NUMPY":
         try:
             saved = np.load(name, mmap_mode="r")
@@ -188,15 +202,19 @@ def _look_at_npy(name: str, file: FileIO, dtype: str, eos_id: int) -> File:
             raise DataError(f"{name} is a damaged .npy file: {error}.") from None
         if saved.dtype.kind not in "iu" or not saved.dtype.isnative or not saved.flags.c_contiguous:
             raise DataError(f"{name} holds {saved.dtype}; expected whole numbers, little endian, in the order of rows.")
-        # Unsigned, as in `megatron`.
-        dtype, offset = f"uint{8 * saved.itemsize}", saved.offset
+        if saved.ndim != 1:
+            raise DataError(
+                f"{name} holds an array of shape {list(saved.shape)}; expected token ids in one dimension, [n].\n"
+                "Save it again as such: np.save(file, array.reshape(-1))"
+            )
+        dtype, signed, offset = f"uint{8 * saved.itemsize}", saved.dtype.kind == "i", saved.offset
     itemsize = np.dtype(dtype).itemsize
     if size == offset or (size - offset) % itemsize:
         raise DataError(
             f"{name} has {size:,} bytes, which is no whole number of {dtype} tokens, the type for this vocabulary."
         )
     last = _array(file, np.dtype(dtype), size - itemsize, 1)[0]
-    return File(name, size, dtype, offset, None, [int(last) == eos_id], _fingerprint(file))
+    return File(name, size, dtype, signed, offset, None, [int(last) == eos_id], _fingerprint(file))
 
 
 def _array(file: FileIO, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
@@ -252,23 +270,30 @@ class CorpusStream(TokenStream):
 
     def _tokens(self, shard: int, first: int, last: int) -> np.ndarray:
         size, offset = self._dtype.itemsize, self.files[shard].offset
-        if not self.inserts:
+        if not self.inserts[shard]:
             return self._read(shard, self.suffix, self._dtype, offset + first * size, last - first)
         # The separator of a document stands before the next one begins, or at the end of the file.
-        following, starts = self._search(shard, first + 1, last + 1)
+        only = 1, np.empty(0, dtype=np.int64)
+        following, starts = self._search(shard, first + 1, last + 1) if self.files[shard].index else only
         separators = starts - 1 - first
         if last == self.bounds[shard + 1] - self.bounds[shard]:
             separators = np.append(separators, last - 1 - first)
-        tokens = np.full(last - first, self.manifest.eos_id, dtype=np.int64)
+        # Unsigned, as what is read, and large enough for the separator.
+        tokens = np.full(last - first, self.manifest.eos_id, dtype=np.promote_types(self._dtype, np.uint32))
         real = np.ones(len(tokens), dtype=bool)
         real[separators] = False
         # One separator has been put in for each document before the one that holds token `first`.
-        tokens[real] = self._read(shard, self.suffix, self._dtype, (first - following + 1) * size, real.sum().item())
+        begin = offset + (first - following + 1) * size
+        tokens[real] = self._read(shard, self.suffix, self._dtype, begin, real.sum().item())
         return tokens
+
+    def _in_file(self, shard: int, token: np.integer) -> int:
+        as_read = token.astype(self._dtype)
+        return int(as_read.view(f"<i{self._dtype.itemsize}") if self.files[shard].signed else as_read)
 
     def _starts(self, shard: int, first: int, last: int) -> np.ndarray:
         starts = self.files[shard].starts(partial(self._read, shard, ".idx", INT64), first, last)
-        return starts + np.arange(first, last) * self.inserts
+        return starts + np.arange(first, last) * bool(self.inserts[shard])
 
     def _open_file(self, shard: int, suffix: str) -> FileIO:
         file = FileIO(self.path(shard, suffix))

@@ -24,6 +24,7 @@ MAGIC, VERSION = b"MMIDIDX\0\0", 1
 HEADER = struct.Struct("<9sQBQQ")
 # As unsigned types of the same size: a negative id is then one beyond every vocabulary.
 DTYPES = {1: "uint8", 2: "uint8", 3: "uint16", 4: "uint32", 5: "uint64", 8: "uint16"}
+SIGNED = (2, 3, 4, 5)
 CODES = {"uint16": 8, "uint32": 4}
 """Of our shards. Megatron has no uint32; our ids stay below 2**31, which int32 writes with the same bytes."""
 
@@ -32,6 +33,8 @@ class Index(NamedTuple):
     dtype: str
     sequences: int
     documents: int
+    signed: bool = False
+    """Whether the file has the signed type of the size of `dtype`."""
 
     @property
     def pointers(self) -> int:
@@ -72,7 +75,7 @@ def read_index(path: str, size: int, header: bytes) -> Index:
         raise DataError(
             f"{path} has version {version} and tokens of type {code}; version 1 with types {sorted(DTYPES)} is read."
         )
-    index = Index(DTYPES[code], sequences, entries - 1)
+    index = Index(DTYPES[code], sequences, entries - 1, code in SIGNED)
     if size != index.size or not index.documents:
         raise DataError(
             f"{path} has {size:,} bytes; its header says {index.size:,}, for {sequences:,} sequences in "

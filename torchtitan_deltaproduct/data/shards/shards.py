@@ -133,10 +133,11 @@ class TokenStream:
             piece = self._tokens(shard, first, last)
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
-            if piece.max() >= self.manifest.vocab_size:
+            if (highest := piece.max()) >= self.manifest.vocab_size:
                 raise DataError(
-                    f"{self.path(shard, self.suffix)} holds token {piece.max():,}; the vocabulary ends at "
-                    f"{self.manifest.vocab_size - 1:,}\nit was not made with this tokenizer: prepare the data again, "
+                    f"{self.path(shard, self.suffix)} holds token {self._in_file(shard, highest):,}; "
+                    f"the vocabulary ends at {self.manifest.vocab_size - 1:,}\n"
+                    "it was not made with this tokenizer: prepare the data again, "
                     "or name the right one with model.hf_assets_path"
                 )
         return filled
@@ -205,6 +206,10 @@ class TokenStream:
 
     def _tokens(self, shard: int, first: int, last: int) -> np.ndarray:
         return self._read(shard, self.suffix, self._dtype, first * self._dtype.itemsize, last - first)
+
+    def _in_file(self, shard: int, token: np.integer) -> int:
+        """A token of `_tokens` as the number that stands in the file."""
+        return int(token)
 
     def _starts(self, shard: int, first: int, last: int) -> np.ndarray:
         """Where the documents first .. last - 1 of a shard begin: [last - first] int64, not none."""
