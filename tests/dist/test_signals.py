@@ -124,6 +124,7 @@ def test_one_rank_of_two(toy, tmp_path, unbroken):
     assert log_of(tmp_path / "run").count("stopped on SIGUSR1 after step 5") == 2
 
 
+@pytest.mark.slow  # torchrun's restarts are in test_faults.py, too: of a rank that hangs.
 def test_torchrun_restarts_a_killed_rank(toy, tmp_path, unbroken):
     run = tmp_path / "run"
     module = ["-m", "tests.dist.slow_train", *arguments(toy, run, ())]

@@ -115,6 +115,7 @@ def test_cancelled_by_its_user(submit):
     assert "no requeue: signal at step" in decision and "SLURM ends the job" in decision
 
 
+@pytest.mark.slow  # Waits for a time limit; test_faults.py has one without SLURM.
 def test_out_of_time(submit):
     """The ranks know the time limit and stop before it, and the job goes on after a requeue with a longer one."""
     # Stops 10 s after the job's start, or with its first step after that.

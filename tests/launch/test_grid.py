@@ -98,6 +98,7 @@ def test_trains_evaluates_tells_and_reuses(toml, capsys):
         grid.main([str(toml), "--model.head_dim", "4"])
 
 
+@pytest.mark.slow  # With stand-ins for the runs: tests/unit/test_jobs.py.
 def test_a_failed_run_is_named_and_the_others_are_trained(toml, capsys):
     """The folder of the first run is a file."""
     (toml.parent / "out").mkdir()
