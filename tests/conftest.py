@@ -9,13 +9,6 @@ import torch
 # As in the processes that tests start: with other thread counts sums differ in their last bits.
 torch.set_num_threads(1)
 
-LONGEST = ("test_cluster.py", "test_resume.py", "test_faults.py", "test_signals.py", "test_grid.py")
-"""A file goes to one worker: were one of these the last, the other workers would wait for it."""
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
-
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Path:
