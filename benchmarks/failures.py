@@ -146,6 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
     parser.add_argument("--out", type=path, default="outputs/failures", help="run folder (default: %(default)s)")
     options, words = parser.parse_known_args(arguments)
+    for name in ("kills", "every", "ranks"):
+        if getattr(options, name) <= 0:
+            raise ConfigError(f"--{name} {getattr(options, name)}: must be above 0")
     folder, console = Path(options.out), Console(highlight=False)
     if folder.exists():
         raise ConfigError(f"{folder} is there already: delete it, or name another folder by --out")

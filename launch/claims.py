@@ -38,7 +38,7 @@ from torchtitan_deltaproduct.files import read_text, write_atomically
 
 from .grid import FINAL, Grid, read_grid
 from .sbatch import ROOT
-from .summary import Result, Summary, cell, show
+from .summary import Result, Summary, cell, markdown_table, show
 
 CLAIMS, RESULTS, PAGE, README = (
     ROOT / "train_configs/claims",
@@ -259,8 +259,8 @@ def table(claim: Claim, summary: Summary) -> str:
     header, lines = summary.without(FINAL if claim.grid.evaluations else ()).cells()
     rows = {line[0]: line for line in lines}
     blank = ["not run yet", *[""] * (len(header) - 2)]
-    body = [[claim.label(setting), *rows.get(setting, ["", *blank])[1:]] for setting in claim.settings]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [header, ["---", *["---:"] * (len(header) - 1)], *body])
+    lines = [[claim.label(setting), *rows.get(setting, ["", *blank])[1:]] for setting in claim.settings]
+    return markdown_table(header, lines)
 
 
 def sentences(claim: Claim) -> list[str]:

@@ -51,12 +51,12 @@ from torchtitan_deltaproduct.jobs import (
     Job,
     add_job_options,
     chosen,
-    hand_over,
+    listed_or_submitted,
     places_for,
-    print_dry_run,
     report_failures,
     run_jobs,
 )
+from torchtitan_deltaproduct.runs import flatten
 
 from .node import TRAIN
 from .sbatch import submit_jobs
@@ -237,7 +237,7 @@ def all_whole_numbers(values: list) -> bool:
 
 def settings_of(tree: dict[str, Any], reader: TableReader) -> dict[str, tuple[str, dict[str, Any]]]:
     """The settings by name: the TOML that each starts from, and what it changes there."""
-    named, vary = tree.get("settings") or {"": {}}, flat(tree.get("vary", {}))
+    named, vary = tree.get("settings") or {"": {}}, flatten(tree.get("vary", {}))
     for key, values in vary.items():
         if not isinstance(values, list) or not values:
             reader.wrong(("vary",), f'[vary] "{key}": expected a list of values')
@@ -247,7 +247,7 @@ def settings_of(tree: dict[str, Any], reader: TableReader) -> dict[str, tuple[st
         if not isinstance(table, dict) or not isinstance(table.get("base", tree.get("base")), str):
             reader.wrong(("settings", name), f"[settings.{name}]: expected a table, and a base here or at the head")
             continue
-        own = flat({key: value for key, value in table.items() if key != "base"})
+        own = flatten({key: value for key, value in table.items() if key != "base"})
         for values in itertools.product(*vary.values()):
             varied = dict(zip(vary, values, strict=True))
             parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in varied.items()]
@@ -256,16 +256,8 @@ def settings_of(tree: dict[str, Any], reader: TableReader) -> dict[str, tuple[st
                 reader.wrong(
                     ("settings", name), f"{label!r}: expected a name of letters, digits, '.', '_', '+' and '-'"
                 )
-            settings[label] = (table.get("base", tree.get("base")), flat(tree.get("overrides", {})) | own | varied)
+            settings[label] = (table.get("base", tree.get("base")), flatten(tree.get("overrides", {})) | own | varied)
     return settings
-
-
-def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys, whichever way the TOML wrote them: `"model.head_dim" = 64` or a table `[model]`."""
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return values
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -294,14 +286,11 @@ def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: s
         again: the command that goes on with it, where that is not `launch.grid`.
     """
     runs = chosen(grid.runs, options.only)
-    if options.dry_run:
-        print_dry_run(runs, console)
-        return 0
-    make_folder(grid.out)
-    if options.slurm:
-        commands = [run.command for run in runs if not run.is_done()]
-        if hand_over(commands, grid.out / "slurm", grid.file.stem, options, submit_jobs, console):
-            console.print(f"when they are done: {again or f'python -m launch.grid {grid.file}'}", soft_wrap=True)
+    if not options.dry_run:
+        make_folder(grid.out)
+    again = again or f"python -m launch.grid {grid.file}"
+    array = {"folder": grid.out / "slurm", "name": grid.file.stem, "submit": submit_jobs, "again": again}
+    if listed_or_submitted(runs, {run.name: run.command for run in runs}, options, console, **array):
         return 0
     failed: dict[str, str] = {}
     if not options.collect:

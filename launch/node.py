@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torchtitan_deltaproduct.devices import threads
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 
 USAGE = "usage: bash launch/local.sh CONFIG.toml [--section.key value ...]; --help lists the keys"
@@ -101,11 +102,6 @@ def devices() -> int:
     import torch
 
     return torch.cuda.device_count() or 1
-
-
-def threads(ranks: int) -> int:
-    """CPU threads of a rank: its share of the cores this process may use, at most 8."""
-    return min(8, max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 def check(words: list[str], world_size: int) -> None:

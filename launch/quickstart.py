@@ -20,6 +20,7 @@ import numpy as np
 
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
+from torchtitan_deltaproduct.devices import threads
 from torchtitan_deltaproduct.errors import UserError, exit_on_user_error
 from torchtitan_deltaproduct.history import read_metrics
 
@@ -113,7 +114,7 @@ def main() -> None:
          str(ROOT / "tokenizer"), "--validation-fraction", "0.03", "--split-by", "file")  # fmt: skip
     config = load_config(["--job.config_file", str(CONFIG), *overrides])
     # Two threads for one process; one each for several, or they fight over the cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // int(ranks))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads(int(ranks))))
     # Waiting threads spin briefly, then sleep: endless spinning (the default) starves whoever else needs a core,
     # sleeping at once halves the speed of an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")

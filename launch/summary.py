@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.table import Table
 
 from torchtitan_deltaproduct.evaluation.files import finite, write_csv
-from torchtitan_deltaproduct.evaluation.state_tracking.problems import wilson
 from torchtitan_deltaproduct.files import write_atomically
+from torchtitan_deltaproduct.intervals import wilson
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,7 @@ class Summary:
     def markdown(self) -> str:
         """The same as Markdown."""
         header, lines = self.cells()
-        rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
-        text = "".join(f"| {' | '.join(row)} |\n" for row in rows) if lines else ""
-        return text + (f"\n{self.note()}\n" if self.missing else "")
+        return (markdown_table(header, lines) if lines else "") + (f"\n{self.note()}\n" if self.missing else "")
 
     def write(self, folder: Path) -> None:
         """Writes results.jsonl (a line a run), results.csv (a line a number of a run) and results.md."""
@@ -94,6 +92,12 @@ class Summary:
         ]
         write_csv(folder / "results.csv", ["setting", "seed", "metric", "value"], numbers, end="\n")
         write_atomically(folder / "results.md", self.markdown())
+
+
+def markdown_table(header: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown, all but the first column to the right."""
+    rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def cell(name: str, values: list[float | None]) -> str:

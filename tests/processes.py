@@ -4,8 +4,8 @@
     code, printed = completed(["-m", "torchtitan_deltaproduct.status", run])        # like subprocess.run
     run_distributed(check, world_size=2, args=(16,))        # check(rank, 16) on two gloo ranks; failures raise here
 
-Importing torch and torchtitan takes four seconds, and a suite needs it hundreds of times. So one process a session
-imports them, has no thread yet, and forks: a copy runs as `python -m ...` would. Of several ranks a leader has the part
+Importing torch and torchtitan takes seconds, and a suite needs it hundreds of times. So one process a session imports
+them, has no thread yet, and forks: a copy runs as `python -m ...` would. Of several ranks a leader has the part
 of torchrun: it makes the store, sets RANK and its siblings, ends all when one fails, and passes signals on.
 """
 

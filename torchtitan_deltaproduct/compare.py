@@ -26,6 +26,7 @@ from rich.table import Table
 from . import arguments
 from .errors import ConfigError, UserError, exit_on_user_error
 from .formats import amount, count, duration
+from .intervals import student_t
 from .runs import Run, read_run, short_names, shown
 
 UNLEARNED = ("job.", "metrics.", "profiling.", "comm.", "guard.", "checkpoint.", "validation.enable",
@@ -41,9 +42,6 @@ LIMIT = 1 << 18
 """Bytes of a metrics.jsonl that are read, and a little for each validation."""
 HIGHLIGHTED = 8
 """Groups with a line of their own in a picture; others are grey."""
-# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
 
 
 def main(words: list[str] | None = None) -> None:
@@ -258,7 +256,7 @@ def mean_and_interval(values: list[float], seeds: int) -> tuple[float, float | N
     if n < 3 or seeds < n:
         return mean, None
     variance = sum((value - mean) ** 2 for value in values) / (n - 1)
-    return mean, (T[n - 2] if n - 2 < len(T) else 1.96) * math.sqrt(variance / n)
+    return mean, student_t(n - 1) * math.sqrt(variance / n)
 
 
 def grouped(runs: list[Run], names: list[str], changed: dict[str, str]) -> list[Group]:
@@ -355,7 +353,7 @@ def draw(groups: list[Group], path: Path) -> bool:
     if not drawn:
         return False
 
-    from .evaluation.figures import picture  # matplotlib takes half a second
+    from .evaluation.figures import picture  # matplotlib takes time to import
 
     others, shown_runs = len(drawn) - HIGHLIGHTED, {name for number in drawn for name in groups[number].names}
     absent = [name for name in absent if name not in shown_runs]
@@ -378,7 +376,7 @@ def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]], named: 
     """Loss on one axis, the groups in their order; their names at the ends of the lines if it is `named`."""
     from matplotlib.ticker import EngFormatter
 
-    from .evaluation.figures import band, look
+    from .evaluation.figures import band, look, name_ends
 
     unit = 1
     if name.startswith("seconds") and max((points[-1][0] for _, points in lines if points), default=0) > 3 * 3600:
@@ -391,7 +389,7 @@ def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]], named: 
         style = {"color": "#c8c8c8", "linewidth": 0.8, "zorder": 1}
         if number < HIGHLIGHTED:
             style = look(number, HIGHLIGHTED) | {"zorder": 3}
-            labels.append((y[-1], x[-1], group_label(group), style["color"]))
+            labels.append((x[-1], y[-1], group_label(group).replace("$", r"\$"), style["color"]))
             if half[0] is not None:
                 low, high = ([m + sign * h for m, h in zip(y, half, strict=True)] for sign in (-1, 1))
                 band(panel, x, low, high, style["color"])
@@ -401,7 +399,7 @@ def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]], named: 
     if missing := sum(not points for _, points in lines):
         panel.set_title(f"not known of {missing} of {len(lines)}", fontsize=9, fontweight="normal")
     if named:
-        label_ends(panel, labels)
+        name_ends(panel, labels)
 
 
 def group_label(group: Group) -> str:
@@ -421,19 +419,6 @@ def loss_range(lines: list[Points]) -> tuple[float, float]:
     high = max((y for points in lines for x, y, _ in points if x >= points[-1][0] / 8), default=1.0)
     margin = 0.06 * (high - low) or 0.1
     return low - margin, high + margin
-
-
-def label_ends(panel: Any, labels: list[tuple[float, float, str, str]]) -> None:
-    """Names lines on the right of a panel, at the height of their ends or above where there is no room."""
-    low, high = panel.get_ylim()
-    gap, place = 0.05 * (high - low), -math.inf
-    for y, x, text, colour in sorted(labels):
-        place = max(min(max(y, low), high), place + gap)
-        panel.annotate(
-            text.replace("$", r"\$"), (x, y), xytext=(1.04, place), textcoords=("axes fraction", "data"),
-            va="center", fontsize=8, color=colour, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
-        )  # fmt: skip
 
 
 if __name__ == "__main__":

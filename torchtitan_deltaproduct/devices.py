@@ -2,9 +2,14 @@
 
 peak_flops("NVIDIA H100 80GB HBM3")      # 989e12
 memory_gb("H100")                        # 80.0
+threads(ranks)                           # what each of so many processes here may use of the CPU
 """
 
+import os
 import re
+
+MOST_THREADS = 8
+"""Of a process; more only wait for one another."""
 
 # Dense bf16 peak of one device, FLOP/s, from the vendors' datasheets; the longest matching name wins.
 PEAK_FLOPS = {
@@ -45,6 +50,16 @@ MEMORY = {
     "MI300X": 192.0,
     "MI355X": 288.0,
 }
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(processes: int) -> int:
+    """CPU threads of each of some processes: its share of the cores, at most `MOST_THREADS`."""
+    return min(MOST_THREADS, max(1, cores() // processes))
 
 
 def peak_flops(device_name: str) -> float:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .arguments import Parser
+from .devices import cores
 from .errors import exit_on_user_error, first_line
 
 TESTED = {
@@ -95,11 +96,6 @@ def accelerator() -> Finding:
     if not torch.cuda.is_bf16_supported():
         return Finding(NOTE, "accelerator", text + ", no bfloat16", 'set training.mixed_precision_param = "float32"')
     return Finding(GOOD, "accelerator", text)
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def operator() -> Finding:

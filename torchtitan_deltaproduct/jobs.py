@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .arguments import path
+from .devices import cores, threads
 from .errors import ConfigError
 
 TAIL = 8
@@ -35,7 +36,6 @@ TAIL = 8
 LINES_OF_AN_ERROR = 4
 """The most lines of our messages, of which the first begins with `error:`; of other output the last line is quoted."""
 SECONDS_BETWEEN_LINES = 15.0
-MOST_THREADS = 8
 SET_PARENT_DEATH_SIGNAL = 1
 
 
@@ -95,39 +95,55 @@ def chosen(jobs: Sequence[Job], only: list[str]) -> list[Job]:
     return [job for job in jobs if not only or any(f"{job.name}/".startswith(f"{name}/") for name in only)]
 
 
-def listing(jobs: Sequence[Job]) -> Table:
-    """A line a job: its name, and whether it is done."""
-    table = Table()
-    table.add_column("job")
-    table.add_column("state")
-    for job in jobs:
-        table.add_row(job.name, job.state())
-    return table
-
-
 Submit = Callable[[list[list[str]], Path, str, argparse.Namespace], str]
 """Hands commands to SLURM as one array, given its folder, its name and the options above; returns its job id."""
 
 
-def hand_over(
-    commands: list[list[str]], folder: Path, name: str, options: argparse.Namespace, submit: Submit, console: Console
+def listed_or_submitted(
+    jobs: Sequence[Job],
+    commands: dict[str, list[str]],
+    options: argparse.Namespace,
+    console: Console,
+    *,
+    folder: Path,
+    name: str,
+    submit: Submit | None,
+    again: str,
 ) -> bool:
-    """Gives commands to SLURM, a task each; False if there are none."""
-    if not commands:
-        console.print("nothing to submit: every job is done, or its model is not ready")
+    """Does what --dry-run or --slurm asks for; False if neither is there, and the jobs are to be run here.
+
+    Args:
+        jobs: the chosen ones.
+        commands: by the name of a job, what a task of an array runs.
+        options: of `add_job_options`.
+        console: for what is told.
+        folder: of the array.
+        name: of the array.
+        submit: to SLURM; None: it cannot be done from here, ConfigError.
+        again: the command for when the array is done.
+    """
+    if options.dry_run:
+        table = Table("job", "state")
+        for job in jobs:
+            table.add_row(job.name, job.state())
+        console.print(table)
+        for job in jobs:
+            console.print(shlex.join(["python", *job.command[1:]]), soft_wrap=True, style="dim", markup=False)
+        return True
+    if not options.slurm:
         return False
-    array = submit(commands, folder, name, options)
+    if submit is None:
+        raise ConfigError("--slurm: expected `python -m eval.sweep`, run from the repository root")
+    todo = [commands[job.name] for job in jobs if not job.is_done() and not job.obstacle()]
+    if not todo:
+        console.print("nothing to submit: every job is done, or its model is not ready")
+        return True
+    array = submit(todo, folder, name, options)
     # More tasks than the cluster takes at once are several arrays, `12,13`.
     first = array.partition(",")[0]
-    console.print(f"job {array}: {len(commands)} tasks; tail -f {folder}/{first}_0.out", soft_wrap=True, markup=False)
+    console.print(f"job {array}: {len(todo)} tasks; tail -f {folder}/{first}_0.out", soft_wrap=True, markup=False)
+    console.print(f"when they are done: {again}", soft_wrap=True, markup=False)
     return True
-
-
-def print_dry_run(jobs: Sequence[Job], console: Console) -> None:
-    """The list of the jobs, and the command of each."""
-    console.print(listing(jobs))
-    for job in jobs:
-        console.print(shlex.join(["python", *job.command[1:]]), soft_wrap=True, style="dim", markup=False)
 
 
 def places_for(at_a_time: int, device: str, jobs: int, gpus_each: int = 1) -> list[dict[str, str]]:
@@ -142,11 +158,10 @@ def places_for(at_a_time: int, device: str, jobs: int, gpus_each: int = 1) -> li
     visible = visible_gpus() if device == "auto" else []
     firsts = range(0, max(len(visible) - gpus_each, 0) + 1, gpus_each) if visible else []
     gpus = [",".join(visible[first : first + gpus_each]) for first in firsts]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = max(1, min(at_a_time or len(gpus) or cores, jobs))
-    threads = max(1, min(MOST_THREADS, cores // (count * gpus_each)))
+    count = max(1, min(at_a_time or len(gpus) or cores(), jobs))
     # Alone a job has the machine, as a command typed by hand would.
-    shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)} if count > 1 else {}
+    own = os.environ.get("OMP_NUM_THREADS") or str(threads(count * gpus_each))
+    shared = {"OMP_NUM_THREADS": own} if count > 1 else {}
     if not gpus:
         return [shared | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})] * count
     # Round the GPUs: with more places than GPUs there are several on some.

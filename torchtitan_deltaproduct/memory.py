@@ -11,7 +11,7 @@ more.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from .config.job import JobConfig
@@ -73,20 +73,7 @@ def exchange_bytes(config: JobConfig) -> dict[str, int]:
 
 def longest_sequence(config: JobConfig, world_size: int, parts: Mapping[str, int], room: float, step: int) -> int:
     """Tokens of the longest sequence for which a rank needs at most `room` bytes: a multiple of `step`, or 0."""
-
-    def needed(tokens: int) -> float:
-        longer = copy.copy(config)
-        longer.training = replace(config.training, seq_len=tokens)
-        return sum(rank_memory(longer, world_size, parts).values())
-
-    fits = [step << power for power in range(40) if needed(step << power) <= room]
-    if not fits:
-        return 0
-    low, high = fits[-1] // step, 2 * fits[-1] // step
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if needed(middle * step) <= room else (low, middle)
-    return low * step
+    return step * largest(lambda steps: _needed(config, world_size, parts, seq_len=steps * step) <= room)
 
 
 def largest_local_batch(config: JobConfig, world_size: int, parts: Mapping[str, int], room: float) -> int:
@@ -96,13 +83,16 @@ def largest_local_batch(config: JobConfig, world_size: int, parts: Mapping[str, 
     """
 
     def fits(sequences: int) -> bool:
-        other = copy.copy(config)
-        other.training = replace(config.training, local_batch_size=sequences)
-        return sum(rank_memory(other, world_size, parts).values()) <= room
+        return _needed(config, world_size, parts, local_batch_size=sequences) <= room
 
     share = config.training.global_batch_size // config.data_ranks(world_size)
     if share > 0:
         return max((b for b in range(1, share + 1) if share % b == 0 and fits(b)), default=0)
+    return largest(fits)
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest whole number that fits, if all below it do, by doubling and halving; 0 if 1 does not."""
     low, high = 0, 1
     while fits(high):
         low, high = high, 2 * high
@@ -110,6 +100,13 @@ def largest_local_batch(config: JobConfig, world_size: int, parts: Mapping[str, 
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _needed(config: JobConfig, world_size: int, parts: Mapping[str, int], **training: int) -> float:
+    """Bytes of a rank under other values of `[training]`."""
+    other = copy.copy(config)
+    other.training = replace(config.training, **training)
+    return sum(rank_memory(other, world_size, parts).values())
 
 
 def on_kernels(config: JobConfig) -> bool:

@@ -14,7 +14,6 @@ import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,13 +25,9 @@ from .config import Environment, JobConfig, load_config
 from .config.schedule import Schedule
 from .config.schema import schema
 from .config.values import nearest, shorten, show
-from .data.shards.corpora import open_manifest
-from .data.shards.manifest import NAME as MANIFEST
-from .data.shards.manifest import Manifest
-from .data.shards.verified import file_states
-from .data.text.tokenizer import Tokenizer, tokenizer_sha256
+from .data.planned import Rows, data_rows
 from .devices import PEAK_FLOPS, memory_gb, peak_flops
-from .errors import ConfigError, DataError, UserError, exit_on_user_error
+from .errors import ConfigError, exit_on_user_error
 from .formats import amount, duration, sparkline
 from .memory import (
     accumulates,
@@ -56,9 +51,6 @@ DEVICE_MEMORY = 80.0
 """GB of a device where none is named."""
 SPARE = 1.2
 """Share of the counted memory that a device needs: the operator's work space, fragmentation, communication buffers."""
-
-Rows = list[tuple[str, ...]]
-
 
 def main(argv: list[str] | None = None) -> None:
     options, overrides = _parse(sys.argv[1:] if argv is None else argv)
@@ -153,69 +145,6 @@ def compute_rows(config: JobConfig, world_size: int, seconds: float | None) -> R
     if seconds is not None:
         rows.append(("time", duration(seconds), f"{tokens * training.steps / seconds:,.0f} tokens/s"))
     return rows
-
-
-def data_rows(config: JobConfig, world_size: int) -> Rows:
-    """The training and validation sets as they are on this machine: what they hold, or what is wrong with them."""
-    if config.data.kind == "streaming":
-        shown = config.data.dataset + (f" ({config.data.dataset_config})" if config.data.dataset_config else "")
-        rows = [("streamed", shown, f"split {config.data.split}, not opened here")]
-        return rows + _tokenizer_rows(config) + _validation_rows(config)
-    if config.data.kind != "prepared":
-        return [("generated", config.data.group or config.data.language, "from data.seed; nothing is read")]
-    windows, rows = [], []
-    for path in config.data.paths:
-        manifest, row = _set_row("training", path, config)
-        rows.append(row)
-        windows.append(manifest.tokens // config.training.seq_len if manifest else 0)
-    samples = config.training.samples_per_step(config.data_ranks(world_size)) * config.training.steps
-    if all(windows):
-        shares = config.data.weights or windows
-        for path, own, share in zip(config.data.paths, windows, shares, strict=True):
-            epochs = samples * share / sum(shares) / own
-            remark = f"of {path}: {own:,} windows of {config.training.seq_len:,} tokens"
-            rows.append(("epochs", f"{epochs:.3g}", remark))
-    return rows + _validation_rows(config)
-
-
-def _validation_rows(config: JobConfig) -> Rows:
-    validation = config.validation
-    rows = [_set_row("validation", path, config)[1] for path in (validation.paths if validation.enable else [])]
-    if prompts := len(validation.prompts):
-        words = f"{validation.sample_tokens} tokens each, greedy and sampled, every {validation.freq:,} steps"
-        rows.append(("samples", f"{prompts} prompt{'s' * (prompts > 1)}", words))
-    return rows
-
-
-def _set_row(name: str, path: str, config: JobConfig) -> tuple[Manifest | None, tuple[str, ...]]:
-    """The manifest of a prepared folder, None if it cannot be trained on, and the row that tells of it."""
-    try:
-        manifest = open_manifest(path, config.model.hf_assets_path, config.data.eos)
-        if Path(path, MANIFEST).is_file():
-            file_states(Path(path), manifest)
-            if tokenizer_sha256(Path(path, "tokenizer")) != manifest.tokenizer_sha256:
-                raise DataError(f"its tokenizer is not the one it was prepared with; copy {path} again")
-        if manifest.vocab_size > config.model.vocab_size:
-            raise DataError(
-                f"has token ids up to {manifest.vocab_size - 1:,}, but model.vocab_size = {config.model.vocab_size:,}"
-            )
-        if manifest.tokens < config.training.seq_len:
-            raise DataError(f"has {manifest.tokens:,} tokens, less than one window of {config.training.seq_len:,}")
-    except UserError as error:
-        return None, (name, path, f"CANNOT BE USED: {str(error).splitlines()[0]}")
-    unused = config.model.vocab_size - manifest.vocab_size
-    fits = f"tokenizer of {manifest.vocab_size:,}, {unused:,} rows of the embedding unused"
-    return manifest, (name, path, f"{manifest.counts()}; {fits}")
-
-
-def _tokenizer_rows(config: JobConfig) -> Rows:
-    folder = config.model.hf_assets_path
-    try:
-        size = Tokenizer(folder).vocab_size
-    except (UserError, OSError) as error:
-        return [("tokenizer", folder, f"CANNOT BE USED: {str(error).splitlines()[0]}")]
-    wrong = "CANNOT BE USED: " if size > config.model.vocab_size else ""
-    return [("tokenizer", folder, f"{wrong}{size:,} tokens, model.vocab_size = {config.model.vocab_size:,}")]
 
 
 def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Rows:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from . import arguments
 from .checkpoint import scan
 from .curves import Curve, curves_of
@@ -154,7 +156,7 @@ def content(run: Run, now: float) -> dict[str, Any]:
     job = run.part("config").get("job")
     description = job.get("description") if isinstance(job, dict) else None
     described = "" if description in (None, "", "default job") else shown(description, 200)
-    how = re.sub(r"\[/?\w*\]", "", state(run.events, {}, now)).replace("\\[", "[") if run.events else ""
+    how = Text.from_markup(state(run.events, {}, now)).plain if run.events else ""
     written = f"page written {stamp(now)}"
     parts = [part for part in (training(run), asked(run), launches(run), checkpoints(run), samples(run),
                                evaluations(run), data(run), provenance(run)) if part]  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 
 from .config.job import JobConfig
 from .devices import PEAK_FLOPS
-from .memory import activation_width, reshard_after_forward
+from .memory import activation_width, largest, reshard_after_forward
 from .models import DeltaProductLM, counts
 from .models.args import DeltaProductArgs
 
@@ -153,10 +153,4 @@ def advised(inputs: Inputs, degrees: list[int]) -> int:
 
 def smallest_tokens(inputs: Inputs, shards: int, step: int = 1024) -> int:
     """Tokens a rank, a multiple of `step`, from which on a micro-batch reaches an efficiency of `GOOD`."""
-    low, high = 0, 1
-    while predict(inputs, shards, high * step).efficiency < GOOD:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if predict(inputs, shards, middle * step).efficiency >= GOOD else (middle, high)
-    return high * step
+    return step * (1 + largest(lambda steps: predict(inputs, shards, steps * step).efficiency < GOOD))

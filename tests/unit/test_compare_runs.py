@@ -86,11 +86,6 @@ def test_a_copy_is_no_other_seed(tmp_path, capsys):
                     "x (2 seeds, no interval)"]  # fmt: skip
 
 
-def test_quantiles():
-    exact = [t.ppf(0.975, degrees) for degrees in range(1, 31)]
-    assert list(compare.T) == pytest.approx(exact, abs=1e-3)
-
-
 def test_table_and_picture(tmp_path, capsys):
     for seed in (1, 2, 3):
         make(tmp_path / f"runs/{seed}", seed=seed)

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..devices import cores
 from ..errors import CheckpointError
 from ..files import is_plain_name, is_there, read_text, write_atomically
 
@@ -153,8 +154,8 @@ def wrong_checksums(
         return "" if same else f"{name} is not what was written (its checksum differs)"
 
     # Reading and hashing let other threads run; the ranks of a node share its cores.
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    with ThreadPoolExecutor(max(1, min(HASHERS, cores)), thread_name_prefix="hashing") as pool:
+    own = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with ThreadPoolExecutor(max(1, min(HASHERS, own)), thread_name_prefix="hashing") as pool:
         return list(filter(None, pool.map(problem, sorted(marker.files)[share::shares])))
 
 

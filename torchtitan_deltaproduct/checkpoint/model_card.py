@@ -5,7 +5,6 @@
 Everything in it comes from the run: its settings, its metrics.jsonl, its formulas. Nothing is guessed.
 """
 
-
 from ..history import read_metrics
 from ..models import counts
 from .load import LoadedModel

@@ -92,16 +92,23 @@ def mark_trained(axis, length: int, place: float) -> None:
     )  # fmt: skip
 
 
-def name_ends(axis, ends: list[tuple[float, str, Any]]) -> None:
-    """Names lines at the right of an axis, whose limits are final: (last y, name, colour) of each, none on another."""
+def name_ends(axis, ends: list[tuple[float, float, str, Any]]) -> None:
+    """Names lines at the right of an axis whose limits are final: (last x, last y, name, colour) of each.
+
+    No name is on another; a thin line leads to it from its end.
+    """
     low, high = axis.get_ylim()
-    gap, places, ends = 0.075 * (high - low), [], sorted(ends, key=lambda end: end[0])
-    for y, _, _ in ends:
+    gap, places, ends = 0.075 * (high - low), [], sorted(ends, key=lambda end: end[1])
+    for _, y, _, _ in ends:
+        y = min(max(y, low), high)
         places.append(max(y, places[-1] + gap) if places else y)
-    shift = max(0, places[-1] - high)
-    for place, (_, name, colour) in zip(places, ends, strict=True):
-        axis.annotate(name, (1.015, place - shift), xycoords=("axes fraction", "data"), color=colour, fontsize=8.5,
-                      va="center", annotation_clip=False)  # fmt: skip
+    shift = max(0, places[-1] - high) if places else 0
+    for place, (x, y, name, colour) in zip(places, ends, strict=True):
+        axis.annotate(
+            name, (x, y), xytext=(1.03, place - shift), textcoords=("axes fraction", "data"), color=colour,
+            fontsize=8.5, va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
+        )  # fmt: skip
 
 
 def binned(points: int, *arrays: np.ndarray) -> list[np.ndarray]:

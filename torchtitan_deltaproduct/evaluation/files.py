@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan_deltaproduct.arguments import shown
 from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import read_text, replacing, write_atomically
+from torchtitan_deltaproduct.runs import short_names as short_paths_of_runs
 
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading a damaged JSON file raises, or looking into it."""
@@ -107,7 +106,5 @@ def short_paths(paths: list[str]) -> list[str]:
 
 def short_names(models: list[tuple[Path, int | None]]) -> list[str]:
     """What tells models apart: the path below the folder that all runs lie in, and the step where it is known."""
-    runs = [run.resolve() for run, _ in models]
-    common = os.path.commonpath([run.parent for run in runs])
-    steps = ["" if step is None else f" step {step}" for _, step in models]
-    return [shown(os.path.relpath(run, common)) + step for run, step in zip(runs, steps, strict=True)]
+    paths = short_paths_of_runs([run for run, _ in models])
+    return [name + ("" if step is None else f" step {step}") for name, (_, step) in zip(paths, models, strict=True)]

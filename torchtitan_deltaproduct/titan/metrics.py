@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +37,7 @@ from ..errors import ConfigError
 from ..files import utf8_path
 from ..formats import clock
 from ..history import blocks_from_the_end, ends, of_a_step, open_records, parse_line
+from ..runs import flatten
 
 logger = logging.getLogger(__name__)
 
@@ -239,13 +241,16 @@ class TensorBoard(stock.BaseLogger):
         self.kept_open.close()
 
 
+LEARNED = ("model", "data", "training", "optimizer", "lr_scheduler")
+"""Tables of the settings that decide what is learned."""
+
+
 def hyperparameters(config: JobConfig) -> dict[str, bool | int | float | str]:
     """The settings that decide what is learned, by their full names; lists as text, what is unset left out."""
-    tables = {name: vars(getattr(config, name)) for name in ("model", "data", "training", "optimizer", "lr_scheduler")}
+    tables = {name: asdict(getattr(config, name)) for name in LEARNED}
     return {
-        f"{name}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
-        for name, table in tables.items()
-        for key, value in table.items()
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in flatten(tables).items()
         if value is not None and value != []
     }
 

@@ -204,7 +204,7 @@ def test_a_link_is_left_alone(run, tmp_path_factory):
 def test_files_are_hashed_side_by_side(tmp_path, monkeypatch):
     """Four threads meet in four files: one after the other they would wait for ever."""
     meeting = threading.Barrier(4, timeout=20)
-    monkeypatch.setattr(marker.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(marker, "cores", lambda: 8)
     monkeypatch.setattr(marker, "checksum", lambda *_: meeting.wait() and (1, "") or (1, ""))
     listed = Marker(1, 0.0, 1, "interval", {f"{number}.distcp": (1, "") for number in range(4)})
     assert wrong_checksums(tmp_path, listed) == []

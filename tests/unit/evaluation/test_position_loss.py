@@ -17,7 +17,6 @@ from torchtitan_deltaproduct.evaluation.length_extrapolation.results import (
     beyond_training,
     mean_interval,
     parse_buckets,
-    student_t,
     summarise,
     table,
 )
@@ -161,12 +160,6 @@ def test_models_are_compared_sequence_by_sequence(tmp_path):
         assert bucket["minus_first_se"] < 1e-6 and bucket["loss_se"] > 0.5
     measured[1].pieces.about["texts"] = "of another tokenizer"
     assert not summarise(measured, "10,100")[1].compared
-
-
-def test_student_t():
-    """Against the tables (NIST handbook 1.3.6.7.2)."""
-    for degrees, t in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (7, 2.365), (31, 2.040), (100, 1.984)):
-        assert student_t(degrees) == pytest.approx(t, abs=5e-4)
 
 
 def test_few_sequences_have_no_interval():

@@ -15,8 +15,9 @@ from torchtitan_deltaproduct.data.generated.group_words import GroupWordSource
 from torchtitan_deltaproduct.data.generated.languages import FormalSource
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.evaluation import state_tracking
-from torchtitan_deltaproduct.evaluation.state_tracking.problems import count_words, model_reader, problem_of, wilson
+from torchtitan_deltaproduct.evaluation.state_tracking.problems import count_words, model_reader, problem_of
 from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, Share, by_setting
+from torchtitan_deltaproduct.intervals import wilson
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.models.args import DeltaProductArgs
 
@@ -119,15 +120,6 @@ def test_positions_without_a_label_do_not_count():
     labelled = [0, 0, 20] * 4
     assert counts.scored.tolist() == labelled
     assert np.isnan(counts.accuracy()[[0, 1, 3, 4]]).all() and counts.prefix[:2].tolist() == [20, 20]
-
-
-def test_wilson():
-    """Against R: prop.test(8, 10, correct = FALSE), and the closed ends at 0 and n."""
-    low, high = wilson([8, 0, 10], [10, 10, 10])
-    assert low == pytest.approx([0.4901625, 0, 0.7224672], abs=1e-6)
-    assert high == pytest.approx([0.9433178, 0.2775328, 1], abs=1e-6)
-    assert low[1] == 0 and high[2] == 1
-    assert np.isnan(wilson(0, 0)).all()
 
 
 def test_parity_by_length():

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from torchtitan_deltaproduct.devices import cores
 from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import read_bytes, write_atomically
 
@@ -123,7 +124,7 @@ def compare(folder: Path, manifest: Manifest, files: list[tuple[int, str]]) -> N
     paths = [folder / (shards[shard].name + suffix) for shard, suffix in files]
     if (size := sum(file_size(manifest, *file) for file in files)) >= LOGGED_FROM:
         logger.info("%s: comparing %.1f GB with their checksums, once", folder, size / 1e9)
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(THREADS, cores())) as pool:
         digests = list(pool.map(file_sha256, paths))
     expected = [getattr(shards[shard], f"{suffix[1:]}_sha256") for shard, suffix in files]
     wrong = [str(path) for path, *pair in zip(paths, digests, expected, strict=True) if pair[0] != pair[1]]

@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchtitan_deltaproduct.arguments import Parser, path, text
+from torchtitan_deltaproduct.devices import cores
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.files import read_text, write_atomically
 
@@ -69,7 +70,7 @@ def prepare(
     if part and (overwrite or not 1 <= part[0] <= part[1]):
         raise ConfigError(f"--part {part[0]}/{part[1]}: expected I/N with 1 <= I <= N, and without --overwrite")
     plan, out = make_plan(settings), Path(settings.out)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or cores()
     with locked(out, fcntl.LOCK_SH if part else fcntl.LOCK_EX):
         if not overwrite and finished(plan):
             shutil.rmtree(out / WORK, ignore_errors=True)

@@ -18,8 +18,9 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from torchtitan_deltaproduct.intervals import student_t
+
 from ..figures import band, band_handle, binned, legend, look, picture, plt, shade
-from ..length_extrapolation.results import student_t
 from .results import Result
 from .transitions import PLANE_BINS
 

@@ -12,12 +12,12 @@ compared with the first sequence by sequence, and the interval of their differen
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from rich.table import Table
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.intervals import student_t
 
 from ..pieces import Measured, Pieces
 
@@ -95,14 +95,6 @@ class Sums:
         assert self.edges[a] == first - 1 and self.edges[b] == last
         count = last - first + 1
         return (self.loss[:, b] - self.loss[:, a]) / count, (self.correct[:, b] - self.correct[:, a]) / count
-
-
-@lru_cache
-def student_t(degrees: int) -> float:
-    """The t with P(|T| < t) = 95 %."""
-    from scipy.stats import t  # takes a second to import
-
-    return float(t.ppf(0.975, degrees))
 
 
 def mean_interval(values: np.ndarray, name: str, least: float = -math.inf, most: float = math.inf) -> dict[str, float]:

@@ -6,8 +6,9 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from torchtitan_deltaproduct.intervals import wilson
+
 from ..figures import COLOURS, MARKERS, band, band_handle, binned, legend, look, mark_trained, name_ends, picture
-from .problems import wilson
 from .results import RunResult, Setting
 
 MAX_POINTS, LENGTH_POINTS = 128, 24
@@ -55,7 +56,7 @@ def _panel(axis, settings: list[Setting], prefix: bool, handles: dict) -> None:
             axis.plot(x, y, linewidth=0.7, alpha=0.45, color=own["color"], linestyle=own["linestyle"])
         mean, name = np.nanmean(middles, axis=0), setting.label.replace("n_h", "$n_h$")
         (handles[name],) = axis.plot(x, mean, **own, markevery=(index, max(1, len(x) // 8)), markersize=5)
-        ends.append((mean[-1], name, own["color"]))
+        ends.append((x[-1], mean[-1], name, own["color"]))
     where = "length of the row" if settings[0].problem.formal else "position t in the word"
     axis.set(xlim=(0, longest * 1.01), ylim=(-2, 103), xlabel=f"{where} (tokens)")
     for length in sorted({setting.problem.train_length for setting in settings}):

@@ -3,7 +3,6 @@
     problem = problem_of(loaded.config, length=128)                  # the test stream of the run's own problem
     counts = problem.count(model_reader(loaded.model), words=1024)
     counts.accuracy()                                                # [length]
-    wilson(counts.prefix, counts.words)                              # 95 % intervals of the prefix accuracy
 
 Words go through the model in segments from a cache, so that its memory does not grow with the length; the tokens
 themselves take 8 bytes each. No position before the first element is counted: there is no start token.
@@ -24,8 +23,6 @@ from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.models.decode import init_cache, prefill
 
-Z95 = 1.959963984540054
-"""Quantile of the normal distribution for two-sided 95 %."""
 MAX_TOKENS = 2**22
 """Tokens of a batch of words that are held at once; a single longer word is its own batch."""
 
@@ -55,21 +52,6 @@ class Counts:
     def between(self, first: int, last: int) -> tuple[int, int]:
         """Right answers and labels at positions first .. last, counted from 1."""
         return int(self.correct[first - 1 : last].sum()), int(self.scored[first - 1 : last].sum())
-
-
-def wilson(successes, trials) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's 95 % score interval of a proportion (Wilson 1927): lower and upper end, NaN without trials.
-
-    The count of successes may be fractional: for a mean of n values in [0, 1] give n times the mean. Their variance is
-    at most that of a coin of the same mean, so the interval is then conservative.
-    """
-    n, z = np.asarray(trials, dtype=np.float64), Z95
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p = np.asarray(successes, dtype=np.float64) / n
-        center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    # At p = 0 and p = 1 one end is exact, and rounding must not move it past the estimate.
-    return np.minimum(np.maximum(center - half, 0), p), np.maximum(np.minimum(center + half, 1), p)
 
 
 def model_reader(model: DeltaProductLM) -> Reader:

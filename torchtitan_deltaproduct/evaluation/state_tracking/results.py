@@ -17,10 +17,11 @@ import numpy as np
 from rich.table import Table
 
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
+from torchtitan_deltaproduct.intervals import wilson
 from torchtitan_deltaproduct.models.args import DeltaProductArgs
 
 from .. import files
-from .problems import Counts, Problem, wilson
+from .problems import Counts, Problem
 
 # What tells settings apart, beside the problem: the whole model and how it was trained, but for its seeds.
 _TRAINED = {

@@ -16,14 +16,12 @@ from pathlib import Path
 from rich.console import Console
 
 from torchtitan_deltaproduct.arguments import Parser, path
-from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.jobs import (
     Submit,
     add_job_options,
     chosen,
-    hand_over,
+    listed_or_submitted,
     places_for,
-    print_dry_run,
     report_failures,
     run_jobs,
 )
@@ -39,17 +37,12 @@ def main(arguments: list[str] | None = None, submit: Submit | None = None) -> in
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
     sweep = read_sweep(Path(options.file))
     jobs = chosen(sweep.jobs, options.only)
-    if options.dry_run:
-        print_dry_run(jobs, console)
-        return 0
-    make_folder(sweep.out)
-    if options.slurm and submit is None:
-        raise ConfigError("--slurm: expected `python -m eval.sweep`, run from the repository root")
-    if options.slurm:
-        todo = [job for job in jobs if not job.is_done() and not job.obstacle()]
-        commands = [[sys.executable, "-m", "eval.sweep", str(sweep.file), "--only", job.name] for job in todo]
-        if hand_over(commands, sweep.out / "slurm", sweep.file.stem, options, submit, console):
-            console.print(f"when they are done: python -m eval.sweep {sweep.file} --collect", soft_wrap=True)
+    if not options.dry_run:
+        make_folder(sweep.out)
+    commands = {job.name: [sys.executable, "-m", "eval.sweep", str(sweep.file), "--only", job.name] for job in jobs}
+    again = f"python -m eval.sweep {sweep.file} --collect"
+    array = {"folder": sweep.out / "slurm", "name": sweep.file.stem, "submit": submit, "again": again}
+    if listed_or_submitted(jobs, commands, options, console, **array):
         return 0
     if not options.collect:
         report_failures(run_jobs(jobs, places_for(options.jobs, "auto", len(jobs)), console), console)
