@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from torchtitan_deltaproduct import jobs
+from torchtitan_deltaproduct import devices, jobs
 from torchtitan_deltaproduct.errors import ConfigError
 
 
@@ -71,6 +71,11 @@ def test_what_is_missing_runs_and_what_fails_is_named(tmp_path):
     assert "7 jobs, 1 done already" in printed and "1/5 good: done in" in printed and "    boom" in printed
     assert printed.endswith("  early: exit code 0 before its end: it printed nothing\n")
     assert given[0].log.read_text() == "first\n" and not (tmp_path / "made before/log.txt").exists()
+
+
+def test_threads_are_a_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(devices, "cores", lambda: 64)
+    assert [devices.threads(processes) for processes in (1, 8, 16, 999)] == [8, 8, 4, 1]
 
 
 def test_bars_on_a_terminal(tmp_path, monkeypatch):

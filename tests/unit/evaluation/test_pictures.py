@@ -110,3 +110,15 @@ def test_ranks(drawn, states, tmp_path):
     heads, layers, colours = figure.axes
     assert heads.get_position().x0 < colours.get_position().x0 < layers.get_position().x0
     assert np.ptp(layers.collections[0].get_paths()[0].vertices[:, 1]) > 0
+
+
+def test_names_at_the_ends_of_lines_are_apart():
+    """Also of lines that end at one place, at the top, or outside of the picture; each beside its own line's colour."""
+    figure, axis = figures.plt.subplots()
+    axis.set_ylim(0, 1)
+    figures.name_ends(axis, [(5, 0.99, "a", "red"), (5, 0.99, "b", "green"), (3, 0.2, "c", "blue"), (5, 7.0, "d", "black")])
+    texts = {text.get_text(): (text.xyann[1], text.get_color()) for text in axis.texts}
+    figures.plt.close(figure)
+    heights = sorted(height for height, _ in texts.values())
+    assert heights[-1] <= 1 and all(b - a > 0.07 for a, b in zip(heights, heights[1:], strict=False))
+    assert texts["c"] == (pytest.approx(0.2, abs=0.25), "blue") and texts["d"] == (heights[-1], "black")
