@@ -23,6 +23,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
+
 REPO = Path(__file__).resolve().parents[1]
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -54,12 +56,21 @@ class Process:
         self.send_signal(signal.SIGTERM)
 
 
-def start(words: list[str], log: Path | str, ranks: int = 0, cwd: Path = REPO, env: dict | None = None) -> Process:
+def start(
+    words: list[str], log: Path | str, ranks: int = 0, cwd: Path = REPO, env: dict | None = None
+) -> Process | subprocess.Popen:
     """Starts `python WORDS` ("-m", a module, its arguments) in a session of its own, its output appended to `log`.
 
-    With `ranks` it runs on each of so many, as under torchrun.
+    With `ranks` it runs on each of so many, as under torchrun. Beside a GPU nothing is forked: its libraries have threads.
     """
     assert words[0] == "-m"
+    if torch.cuda.is_available():
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+        with open(log, "a", encoding="utf-8") as output:
+            return subprocess.Popen(
+                [sys.executable, *torchrun, *words], stdout=output, stderr=subprocess.STDOUT, cwd=cwd,
+                env=env or os.environ, start_new_session=True,
+            )  # fmt: skip
     return _fork((_run_module, [str(cwd), *words[1:]]), log, ranks, env)
 
 
