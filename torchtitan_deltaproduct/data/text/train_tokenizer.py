@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchtitan_deltaproduct.arguments import Parser, path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.files import write_atomically, write_json
+from torchtitan_deltaproduct.progress import Progress
 
 from .documents import BadRecord, Unit
 from .files import make_folder, read_record
 from .plan import identity
-from .progress import Progress
 from .sources import plan_units, read_unit
 from .tokenizer import load_tokenizer
 
@@ -55,7 +55,7 @@ def train_tokenizer(
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = {"special_tokens": [EOS], "initial_alphabet": alphabet}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **special)
-    with Progress("read text", sum(unit.size for unit in units)) as progress:
+    with Progress("read text", sum(unit.size for unit in units), lines=True) as progress:
         tokenizer.train_from_iterator(texts(units, progress), trainer)
     save(tokenizer, folder, record)
     return True
