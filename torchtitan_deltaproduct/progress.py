@@ -70,7 +70,7 @@ class Progress:
         """`12.3 MB of 30.1 MB, 2.9 MB/s, 0:00:06 left, 1.2 M tokens`."""
         rate = (self.done - self.done_before) / self.seconds
         left = f"{clock((self.total - self.done) / rate)} left" if rate > 0 else "time left unknown"
-        of = f"{self.quantity(self.done)} of {self.quantity(self.total)}"
+        of = f"{self.quantity(self.done).removesuffix(' ' + self.unit)} of {self.quantity(self.total)}"
         return ", ".join(filter(None, (of, f"{self.quantity(rate)}/s", left, note)))
 
     def quantity(self, value: float) -> str:

@@ -41,11 +41,11 @@ def test_lines_where_they_are_asked_for(clock, capsys):
 
 def test_rates_of_tokens(clock):
     job = Progress("read", 5_000_000, "tokens")
-    assert job.numbers("") == "0 tokens of 5 M tokens, 0 tokens/s, time left unknown"
+    assert job.numbers("") == "0 of 5 M tokens, 0 tokens/s, time left unknown"
     clock[0] += 400
     job.advance(1_000_000)
     job.advance(280_000)
-    assert job.numbers("") == "1.28 M tokens of 5 M tokens, 3,200 tokens/s, 0:19:22 left" and job.seconds == 400
+    assert job.numbers("") == "1.28 M of 5 M tokens, 3,200 tokens/s, 0:19:22 left" and job.seconds == 400
 
 
 def test_a_bar_on_a_terminal_leaves_standard_output_alone():
@@ -58,4 +58,4 @@ def test_a_bar_on_a_terminal_leaves_standard_output_alone():
     shown = os.read(terminal, 1 << 16).decode()
     os.close(terminal)
     assert done.stdout == b"out\n" * 10
-    assert "[red]read" in shown and "━" in shown and "1 M tokens of 2 M tokens" in shown
+    assert "[red]read" in shown and "━" in shown and "1 M of 2 M tokens" in shown
