@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     options, overrides = parse(words)
     site, site_file = load_site(options.site)
+    # A file that is wrong on any number of ranks is told of before that is asked for.
+    load_config(["--job.config_file", options.config, *overrides], Environment())
     gpus, ranks = per_node(options, site)
     check_time(options.time or site.time, site)
     config = load_config(

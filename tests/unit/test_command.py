@@ -103,6 +103,11 @@ def test_the_same_function_under_both_names(tmp_path):
     assert deltaproduct("compare", "--help").stdout.startswith("usage: deltaproduct compare ")
 
 
+def test_the_help_of_completion(capsys):
+    assert not command.run(["completion", "--help"])
+    assert capsys.readouterr().out.startswith("usage: deltaproduct completion bash >> ~/.bashrc, or ")
+
+
 def test_a_folder_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(command, "COMMANDS", {"slurm": ("launch.nothing", "")})
     with pytest.raises(ModuleNotFoundError, match="launch.nothing"):

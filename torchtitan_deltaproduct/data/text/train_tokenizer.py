@@ -62,8 +62,8 @@ def train_tokenizer(
 
 
 def texts(units: list[Unit], progress: Progress) -> Iterator[str]:
-    """The text of all documents; unreadable records are left out and counted on stderr."""
-    done = bad = 0
+    """The text of all documents; unreadable records are left out and counted on stderr; DataError if there is none."""
+    done = bad = size = 0
     for unit in units:
         for record in read_unit(unit):
             if isinstance(record, BadRecord):
@@ -71,11 +71,19 @@ def texts(units: list[Unit], progress: Progress) -> Iterator[str]:
                 if bad <= 3:
                     print(f"warning: left out {record}", file=sys.stderr)
             else:
+                size += len(record.text)
                 yield record.text
         done += unit.size
         progress.update(done)
     if bad > 3:
         print(f"warning: left out {bad} unreadable records in all", file=sys.stderr)
+    if not size:
+        names = sorted({name for unit in units for name in unit.paths})
+        more = f" and {len(names) - 1} other files" * (len(names) > 1)
+        raise DataError(
+            f"{names[0]}{more}: there is no text to train a tokenizer on\n"
+            "check the path and, of JSON and tables, --text-field"
+        )
 
 
 def save(tokenizer: Tokenizer, folder: Path, record: dict) -> None:
