@@ -4,9 +4,9 @@
     python -m torchtitan_deltaproduct.plan x.toml --world-size 8 --mfu 0.4 --device H100
 
 `--tokens-per-second N` (all ranks together), or `--mfu F` with `--device NAME` or `metrics.peak_flops`, adds
-the duration of the run. What is wrong with the data is said, and the exit code is 1 then; the rest is printed all the
-same: it may lie where only the nodes see it. The memory of a rank is compared with that of `--device`, or with `--device-memory GB`. For more
-than one rank a prediction of the step follows (docs/scaling.md).
+the duration of the run. What is wrong with the data is said, with exit code 1, and the rest is printed all the same: it
+may lie where only the nodes see it. The memory of a rank is compared with that of `--device`, or with `--device-memory
+GB`. For more than one rank a prediction of the step follows (docs/scaling.md).
 """
 
 import argparse
