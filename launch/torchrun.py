@@ -94,7 +94,7 @@ def repair(shutdown: Shutdown) -> None:
 
     def close_in_time(context, death_sig=None, timeout=30):
         if refused(getattr(context, "_failures", {})):
-            api.logger.setLevel(logging.CRITICAL)
+            logging.disable()
         return close(context, death_sig, shutdown.seconds if shutdown.signal else timeout)
 
     def monitor_refusals(agent, group):
