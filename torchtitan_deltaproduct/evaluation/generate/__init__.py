@@ -73,10 +73,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="files with a prompt each; - is standard input")  # fmt: skip
     add("--tokens", type=int, default=128, help="the most tokens to add (default: %(default)s)")
     add("--temperature", type=float, default=0.0,
-        help="0: always the most probable token; 1: as the model says (default: %(default)s)")  # fmt: skip
+        help="0: the most probable token; 1: as the model says (default: %(default)s)")  # fmt: skip
     add("--top-k", type=int, default=0, metavar="K", help="only among the K most probable tokens (default: all)")
     add("--top-p", type=float, default=1.0, metavar="P",
-        help="only among the fewest most probable tokens that have the mass P (default: %(default)s)")  # fmt: skip
+        help="only among the fewest tokens that have the mass P (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the random choices (default: %(default)s)")
     add("--samples", type=int, default=1, help="continuations of each prompt, with seeds SEED, SEED+1, ...")
     add("--stop", nargs="+", action="extend", default=[], type=text, metavar="TEXT",
