@@ -102,18 +102,8 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     number = partial(add, metavar="N")
     add("config", metavar="TOML", help="what to train")
     number("--nodes", type=at_least(1), default=1, help="(default: 1)")
-    number(
-        "--gpus-per-node",
-        type=at_least(1),
-        default=0,
-        help="GPUs, and so ranks, of a node (default: the site's)",
-    )
-    number(
-        "--ranks-per-node",
-        type=at_least(1),
-        default=0,
-        help="ranks of a node without asking SLURM for GPUs",
-    )
+    number("--gpus-per-node", type=at_least(1), default=0, help="GPUs, and so ranks, of a node (default: the site's)")
+    number("--ranks-per-node", type=at_least(1), default=0, help="ranks of a node without asking SLURM for GPUs")
     add("--time", default="", help="time limit, such as 24:00:00 (default: the site's)")
     add("--site", help="site TOML (default: the first that launch/site.py finds)")
     number("--max-requeues", type=at_least(0), default=10, help="requeues in all (default: %(default)s)")
