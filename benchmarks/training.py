@@ -1,14 +1,15 @@
 """Our model and flash-linear-attention's in the same bare training loop on one GPU: speed, memory, where time goes.
 
     python -m benchmarks.training                                   392M and 805M, n_h 1 to 3, plain and gated
-    python -m benchmarks.training --sizes 392M --householders 3 --gates plain --models ours fla fla-linear fla-compiled
+    python -m benchmarks.training --sizes 392M --householders 3 --gates plain --models ours ours-lean fla fla-compiled
     python -m benchmarks.training --minutes 30 --steps 30
     python -m benchmarks.training --device cpu --householders 1     a toy of ours, to see that this script runs
 
 Shapes are those of train_configs/fineweb/deltaproduct_{size}_n{n}_4k.toml. Every row is a process of its own, one after
 the other: FSDP2 on one rank, bfloat16 with float32 gradients, random tokens, our clipping and AdamW for both, no data
-loading. `ours` is our model with our `parallelize`, compiled; `fla` is GatedDeltaProductForCausalLM in eager mode with
-its fused cross-entropy, `fla-linear` with its fused linear cross-entropy, `fla-compiled` is `fla`, its layers compiled.
+loading. `ours` is our model with our `parallelize`, compiled, which keeps all activations, and `ours-lean` the same with
+activation_checkpoint.selective_ac_option = "products"; `fla` is GatedDeltaProductForCausalLM in eager mode with its
+fused cross-entropy, `fla-linear` with its fused linear cross-entropy, `fla-compiled` is `fla`, its layers compiled.
 Steps are timed by events on the device, and the median is taken after those that compile and tune. A row that fails,
 or that the time no longer allows, says why. Milliseconds of a step by kind of kernel are the profiler's.
 """
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 SIZES = ("392M", "805M")
-MODELS = ("ours", "fla", "fla-linear", "fla-compiled")
+MODELS = ("ours", "ours-lean", "fla", "fla-linear", "fla-compiled")
 WARM_UP = 4
 """Steps that are not counted: they compile, tune, and make the optimizer's state."""
 KINDS = {
@@ -57,8 +58,6 @@ class Variant:
     batch: int
     length: int
     steps: int
-    memory_budget: float | None = None
-    """Of ours: the share of activations that is kept; None: all."""
 
     @property
     def config_arguments(self) -> list[str]:
@@ -67,9 +66,9 @@ class Variant:
         path = f"train_configs/fineweb/deltaproduct_{size}_n{self.num_householder}_4k.toml"
         dtype = "bfloat16" if self.device == "cuda" else "float32"
         settings = [f"model.use_forget_gate={str(self.gated).lower()}", f"training.mixed_precision_param={dtype}"]
-        if self.memory_budget is not None:
-            settings += ["activation_checkpoint.mode=memory_budget"]
-            settings += [f"activation_checkpoint.memory_budget={self.memory_budget}"]
+        lean = self.model == "ours-lean"
+        settings += [f"activation_checkpoint.mode={'selective' if lean else 'none'}"]
+        settings += ["activation_checkpoint.selective_ac_option=products"] * lean
         settings += [f"model.{option}" for option in TOY if toy]
         return ["--job.config_file", path, *(f"--{setting}" for setting in settings)]
 
@@ -155,7 +154,7 @@ def measure(variant: Variant) -> dict:
     args.update_from_config(config)
     torch.manual_seed(0)
     tokens = torch.randint(args.architecture.vocab_size, (variant.batch, variant.length), device=variant.device)
-    if variant.model == "ours":
+    if variant.model.startswith("ours"):
         model, loss_of_step = our_model(config, args.architecture, variant.device, tokens, tokens.roll(-1, 1))
     else:
         model, loss_of_step = fla_model(variant.model, args.architecture, variant.device, tokens)
@@ -232,8 +231,7 @@ def variants(options: argparse.Namespace) -> Iterator[Variant]:
             for n in options.householders:
                 for model in models:
                     shape = (options.device, options.batch, options.length, options.steps)
-                    budget = options.memory_budget if model == "ours" else None
-                    yield Variant(model, size, n, gate == "gated", *shape, budget)
+                    yield Variant(model, size, n, gate == "gated", *shape)
 
 
 def run(variant: Variant, seconds: float) -> dict:
@@ -288,11 +286,10 @@ def ratio(row: dict, beside: dict, key: str) -> str:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["ours", "fla"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["ours", "ours-lean", "fla"])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--householders", nargs="+", type=int, choices=(1, 2, 3), default=[3, 1, 2], metavar="N")
     parser.add_argument("--gates", nargs="+", choices=("plain", "gated"), default=["plain", "gated"])
-    parser.add_argument("--memory-budget", type=float, metavar="F", help="of ours: share of activations that is kept")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--batch", type=int, help="sequences a step (8; on a CPU 2)")
     parser.add_argument("--length", type=int, help="tokens of a sequence (4,096; on a CPU 64)")
