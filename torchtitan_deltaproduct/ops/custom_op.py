@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_deltaproduct.ops import chunk, fla_backend, triton_backend
+from torchtitan_deltaproduct.ops.library import fake, gradient, operator
 from torchtitan_deltaproduct.ops.normalize import compute_dtype
 
 KEEP = ("nothing", "chunks", "all")
@@ -24,7 +25,7 @@ KEEP = ("nothing", "chunks", "all")
 make them again, from v; the other backends take it for "all"."""
 
 
-@torch.library.custom_op("deltaproduct::gated_delta_product", mutates_args=())
+@operator("gated_delta_product")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -63,7 +64,7 @@ def no_tensor(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
-@_forward.register_fake
+@fake(_forward)
 def _(
     q: Tensor,
     k: Tensor,
@@ -95,7 +96,7 @@ def _(
     return [o, state, *(q.new_empty(shape, dtype=dtype) for shape, dtype in saved)]
 
 
-@torch.library.custom_op("deltaproduct::gated_delta_product_backward", mutates_args=())
+@operator("gated_delta_product_backward")
 def _backward(
     do: Tensor,
     dstate: Tensor | None,
@@ -130,7 +131,7 @@ def _backward(
     return *most, dg, dbeta.to(beta.dtype), dinitial
 
 
-@_backward.register_fake
+@fake(_backward)
 def _(
     do: Tensor,
     dstate: Tensor | None,
@@ -178,7 +179,7 @@ def _autograd(ctx, grads: list[Tensor | None]):
     return dq, dk, dv, dg, dbeta, dinitial, *(None,) * 7
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+gradient(_forward, _autograd, _setup_context)
 
-FORWARD = torch.ops.deltaproduct.gated_delta_product.default
-BACKWARD = torch.ops.deltaproduct.gated_delta_product_backward.default
+FORWARD = _forward
+BACKWARD = _backward

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from torchtitan_deltaproduct.ops import chunk, triton_backend, triton_shards
 from torchtitan_deltaproduct.ops.custom_op import no_tensor
+from torchtitan_deltaproduct.ops.library import fake, operator
 from torchtitan_deltaproduct.ops.normalize import compute_dtype, full_precision
 from torchtitan_deltaproduct.ops.ranks import SequenceRanks, gather
 
@@ -87,7 +88,7 @@ def unless_new(x: Tensor, positions: Tensor | None) -> Tensor:
     return x if positions is None else torch.where(positions[:, :1, None, None] == 0, 0, x)
 
 
-@torch.library.custom_op("deltaproduct::shard_map", mutates_args=())
+@operator("shard_map")
 def _map(
     q: Tensor,
     k: Tensor,
@@ -122,7 +123,7 @@ def _map(
     return shard, *(no_tensor(q) if x is None else x for x in made)
 
 
-@_map.register_fake
+@fake(_map)
 def _(q, k, v, g, beta, positions, num_householder, scale, use_qk_l2norm, backend, save):
     (batch, length, heads, dim), columns, dtype = q.shape, v.shape[3] + q.shape[3], compute_dtype(q, k, v)
     shard = q.new_empty(batch, heads, dim, columns, dtype=dtype)
@@ -136,7 +137,7 @@ def _(q, k, v, g, beta, positions, num_householder, scale, use_qk_l2norm, backen
     return shard, reads, q.new_empty(starts, dtype=dtype), q.new_empty(errors, dtype=dtype)
 
 
-@torch.library.custom_op("deltaproduct::entering_state", mutates_args=())
+@operator("entering_state")
 def _entering(maps: Tensor, rank: int) -> Tensor:
     """maps: [W, B, H, K, V + K] -> the state that enters shard `rank`, [B, H, K, V]."""
     dim_v = maps.shape[4] - maps.shape[3]
@@ -147,12 +148,12 @@ def _entering(maps: Tensor, rank: int) -> Tensor:
     return state
 
 
-@_entering.register_fake
+@fake(_entering)
 def _(maps, rank):
     return maps.new_empty(*maps.shape[1:4], maps.shape[4] - maps.shape[3])
 
 
-@torch.library.custom_op("deltaproduct::leaving_gradient", mutates_args=())
+@operator("leaving_gradient")
 def _leaving(maps: Tensor, responses: Tensor, rank: int) -> Tensor:
     """The gradient of the state that leaves shard `rank`, [B, H, K, V], from all R [W, B, H, K, V]."""
     gradient = torch.zeros_like(responses[0])
@@ -162,12 +163,12 @@ def _leaving(maps: Tensor, responses: Tensor, rank: int) -> Tensor:
     return gradient
 
 
-@_leaving.register_fake
+@fake(_leaving)
 def _(maps, responses, rank):
     return responses.new_empty(responses.shape[1:])
 
 
-@torch.library.custom_op("deltaproduct::shard_output", mutates_args=())
+@operator("shard_output")
 def _output(
     q: Tensor,
     k: Tensor,
@@ -196,7 +197,7 @@ def _output(
     return o.to(v.dtype).contiguous(), no_tensor(q)
 
 
-@_output.register_fake
+@fake(_output)
 def _(q, k, v, g, beta, positions, entering, first, second, third, num_householder, scale, l2norm, backend, save):
     o = q.new_empty(*q.shape[:3], v.shape[3], dtype=v.dtype)
     if backend != "triton" or not save:
@@ -204,7 +205,7 @@ def _(q, k, v, g, beta, positions, entering, first, second, third, num_household
     return o, k.new_empty(triton_backend.saved_shapes(q, k, v, g is not None, positions is not None, True)[-1][0])
 
 
-@torch.library.custom_op("deltaproduct::shard_response", mutates_args=())
+@operator("shard_response")
 def _response(
     do: Tensor,
     q: Tensor,
@@ -234,7 +235,7 @@ def _response(
     return response, no_tensor(q)
 
 
-@_response.register_fake
+@fake(_response)
 def _(do, q, k, v, g, beta, positions, first, second, third, num_householder, scale, use_qk_l2norm, backend):
     response = q.new_empty(q.shape[0], *q.shape[2:], do.shape[3], dtype=compute_dtype(q, k, do))
     if backend != "triton":
@@ -242,7 +243,7 @@ def _(do, q, k, v, g, beta, positions, first, second, third, num_householder, sc
     return response, q.new_empty(triton_shards.response_shape(q, k, do, third), dtype=torch.float32)
 
 
-@torch.library.custom_op("deltaproduct::shard_backward", mutates_args=())
+@operator("shard_backward")
 def _backward(
     do: Tensor,
     leaving: Tensor,
@@ -279,16 +280,16 @@ def _backward(
     return *most, no_tensor(q) if g is None else dg.to(g.dtype), dbeta.to(beta.dtype)
 
 
-@_backward.register_fake
+@fake(_backward)
 def _(do, leaving, q, k, v, g, beta, *rest):
     dv = do.new_empty(*k.shape[:3], do.shape[3])
     dq, dk, dg, dbeta = (no_tensor(q) if x is None else x.new_empty(x.shape) for x in (q, k, g, beta))
     return dq, dk, dv, dg, dbeta
 
 
-MAP = torch.ops.deltaproduct.shard_map.default
-ENTERING = torch.ops.deltaproduct.entering_state.default
-LEAVING = torch.ops.deltaproduct.leaving_gradient.default
-OUTPUT = torch.ops.deltaproduct.shard_output.default
-RESPONSE = torch.ops.deltaproduct.shard_response.default
-BACKWARD = torch.ops.deltaproduct.shard_backward.default
+MAP = _map
+ENTERING = _entering
+LEAVING = _leaving
+OUTPUT = _output
+RESPONSE = _response
+BACKWARD = _backward

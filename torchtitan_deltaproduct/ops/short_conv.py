@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.ops.launch import launch
+from torchtitan_deltaproduct.ops.library import fake, gradient, operator
 from torchtitan_deltaproduct.ops.normalize import L2NORM_EPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,7 +87,7 @@ def short_convs(
     return [(y, None if head_dim is None else ratio.detach()) for y, ratio, head_dim in pairs]
 
 
-@torch.library.custom_op("deltaproduct::short_convs", mutates_args=())
+@operator("short_convs")
 def _forward(
     xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int], halos: list[Tensor]
 ) -> list[Tensor]:
@@ -104,7 +105,7 @@ def _forward(
     return results
 
 
-@_forward.register_fake
+@fake(_forward)
 def _(
     xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int], halos: list[Tensor]
 ) -> list[Tensor]:
@@ -117,7 +118,7 @@ def outputs(x: Tensor, head_dim: int | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(heads, dtype=torch.float32)
 
 
-@torch.library.custom_op("deltaproduct::short_convs_backward", mutates_args=())
+@operator("short_convs_backward")
 def _backward(
     dys: list[Tensor],
     xs: list[Tensor],
@@ -145,7 +146,7 @@ def _backward(
     return results + dhalos
 
 
-@_backward.register_fake
+@fake(_backward)
 def _(
     dys: list[Tensor],
     xs: list[Tensor],
@@ -220,7 +221,7 @@ def _autograd(ctx, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Non
     return out[: 2 * n : 2], dweights, None, None, out[2 * n :]
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+gradient(_forward, _autograd, _setup_context)
 
-FORWARD = torch.ops.deltaproduct.short_convs.default
-BACKWARD = torch.ops.deltaproduct.short_convs_backward.default
+FORWARD = _forward
+BACKWARD = _backward
