@@ -46,7 +46,8 @@ def picture(
 
 def save(figure, path: Path) -> None:
     """Writes a figure in the format of the name."""
-    # Once: savefig would draw all of it to lay it out, and then to write it.
+    # Laid out here: savefig would draw all of it once to lay it out, and once to write it.
+    figure.set_dpi(150)
     figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
     figure.savefig(path, dpi=150)
@@ -106,8 +107,7 @@ def name_ends(axis, ends: list[tuple[float, float, str, Any]]) -> None:
         axis.annotate(
             name, (x, y), xytext=(1.03, place - shift), textcoords=("axes fraction", "data"), color=colour,
             fontsize=8.5, va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (-0.02, 0.5),
-                        "patchA": None, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
