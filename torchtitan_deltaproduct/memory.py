@@ -193,7 +193,7 @@ def activation_elements(config: JobConfig) -> float:
     if ac.mode == "memory_budget":
         return checkpointed + ac.memory_budget * max(0, layers * everything - checkpointed)
     if ac.selective_ac_option == "products":
-        return layers * _kept_products(config) + everything
+        return (layers - 1) * _kept_products(config) + everything
     if ac.selective_ac_option == "op":
         records = _chunk_elements(config) if on_kernels(config) else 0
         return checkpointed + layers * (_kept_per_op(config.model) + records)
