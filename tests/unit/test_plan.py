@@ -142,6 +142,20 @@ def test_checkpointing_orders_activations(load):
     assert [low, high] == compiled
 
 
+def test_the_plan_says_what_other_checkpointing_would_keep(load):
+    options = ["--compile.enable", "--training.mixed_precision_param=bfloat16", "--activation_checkpoint.mode="]
+    remark = next(
+        row[2] for row in rows_of(load(PAPER, *options[:2]), "Memory") if row[2].startswith("by checkpointing")
+    )
+    for mode, name in (("full", "full"), ("none", "none")):
+        config = load(PAPER, *options[:2], options[2] + mode)
+        kept = rank_memory(config, 1, counts.parameters_by_part(config.model))["activations"]
+        assert f"{name} {amount(kept, 'B')}" in remark
+    assert [part.split()[0] for part in remark.removeprefix("by checkpointing: ").split(", ")] == [
+        "none", "products", "op", "full"
+    ]  # fmt: skip
+
+
 def test_what_our_kernels_refuse_is_planned_too(load):
     """Heads that are padded, heads that are too large, too many micro-steps."""
     for change in ({"head_dim": 96}, {"head_dim": 256}, {"num_householder": 100}):
