@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.snapshots import read_snapshot
 from ..errors import CheckpointError
 from ..files import is_there, read_text
 from .marker import INDEX, MARKER, SAVING, Marker, read_marker, wrong_sizes
@@ -83,9 +84,7 @@ def newest_first(folder: str | Path, step: int = -1) -> Iterator[CheckpointInfo]
 def inspect(path: Path, step: int | None = None) -> CheckpointInfo:
     """Compares a folder with its marker; reads no data.
 
-    Args:
-        path: the folder.
-        step: that its name says; None: whatever the marker says (0 if none reads).
+    `step` is that of its name; None: whatever the marker says (0 if none reads).
     """
     try:
         marker = read_marker(path)
@@ -108,6 +107,13 @@ def folder_size(path: Path) -> int:
             except OSError:
                 continue
     return total
+
+
+def checkpoint_folder(run: Path) -> tuple[Path, dict]:
+    """Where the `step-N` of a run are, if it has any, and its `[checkpoint]` settings; {} if they are not known."""
+    snapshot = read_snapshot(run / "config.json")
+    settings = {} if snapshot is None else snapshot["config"].get("checkpoint", {})
+    return run / settings.get("folder", "checkpoint"), settings
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -135,16 +141,10 @@ def best_steps(checkpoints: Iterable[CheckpointInfo], count: int) -> list[int]:
 def retention(
     complete: Iterable[int], keep_latest_k: int, keep_every: int = 0, best: Collection[int] = ()
 ) -> dict[int, str]:
-    """Which of the complete steps are kept, and why.
+    """Which of the complete steps are kept, and why: step -> reason. One that is not in it may go; the newest is.
 
-    Args:
-        complete: steps of the complete checkpoints.
-        keep_latest_k: so many of the newest are kept; 0: all.
-        keep_every: steps divisible by it are milestones and always kept; 0: there are none.
-        best: the best steps by validation, which are kept, too.
-
-    Returns:
-        step -> reason; a step that is not in it may go. The newest is always in it.
+    Kept are `keep_latest_k` of the newest (0: all), milestones, which are divisible by `keep_every` (0: none), and the
+    `best` by validation.
     """
     newest_first = sorted(set(complete), reverse=True)
     kept = {}
@@ -182,14 +182,7 @@ def deletable(
 
 
 class Retention:
-    """What to delete after each save of one launch; no complete folder is looked through twice.
-
-    Args:
-        folder: of the checkpoints.
-        keep_latest_k: as in `retention`.
-        keep_every: as in `retention`.
-        keep_best: so many of the best by validation are kept.
-    """
+    """What to delete after each save of one launch, as `retention` says; no complete folder is looked through twice."""
 
     def __init__(self, folder: str | Path, keep_latest_k: int, keep_every: int = 0, keep_best: int = 0) -> None:
         self.folder, self.keep_latest_k, self.keep_every, self.keep_best = folder, keep_latest_k, keep_every, keep_best
