@@ -19,17 +19,11 @@ from torchtitan_deltaproduct.checkpoint.load import LoadedModel, find_checkpoint
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.files import read_text
 
+from .files import DAMAGE
+
 
 def checkpoint_of(path: str | Path, step: int | None = None) -> str:
-    """What the weights of a model are, as text that changes when they do.
-
-    Args:
-        path: of the model.
-        step: of a run folder; None: the newest complete one.
-
-    Raises:
-        CheckpointError: there is none (yet).
-    """
+    """What the weights of a model are, as text that changes when they do; CheckpointError if there are none (yet)."""
     path = Path(path)
     if path.is_dir() and is_hf_folder(path):
         files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in path.glob("*.*"))
@@ -92,5 +86,5 @@ class Swept:
         """`made_by` of the results in a folder; {} if there are none."""
         try:
             return json.loads(read_text(folder / f"{self.name}.json"))["made_by"]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except DAMAGE:
             return {}

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import re
 import shutil
 
 import numpy as np
@@ -30,11 +29,8 @@ SIZE += ["--batch", "2", "--segment", "64"]
 
 
 @pytest.fixture(scope="module")
-def run(toy, tmp_path_factory):
-    """The toy run after steps 4 and 8."""
-    folder = tmp_path_factory.mktemp("rank") / "run"
-    toys.train(toy, folder, "--checkpoint.interval", "4")
-    return folder
+def run(toy_run):
+    return toy_run
 
 
 @pytest.fixture(scope="module")
@@ -261,10 +257,6 @@ def test_what_is_damaged_is_not_used(run, data, whole, tmp_path, no_pictures):
     part.unlink()
     evaluate(tmp_path / "cut", run, data)
     assert content(tmp_path / "cut") == content(whole)
-    about = part.parent / "about.json"
-    about.write_text(re.sub('"every": 4', '"every": 8', about.read_text()))
-    with pytest.raises(DataError, match="of another evaluation"):
-        evaluate(tmp_path / "cut", run, data)
 
 
 def test_words(tmp_path, capsys):

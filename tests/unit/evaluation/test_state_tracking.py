@@ -157,7 +157,7 @@ def test_settings_and_seeds():
     ]  # fmt: skip
     share = Share.of(settings[1].solved(Criterion()), 2)
     assert share.value == 0.5 and 0.09 < share.low < 0.1 and 0.9 < share.high < 0.91
-    assert settings[1].mean("at_length") == 0.75
+    assert settings[1].spread("at_length")["mean"] == 0.75
     assert [r.solved(Criterion()) for r in runs] == [False, True, False, False, True]
     assert not flat(0.98).solved(Criterion())
     assert flat(0.98).solved(Criterion(at_training=0.98))

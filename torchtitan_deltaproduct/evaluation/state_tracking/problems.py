@@ -32,18 +32,15 @@ Reader = Callable[[Tensor, object], tuple[Tensor, object]]
 
 @dataclass(frozen=True)
 class Counts:
-    """Right answers over that many words of one length L.
-
-    Attributes:
-        scored: [L] int64, words with a label at each position.
-        correct: [L] int64, those of them whose label is predicted (arg max over the whole vocabulary).
-        prefix: [L] int64, words that are right at every labelled position up to this one.
-    """
+    """Right answers over that many words of one length L."""
 
     words: int
     scored: np.ndarray
+    """[L] int64, words with a label at each position."""
     correct: np.ndarray
+    """[L] int64, those of them whose label is predicted (arg max over the whole vocabulary)."""
     prefix: np.ndarray
+    """[L] int64, words that are right at every labelled position up to this one."""
 
     def accuracy(self) -> np.ndarray:
         """[L] float64: share of right answers at each position; NaN where no word has a label."""
