@@ -1,6 +1,6 @@
 """Every file of a run, of prepared data and of an export, damaged at random: messages, no tracebacks or other values.
 
-    bash launch/test.sh -m slow tests/unit/checkpoint/test_corruption.py         CORRUPTIONS=2000 SEED=1 for more
+bash launch/test.sh -m slow tests/unit/checkpoint/test_corruption.py         CORRUPTIONS=2000 SEED=1 for more
 """
 
 import json

@@ -322,9 +322,7 @@ def test_retention(steps, keep, every, count):
     assert all(reason.endswith("the best by validation") == (step in best) for step, reason in kept.items())
 
 
-FOLDERS = st.dictionaries(
-    st.integers(0, 30), st.sampled_from(["complete", "torn", "saving", "foreign"]), max_size=12
-)
+FOLDERS = st.dictionaries(st.integers(0, 30), st.sampled_from(["complete", "torn", "saving", "foreign"]), max_size=12)
 
 
 LOSSES = st.lists(st.sampled_from([None, 2.0, 2.5, 3.0, 3.5]), min_size=31, max_size=31)

@@ -37,19 +37,7 @@ class Config:
 def make_corpus(folder: Path, files: int, seed: int = 0) -> Path:
     """Text files of words, with multi-byte characters, DOS line ends and a spelled-out special token."""
     rng = random.Random(seed)
-    words = [
-        "def",
-        "return",
-        "naïve",
-        "日本語",
-        "x = 1\r\n",
-        "    ",
-        "<|endoftext|>",
-        "\t",
-        "🙂",
-        "lambda",
-        "0123",
-    ]
+    words = ["def", "return", "naïve", "日本語", "x = 1\r\n", "    ", "<|endoftext|>", "\t", "🙂", "lambda", "0123"]
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(files):
         words.append(f"{rng.getrandbits(40):x}")

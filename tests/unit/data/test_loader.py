@@ -153,13 +153,7 @@ def test_without_weights_every_window_comes_once_an_epoch(sets):
 def test_fingerprint_and_position_notice_what_changes_the_samples(sets, tmp_path):
     base = Config(paths=[sets["a"]])
     state, prints = loader(base).state_dict(), {loader(base).state_dict()["order"]}
-    changes = {
-        "seed": 1,
-        "shuffle": False,
-        "reset_state_at_documents": True,
-        "paths": [sets["b"]],
-        "weights": [1.0],
-    }
+    changes = {"seed": 1, "shuffle": False, "reset_state_at_documents": True, "paths": [sets["b"]], "weights": [1.0]}
     for key, value in changes.items():
         changed = loader(Config(**{**vars(base), key: value}))
         prints.add(changed.state_dict()["order"])

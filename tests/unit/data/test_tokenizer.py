@@ -27,15 +27,7 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import make_corpus, make_jsonl
 
-TEXTS = [
-    "",
-    "plain",
-    " two  spaces\n\ttab\r\n",
-    "naïve 日本語 🙂",
-    "\x00\x7f",
-    "<|endoftext|> spelled",
-    "\ufeffx",
-]
+TEXTS = ["", "plain", " two  spaces\n\ttab\r\n", "naïve 日本語 🙂", "\x00\x7f", "<|endoftext|> spelled", "\ufeffx"]
 
 
 def test_byte_table_is_exact_for_a_byte_level_vocabulary(tokenizer):
