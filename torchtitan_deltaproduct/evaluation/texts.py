@@ -78,13 +78,10 @@ class Texts:
 
 
 def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int | None = None) -> Texts:
-    """Chooses the sequences and writes them, unless that was done before.
+    """Chooses the sequences and writes them below `folder`, unless that was done before.
 
-    Args:
-        wanted: what to read.
-        tokenizer: folder with the tokenizer.json for text; prepared folders have their own.
-        folder: where the sequences of all datasets are kept.
-        eos_id: the separator between documents of text; None: as `wanted.eos`.
+    Text needs the folder of a tokenizer.json, and has the separator `eos_id` (None: as `wanted.eos`) between documents;
+    prepared folders have their own.
 
     Returns:
         Sequences whose `about` has: wanted, source (identifies the dataset), `kind` (long or packed), sequences,
