@@ -41,9 +41,9 @@ def score(
 ) -> list[Score]:  # fmt: skip
     """One score a request, in any order; of an empty continuation (0, True).
 
-    `rows` requests are in a batch (None: as many as `MAX_TOKENS` allow, and `most_rows`), and `segment` tokens of a text
-    are read at a time, which changes nothing beyond rounding. `progress` is called with the place of each request and
-    its score as they are known.
+    In a batch are `rows` requests (None: as many as `MAX_TOKENS` allow, and `most_rows`), of each of which `segment`
+    tokens are read at a time; neither changes anything beyond rounding. `progress` is called with the place of each
+    request and its score as they are known.
     """
     scores: list[Score] = [(0.0, True)] * len(requests)
     for batch in batches(requests, rows, segment, most_rows):
