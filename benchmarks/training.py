@@ -1,16 +1,19 @@
 """Our model and flash-linear-attention's in the same bare training loop on one GPU: speed, memory, where time goes.
 
     python -m benchmarks.training                                   392M and 805M, n_h 1 to 3, plain and gated
-    python -m benchmarks.training --sizes 392M --householders 3 --gates plain --models ours fla fla-linear fla-compiled
+    python -m benchmarks.training --sizes 392M --householders 3 --gates plain --models ours ours-lean fla fla-compiled
     python -m benchmarks.training --minutes 30 --steps 30
+    python -m benchmarks.training --sizes 392M --householders 3 --gates plain --models ours --ranks 1 4
     python -m benchmarks.training --device cpu --householders 1     a toy of ours, to see that this script runs
 
-Shapes are those of train_configs/fineweb/deltaproduct_{size}_n{n}_4k.toml. Every row is a process of its own, one after
-the other: FSDP2 on one rank, bfloat16 with float32 gradients, random tokens, our clipping and AdamW for both, no data
-loading. `ours` is our model with our `parallelize`, compiled; `fla` is GatedDeltaProductForCausalLM in eager mode with
-its fused cross-entropy, `fla-linear` with its fused linear cross-entropy, `fla-compiled` is `fla`, its layers compiled.
-Steps are timed by events on the device, and the median is taken after those that compile and tune. A row that fails,
-or that the time no longer allows, says why. Milliseconds of a step by kind of kernel are the profiler's.
+Shapes are those of train_configs/fineweb/deltaproduct_{size}_n{n}_4k.toml. Every row is a job of its own, one after the
+other: FSDP2 on one rank or `--ranks`, bfloat16 with float32 gradients, random tokens, our clipping and AdamW for both,
+no data loading. `ours` is our model with our `parallelize`, compiled, and keeps all activations; `ours-lean` is the
+same with activation_checkpoint.selective_ac_option = "products". `fla` is GatedDeltaProductForCausalLM in eager mode
+with its fused cross-entropy, `fla-linear` with its fused linear cross-entropy, `fla-compiled` is `fla`, its layers
+compiled. Steps are timed by events on the device, and the median is taken after those that compile and tune. Tokens/s
+are of one GPU. A row that fails, or that the time no longer allows, says why. Milliseconds of a step by kind of kernel
+are the profiler's.
 """
 
 import argparse
@@ -28,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 SIZES = ("392M", "805M")
-MODELS = ("ours", "fla", "fla-linear", "fla-compiled")
+MODELS = ("ours", "ours-lean", "fla", "fla-linear", "fla-compiled")
 WARM_UP = 4
 """Steps that are not counted: they compile, tune, and make the optimizer's state."""
 KINDS = {
@@ -57,8 +60,7 @@ class Variant:
     batch: int
     length: int
     steps: int
-    memory_budget: float | None = None
-    """Of ours: the share of activations that is kept; None: all."""
+    ranks: int
 
     @property
     def config_arguments(self) -> list[str]:
@@ -67,9 +69,9 @@ class Variant:
         path = f"train_configs/fineweb/deltaproduct_{size}_n{self.num_householder}_4k.toml"
         dtype = "bfloat16" if self.device == "cuda" else "float32"
         settings = [f"model.use_forget_gate={str(self.gated).lower()}", f"training.mixed_precision_param={dtype}"]
-        if self.memory_budget is not None:
-            settings += ["activation_checkpoint.mode=memory_budget"]
-            settings += [f"activation_checkpoint.memory_budget={self.memory_budget}"]
+        lean = self.model == "ours-lean"
+        settings += [f"activation_checkpoint.mode={'selective' if lean else 'none'}"]
+        settings += ["activation_checkpoint.selective_ac_option=products"] * lean
         settings += [f"model.{option}" for option in TOY if toy]
         return ["--job.config_file", path, *(f"--{setting}" for setting in settings)]
 
@@ -97,6 +99,7 @@ def kind_of(kernel: str) -> str:
 def our_model(config, architecture, device: str, tokens, labels) -> tuple:
     """(model, a function that returns the loss of a step)."""
     import torch
+    import torch.distributed as dist
     from torchtitan.distributed import ParallelDims
 
     from torchtitan_deltaproduct.models import DeltaProductLM
@@ -104,7 +107,8 @@ def our_model(config, architecture, device: str, tokens, labels) -> tuple:
 
     with torch.device("meta"):
         model = DeltaProductLM(architecture)
-    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+    ranks = dist.get_world_size()
+    dims = ParallelDims(dp_replicate=1, dp_shard=ranks, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=ranks)
     model = parallelize(model, dims, config)
     model.to_empty(device=device)
     with torch.no_grad():
@@ -145,17 +149,16 @@ def measure(variant: Variant) -> dict:
     from torchtitan_deltaproduct.titan import device
     from torchtitan_deltaproduct.titan.spec import ModelArgs
 
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     cuda = variant.device == "cuda"
     device.install(variant.device)
     if cuda:
-        torch.cuda.set_device(0)
-    dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
     config, args = load_config(variant.config_arguments), ModelArgs()
     args.update_from_config(config)
-    torch.manual_seed(0)
+    torch.manual_seed(dist.get_rank())
     tokens = torch.randint(args.architecture.vocab_size, (variant.batch, variant.length), device=variant.device)
-    if variant.model == "ours":
+    if variant.model.startswith("ours"):
         model, loss_of_step = our_model(config, args.architecture, variant.device, tokens, tokens.roll(-1, 1))
     else:
         model, loss_of_step = fla_model(variant.model, args.architecture, variant.device, tokens)
@@ -231,16 +234,17 @@ def variants(options: argparse.Namespace) -> Iterator[Variant]:
         for gate in options.gates:
             for n in options.householders:
                 for model in models:
-                    shape = (options.device, options.batch, options.length, options.steps)
-                    budget = options.memory_budget if model == "ours" else None
-                    yield Variant(model, size, n, gate == "gated", *shape, budget)
+                    for ranks in options.ranks:
+                        shape = (options.device, options.batch, options.length, options.steps, ranks)
+                        yield Variant(model, size, n, gate == "gated", *shape)
 
 
 def run(variant: Variant, seconds: float) -> dict:
     """The row of `variant`, measured in a process that has so many seconds; `failed` says why there is none."""
     if seconds < 1:
         return {"failed": "not run: the time was over (--minutes)"}
-    command = [sys.executable, "-m", "benchmarks.training", "--row", json.dumps(asdict(variant))]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={variant.ranks}"]
+    command = [*torchrun, "-m", "benchmarks.training", "--row", json.dumps(asdict(variant))]
     # What Triton found by tuning one of fla's rows serves the next.
     environment = os.environ | {"TRITON_CACHE_AUTOTUNING": "1"}
     try:
@@ -258,13 +262,27 @@ def table_of(rows: list[tuple[Variant, dict]]) -> Table:
     """One line a row; the ratio is to the `fla` row of the same shape."""
     device = next((row["device"] for _, row in rows if "device" in row), "no row")
     kinds = [*KINDS, "other"]
-    shape = f"batch {rows[0][0].batch} x {rows[0][0].length:,}" if rows else ""
+    shape = f"batch {rows[0][0].batch} x {rows[0][0].length:,} a GPU" if rows else ""
     table = Table(title=f"{device}, {shape}; ms of a step by kind of kernel", title_justify="left")
-    for column in ("size", "n_h", "gate", "model", "tok/s", "/ fla", "MFU", "GiB", "GiB / fla", "first s", *kinds):
+    for column in (
+        "size",
+        "n_h",
+        "gate",
+        "model",
+        "GPUs",
+        "tok/s",
+        "/ fla",
+        "MFU",
+        "GiB",
+        "GiB / fla",
+        "first s",
+        *kinds,
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     beside = {(v.size, v.num_householder, v.gated): row for v, row in rows if v.model == "fla" and "failed" not in row}
     for variant, row in rows:
-        named = [variant.size, str(variant.num_householder), "yes" if variant.gated else "no", variant.model]
+        gate = "yes" if variant.gated else "no"
+        named = [variant.size, str(variant.num_householder), gate, variant.model, str(variant.ranks)]
         if "failed" in row:
             table.add_row(*named, "-")
             continue
@@ -288,13 +306,13 @@ def ratio(row: dict, beside: dict, key: str) -> str:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["ours", "fla"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["ours", "ours-lean", "fla"])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--householders", nargs="+", type=int, choices=(1, 2, 3), default=[3, 1, 2], metavar="N")
     parser.add_argument("--gates", nargs="+", choices=("plain", "gated"), default=["plain", "gated"])
-    parser.add_argument("--memory-budget", type=float, metavar="F", help="of ours: share of activations that is kept")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
-    parser.add_argument("--batch", type=int, help="sequences a step (8; on a CPU 2)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="GPUs of a row")
+    parser.add_argument("--batch", type=int, help="sequences a step and rank (8; on a CPU 2)")
     parser.add_argument("--length", type=int, help="tokens of a sequence (4,096; on a CPU 64)")
     parser.add_argument("--minutes", type=float, default=9.5, help="after which no row is begun or goes on")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -308,7 +326,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     if options.row:
-        print(json.dumps(measure(Variant(**json.loads(options.row)))))
+        row = measure(Variant(**json.loads(options.row)))
+        if os.environ["RANK"] == "0":
+            print(json.dumps(row))
         return
     end, rows = time.monotonic() + 60 * options.minutes, []
     try:

@@ -61,7 +61,8 @@ def start(
 ) -> Process | subprocess.Popen:
     """Starts `python WORDS` ("-m", a module, its arguments) in a session of its own, its output appended to `log`.
 
-    With `ranks` it runs on each of so many, as under torchrun. Beside a GPU nothing is forked: its libraries have threads.
+    With `ranks` it runs on each of so many, as under torchrun. Beside a GPU nothing is forked: its libraries have
+    threads.
     """
     assert words[0] == "-m"
     if torch.cuda.is_available():

@@ -192,8 +192,10 @@ def activation_elements(config: JobConfig) -> float:
         return checkpointed
     if ac.mode == "memory_budget":
         return checkpointed + ac.memory_budget * max(0, layers * everything - checkpointed)
+    if ac.selective_ac_option == "products":
+        return layers * _kept_products(config) + everything
     if ac.selective_ac_option == "op":
-        records = _record_elements(config) if on_kernels(config) else 0
+        records = _chunk_elements(config) if on_kernels(config) else 0
         return checkpointed + layers * (_kept_per_op(config.model) + records)
     skipped = layers - layers // int(ac.selective_ac_option)
     return min(layers * everything, checkpointed + skipped * (everything - block_input))
@@ -221,16 +223,16 @@ def _kernel_elements(config: JobConfig) -> float:
     args = config.model
     projected, output = _widths(args)
     convolved = (1 + args.num_householder) * args.num_heads * args.head_dim * args.use_short_conv
-    mixer = projected + convolved + _record_elements(config) + 2 * output + 2 * output * args.use_output_gate
+    mixer = projected + convolved + _chunk_elements(config) + 2 * output + 2 * output * args.use_output_gate
     return 4 * args.hidden_size + mixer + 3 * args.mlp_size
 
 
-def _record_elements(config: JobConfig) -> float:
-    """Elements per token that our kernels keep of a layer's chunks."""
+def _chunk_elements(config: JobConfig, states: bool = True) -> float:
+    """Elements per token that our kernels keep of a layer's chunks, with or without the states before them."""
     args, packed = config.model, config.data.reset_state_at_documents
     dims = native(args.head_dim), native(args.head_v_dim)
     geometry = Geometry(args.num_householder, *dims, args.use_forget_gate, packed)
-    return args.num_heads * geometry.width(True) / geometry.tokens
+    return args.num_heads * (geometry.prepared + states * geometry.states) / geometry.tokens
 
 
 def _kept_per_op(args: DeltaProductArgs) -> int:
@@ -238,6 +240,14 @@ def _kept_per_op(args: DeltaProductArgs) -> int:
     projected, output = _widths(args)
     products = projected + output * args.use_output_gate + 2 * args.hidden_size + 2 * args.mlp_size
     return products // 2 + output
+
+
+def _kept_products(config: JobConfig) -> float:
+    """Selective "products": a block's input, its products but the last, and what the operator keeps."""
+    args = config.model
+    projected, output = _widths(args)
+    products = projected + output * args.use_output_gate + args.hidden_size + 2 * args.mlp_size
+    return args.hidden_size + products + output + (_chunk_elements(config, states=False) if on_kernels(config) else 0)
 
 
 def _gathered_weights(config: JobConfig, world_size: int, parts: Mapping[str, int]) -> int:

@@ -52,6 +52,7 @@ DEVICE_MEMORY = 80.0
 SPARE = 1.2
 """Share of the counted memory that a device needs: the operator's work space, fragmentation, communication buffers."""
 
+
 def main(argv: list[str] | None = None) -> None:
     options, overrides = _parse(sys.argv[1:] if argv is None else argv)
     arguments = ["--job.config_file", options.toml, *overrides]

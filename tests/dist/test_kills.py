@@ -1,7 +1,7 @@
 """Hundreds of SIGKILLs at random moments: startup, a step, a save, validation. Nothing that is learned changes.
 
-    bash launch/test.sh -m slow tests/dist/test_kills.py            200 kills, about 25 minutes on two idle cores
-    KILLS=20 bash launch/test.sh -m slow tests/dist/test_kills.py
+bash launch/test.sh -m slow tests/dist/test_kills.py            200 kills, about 25 minutes on two idle cores
+KILLS=20 bash launch/test.sh -m slow tests/dist/test_kills.py
 """
 
 import os

@@ -1,7 +1,7 @@
 """Signals at every moment of a run, to a rank or torchrun: a complete checkpoint, and a restart that changes nothing.
 
-    bash launch/test.sh tests/dist/test_signals.py              a few, under a minute
-    bash launch/test.sh -m slow tests/dist/test_signals.py      the whole matrix, SIGKILL included, about 20 minutes
+bash launch/test.sh tests/dist/test_signals.py              a few, under a minute
+bash launch/test.sh -m slow tests/dist/test_signals.py      the whole matrix, SIGKILL included, about 20 minutes
 """
 
 import os

@@ -23,18 +23,12 @@ def relative(a, b) -> float:
 def compare(backend, n, gated, bounds, states, dtype, length=256, dim=64):
     """Relative errors by name: outputs and gradients on the device against float64 on the CPU."""
     count = 1 if bounds is None else len(bounds) - 1
-    args = make(
-        length, n, dim=dim, dim_v=dim, gated=gated, states=count if states else None, dtype=torch.float32
-    )
+    args = make(length, n, dim=dim, dim_v=dim, gated=gated, states=count if states else None, dtype=torch.float32)
     low = {
-        name: None
-        if x is None
-        else x.detach().cuda().to(dtype if name in "qkv" else x.dtype).requires_grad_()
+        name: None if x is None else x.detach().cuda().to(dtype if name in "qkv" else x.dtype).requires_grad_()
         for name, x in args.items()
     }
-    exact = {
-        name: None if x is None else x.detach().cpu().double().requires_grad_() for name, x in low.items()
-    }
+    exact = {name: None if x is None else x.detach().cpu().double().requires_grad_() for name, x in low.items()}
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     common = {"num_householder": n, "use_qk_l2norm": True, "cu_seqlens": cu_seqlens}
     want, want_state = recurrent_gated_delta_product(**exact, **common)
@@ -125,9 +119,7 @@ def test_triton_is_deterministic_and_waits_for_nothing():
     positions = (torch.arange(1000, device="cuda") % 137).int().expand(2, 1000).contiguous()
 
     def run():
-        o, _ = gated_delta_product(
-            **args, num_householder=2, use_qk_l2norm=True, positions=positions, backend="triton"
-        )
+        o, _ = gated_delta_product(**args, num_householder=2, use_qk_l2norm=True, positions=positions, backend="triton")
         return [o, *torch.autograd.grad(o.float().square().sum(), [x for x in args.values() if x is not None])]
 
     first = run()

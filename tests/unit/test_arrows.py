@@ -12,8 +12,21 @@ from tests.toy import REPO
 
 PACKAGE = "torchtitan_deltaproduct"
 LAYERS = [
-    {"errors", "files", "history", "events", "arguments", "devices", "flops", "formats", "intervals", "jobs",
-     "options", "optimizers", "torch_internals"},  # fmt: skip
+    {
+        "errors",
+        "files",
+        "history",
+        "events",
+        "arguments",
+        "devices",
+        "flops",
+        "formats",
+        "intervals",
+        "jobs",
+        "options",
+        "optimizers",
+        "torch_internals",
+    },  # fmt: skip
     {"ops"},
     {"models"},
     {"config"},

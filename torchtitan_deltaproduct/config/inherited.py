@@ -100,8 +100,9 @@ HONOURED: dict[str, Option] = {key: option for keys, option in {
         SPEED_AND_MEMORY, aliases="gradient_checkpointing activation_checkpointing recompute use_checkpoint"),
     "activation_checkpoint.selective_ac_option": record(
         SPEED_AND_MEMORY,
-        Range(lambda value: value == "op" or (value.isascii() and value.isdigit() and int(value) >= 1),
-              'must be "op" (per operation) or the text of a whole number n, such as "2" (every n-th block)')),
+        Range(lambda value: value in ("op", "products") or (value.isascii() and value.isdigit() and int(value) >= 1),
+              'must be "products" (all but matrix products is computed again), "op" (every other product, too) or the '
+              'text of a whole number n, such as "2" (every n-th block)')),
     "activation_checkpoint.memory_budget": record(SPEED_AND_MEMORY, within(0, 1), reader=BUDGET),
     "activation_checkpoint.visualize_memory_budget_pareto": record(SPEED_AND_MEMORY, reader=BUDGET),
     "activation_checkpoint.determinism_check": record(

@@ -65,12 +65,14 @@ class DeltaProductMixer(nn.Module):
 
     Attributes:
         ranks: who has the other parts of each row, under context parallelism; None: rows are whole.
+        keep_states: whether the operator keeps its states for the backward pass, or makes them again.
     """
 
     def __init__(self, args: DeltaProductArgs):
         super().__init__()
         self.args = args
         self.ranks: SequenceRanks | None = None
+        self.keep_states = True
         hidden, n, heads = args.hidden_size, args.num_householder, args.num_heads
         q_dim, v_dim = heads * args.head_dim, heads * args.head_v_dim
         self.q_proj = nn.Linear(hidden, q_dim, bias=False)
@@ -124,6 +126,7 @@ class DeltaProductMixer(nn.Module):
             use_qk_l2norm=not unit_keys,
             unit_keys=unit_keys,
             ranks=self.ranks,
+            keep_states=self.keep_states,
             backend=args.op_backend,
         )
         return self._output(o, x)

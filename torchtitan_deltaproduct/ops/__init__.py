@@ -13,8 +13,8 @@ from torchtitan_deltaproduct.ops.ranks import SequenceRanks
 from torchtitan_deltaproduct.ops.recurrent import recurrent_gated_delta_product, recurrent_step
 
 SAVE_FOR_SELECTIVE_AC = {custom_op.FORWARD, shards.MAP, shards.OUTPUT, ranks.GATHER}
-"""Ops whose outputs selective activation checkpointing should keep: o, what the backward needs, what ranks sent. With
-backend "triton" that is a record a chunk (`triton_backend.Geometry.width`), with "chunk" as many float32 as v has."""
+"""Ops whose outputs selective activation checkpointing should keep: o, what the backward needs, what ranks sent. Of
+backend "triton" see `triton_backend.Geometry`, of "chunk" it is as many float32 as v has."""
 
 __all__ = [
     "BACKENDS",

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torchtitan_deltaproduct.ops.library import fake, operator
+
 
 def check_boundaries(cu_seqlens: Tensor, length: int) -> None:
     """Raises ValueError unless the boundaries rise from 0 to `length`; looks only if they are on the CPU."""
@@ -24,7 +26,7 @@ def check_boundaries(cu_seqlens: Tensor, length: int) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {length}; found [{shown}]")
 
 
-@torch.library.custom_op("deltaproduct::document_positions", mutates_args=())
+@operator("document_positions")
 def _positions(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     """[1, T] int32 on the device of `like` [1, T, ...]. An op, so that a compiled graph does not look inside."""
     length = like.shape[1]
@@ -35,7 +37,7 @@ def _positions(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     return (token - start).int().unsqueeze(0)
 
 
-@_positions.register_fake
+@fake(_positions)
 def _(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     return like.new_empty(1, like.shape[1], dtype=torch.int32)
 

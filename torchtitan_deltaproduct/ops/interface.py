@@ -38,6 +38,7 @@ def gated_delta_product(
     use_qk_l2norm: bool = False,
     unit_keys: bool = False,
     ranks: SequenceRanks | None = None,
+    keep_states: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """The gated DeltaProduct recurrence (arXiv 2502.10297; layouts of flash-linear-attention).
@@ -70,6 +71,8 @@ def gated_delta_product(
         ranks: who has the other parts of each row, which is cut among them; all of them call this. Documents are then
             given by positions that count from the document's start, on whichever rank it is, and the row has no states
             of its own. None: rows are whole.
+        keep_states: whether "triton" keeps the state before each chunk for the backward pass. If not, it keeps v, which
+            may be smaller or be there anyway, and runs the scan again: (K + 64) V numbers less for 64 keys.
         backend: "auto", "recurrent" (slow oracle), "chunk" (PyTorch, any device), "triton" (our kernels, CUDA) or
             "fla" (CUDA, 16-bit).
 
@@ -108,10 +111,11 @@ def gated_delta_product(
                 use_qk_l2norm=use_qk_l2norm,
             )  # fmt: skip
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:6])
+        keep = ("all" if keep_states else "chunks") if save else "nothing"
         if ranks is not None:
             options = {"n": num_householder, "scale": scale, "use_qk_l2norm": use_qk_l2norm}
-            return shards.run(q, k, v, g, beta, positions, ranks, **options, save=save, backend=backend), None
-        options = (num_householder, scale, output_final_state, use_qk_l2norm, save, backend)
+            return shards.run(q, k, v, g, beta, positions, ranks, **options, keep=keep, backend=backend), None
+        options = (num_householder, scale, output_final_state, use_qk_l2norm, keep, backend)
         return custom_op.FORWARD(*arguments, *options)[:2]
 
     if cu_seqlens is not None and states:

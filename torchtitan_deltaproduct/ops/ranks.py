@@ -14,6 +14,8 @@ import torch
 import torch.distributed._functional_collectives  # noqa: F401  (fakes of the collectives)
 from torch import Tensor
 
+from torchtitan_deltaproduct.ops.library import fake, operator
+
 
 @dataclass(frozen=True)
 class SequenceRanks:
@@ -47,7 +49,7 @@ class _FromPrevious(torch.autograd.Function):
         return PART(gather(dy, size, group), rank + 1), None, None, None
 
 
-@torch.library.custom_op("deltaproduct::part_of_ranks", mutates_args=())
+@operator("part_of_ranks")
 def _part(gathered: Tensor, rank: int) -> Tensor:
     """gathered[rank], zeros if there is no such rank. An op, so that no compiler sees that the others are not read."""
     if 0 <= rank < gathered.shape[0]:
@@ -55,10 +57,10 @@ def _part(gathered: Tensor, rank: int) -> Tensor:
     return torch.zeros_like(gathered[0])
 
 
-@_part.register_fake
+@fake(_part)
 def _(gathered: Tensor, rank: int) -> Tensor:
     return gathered.new_empty(gathered.shape[1:])
 
 
-PART = torch.ops.deltaproduct.part_of_ranks.default
+PART = _part
 GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default

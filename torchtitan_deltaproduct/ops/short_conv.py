@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.ops.launch import launch
+from torchtitan_deltaproduct.ops.library import fake, gradient, operator
 from torchtitan_deltaproduct.ops.normalize import L2NORM_EPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,7 +87,7 @@ def short_convs(
     return [(y, None if head_dim is None else ratio.detach()) for y, ratio, head_dim in pairs]
 
 
-@torch.library.custom_op("deltaproduct::short_convs", mutates_args=())
+@operator("short_convs")
 def _forward(
     xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int], halos: list[Tensor]
 ) -> list[Tensor]:
@@ -97,13 +99,13 @@ def _forward(
         for x, weight, head_dim, halo in zip(xs, weights, head_dims, halos or [None] * len(xs), strict=True):
             y, ratio = outputs(x, head_dim)
             x, weight, halo = _unit_stride(x), weight.contiguous(), None if halo is None else halo.contiguous()
-            grid, options = launch(x, weight, positions, head_dim, halo, kernels.FORWARD)
-            kernels.short_conv_forward[grid](x, weight, positions, halo, y, ratio, *sizes(x), **options)
+            grid, options = configuration(x, weight, positions, head_dim, halo, kernels.FORWARD)
+            launch(kernels.short_conv_forward, grid, x, weight, positions, halo, y, ratio, *sizes(x), **options)
             results += [y, ratio]
     return results
 
 
-@_forward.register_fake
+@fake(_forward)
 def _(
     xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int], halos: list[Tensor]
 ) -> list[Tensor]:
@@ -116,7 +118,7 @@ def outputs(x: Tensor, head_dim: int | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(heads, dtype=torch.float32)
 
 
-@torch.library.custom_op("deltaproduct::short_convs_backward", mutates_args=())
+@operator("short_convs_backward")
 def _backward(
     dys: list[Tensor],
     xs: list[Tensor],
@@ -134,17 +136,17 @@ def _backward(
     with torch.cuda.device_of(xs[0]):
         for dy, x, weight, head_dim, (halo, dhalo) in zip(dys, xs, weights, head_dims, each, strict=True):
             x, weight = _unit_stride(x), weight.contiguous()
-            grid, options = launch(x, weight, positions, head_dim, halo, kernels.backward_config(weight.shape[1]))
+            config = kernels.backward_config(weight.shape[1])
+            grid, options = configuration(x, weight, positions, head_dim, halo, config)
             dx = x.new_empty(x.shape)
             shares = x.new_empty((grid[1] * grid[2], weight.shape[1], weight.shape[0]), dtype=torch.float32)
-            kernels.short_conv_backward[grid](
-                x, weight, positions, halo, dy.contiguous(), dx, dhalo, shares, *sizes(x), **options
-            )
-            results += [dx, shares.sum(0).t().contiguous()]
+            operands = x, weight, positions, halo, dy.contiguous(), dx, dhalo, shares
+            launch(kernels.short_conv_backward, grid, *operands, *sizes(x), **options)
+            results += [dx, shares.sum(0).t()]
     return results + dhalos
 
 
-@_backward.register_fake
+@fake(_backward)
 def _(
     dys: list[Tensor],
     xs: list[Tensor],
@@ -154,7 +156,7 @@ def _(
     halos: list[Tensor],
 ) -> list[Tensor]:
     pairs = zip(xs, weights, strict=True)
-    grads = [g for x, w in pairs for g in (x.new_empty(x.shape), x.new_empty(w.shape, dtype=torch.float32))]
+    grads = [g for x, w in pairs for g in (x.new_empty(x.shape), x.new_empty(w.shape[::-1], dtype=torch.float32).t())]
     return grads + [halo.new_empty(halo.shape) for halo in halos]
 
 
@@ -167,7 +169,7 @@ def sizes(x: Tensor) -> tuple[int, int, int, int]:
     return x.shape[1], x.shape[2], x.stride(0), x.stride(1)
 
 
-def launch(
+def configuration(
     x: Tensor,
     weight: Tensor,
     positions: Tensor | None,
@@ -176,30 +178,32 @@ def launch(
     config: dict[str, int],
 ) -> tuple[tuple[int, int, int], dict[str, int | float | bool]]:
     """The grid and the constants of either kernel."""
-    import triton
-
     from torchtitan_deltaproduct.ops.triton.short_conv import CHANNELS, PLAIN_HEAD
 
     assert weight.shape[0] == x.shape[2] and x.shape[2] % (head_dim or 1) == 0, (x.shape, weight.shape, head_dim)
     assert positions is None or positions.shape == x.shape[:2], (x.shape, positions.shape)
     assert halo is None or halo.shape == (x.shape[0], weight.shape[1] - 1, x.shape[2]), (x.shape, halo.shape)
-    head = head_dim or PLAIN_HEAD
-    block = triton.next_power_of_2(head)
-    heads = CHANNELS // block
-    tokens = config["STREAMS"] * config["STEPS"]
-    grid = triton.cdiv(triton.cdiv(x.shape[2], head), heads), triton.cdiv(x.shape[1], tokens), x.shape[0]
+    head, taps = head_dim or PLAIN_HEAD, weight.shape[1]
+    block = power_of_two(head)
+    heads, tokens = CHANNELS // block, config["STREAMS"] * config["STEPS"]
+    grid = -(-x.shape[2] // (head * heads)), -(-x.shape[1] // tokens), x.shape[0]
     constants = {
         "EPS": L2NORM_EPS,
         "HEAD": head,
         "BLOCK": block,
         "HEADS": heads,
-        "TAPS": weight.shape[1],
-        "PADDED_TAPS": triton.next_power_of_2(weight.shape[1]),
+        "TAPS": taps,
+        "PADDED_TAPS": power_of_two(taps),
         "NORMALISE": bool(head_dim),
         "DOCUMENTS": positions is not None,
         "HALO": halo is not None,
     }
     return grid, constants | config
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << (number - 1).bit_length()
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -217,7 +221,7 @@ def _autograd(ctx, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Non
     return out[: 2 * n : 2], dweights, None, None, out[2 * n :]
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+gradient(_forward, _autograd, _setup_context)
 
-FORWARD = torch.ops.deltaproduct.short_convs.default
-BACKWARD = torch.ops.deltaproduct.short_convs_backward.default
+FORWARD = _forward
+BACKWARD = _backward

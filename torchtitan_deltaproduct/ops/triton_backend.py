@@ -1,6 +1,7 @@
 """Our Triton kernels as a backend: shapes, configurations and launches. `triton/` has the kernels and their algebra.
 
-    o, state, *saved = forward(q, k, v, None, beta, None, None, n=2, scale=K**-0.5, final=True, save=True)
+    o, state, saved = forward(q, k, v, None, beta, None, None, n=2, scale=K**-0.5, final=True, save=True)
+    dq, dk, dv, dg, dbeta, dstate = backward(do, None, q, k, None, None, beta, None, None, saved, n=2, scale=K**-0.5)
 
 Deterministic: no atomics, and the configuration is a function of the arguments, never of a measurement at run time, so
 that every rank and every restart runs the same code.
@@ -11,10 +12,13 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from torchtitan_deltaproduct.ops.launch import launch
 
 ROWS = 64
 """R, rows of a chunk."""
@@ -71,15 +75,22 @@ class Geometry:
         """Rows of a chunk's factors: beta; with decays also enter, leave, G and across."""
         return 5 if self.decay else 1
 
-    def width(self, save: bool) -> int:
-        """Numbers in a chunk's record: T, P, enter . q with decays; and for the backward D and the state before."""
-        prepared = (ROWS + self.padded_tokens) * ROWS + self.decay * self.padded_tokens * self.K
-        return prepared + self.V * (ROWS + self.K) if save else prepared
+    @property
+    def prepared(self) -> int:
+        """Numbers that are prepared of a chunk: T, P, and enter . q with decays."""
+        return (ROWS + self.padded_tokens) * ROWS + self.decay * self.padded_tokens * self.K
+
+    @property
+    def states(self) -> int:
+        """Numbers that the scan leaves of a chunk for the backward: D, and the state before."""
+        return self.V * (ROWS + self.K)
 
     def constants(self) -> dict[str, int]:
-        return {"K": self.K, "V": self.V, "N": self.n, "C": self.tokens, "CP": self.padded_tokens, "R": ROWS}
+        sizes = {"K": self.K, "V": self.V, "N": self.n, "C": self.tokens, "CP": self.padded_tokens, "R": ROWS}
+        return sizes | {"WIDTH": self.prepared}
 
 
+@lru_cache
 def launches(geometry: Geometry, dtype: torch.dtype, capability: int) -> dict[str, Launch]:
     """The configuration of each kernel: the fastest measured on Hopper; before it one that fits, not measured.
 
@@ -148,11 +159,19 @@ def segments(programs: int, chunks: int, multiprocessors: int) -> int:
     return 1 if fitting < 3 else min(fitting, max(1, chunks // 8))
 
 
-def _kernels(*names: str) -> list:
-    """Kernels by name; Triton is imported only where they run."""
+@lru_cache(maxsize=1)
+def _kernels() -> SimpleNamespace:
+    """The kernels; Triton is imported only where they run."""
     from torchtitan_deltaproduct.ops.triton import local, prepare, scan
 
-    return [next(getattr(module, name) for module in (prepare, scan, local) if hasattr(module, name)) for name in names]
+    return SimpleNamespace(
+        prepare=prepare.prepare_kernel,
+        solve=prepare.solve_kernel,
+        forward=scan.forward_kernel,
+        combine=scan.combine_kernel,
+        backward=scan.backward_kernel,
+        local=local.local_kernel,
+    )
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -172,6 +191,7 @@ def native(size: int) -> int:
     return next(native for native in HEAD_DIMS if native >= size)
 
 
+@lru_cache
 def _capability(device: torch.device) -> int:
     """Compute capability, 90 for Hopper; 90 also where there is no device."""
     if device.type != "cuda":
@@ -180,26 +200,35 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@lru_cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def saved_shapes(q: Tensor, k: Tensor, v: Tensor, gated: bool, packed: bool) -> tuple[tuple, tuple, tuple]:
-    """Shapes of `records` (k's dtype), `factors` and `maps` (float32) with `save`."""
-    batch, length, heads, _ = q.shape
-    geometry = Geometry(k.shape[1] // length, native(k.shape[3]), native(v.shape[3]), gated, packed)
-    chunks = -(-length // geometry.tokens)
-    cut = _cut(geometry, q, chunks, k.dtype)
-    maps = (batch * heads, cut, geometry.V + geometry.K, geometry.K) if cut > 1 else (0,)
-    return (batch * heads, chunks, geometry.width(True)), (batch * heads, chunks, geometry.factors, ROWS), maps
+def geometry_of(q: Tensor, k: Tensor, dim_v: int, gated: bool, packed: bool) -> Geometry:
+    """Of q [B, T, H, K] and k [B, T*n, H, K]."""
+    return Geometry(int(k.shape[1] // q.shape[1]), native(q.shape[3]), native(dim_v), gated, packed)
 
 
-def _cut(geometry: Geometry, q: Tensor, chunks: int, dtype: torch.dtype) -> int:
-    """Number of segments."""
+def saved_shapes(
+    q: Tensor, k: Tensor, v: Tensor, gated: bool, packed: bool, keep_states: bool
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what `forward` saves."""
+    geometry = geometry_of(q, k, v.shape[3], gated, packed)
+    programs, chunks = q.shape[0] * q.shape[2], -(-q.shape[1] // geometry.tokens)
+    cut = segments_of(geometry, q, k.dtype)
+    maps = (programs, cut, geometry.V + geometry.K, geometry.K) if cut > 1 else (0,)
+    saved = [((programs, chunks, geometry.prepared), k.dtype)]
+    saved += [((programs, chunks, geometry.factors, ROWS), torch.float32), (maps, torch.float32)]
+    return saved + [((programs, chunks, geometry.states), k.dtype)] * keep_states
+
+
+def segments_of(geometry: Geometry, q: Tensor, dtype: torch.dtype) -> int:
+    """In how many segments the rows of q [B, T, H, K] are scanned."""
     columns = launches(geometry, dtype, _capability(q.device))["forward"].columns
-    programs = q.shape[0] * q.shape[2] * geometry.V // columns
+    programs, chunks = q.shape[0] * q.shape[2] * geometry.V // columns, -(-q.shape[1] // geometry.tokens)
     wanted = segments(programs, chunks, _multiprocessors(q.device))
     return -(-chunks // -(-chunks // wanted))
 
@@ -230,7 +259,8 @@ def forward(
     scale: float,
     final: bool,
     save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    keep_states: bool = True,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Runs the operator on normalised q and k.
 
     Args:
@@ -239,71 +269,126 @@ def forward(
             at the first token of a row, which `initial_state` enters.
         n: micro-steps a token.
         final: whether to return the state after the last token, float32.
-        save: whether to keep what the backward needs.
+        save: whether to return what the backward needs.
+        keep_states: whether the states before the chunks are among it; if not, the backward makes them again from v.
 
     Returns:
-        o [B, T, H, V]; the final state [B, H, K, V] or None; and records, factors and maps for the backward.
+        o [B, T, H, V]; the final state [B, H, K, V] or None; what `backward` calls `saved`.
     """
-    (batch, length, heads, dim), dim_v = q.shape, v.shape[3]
-    geometry = Geometry(n, native(dim), native(dim_v), g is not None, positions is not None)
-    config, precision = launches(geometry, k.dtype, _capability(k.device)), _precision(k.dtype)
-    q, k, v = _padded(q, geometry.K), _padded(k, geometry.K), _padded(v, geometry.V)
-    beta, g, positions = (None if x is None else x.contiguous() for x in (beta, g, positions))
-    chunks, programs = -(-length // geometry.tokens), batch * heads
-    cut = _cut(geometry, q, chunks, k.dtype)
-    segment = -(-chunks // cut)
-    o = torch.empty(batch, length, heads, geometry.V, dtype=v.dtype, device=v.device)
-    records = k.new_empty(programs, chunks, geometry.width(save))
+    gated, packed = g is not None, positions is not None
+    geometry = geometry_of(q, k, v.shape[3], gated, packed)
+    prepared, factors = prepare(geometry, q, k, g, beta, positions)
+    cut = segments_of(geometry, q, k.dtype)
+    maps = segment_maps(geometry, q, k, v, prepared, factors, cut) if cut > 1 else factors.new_empty(0)
+    o, state, states = scan(
+        *(geometry, q, k, v, initial_state, prepared, factors, maps),
+        scale=scale,
+        final=final,
+        save=save and keep_states,
+    )
+    saved = [prepared, factors, maps] if save else []
+    return o, state, saved if states is None else [*saved, states]
+
+
+def prepare(
+    geometry: Geometry, q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`prepared` [B*H, chunks, geometry.prepared] and `factors` [B*H, chunks, geometry.factors, ROWS] of all chunks."""
+    (batch, length, heads, _), precision = q.shape, _precision(k.dtype)
+    programs, chunks = batch * heads, -(-length // geometry.tokens)
+    config, kernels = launches(geometry, k.dtype, _capability(k.device)), _kernels()
+    prepared = k.new_empty(programs, chunks, geometry.prepared)
     factors = k.new_empty(programs, chunks, geometry.factors, ROWS, dtype=torch.float32)
-    maps = factors.new_empty((programs, cut, geometry.V + geometry.K, geometry.K) if cut > 1 else (0,))
-    prepare_chunks(geometry, config, q, k, g, beta, positions, records, factors)
-    (forward_kernel,) = _kernels("forward_kernel")
-    c = config["forward"]
-    constants = geometry.constants() | {"PREC": precision, "WIDTH": geometry.width(save)}
-    constants |= {"DECAY": geometry.decay, **c.options()}
-    state_in = _state(initial_state, geometry)
-    state_out = factors.new_empty(programs, geometry.V, geometry.K) if final else None
-    entering = state_in
-    if cut > 1:
-        narrow = min(c.columns, geometry.K)
-        forward_kernel[((geometry.V + geometry.K) // narrow * programs, cut)](
-            q, k, v, records, factors, o, None, maps, scale, length, chunks, segment, heads,
-            **constants, BV=narrow, SAVE=False, MODE=1, HAS_IN=False, HAS_OUT=True,
-        )  # fmt: skip
-        entering = factors.new_empty(programs, cut, geometry.V, geometry.K)
-        _combine(geometry, maps, maps, state_in, entering, state_out, cut, reverse=False, precision=precision)
-    forward_kernel[(geometry.V // c.columns * programs, cut)](
-        q, k, v, records, factors, o, entering, state_out if cut == 1 else None, scale, length, chunks, segment, heads,
-        **constants, BV=c.columns, SAVE=save, MODE=0, HAS_IN=entering is not None, HAS_OUT=final and cut == 1,
+    triangles = factors.new_empty(programs, chunks, ROWS, ROWS)
+    q, k = _padded(q, geometry.K), _padded(k, geometry.K)
+    beta, g, positions = (None if x is None else x.contiguous() for x in (beta, g, positions))
+    constants = geometry.constants()
+    del constants["V"]
+    launch(
+        kernels.prepare, (chunks * programs,),
+        q, k, beta, g, positions, prepared, triangles, factors, length, chunks, heads, **constants,
+        PREC=precision, GATED=geometry.gated, PACKED=geometry.packed, **config["prepare"].options(),
     )  # fmt: skip
-    state = _unpadded_state(state_out, (batch, heads, dim, dim_v)) if final else None
-    return _trimmed(o, dim_v), state, records, factors, maps
+    launch(
+        kernels.solve, (chunks * programs,), triangles, prepared, factors, R=ROWS, WIDTH=geometry.prepared,
+        FACTORS=geometry.factors * ROWS, FINE="ieee" if precision == "ieee" else "bf16x3", **config["solve"].options(),
+    )  # fmt: skip
+    return prepared, factors
 
 
-def prepare_chunks(
+def segment_maps(
+    geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor, factors: Tensor, cut: int
+) -> Tensor:
+    """The affine map of each of `cut` segments, [B*H, cut, V + K, K] float32: rows of Z^T, then of Phi^T."""
+    (programs, chunks, _), (length, heads) = prepared.shape, q.shape[1:3]
+    c = launches(geometry, k.dtype, _capability(k.device))["forward"]
+    columns = min(c.columns, geometry.K)
+    q, k, v = _padded(q, geometry.K), _padded(k, geometry.K), _padded(v, geometry.V)
+    maps = factors.new_empty(programs, cut, geometry.V + geometry.K, geometry.K)
+    launch(
+        _kernels().forward, ((geometry.V + geometry.K) // columns * programs, cut),
+        q, k, v, prepared, factors, None, None, None, maps, 1.0, length, chunks, -(-chunks // cut), heads,
+        **geometry.constants(), PREC=_precision(k.dtype), DECAY=geometry.decay, **c.options(),
+        BV=columns, SAVE=False, MODE=1, HAS_IN=False, HAS_OUT=True,
+    )  # fmt: skip
+    return maps
+
+
+def scan(
     geometry: Geometry,
-    config: dict[str, Launch],
     q: Tensor,
     k: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    positions: Tensor | None,
-    records: Tensor,
+    v: Tensor,
+    initial_state: Tensor | None,
+    prepared: Tensor,
     factors: Tensor,
-) -> None:
-    """Fills `factors`, and `records` but for what a backward pass needs; operands contiguous and padded."""
-    (programs, chunks, width), (length, heads) = records.shape, q.shape[1:3]
-    triangles, precision = factors.new_empty(programs, chunks, ROWS, ROWS), _precision(k.dtype)
-    prepare_kernel, solve_kernel = _kernels("prepare_kernel", "solve_kernel")
-    constants = {name: x for name, x in geometry.constants().items() if name != "V"}
-    prepare_kernel[(chunks * programs,)](
-        q, k, beta, g, positions, records, triangles, factors, length, chunks, heads, **constants,
-        PREC=precision, WIDTH=width, GATED=geometry.gated, PACKED=geometry.packed, **config["prepare"].options(),
+    maps: Tensor,
+    *,
+    scale: float,
+    final: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """o, the final state (`final`) and, with `save`, the states of the chunks [B*H, chunks, geometry.states].
+
+    The sequence is scanned in as many segments as there are maps, in one go if there are none.
+    """
+    (batch, length, heads, dim), dim_v, (programs, chunks, _) = q.shape, v.shape[3], prepared.shape
+    precision, c = _precision(k.dtype), launches(geometry, k.dtype, _capability(k.device))["forward"]
+    q, k, v = _padded(q, geometry.K), _padded(k, geometry.K), _padded(v, geometry.V)
+    o = torch.empty(batch, length, heads, geometry.V, dtype=v.dtype, device=v.device)
+    states = prepared.new_empty(programs, chunks, geometry.states) if save else None
+    entering, cut = _state(initial_state, geometry), 1
+    state = factors.new_empty(programs, geometry.V, geometry.K) if final else None
+    if maps.numel():
+        first, cut = entering, maps.shape[1]
+        entering = factors.new_empty(programs, cut, geometry.V, geometry.K)
+        _combine(geometry, maps, maps, first, entering, state, cut, reverse=False, precision=precision)
+    last = state if not maps.numel() else None
+    launch(
+        _kernels().forward, (geometry.V // c.columns * programs, cut),
+        q, k, v, prepared, factors, states, o, entering, last, scale, length, chunks, -(-chunks // cut), heads,
+        **geometry.constants(), PREC=precision, DECAY=geometry.decay, **c.options(),
+        BV=c.columns, SAVE=save, MODE=0, HAS_IN=entering is not None, HAS_OUT=last is not None,
     )  # fmt: skip
-    solve_kernel[(chunks * programs,)](
-        triangles, records, factors, R=ROWS, WIDTH=width, FACTORS=geometry.factors * ROWS,
-        FINE="ieee" if precision == "ieee" else "bf16x3", **config["solve"].options(),
+    state = _unpadded_state(state, (batch, heads, dim, dim_v)) if final else None
+    return _trimmed(o, dim_v), state, states
+
+
+def responses_of(
+    geometry: Geometry, do: Tensor, q: Tensor, k: Tensor, prepared: Tensor, factors: Tensor, cut: int, scale: float
+) -> Tensor:
+    """What do [B, T, H, V] sends back to the state before each of `cut` segments, [B*H, cut, V, K] float32."""
+    (programs, chunks, _), (length, heads) = prepared.shape, q.shape[1:3]
+    c = launches(geometry, k.dtype, _capability(k.device))["backward"]
+    q, k, do = _padded(q, geometry.K), _padded(k, geometry.K), _padded(do, geometry.V)
+    responses = factors.new_empty(programs, cut, geometry.V, geometry.K)
+    launch(
+        _kernels().backward, (geometry.V // c.columns * programs, cut),
+        q, k, prepared, factors, do, None, None, None, responses, scale, length, chunks, -(-chunks // cut), heads,
+        **geometry.constants(), PREC=_precision(k.dtype), DECAY=geometry.decay, BV=c.columns, **c.options(),
+        MODE=1, HAS_IN=False, HAS_OUT=True,
     )  # fmt: skip
+    return responses
 
 
 def backward(
@@ -311,64 +396,63 @@ def backward(
     dstate: Tensor | None,
     q: Tensor,
     k: Tensor,
+    v: Tensor | None,
     g: Tensor | None,
     beta: Tensor,
+    initial_state: Tensor | None,
     positions: Tensor | None,
-    records: Tensor,
-    factors: Tensor,
-    maps: Tensor,
+    saved: list[Tensor],
     *,
     n: int,
     scale: float,
-    initial: bool,
     responses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Gradients of q, k, v, g, beta (float32) and, with `initial`, of the initial state.
+    """Gradients of q, k, v, g, beta (float32) and, if there was one, of the initial state.
 
     Args:
         do: [B, T, H, V].
         dstate: [B, H, K, V] or None, gradient of the final state.
-        records, factors, maps: of `forward` with `save`.
-        responses: what do sends back to the state before each segment, if known (`triton_shards`).
+        v: read only where `saved` has no states.
+        saved: of `forward`.
+        responses: `responses_of`, if known (`triton_shards`).
     """
-    (batch, length, heads, dim), dim_v = q.shape, do.shape[3]
-    geometry = Geometry(n, native(dim), native(dim_v), g is not None, positions is not None)
-    config, precision = launches(geometry, k.dtype, _capability(k.device)), _precision(k.dtype)
+    prepared, factors, maps, *states = saved
+    (batch, length, heads, dim), dim_v, (programs, chunks, _) = q.shape, do.shape[3], prepared.shape
+    geometry = geometry_of(q, k, dim_v, g is not None, positions is not None)
+    config, precision, kernels = launches(geometry, k.dtype, _capability(k.device)), _precision(k.dtype), _kernels()
+    if not states:
+        options = {"scale": scale, "final": False, "save": True}
+        states = [scan(geometry, q, k, v, initial_state, prepared, factors, maps, **options)[2]]
     q, k, do = (_padded(x, size) for x, size in ((q, geometry.K), (k, geometry.K), (do, geometry.V)))
-    chunks, programs = records.shape[1], batch * heads
     cut = maps.shape[1] if maps.numel() else 1
-    segment = -(-chunks // cut)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     dv = do.new_empty(*k.shape[:3], geometry.V)
-    dstates = records.new_empty(programs, chunks, geometry.V, geometry.K)
-    constants = geometry.constants() | {"PREC": precision, "WIDTH": geometry.width(True)}
-    backward_kernel, local_kernel = _kernels("backward_kernel", "local_kernel")
-    c = config["backward"]
-    shared = constants | {"DECAY": geometry.decay, "BV": c.columns, **c.options()}
-    dstate_in = _state(dstate, geometry)
-    dstate_out = factors.new_empty(programs, geometry.V, geometry.K) if initial else None
-    arriving, grid = dstate_in, (geometry.V // c.columns * programs, cut)
+    dstates = prepared.new_empty(programs, chunks, geometry.V, geometry.K)
+    arriving, leaving = _state(dstate, geometry), None
+    if initial_state is not None:
+        leaving = factors.new_empty(programs, geometry.V, geometry.K)
+    last = leaving if cut == 1 else None
     if cut > 1:
         if responses is None:
-            responses = factors.new_empty(programs, cut, geometry.V, geometry.K)
-            backward_kernel[grid](
-                q, k, records, factors, do, dv, dstates, None, responses, scale, length, chunks, segment, heads,
-                **shared, MODE=1, HAS_IN=False, HAS_OUT=True,
-            )  # fmt: skip
-        arriving = torch.empty_like(responses)
-        _combine(geometry, maps, responses, dstate_in, arriving, dstate_out, cut, reverse=True, precision=precision)
-    backward_kernel[grid](
-        q, k, records, factors, do, dv, dstates, arriving, dstate_out if cut == 1 else None, scale, length, chunks,
-        segment, heads, **shared, MODE=0, HAS_IN=arriving is not None, HAS_OUT=initial and cut == 1,
+            responses = responses_of(geometry, do, q, k, prepared, factors, cut, scale)
+        first, arriving = arriving, torch.empty_like(responses)
+        _combine(geometry, maps, responses, first, arriving, leaving, cut, reverse=True, precision=precision)
+    constants, c = geometry.constants() | {"PREC": precision}, config["backward"]
+    launch(
+        kernels.backward, (geometry.V // c.columns * programs, cut),
+        q, k, prepared, factors, do, dv, dstates, arriving, last, scale, length, chunks, -(-chunks // cut), heads,
+        **constants, DECAY=geometry.decay, BV=c.columns, **c.options(),
+        MODE=0, HAS_IN=arriving is not None, HAS_OUT=last is not None,
     )  # fmt: skip
     c = config["local"]
     dbeta = torch.empty(beta.shape, dtype=torch.float32, device=beta.device)
     dg = None if g is None else torch.empty(g.shape, dtype=torch.float32, device=g.device)
-    local_kernel[(chunks * programs,)](
-        q, k, records, factors, positions, dstates, do, dv, dq, dk, dbeta, dg, scale, length, chunks, heads,
+    launch(
+        kernels.local, (chunks * programs,),
+        q, k, prepared, factors, *states, positions, dstates, do, dv, dq, dk, dbeta, dg, scale, length, chunks, heads,
         **constants, BK=c.columns, STAGES=c.stages, GATED=geometry.gated, PACKED=geometry.packed, **c.options(),
     )  # fmt: skip
-    dinitial = _unpadded_state(dstate_out, (batch, heads, dim, dim_v)) if initial else None
+    dinitial = None if leaving is None else _unpadded_state(leaving, (batch, heads, dim, dim_v))
     return _trimmed(dq, dim), _trimmed(dk, dim), _trimmed(dv, dim_v), dg, dbeta, dinitial
 
 
@@ -386,8 +470,8 @@ def _combine(
 ) -> None:
     """Fills `entering`, what each segment starts from, and `last`, what leaves the other end."""
     columns = min(16, geometry.V)
-    (combine_kernel,) = _kernels("combine_kernel")
-    combine_kernel[(geometry.V // columns * maps.shape[0],)](
+    launch(
+        _kernels().combine, (geometry.V // columns * maps.shape[0],),
         maps, responses, first, entering, last, cut,
         K=geometry.K, V=geometry.V, BV=columns, HAS_IN=first is not None, HAS_OUT=last is not None, REVERSE=reverse,
         PREC="ieee" if precision == "ieee" else "tf32x3", num_warps=8, num_stages=1,

@@ -9,15 +9,18 @@ Context parallelism changes no weight and no module: blocks are told who has the
 are sharded over those ranks, too. Tensor and pipeline parallelism have their place between the steps of `parallelize`.
 """
 
+import functools
 import itertools
 import logging
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torchtitan.config import TORCH_DTYPE_MAP
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torchtitan.config import TORCH_DTYPE_MAP, ActivationCheckpoint
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.tools import utils
@@ -29,8 +32,8 @@ from .stopping import shield_compile_workers
 
 logger = logging.getLogger(__name__)
 
-# Selective checkpointing per op keeps these outputs and recomputes the rest: matrix products (every other one, by
-# torchtitan's policy), the operator, and what arrives over the network.
+# Selective checkpointing "op" and "products" keep these outputs and compute the rest again: matrix products (with "op"
+# every other one, by torchtitan's policy), the operator, and what arrives over the network.
 OPS_TO_SAVE = {
     torch.ops.aten.mm.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
@@ -45,10 +48,13 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
     if ranks := sequence_ranks(parallel_dims):
         model.spread_over(ranks)
         logger.info("context parallelism: %d ranks to a sequence", ranks.size)
-    if job_config.activation_checkpoint.mode != "none":
+    checkpointing = job_config.activation_checkpoint
+    if (checkpointing.mode, checkpointing.selective_ac_option) == ("selective", "products"):
+        keep_products(model, checkpointing)
+    elif checkpointing.mode != "none":
         apply_ac(
             model,
-            job_config.activation_checkpoint,
+            checkpointing,
             model_compile_enabled=compile_model,
             op_sac_save_list=OPS_TO_SAVE,
             base_folder=job_config.job.dump_folder,
@@ -66,6 +72,27 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         shard(model, mesh, job_config)
     logger.info("data parallelism: %s", reason)
     return model
+
+
+def keep_products(model: nn.Module, options: ActivationCheckpoint) -> None:
+    """Each block keeps what took arithmetic, matrix products and the operator's solved chunks, and its backward pass
+    computes again what takes bandwidth: norms, activations, convolutions, the states between chunks."""
+
+    def policy(_context, op, *_args, **_options) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in OPS_TO_SAVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+    context = functools.partial(create_selective_checkpoint_contexts, policy)
+    for name, block in model.layers.named_children():
+        block.mixer.keep_states = False
+        wrapped = checkpoint_wrapper(
+            block,
+            context_fn=context,
+            preserve_rng_state=options.preserve_rng_state,
+            determinism_check=options.determinism_check,
+            early_stop=options.early_stop,
+            debug=options.debug,
+        )
+        model.layers.register_module(name, wrapped)
 
 
 def sequence_ranks(parallel_dims: ParallelDims) -> SequenceRanks | None:

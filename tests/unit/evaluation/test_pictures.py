@@ -116,7 +116,9 @@ def test_names_at_the_ends_of_lines_are_apart():
     """Also of lines that end at one place, at the top, or outside of the picture; each beside its own line's colour."""
     figure, axis = figures.plt.subplots()
     axis.set_ylim(0, 1)
-    figures.name_ends(axis, [(5, 0.99, "a", "red"), (5, 0.99, "b", "green"), (3, 0.2, "c", "blue"), (5, 7.0, "d", "black")])
+    figures.name_ends(
+        axis, [(5, 0.99, "a", "red"), (5, 0.99, "b", "green"), (3, 0.2, "c", "blue"), (5, 7.0, "d", "black")]
+    )
     texts = {text.get_text(): (text.xyann[1], text.get_color()) for text in axis.texts}
     figures.plt.close(figure)
     heights = sorted(height for height, _ in texts.values())

@@ -108,7 +108,6 @@ def test_what_a_config_leaves_out_is_flas_default():
 
 def test_the_papers_gate_name_and_what_is_not_supported():
     assert from_hf_config({"use_gate": False}).use_output_gate is False
-    for wrong in ({"attn": {"layers": [1]}}, {"hidden_act": "powlu"}, {"num_v_heads": 12}, {"conv_bias":
-    True}):
+    for wrong in ({"attn": {"layers": [1]}}, {"hidden_act": "powlu"}, {"num_v_heads": 12}, {"conv_bias": True}):
         with pytest.raises(CheckpointError, match="not supported"):
             from_hf_config(wrong)

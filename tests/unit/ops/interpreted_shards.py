@@ -17,9 +17,10 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("keep_states", [True, False])
 @pytest.mark.parametrize("cut", [1, 2])
 @pytest.mark.parametrize(("n", "gated", "every"), [(1, True, None), (2, False, None), (3, True, 20), (4, False, 60)])
-def test_cuts(monkeypatch, n, gated, every, cut):
+def test_cuts(monkeypatch, n, gated, every, cut, keep_states):
     """`cut`: segments that a shard is scanned in."""
     monkeypatch.setattr(triton_backend, "segments", lambda *_: cut)
     given = make(192, n, gated=gated, dim=16, dim_v=24, seed=n)
@@ -30,7 +31,7 @@ def test_cuts(monkeypatch, n, gated, every, cut):
     positions = None if every is None else random_positions(1, 192, every, n)
     expected = whole(args, do, n, positions, use_qk_l2norm=False)
     single = {name: None if x is None else x.detach().float() for name, x in args.items()}
-    found = by_shards(single, do.float(), n, 2, positions, "triton")
+    found = by_shards(single, do.float(), n, 2, positions, "triton", keep_states)
     for name, x in expected.items():
         assert (found[name].double() - x).norm() < 1e-5 * x.norm(), name
 
@@ -45,12 +46,12 @@ def test_opcheck(monkeypatch, gated, every, cut):
         shard = *shard[:5], random_positions(1, 96, every, 0)
     options, do, state = (2, 0.3, False, "triton"), torch.randn(1, 96, 2, 24), torch.randn(1, 2, 16, 24)
     _, *made = shards.MAP(*shard, *options, True)
-    _, records = shards.OUTPUT(*shard, state, *made, *options, True)
-    _, shares = shards.RESPONSE(do, *shard, records, *made[1:], *options)
+    _, states = shards.OUTPUT(*shard, state, *made, *options, True)
+    _, shares = shards.RESPONSE(do, *shard, *made, *options)
     for op, given in {
         shards.MAP: (*shard, *options, True),
         shards.OUTPUT: (*shard, state, *made, *options, True),
-        shards.RESPONSE: (do, *shard, records, *made[1:], *options),
-        shards.BACKWARD: (do, state, *shard, state, records, *made[1:], shares, *options),
+        shards.RESPONSE: (do, *shard, *made, *options),
+        shards.BACKWARD: (do, state, *shard, state, *made, states, shares, *options),
     }.items():
         torch.library.opcheck(op, given, test_utils=("test_schema", "test_faketensor"))

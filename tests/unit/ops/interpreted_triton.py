@@ -151,8 +151,28 @@ def test_bitwise_repeatable_and_nothing_kept_without_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     op = torch.ops.deltaproduct.gated_delta_product
     plain = [x if x is None else x.detach() for x in args.values()]
-    *_, records, factors, maps = op(*plain, None, 2, 0.25, False, False, False, "triton")
-    assert records.numel() == factors.numel() == maps.numel() == 0
+    assert len(op(*plain, None, 2, 0.25, False, False, "nothing", "triton")) == 2
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+@pytest.mark.parametrize("gated", [False, True])
+def test_states_that_are_not_kept_are_made_again(monkeypatch, gated, cut):
+    """The same bits as if they were kept, and as many numbers less as they have."""
+    monkeypatch.setattr(triton_backend, "segments", lambda *_: cut)
+    args = make(130, 2, gated=gated, dim=16, dim_v=32, states=1, dtype=torch.float32)
+    leaves, results, numbers = [x for x in args.values() if x is not None], [], []
+    for keep_states in (True, False):
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
+            o, state = gated_delta_product(
+                **args, num_householder=2, output_final_state=True, keep_states=keep_states, use_qk_l2norm=True,
+                backend="triton",
+            )  # fmt: skip
+        results.append([o, state, *torch.autograd.grad(o.sin().sum() + state.sum(), leaves)])
+        numbers.append(sum(x.numel() for x in saved))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    chunks, heads = 5, args["q"].shape[2]
+    assert numbers[0] - numbers[1] == heads * chunks * 32 * (64 + 16) - args["v"].numel()
 
 
 @pytest.mark.parametrize(("states", "packed"), [(False, True), (True, False)])
@@ -160,7 +180,7 @@ def test_opcheck(states, packed):
     args = make(40, 2, dim=16, dim_v=16, states=1 if states else None, dtype=torch.float32)
     positions = positions_of([0, 7, 40]) if packed else None
     op = torch.ops.deltaproduct.gated_delta_product.default
-    torch.library.opcheck(op, (*args.values(), positions, 2, 0.3, states, False, True, "triton"))
+    torch.library.opcheck(op, (*args.values(), positions, 2, 0.3, states, False, "all", "triton"))
 
 
 @pytest.mark.parametrize(("gated", "packed"), [(False, False), (True, True)])

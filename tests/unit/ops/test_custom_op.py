@@ -51,7 +51,7 @@ def test_opcheck(gated, bounds, states):
     state = torch.randn(1, 2, 8, 6, requires_grad=True) if states else None
     positions = None if bounds is None else document_positions(torch.tensor(bounds), args[0])
     op = torch.ops.deltaproduct.gated_delta_product.default
-    torch.library.opcheck(op, (*args, state, positions, N, 0.3, states, True, True, "chunk"))
+    torch.library.opcheck(op, (*args, state, positions, N, 0.3, states, True, "all", "chunk"))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

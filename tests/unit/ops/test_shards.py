@@ -18,7 +18,9 @@ def random_positions(batch: int, length: int, every: float, seed: int) -> torch.
     return (index - torch.where(starts, index, 0).cummax(1).values).int()
 
 
-def by_shards(args: dict, do: torch.Tensor, n: int, size: int, positions, backend: str = "chunk") -> dict:
+def by_shards(
+    args: dict, do: torch.Tensor, n: int, size: int, positions, backend: str = "chunk", keep_states: bool = True
+) -> dict:
     """What `shards._Shard` does on each rank, one rank after another."""
     names = ("q", "k", "v", "g", "beta")
     options = (n, args["q"].shape[3] ** -0.5, backend == "chunk", backend)
@@ -35,12 +37,11 @@ def by_shards(args: dict, do: torch.Tensor, n: int, size: int, positions, backen
     outputs, saved, entering = [], [], []
     for r in range(size):
         entering.append(shards.unless_new(shards.ENTERING(maps, r), parts[r][5]))
-        first, *others = made[r][1:]
-        o, records = shards.OUTPUT(*parts[r], entering[r], first, *others, *options, True)
+        o, states = shards.OUTPUT(*parts[r], entering[r], *made[r][1:], *options, keep_states)
         outputs.append(o)
-        saved.append((records if backend == "triton" else first, *others))
+        saved.append((*made[r][1:], states))
     dos = [x.contiguous() for x in do.chunk(size, 1)]
-    back = [shards.RESPONSE(dos[r], *parts[r], *saved[r], *options) for r in range(size)]
+    back = [shards.RESPONSE(dos[r], *parts[r], *saved[r][:3], *options) for r in range(size)]
     own = torch.stack([shards.unless_new(back[r][0], parts[r][5]) for r in range(size)])
     grads = []
     for r in range(size):
@@ -117,7 +118,7 @@ def test_opcheck(gated, packed):
         shards.OUTPUT: (*shard, state, *saved, *options, True),
         shards.RESPONSE: (do, *shard, *saved, *options),
         shards.LEAVING: (maps, state.expand(3, -1, -1, -1, -1).clone(), 0),
-        shards.BACKWARD: (do, state, *shard, state, *saved, torch.empty(0), *options),
+        shards.BACKWARD: (do, state, *shard, state, *saved, torch.empty(0), torch.empty(0), *options),
     }.items():
         torch.library.opcheck(op, given)
 

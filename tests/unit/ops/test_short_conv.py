@@ -22,11 +22,11 @@ def compiled(capability: int, width: int, head_dim: int | None, documents: bool,
     y, ratio = short_conv.outputs(x, head_dim)
     sizes = short_conv.sizes(x)
     halo = torch.empty(2, width - 1, channels, dtype=torch.bfloat16, device="meta") if with_halo else None
-    _, options = short_conv.launch(x, weight, positions, head_dim, halo, kernels.FORWARD)
+    _, options = short_conv.configuration(x, weight, positions, head_dim, halo, kernels.FORWARD)
     forward = compile_launch(
         kernels.short_conv_forward, capability, x, weight, positions, halo, y, ratio, *sizes, **options
     )
-    _, options = short_conv.launch(x, weight, positions, head_dim, halo, kernels.backward_config(width))
+    _, options = short_conv.configuration(x, weight, positions, head_dim, halo, kernels.backward_config(width))
     backward = compile_launch(
         kernels.short_conv_backward, capability, x, weight, positions, halo, y, y, halo, ratio, *sizes, **options
     )

@@ -1,6 +1,7 @@
 """Our kernels where there is no GPU: their values under the interpreter, and what they compile to."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,9 +29,9 @@ def shipped(geometry: Geometry, dtype: torch.dtype, capability: int):
         def __getitem__(self, _grid):
             return lambda *args, **options: launched.append((self.kernel, args, options))
 
-    kernels = triton_backend._kernels
+    recorders = SimpleNamespace(**{name: Recorder(kernel) for name, kernel in vars(triton_backend._kernels()).items()})
     patch = pytest.MonkeyPatch()
-    patch.setattr(triton_backend, "_kernels", lambda *names: [Recorder(kernel) for kernel in kernels(*names)])
+    patch.setattr(triton_backend, "_kernels", lambda: recorders)
     patch.setattr(triton_backend, "_capability", lambda _device: capability)
     n, meta = geometry.n, {"device": "meta", "dtype": dtype}
     q, do = torch.empty(2, 256, 4, geometry.K, **meta), torch.empty(2, 256, 4, geometry.V, **meta)
@@ -39,8 +40,8 @@ def shipped(geometry: Geometry, dtype: torch.dtype, capability: int):
     g = torch.empty(2, 256, 4, device="meta") if geometry.gated else None
     positions = torch.empty(2, 256, device="meta", dtype=torch.int32) if geometry.packed else None
     options = {"n": n, "scale": 0.1}
-    _, _, *saved = triton_backend.forward(q, k, v, g, beta, None, positions, final=False, save=True, **options)
-    triton_backend.backward(do, None, q, k, g, beta, positions, *saved, initial=False, **options)
+    _, _, saved = triton_backend.forward(q, k, v, g, beta, None, positions, final=False, save=True, **options)
+    triton_backend.backward(do, None, q, k, None, g, beta, None, positions, saved, **options)
     patch.undo()
     assert len(launched) == 5
     return launched

@@ -23,7 +23,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["length", "chunks", "H"])
 def local_kernel(
-    q, k, records, factors, positions, dstates, do, dv, dq, dk, dbeta, dg, scale, length, chunks, H,
+    q, k, prepared, factors, states, positions, dstates, do, dv, dq, dk, dbeta, dg, scale, length, chunks, H,
     K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
     WIDTH: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     PREC: tl.constexpr,
@@ -42,7 +42,7 @@ def local_kernel(
     token = (b * length + c * C) * H + h
     first_row = (b * length + c * C) * (N * H) + h
     DECAY: tl.constexpr = GATED or PACKED
-    D = records + at * WIDTH + R * (R + CP) + (CP * K if DECAY else 0)
+    D = states + at * (V * (R + K))
     factors += at * (5 * R if DECAY else R)
     row_v = r[:, None] * (H * V) + cv[None, :]
 
@@ -92,7 +92,7 @@ def local_kernel(
     dPT = tl.dot(tl.trans(written), tl.trans(dreads), input_precision=PREC) * scale
     if GATED:
         # P, as the forward saved it, has its decay.
-        scores = tl.load(records + at * WIDTH + R * R + r[:, None] * CP + t[None, :])
+        scores = tl.load(prepared + at * WIDTH + R * R + r[:, None] * CP + t[None, :])
         pair = tl.where(tok[:, None] == t[None, :], 0.0, scores.to(tl.float32) * dPT)
         gate_rows -= tl.sum(pair, 1)
         gate_tokens = tl.sum(pair, 0)

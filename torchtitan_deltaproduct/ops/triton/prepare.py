@@ -28,7 +28,7 @@ def _log_decay(g, offsets, mask):
 
 @triton.jit(do_not_specialize=["length", "chunks", "H"])
 def prepare_kernel(
-    q, k, beta, g, positions, records, triangles, factors, length, chunks, H,
+    q, k, beta, g, positions, prepared, triangles, factors, length, chunks, H,
     K: tl.constexpr, N: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def prepare_kernel(
         beta: [B, length * N, H].
         g: [B, length, H] or None.
         positions: [B, length] int32, index of each token in its document; None: a row is one document.
-        records: [B*H, chunks, WIDTH]: this writes P^T [R, CP] after the place of T [R, R], and, with gate or documents,
+        prepared: [B*H, chunks, WIDTH] output: P^T [R, CP] after the place of T [R, R], and, with gate or documents,
             enter . q [CP, K] after it.
         triangles: [B*H, chunks, R, R] float32 output, A in blocks of 16 on and below the diagonal.
         factors: [B*H, chunks, 5, R] float32 output: beta, enter, leave, G and across. enter_i is the decay from the
@@ -57,7 +57,7 @@ def prepare_kernel(
     valid, valid_t = (r < C * N) & (r < left * N), (t < C) & (t < left)
     token = (b * length + c * C) * H + h
     first_row = (b * length + c * C) * (N * H) + h
-    records += (i_bh * chunks + c) * WIDTH
+    prepared += (i_bh * chunks + c) * WIDTH
     triangles += (i_bh * chunks + c) * (R * R)
     factors += (i_bh * chunks + c) * (5 * R if GATED or PACKED else R)
     keys = tl.load(k + first_row * K + r[:, None] * (H * K) + ck[None, :], mask=valid[:, None], other=0.0)
@@ -99,12 +99,12 @@ def prepare_kernel(
     # Blocks above the diagonal are never read.
     stored = r[:, None] // 16 >= r[None, :] // 16
     tl.store(triangles + r[:, None] * R + r[None, :], tl.where(below, A * betas[:, None], 0.0), mask=stored)
-    out = records.dtype.element_ty
-    tl.store(records + R * R + r[:, None] * CP + t[None, :], tl.where(seen, P, 0.0).to(out))
+    out = prepared.dtype.element_ty
+    tl.store(prepared + R * R + r[:, None] * CP + t[None, :], tl.where(seen, P, 0.0).to(out))
     tl.store(factors + r, betas)
     if GATED or PACKED:
         entering = (queries.to(tl.float32) * enter_t[:, None]).to(out)
-        tl.store(records + R * (R + CP) + t[:, None] * K + ck[None, :], entering)
+        tl.store(prepared + R * (R + CP) + t[:, None] * K + ck[None, :], entering)
         tl.store(factors + R + r, enter)
         tl.store(factors + 2 * R + r, leave)
         tl.store(factors + 3 * R + r, G)
@@ -125,17 +125,17 @@ def _inverse(A, PREC: tl.constexpr):
 
 @triton.jit
 def solve_kernel(
-    triangles, records, factors, R: tl.constexpr, WIDTH: tl.constexpr, FACTORS: tl.constexpr, FINE: tl.constexpr
+    triangles, prepared, factors, R: tl.constexpr, WIDTH: tl.constexpr, FACTORS: tl.constexpr, FINE: tl.constexpr
 ):
     """T = (I + A)^-1 diag(beta) of one chunk and head: diagonal blocks of 16, pairs of them, the two halves.
 
     Args:
         triangles: [chunks, R, R] float32, A; overwritten by blocks of (I + A)^-1 on the way.
-        records: [chunks, WIDTH], T is written at its beginning.
+        prepared: [chunks, WIDTH], T is written at its beginning.
         factors: [chunks, FACTORS], beta at its beginning.
     """
     i = tl.program_id(0).to(tl.int64)
-    A, T, beta = triangles + i * (R * R), records + i * WIDTH, factors + i * FACTORS
+    A, T, beta = triangles + i * (R * R), prepared + i * WIDTH, factors + i * FACTORS
     out = T.dtype.element_ty
     r = tl.arange(0, 16)
     block = r[:, None] * R + r[None, :]

@@ -22,10 +22,11 @@ import triton.language as tl
 
 @triton.jit
 def _store_chunk(
-    saved, at, valid_t, S, D, out, cv, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, SAVE: tl.constexpr
+    states, chunk, at, valid_t, S, D, out, cv, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, SAVE: tl.constexpr
 ):
     """Stores the outputs of a chunk, at `at`, and for the backward (SAVE) D^T and the state before."""
     if SAVE:
+        saved = states + chunk * (V * (R + K))
         tl.store(saved + V * R + cv[:, None] * K + tl.arange(0, K)[None, :], S)
         tl.store(saved + cv[:, None] * R + tl.arange(0, R)[None, :], D)
     tl.store(at, out.to(at.dtype.element_ty), mask=valid_t[None, :])
@@ -33,7 +34,7 @@ def _store_chunk(
 
 @triton.jit(do_not_specialize=["length", "chunks", "segment", "H"])
 def forward_kernel(
-    q, k, v, records, factors, o, S_in, S_out, scale, length, chunks, segment, H,
+    q, k, v, prepared, factors, states, o, S_in, S_out, scale, length, chunks, segment, H,
     K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
     WIDTH: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, SAVE: tl.constexpr, MODE: tl.constexpr,
     HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, PREC: tl.constexpr,
@@ -41,8 +42,9 @@ def forward_kernel(
     """The scan of one segment for BV columns.
 
     Args:
+        prepared: [B*H, chunks, WIDTH], of `prepare.py`: T, P and, with decays, enter . q.
+        states: [B*H, chunks, V * (R + K)] output (SAVE), for the backward: D^T [V, R] and the state before, S^T [V, K].
         o: [B, length, H, V] output (MODE 0).
-        records: [B*H, chunks, WIDTH]: T and P, and for the backward (SAVE) D^T [V, R] and the state before, S^T [V, K].
         S_in: [B*H, segments, V, K] float32, the state before each segment (HAS_IN).
         S_out: float32 output (HAS_OUT): MODE 0 the state after it, [B*H, segments, V, K]; MODE 1 [B*H, segments,
             V + K, K], rows of Z^T, then of Phi^T.
@@ -58,7 +60,6 @@ def forward_kernel(
     ck = tl.arange(0, K)
     cv = i_v * BV + tl.arange(0, BV)
     dt = k.dtype.element_ty
-    SAVED: tl.constexpr = R * (R + CP) + (CP * K if DECAY else 0)
     FACTORS: tl.constexpr = 5 * R if DECAY else R
     S = tl.zeros([BV, K], tl.float32)
     if HAS_IN:
@@ -73,7 +74,7 @@ def forward_kernel(
     if DECAY:
         across = tl.load(factors + (i_bh * chunks + first) * FACTORS + 4 * R)
     for c in range(first, last):
-        record = records + (i_bh * chunks + c) * WIDTH
+        record = prepared + (i_bh * chunks + c) * WIDTH
         factor = factors + (i_bh * chunks + c) * FACTORS
         token = (b * length + c * C) * H + h
         first_row = (b * length + c * C) * (N * H) + h
@@ -106,21 +107,21 @@ def forward_kernel(
             out = tl.dot(Db, scores, out, input_precision=PREC) * scale
         # With decays the stores hide the last product, without them they have room before it (measured).
         if MODE == 0 and not DECAY:
-            _store_chunk(record + SAVED, o + token * V + reading, valid_t, Sb, Db, out, cv, K, V, R, SAVE)
+            _store_chunk(states, i_bh * chunks + c, o + token * V + reading, valid_t, Sb, Db, out, cv, K, V, R, SAVE)
         if DECAY:
             S = tl.dot((Dt * leave[None, :]).to(dt), keys, S * across, input_precision=PREC)
             across = ahead
         else:
             S = tl.dot(Db, keys, S, input_precision=PREC)
         if MODE == 0 and DECAY:
-            _store_chunk(record + SAVED, o + token * V + reading, valid_t, Sb, Db, out, cv, K, V, R, SAVE)
+            _store_chunk(states, i_bh * chunks + c, o + token * V + reading, valid_t, Sb, Db, out, cv, K, V, R, SAVE)
     if HAS_OUT:
         tl.store(S_out + ((i_bh * segments + i_s) * COLUMNS + cv[:, None]) * K + ck[None, :], S)
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "segment", "H"])
 def backward_kernel(
-    q, k, records, factors, do, dv, dstates, dS_in, dS_out, scale, length, chunks, segment, H,
+    q, k, prepared, factors, do, dv, dstates, dS_in, dS_out, scale, length, chunks, segment, H,
     K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, R: tl.constexpr,
     WIDTH: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, MODE: tl.constexpr,
     HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, PREC: tl.constexpr,
@@ -161,7 +162,7 @@ def backward_kernel(
         leave, across = tl.load(factor + 2 * R + r), tl.load(factor + 4 * R)
     for i in range(first, last):
         c = first + last - 1 - i
-        record = records + (i_bh * chunks + c) * WIDTH
+        record = prepared + (i_bh * chunks + c) * WIDTH
         factor = factors + (i_bh * chunks + c) * FACTORS
         token = (b * length + c * C) * H + h
         first_row = (b * length + c * C) * (N * H) + h

@@ -1,0 +1,40 @@
+"""Functions as ops of the library `deltaproduct`: opaque to torch.compile, with known output shapes.
+
+    @operator("double")
+    def double(x: Tensor) -> Tensor: ...          # torch.ops.deltaproduct.double.default
+
+    fake(double)(lambda x: x.new_empty(x.shape))
+    gradient(double, backward, setup_context)
+
+What `torch.library.custom_op` does, without its look at each call whether an output shares memory with an argument, and
+its guard against being traced: together they cost the host more than the launch of a kernel. `opcheck` looks in tests.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch._ops import OpOverload
+
+_LIBRARY = torch.library.Library("deltaproduct", "DEF")
+
+
+def operator(name: str) -> Callable[[Callable], OpOverload]:
+    """Registers a function without side effects, whose outputs share no memory with its arguments, for all devices."""
+
+    def register(function: Callable) -> OpOverload:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.deltaproduct, name).default
+
+    return register
+
+
+def fake(op: OpOverload) -> Callable[[Callable], Callable]:
+    """Registers what makes outputs without values."""
+    return torch.library.register_fake(op, lib=_LIBRARY)
+
+
+def gradient(op: OpOverload, backward: Callable, setup_context: Callable) -> None:
+    """Registers the derivative, as `torch.library.register_autograd` takes it."""
+    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
