@@ -50,11 +50,7 @@ class CheckpointInfo:
 
 
 def step_folders(folder: str | Path) -> list[tuple[int, Path]]:
-    """The `step-N` folders directly under `folder`, newest first, by their names; other names are not ours.
-
-    Raises:
-        CheckpointError: `folder` is there and cannot be listed.
-    """
+    """The `step-N` folders in `folder`, newest first, by name; CheckpointError if it is there and cannot be listed."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -68,11 +64,7 @@ def step_folders(folder: str | Path) -> list[tuple[int, Path]]:
 
 
 def scan(folder: str | Path) -> list[CheckpointInfo]:
-    """All `step-N` folders directly under `folder`, by step, each with a look at all of its files.
-
-    Raises:
-        CheckpointError: `folder` is there and cannot be listed.
-    """
+    """All `step-N` folders in `folder`, by step, each with a look at all of its files; errors as `step_folders`."""
     return [inspect(path, step) for step, path in reversed(step_folders(folder))]
 
 
@@ -233,8 +225,7 @@ def retire(path: Path) -> None:
 def delete(path: Path) -> None:
     """Deletes a checkpoint folder: the marker first, and last what says that it was ours.
 
-    Raises:
-        OSError: something of it could not be deleted; it no longer counts as a checkpoint.
+    After an OSError, of something that could not be deleted, it no longer counts as a checkpoint.
     """
     if path.is_symlink():
         # What it leads to is not ours: someone moved it there.

@@ -64,15 +64,9 @@ class LoadedModel:
     origin: dict = field(default_factory=dict)
 
     def separator(self, tokenizer: Path, eos: str = "", option: str = "--eos TOKEN") -> int:
-        """Id of the token between documents: `eos`, else that of training, else what another tokenizer names.
+        """Id of the token between documents: `eos`, a text, else that of training, else what another tokenizer names.
 
-        Args:
-            tokenizer: folder with tokenizer.json.
-            eos: the text of another token.
-            option: what a user can set, for messages.
-
-        Raises:
-            DataError: none is known.
+        DataError if none is known; `option` is what a user can set, for its message.
         """
         same = self.tokenizer is None or tokenizer_sha256(tokenizer) == tokenizer_sha256(self.tokenizer)
         return self.eos_id if same and not eos and self.eos_id is not None else find_eos_id(tokenizer, eos, option)

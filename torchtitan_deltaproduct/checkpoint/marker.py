@@ -79,11 +79,7 @@ def write_marker(folder: Path, marker: Marker) -> None:
 
 
 def read_marker(folder: Path) -> Marker:
-    """Reads complete.json.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of another format.
-    """
+    """Reads complete.json; CheckpointError if it is missing, damaged, or of another format."""
     path = folder / MARKER
     try:
         body = json.loads(read_text(path))

@@ -210,11 +210,7 @@ def _too_short(wanted: Wanted, kind: str, tokens: int, all_seen: bool) -> DataEr
 
 
 def texts_of(data: str, loaded: LoadedModel, options: argparse.Namespace, folder: Path) -> Texts:
-    """The sequences of a dataset for a model, kept in `folder`/texts.
-
-    Raises:
-        DataError: there are none, or they are not of tokens that the model knows.
-    """
+    """The sequences of a dataset for a model, kept in `folder`/texts; DataError if it does not know their tokens."""
     tokenizer = tokenizer_of(loaded, options)
     wanted = Wanted(
         data, options.length, options.sequences, options.documents, options.seed or 0, options.split,

@@ -23,11 +23,7 @@ UNIT_BYTES = 64 << 20
 
 
 def open_records(name: str, config: str, split: str, field: str) -> "LocalRecords | DatasetRecords":
-    """The records of files, a folder, or a dataset of `datasets`, one after the other, from any place on.
-
-    Raises:
-        DataError: there is no such data, or no field `field` in it.
-    """
+    """The records of files, a folder, or a dataset of `datasets`; DataError if there are none, or without `field`."""
     if Path(name).exists() and not is_saved_dataset(name):
         check_no_split(name, split, config)
         return LocalRecords(name, field)
