@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def evaluate(loaded: LoadedModel, problem: Problem, words: int, console: Console, **options) -> RunResult:
-    """Reads the test words of a problem, saying a line every 10 seconds; `options` are those of `count_words`."""
+    """Reads the test words of a problem, saying a line every 10 seconds; `options` are those of `Problem.count`."""
     meter = Meter(problem.tokens(words), console, loaded.label)
     counts = problem.count(model_reader(loaded.model), words, progress=meter.advance, **options)
     return RunResult.of(loaded, problem, counts)
