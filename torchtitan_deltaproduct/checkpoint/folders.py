@@ -11,6 +11,7 @@ Which checkpoints are the best by validation is read from their markers (`best_s
 other record of it that could disagree.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -45,8 +46,14 @@ class CheckpointInfo:
 
     @property
     def size(self) -> int:
-        """Bytes on disk, which takes a look at every file."""
-        return folder_size(self.path)
+        """Bytes of all files below the folder, which may vanish meanwhile, in part or whole."""
+        total = 0
+        # os.walk passes over folders that are gone; pathlib's rglob raises.
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.stat(os.path.join(folder, name)).st_size
+        return total
 
 
 def step_folders(folder: str | Path) -> list[tuple[int, Path]]:
@@ -86,19 +93,6 @@ def inspect(path: Path, step: int | None = None) -> CheckpointInfo:
     if not reason and step not in (None, marker.step):
         reason = f"its marker says step {marker.step}: the folder was renamed"
     return CheckpointInfo(marker.step if step is None else step, path, not reason, reason, marker)
-
-
-def folder_size(path: Path) -> int:
-    """Bytes of all files below a folder, which may vanish meanwhile, in part or whole."""
-    total = 0
-    # os.walk passes over folders that are gone; pathlib's rglob raises.
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(folder, name)).st_size
-            except OSError:
-                continue
-    return total
 
 
 def checkpoint_folder(run: Path) -> tuple[Path, dict]:

@@ -143,19 +143,22 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> CheckpointInfo
     folder, _ = checkpoint_folder(path)
     checkpoints = scan(folder if folder.is_dir() else path)
     complete = [info for info in checkpoints if info.complete]
-    if step is not None:
-        return _asked_step(path, checkpoints, step)
-    if not complete:
+    named = next((info for info in reversed(complete) if step in (None, info.step)), None)
+    if named is None and step is not None:
+        why = next((f": {info.reason}" for info in checkpoints if info.step == step), "")
+        have = ", ".join(str(info.step) for info in complete) or "none"
+        raise CheckpointError(f"{path} has no complete step {step}{why}\ncomplete steps there: {have}")
+    if named is None:
         newest = checkpoints[-1] if checkpoints else None
         why = f": the newest, step {newest.step}, is not usable: {newest.reason}" if newest else ""
         raise CheckpointError(
             f"{path} has no complete checkpoint{why}\n"
             f"expected {folder}/step-N as training saves it, or config.json and model.safetensors in {path}"
         )
-    for info in checkpoints:
-        if info.step > complete[-1].step:
+    for info in checkpoints if step is None else ():
+        if info.step > named.step:
             logger.warning("%s: step %d is left out: %s", path, info.step, info.reason)
-    return complete[-1]
+    return named
 
 
 def _one_step(path: Path, number: int | None, step: int | None) -> CheckpointInfo:
@@ -165,15 +168,6 @@ def _one_step(path: Path, number: int | None, step: int | None) -> CheckpointInf
     if not info.complete:
         raise CheckpointError(f"{path} is not usable: {info.reason}")
     return info
-
-
-def _asked_step(path: Path, checkpoints: list[CheckpointInfo], step: int) -> CheckpointInfo:
-    for info in checkpoints:
-        if info.step == step and info.complete:
-            return info
-    why = next((f": {info.reason}" for info in checkpoints if info.step == step), "")
-    have = ", ".join(str(info.step) for info in checkpoints if info.complete) or "none"
-    raise CheckpointError(f"{path} has no complete step {step}{why}\ncomplete steps there: {have}")
 
 
 def run_folder(checkpoint: Path) -> Path:
