@@ -30,19 +30,14 @@ _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """One `step-N` folder.
-
-    Attributes:
-        complete: whether it can be used.
-        reason: why it is not complete; empty if it is.
-        marker: None where there is none that reads.
-    """
+    """One `step-N` folder: whether it is complete, so that it can be used, and the reason if it is not."""
 
     step: int
     path: Path
     complete: bool
     reason: str
     marker: Marker | None = None
+    """None where there is none that reads."""
 
     @property
     def size(self) -> int:

@@ -48,19 +48,13 @@ TRAINING = "training.json"
 
 @dataclass(frozen=True)
 class HfModel:
-    """What a folder holds.
-
-    Attributes:
-        args: the architecture.
-        config: config.json.
-        training: training.json, `{"step": 500, "run": "outputs/run", "config": {...}, "sha256": {...}}`; {} in folders
-            of others.
-    """
+    """What a folder holds: the architecture, config.json and training.json."""
 
     folder: Path
     args: DeltaProductArgs
     config: dict
     training: dict
+    """`{"step": 500, "run": "outputs/run", "config": {...}, "sha256": {...}}`; {} in folders of others."""
 
     @property
     def eos_id(self) -> int | None:

@@ -33,23 +33,18 @@ FORMAT, VERSION = "torchtitan-deltaproduct checkpoint", 1
 
 @dataclass(frozen=True)
 class Marker:
-    """What complete.json says.
-
-    Attributes:
-        step: optimizer steps taken.
-        time: of the save, seconds since 1970.
-        ranks: processes that saved.
-        reason: `interval`, `last step`, `first step`, `SIGUSR1`, `walltime`, `import`, ...
-        files: name -> (bytes, SHA-256).
-        validation_loss: held-out loss of these weights, nats; None: they were not validated, or it was not finite.
-    """
+    """What complete.json says."""
 
     step: int
     time: float
+    """Of the save, seconds since 1970."""
     ranks: int
     reason: str
+    """`interval`, `last step`, `first step`, `SIGUSR1`, `walltime`, `import`, ..."""
     files: dict[str, tuple[int, str]]
+    """Name -> (bytes, SHA-256)."""
     validation_loss: float | None = None
+    """Held-out loss of these weights, nats; None: they were not validated, or it was not finite."""
 
 
 def checksum(path: Path, tell: Callable[[int], object] = lambda size: None) -> tuple[int, str]:

@@ -39,17 +39,13 @@ TOKENS = 64
 
 @dataclass(frozen=True)
 class Verified:
-    """How the written folder compares with the run.
-
-    Attributes:
-        tensors: number compared.
-        logit_difference: largest |logit of the export - logit of the run in float32|; exactly 0 for float32.
-        fla: what fla's own class made of the folder.
-    """
+    """How the written folder compares with the run: the number of tensors that are the same, and:"""
 
     tensors: int
     logit_difference: float
+    """Largest |logit of the export - logit of the run in float32|; exactly 0 for float32."""
     fla: str
+    """What fla's own class made of the folder."""
 
 
 def export(

@@ -39,21 +39,18 @@ def made_by(arguments: list[str], loaded: list[LoadedModel]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Swept:
-    """One evaluation as a sweep sees it.
-
-    Attributes:
-        name: of its command and of its file of results.
-        metrics: from the folder of its results to names and values (None where there is none).
-        parse: its command line's parser, which says what is wrong with options.
-        reads_data: it reads datasets: one job for each model and dataset, else one for each model.
-        compare: from the files of results of several models, their names and a folder to pictures of all.
-    """
+    """One evaluation as a sweep sees it."""
 
     name: str
+    """Of its command and of its file of results."""
     metrics: Callable[[Path], dict[str, float | None]]
+    """From the folder of its results to names and values (None where there is none)."""
     parse: Callable[[list[str]], Any] | None = None
+    """Its command line's parser, which says what is wrong with options."""
     reads_data: bool = False
+    """It reads datasets: one job for each model and dataset, else one for each model."""
     compare: Callable[[list[Path], list[str], Path], None] | None = None
+    """From the files of results of several models, their names and a folder to pictures of all."""
 
     def words(self, model: str, step: int | None, data: str, out: Path, options: dict[str, Any]) -> list[str]:
         """The arguments of a job."""

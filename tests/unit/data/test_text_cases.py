@@ -24,8 +24,7 @@ from torchtitan_deltaproduct.data.text.documents import Unit
 from torchtitan_deltaproduct.data.text.files import kind_of, list_files
 from torchtitan_deltaproduct.data.text.plan import make_plan
 from torchtitan_deltaproduct.data.text.prepare import Settings, main, prepare
-from torchtitan_deltaproduct.data.text.records import open_records
-from torchtitan_deltaproduct.data.text.sources import plan_units, read_unit
+from torchtitan_deltaproduct.data.text.sources import open_records, plan_units, read_unit
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer
 from torchtitan_deltaproduct.data.text.train_tokenizer import main as train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
