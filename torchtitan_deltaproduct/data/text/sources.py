@@ -30,15 +30,7 @@ from typing import BinaryIO
 
 from torchtitan_deltaproduct.errors import DataError
 
-from .arrow import (
-    ROWS_AT_ONCE,
-    DatasetRecords,
-    check_no_split,
-    is_saved_dataset,
-    parquet_units,
-    read_dataset,
-    read_parquet,
-)
+from .arrow import DatasetRecords, check_no_split, is_saved_dataset, parquet_units, read_dataset, read_parquet
 from .documents import BadRecord, Document, Entry, Unit, no_field, text_of
 from .files import READ_ERRORS, UTF8_BOM, begins_as_list, kind_of, list_files, open_unpacked, warn_of_json
 
