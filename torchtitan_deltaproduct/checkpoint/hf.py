@@ -155,7 +155,10 @@ def write_hf(
 
 
 def make_unfinished(out: Path) -> Path:
-    """Makes the folder beside `out` in which it is written, to be renamed once complete; removes abandoned ones."""
+    """Makes the folder beside `out` in which it is written, to be renamed once it is complete; removes abandoned ones.
+
+    CheckpointError: there cannot be a folder there.
+    """
     out, host = Path(os.path.realpath(out)), socket.gethostname()
     unfinished = out.with_name(f".{out.name}.unfinished-{host}-{os.getpid()}")
     for left in out.parent.glob(f".{glob.escape(out.name)}.unfinished-{host}-*"):
@@ -174,7 +177,10 @@ def make_unfinished(out: Path) -> Path:
 
 
 def put_in_place(unfinished: Path, out: Path) -> None:
-    """Renames a folder of `make_unfinished` to `out`; a model that is there goes in the same step, or stays."""
+    """Renames a folder of `make_unfinished` to `out`; a model that is there goes in the same step, or stays.
+
+    CheckpointError: it cannot be.
+    """
     out = Path(os.path.realpath(out))
     try:
         if out.is_dir() and any(out.iterdir()):
