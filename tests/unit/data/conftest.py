@@ -2,36 +2,16 @@
 
 import json
 import random
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from torchtitan_deltaproduct.config.job import Data as Config
 from torchtitan_deltaproduct.data.shards.manifest import Manifest, write_manifest
 from torchtitan_deltaproduct.data.shards.shards import ShardWriter
 from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, tokenizer_sha256
 from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
-
-
-@dataclass
-class Config:
-    """The fields of `[data]`, without importing the job config (and torchtitan with it)."""
-
-    kind: str = "prepared"
-    paths: list[str] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    seed: int = 0
-    shuffle: bool = True
-    reset_state_at_documents: bool = False
-    dataset: str = ""
-    dataset_config: str = ""
-    split: str = "train"
-    text_field: str = "text"
-    eos: str = ""
-    shuffle_buffer: int = 0
-    num_workers: int = 0
-    prefetch_factor: int = 2
 
 
 def make_corpus(folder: Path, files: int, seed: int = 0) -> Path:
