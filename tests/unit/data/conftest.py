@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, normalizers, trainers
 
-from torchtitan_deltaproduct.config.job import Data as Config
 from torchtitan_deltaproduct.data.shards.manifest import Manifest, write_manifest
 from torchtitan_deltaproduct.data.shards.shards import ShardWriter
 from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, tokenizer_sha256
@@ -44,6 +45,20 @@ def tokenizer(tmp_path_factory) -> str:
     corpus = make_corpus(root / "corpus", files=20)
     train_tokenizer([str(corpus)], vocab_size=400, out=str(root / "tok"))
     return str(root / "tok")
+
+
+def save_sentencepiece(folder: Path, texts: list[str]) -> None:
+    """A vocabulary like Mistral's: spaces as ▁, one put before the text, bytes for unknown characters."""
+    inner = HfTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(steps)
+    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    inner.train_from_iterator(texts, trainer)
+    description = json.loads(inner.to_str())
+    description["added_tokens"] = description["added_tokens"][:2]
+    (folder / "tokenizer.json").write_text(json.dumps(description))
 
 
 def make_set(folder: Path, tokenizer: str, shards: list[list[int]], seed: int = 0) -> list[list[int]]:
