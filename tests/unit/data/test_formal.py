@@ -115,7 +115,7 @@ def test_loader():
     inputs, labels = next(iter(later))
     expected = whole.source.batch(np.arange(16, 20))
     assert torch.equal(inputs["input"], expected[0]["input"]) and torch.equal(labels, expected[1])
-    assert (whole.vocab_size, whole.tokenizer_path, max(whole.epochs().values())) == (12, "", 0)
+    assert (whole.source.vocab_size, whole.source.tokenizer_path, max(whole.epochs().values())) == (12, "", 0)
     assert "modular_arithmetic, rows of 4 to 30 tokens padded to 32" in whole.describe()
     with pytest.raises(DataError, match="max_length: was 30, is 31"):
         loader(max_length=31).load_state_dict(whole.state_dict())

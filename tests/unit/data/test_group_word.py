@@ -161,7 +161,8 @@ def test_resume_on_other_ranks_and_workers():
 
 def test_what_the_trainer_asks():
     one = loader(group="A4_x_Z5")
-    assert (one.vocab_size, one.tokenizer_path, one.source.classes, one.source.chance) == (60, "", 60, 1 / 60)
+    source = one.source
+    assert (source.vocab_size, source.tokenizer_path, source.classes, source.chance) == (60, "", 60, 1 / 60)
     assert max(one.epochs().values()) == 0
     assert one.describe() == "group words: A4_x_Z5: 60 elements; 24 tokens, seed 5; steps of 16 x 24 = 384 tokens"
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-from .conftest import Config
 from .test_loader import take
 
 datasets = pytest.importorskip("datasets")
@@ -31,7 +31,7 @@ def rows(tmp_path_factory):
 
 
 def loader(rows, tokenizer, local=GLOBAL, rank=0, world=1, **options):
-    config = Config(kind="streaming", dataset=str(rows[0]), reset_state_at_documents=True, **options)
+    config = Data(kind="streaming", dataset=str(rows[0]), reset_state_at_documents=True, **options)
     return build_loader(
         config,
         seq_len=T,

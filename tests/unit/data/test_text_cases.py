@@ -15,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from tests.toy import REPO
+from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
@@ -29,7 +30,7 @@ from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer
 from torchtitan_deltaproduct.data.text.train_tokenizer import main as train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-from .conftest import Config, make_jsonl
+from .conftest import make_jsonl
 from .test_prepare import texts_of
 
 CASES = REPO.parent / "shared/cases"
@@ -91,7 +92,7 @@ def test_splits_are_obeyed_or_refused(tmp_path, tokenizer):
         made(tmp_path / "o", tokenizer, dataset=str(tmp_path / "disk"), split="train[:10%]")
     with pytest.raises(DataError, match="has no split 'train'; it has: test"):
         made(tmp_path / "o", tokenizer, dataset=str(tmp_path / "dict"))
-    config = Config(kind="streaming", dataset=str(tmp_path / "a.jsonl"), split="train[:10%]")
+    config = Data(kind="streaming", dataset=str(tmp_path / "a.jsonl"), split="train[:10%]")
     sizes = {"seq_len": 8, "local_batch_size": 1, "global_batch_size": 1}
     with pytest.raises(ConfigError, match="only a dataset of `datasets` has that"):
         build_loader(config, **sizes, tokenizer_path=tokenizer)
