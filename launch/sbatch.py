@@ -402,9 +402,13 @@ def main(arguments: list[str] | None = None) -> int:
         process = subprocess.Popen(command)
     except OSError as error:
         raise UserError(f"{command[0]}: {error.strerror}") from None
-    for handed_on in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(handed_on, lambda received, frame: process.send_signal(received))
-    code = process.wait()
+    numbers = signal.SIGTERM, signal.SIGUSR1
+    previous = [signal.signal(number, lambda received, frame: process.send_signal(received)) for number in numbers]
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
     if code:
         ending = f"exit code {code}" if code > 0 else signal.Signals(-code).name
         print(f"{label} failed with {ending}: {shlex.join(command)}", file=sys.stderr, flush=True)

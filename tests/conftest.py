@@ -1,5 +1,6 @@
 """Fixtures shared by the suite."""
 
+import signal
 import subprocess
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 
 # As in the processes that tests start: with other thread counts sums differ in their last bits.
 torch.set_num_threads(1)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +36,11 @@ def forked_jobs(monkeypatch):
             return getattr(subprocess, name)
 
     monkeypatch.setattr(jobs, "subprocess", Forking())
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_put_back():
+    """What runs in this process leaves its signals as they were: later tests fork, and end what they forked."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in SIGNALS] == before

@@ -107,7 +107,7 @@ def set_up_compiler(lengths_vary: bool = False) -> None:
     """Settings of torch.compile for the process.
 
     A restarted run repeats its losses to the bit if the code of a shape depends on the shape alone. So Inductor's
-    kernels are chosen without timing them, and a graph is made for the lengths it sees, not, after the second length,
+    kernels are chosen without timing them (`deterministic` says so of reductions only), and a graph is made for the lengths it sees, not, after the second length,
     for any length; nor does the compiler remember lengths of the runs before. Only where lengths vary from step to
     step (`lengths_vary`, a curriculum) is one graph made for all of them: it is tuned for the first, and a restarted
     run repeats its losses to rounding. Blocks share one function, and each of its variants (training, validation at
@@ -120,6 +120,7 @@ def set_up_compiler(lengths_vary: bool = False) -> None:
 
     shield_compile_workers()
     inductor.deterministic = True
+    inductor.triton.autotune_pointwise = False
     dynamo.automatic_dynamic_shapes = lengths_vary
     dynamo.automatic_dynamic_local_pgo = False
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -39,9 +38,6 @@ def here():
 def logged(here, toy_run, tmp_path_factory):
     """Samples of each task and the results, of one run that is not allowed to open a connection."""
     folder = tmp_path_factory.mktemp("lm_eval")
-    # lm-eval ends forked processes by SIGTERM: they must not inherit the handler of a trainer of this process.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
     def refuse(self, address, *rest):
         raise AssertionError(f"a connection to {address}")
 
