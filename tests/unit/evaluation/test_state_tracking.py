@@ -168,6 +168,14 @@ def test_settings_and_seeds():
     assert flat(0.98).solved(Criterion(at_training=0.98))
 
 
+def test_results_are_read_back(tmp_path):
+    """By a sweep or a grid, which compare runs from their files alone."""
+    (setting,) = by_setting([flat(1.0, seed=1), flat(0.5, seed=2)])
+    state_tracking.write_json(tmp_path / "state_tracking.json", [setting], Criterion(), {})
+    (again,) = state_tracking.read_settings([tmp_path / "state_tracking.json"])
+    assert again.to_dict(Criterion()) == setting.to_dict(Criterion()) and again.label == setting.label
+
+
 def test_command(run, tmp_path, capsys):
     parity = write_toml(tmp_path / "parity.toml", PARITY, vocab=3)
     toy.train(parity, tmp_path / "parity")
