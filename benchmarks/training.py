@@ -149,11 +149,13 @@ def measure(variant: Variant) -> dict:
     from torchtitan_deltaproduct.titan import device
     from torchtitan_deltaproduct.titan.spec import ModelArgs
 
-    cuda = variant.device == "cuda"
+    cuda, alone = variant.device == "cuda", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ |= alone if variant.ranks == 1 else {}
     device.install(variant.device)
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    store = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if variant.ranks == 1 else {}
+    dist.init_process_group("nccl" if cuda else "gloo", **store)
     config, args = load_config(variant.config_arguments), ModelArgs()
     args.update_from_config(config)
     torch.manual_seed(dist.get_rank())
@@ -243,8 +245,9 @@ def run(variant: Variant, seconds: float) -> dict:
     """The row of `variant`, measured in a process that has so many seconds; `failed` says why there is none."""
     if seconds < 1:
         return {"failed": "not run: the time was over (--minutes)"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={variant.ranks}"]
-    command = [*torchrun, "-m", "benchmarks.training", "--row", json.dumps(asdict(variant))]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={variant.ranks}"]
+    command = [sys.executable, *(torchrun if variant.ranks > 1 else []), "-m", "benchmarks.training"]
+    command += ["--row", json.dumps(asdict(variant))]
     # What Triton found by tuning one of fla's rows serves the next.
     environment = os.environ | {"TRITON_CACHE_AUTOTUNING": "1"}
     try:
@@ -253,7 +256,7 @@ def run(variant: Variant, seconds: float) -> dict:
         return {"failed": "stopped: the time was over (--minutes)"}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        errors = [line for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.split("\n")[:-1]
         return {"failed": errors[-1] if errors else f"exit code {done.returncode}"}
     return json.loads(lines[-1])
 
@@ -327,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     if options.row:
         row = measure(Variant(**json.loads(options.row)))
-        if os.environ["RANK"] == "0":
+        if os.environ["LOCAL_RANK"] == "0":
             print(json.dumps(row))
         return
     end, rows = time.monotonic() + 60 * options.minutes, []

@@ -48,6 +48,9 @@ MUTANTS = [
         ("jobs.py", "gpus[place % len(gpus)]", "gpus[min(place, len(gpus) - 1)]", "tests/unit/test_jobs.py"),
         ("jobs.py", "if place not in running and waiting:", "if waiting:", "tests/unit/test_jobs.py"),
         # ops
+        ("ops/launch.py", "kinds += (x.dtype, x.data_ptr() & 15) if", "kinds += (x.dtype, 0) if", OPS + "test_launch.py"),
+        ("ops/launch.py", "compiled[(*grid, 1, 1)](*arguments, *constants)", "compiled[(*grid, 1, 1)](*arguments, *constants[::-1])", OPS + "test_launch.py"),
+        ("memory.py", "return (layers - 1) * _kept_products(config) + everything", "return layers * block_input + everything", "tests/unit/test_plan.py"),
         ("ops/recurrent.py", "decay = None if g is None else g.to(dtype).exp()", "decay = None if g is None else (-g).to(dtype).exp()", PARITY),
         ("ops/recurrent.py", "for row in range(t * n, (t + 1) * n):", "for row in reversed(range(t * n, (t + 1) * n)):", PARITY),
         ("ops/recurrent.py", "o = torch.bmm(qc.reshape(batch * heads, 1, dim_k), flat).mul_(scale)", "o = torch.bmm(qc.reshape(batch * heads, 1, dim_k), flat)", f"{PARITY} {MODELS}test_decode.py"),

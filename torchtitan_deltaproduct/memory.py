@@ -59,6 +59,21 @@ def rank_memory(config: JobConfig, world_size: int, parts: Mapping[str, int]) ->
     }
 
 
+def activations_by_checkpointing(config: JobConfig, world_size: int, parts: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of activations on a rank with each kind of checkpointing that needs no number, the most first."""
+    kinds = {
+        "none": ("none", "op"),
+        "products": ("selective", "products"),
+        "op": ("selective", "op"),
+        "full": ("full", "op"),
+    }
+    other, found = copy.copy(config), {}
+    for name, (mode, option) in kinds.items():
+        other.activation_checkpoint = replace(config.activation_checkpoint, mode=mode, selective_ac_option=option)
+        found[name] = rank_memory(other, world_size, parts)["activations"]
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
 def exchange_bytes(config: JobConfig) -> dict[str, int]:
     """What a rank sends to each other one that shares its sequences, in one layer; float32, the halo in activations.
 
@@ -193,9 +208,9 @@ def activation_elements(config: JobConfig) -> float:
     if ac.mode == "memory_budget":
         return checkpointed + ac.memory_budget * max(0, layers * everything - checkpointed)
     if ac.selective_ac_option == "products":
-        return layers * _kept_products(config) + everything
+        return (layers - 1) * _kept_products(config) + everything
     if ac.selective_ac_option == "op":
-        records = _chunk_elements(config) if on_kernels(config) else 0
+        records = _chunk_elements(config, states=False) if on_kernels(config) else 0
         return checkpointed + layers * (_kept_per_op(config.model) + records)
     skipped = layers - layers // int(ac.selective_ac_option)
     return min(layers * everything, checkpointed + skipped * (everything - block_input))

@@ -32,6 +32,7 @@ from .formats import amount, duration, sparkline
 from .memory import (
     accumulates,
     activation_width,
+    activations_by_checkpointing,
     checkpoint_bytes,
     exchange_bytes,
     final_checkpoint_bytes,
@@ -167,6 +168,9 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
         "loss": "logits of a chunk of tokens, gradients of the head and its input",
     }
     rows = [(name, amount(size, "B"), remarks[name]) for name, size in memory.items() if size]
+    kinds = activations_by_checkpointing(config, world_size, parts)
+    others = ", ".join(f"{name} {amount(size, 'B')}" for name, size in kinds.items())
+    rows.insert([name for name, *_ in rows].index("activations") + 1, ("", "", f"by checkpointing: {others}"))
     needed = SPARE * sum(memory.values())
     # Memory of devices is sold in powers of two, and the driver keeps a part for itself.
     room = 0.99 * device_memory * 2**30

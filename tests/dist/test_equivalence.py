@@ -22,6 +22,13 @@ ONE_RANK = {
     "compile": ["--compile.enable"],
     "layer-ac": ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "2"],
     "op-ac": ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"],
+    "compile-products-ac": [
+        "--compile.enable",
+        "--activation_checkpoint.mode",
+        "selective",
+        "--activation_checkpoint.selective_ac_option",
+        "products",
+    ],
     "full-ac": ["--activation_checkpoint.mode", "full"],
     "memory-budget": ["--compile.enable", "--activation_checkpoint.mode", "memory_budget"],
     "workers": ["--data.num_workers", "2"],

@@ -13,13 +13,15 @@ from benchmarks.training import Variant, kind_of, main, run, table_of
 from tests.toy import REPO
 
 
-def test_a_toy_on_the_cpu():
-    command = ["--device", "cpu", "--householders", "2", "--gates", "gated", "--steps", "2"]
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_toy_on_the_cpu(ranks):
+    command = ["--device", "cpu", "--householders", "2", "--gates", "gated", "--steps", "2", "--ranks", str(ranks)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.training", *command], capture_output=True, text=True, cwd=REPO, check=True
     )
     first, *table = done.stdout.splitlines()
     row = json.loads(first)
+    assert row["ranks"] == ranks
     assert row["model"] == "ours" and row["num_householder"] == 2 and row["gated"] and row["batch"] == 2
     assert row["tokens_per_second"] > 0 and row["first_step_seconds"] > 0 and row["peak_gib"] is None
     assert math.isclose(row["loss"], math.log(320), rel_tol=0.05)
@@ -35,7 +37,7 @@ def test_no_time_is_left(capsys):
 
 def test_a_row_that_fails_says_why(monkeypatch):
     monkeypatch.chdir(REPO)
-    row = run(Variant("ours", "9M", 1, False, "cpu", 2, 64, 1), seconds=300)
+    row = run(Variant("ours", "9M", 1, False, "cpu", 2, 64, 1, 1), seconds=300)
     assert "deltaproduct_9M_n1_4k.toml" in row["failed"]
 
 
@@ -44,12 +46,12 @@ def test_ratios_are_to_the_row_of_fla_of_the_same_shape(capsys):
 
     rest = {"mfu": 0.5, "first_step_seconds": 1.0, "kernels": {"matmul": 10.0}, "device": "H200"}
     rows = [
-        (Variant(model, "392M", n, False, "cuda", 8, 4096, 1), {"tokens_per_second": speed, "peak_gib": gib} | rest)
+        (Variant(model, "392M", n, False, "cuda", 8, 4096, 1, 1), {"tokens_per_second": speed, "peak_gib": gib} | rest)
         for model, n, speed, gib in (("ours", 1, 3e5, 30.0), ("fla", 1, 2e5, 40.0), ("ours", 2, 1e5, 20.0))
     ]
     Console(width=180).print(table_of(rows))
     ours, fla, alone = (line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()[4:7])
-    assert ours[4:9] == ["300,000", "1.50x", "50.0%", "30.0", "0.75x"] and fla[5] == "1.00x" and alone[5] == "-"
+    assert ours[5:10] == ["300,000", "1.50x", "50.0%", "30.0", "0.75x"] and fla[6] == "1.00x" and alone[6] == "-"
 
 
 @pytest.mark.parametrize(

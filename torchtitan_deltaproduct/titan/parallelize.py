@@ -33,7 +33,7 @@ from .stopping import shield_compile_workers
 logger = logging.getLogger(__name__)
 
 # Selective checkpointing "op" and "products" keep these outputs and compute the rest again: matrix products (with "op"
-# every other one, by torchtitan's policy), the operator, and what arrives over the network.
+# every other one, by torchtitan's policy), the operator without its states, and what arrives over the network.
 OPS_TO_SAVE = {
     torch.ops.aten.mm.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
@@ -49,9 +49,13 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         model.spread_over(ranks)
         logger.info("context parallelism: %d ranks to a sequence", ranks.size)
     checkpointing = job_config.activation_checkpoint
-    if (checkpointing.mode, checkpointing.selective_ac_option) == ("selective", "products"):
+    kind = checkpointing.selective_ac_option if checkpointing.mode == "selective" else checkpointing.mode
+    if kind in ("op", "products"):
+        for block in model.layers.values():
+            block.mixer.keep_states = False
+    if kind == "products":
         keep_products(model, checkpointing)
-    elif checkpointing.mode != "none":
+    elif kind != "none":
         apply_ac(
             model,
             checkpointing,
@@ -76,14 +80,13 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
 
 def keep_products(model: nn.Module, options: ActivationCheckpoint) -> None:
     """Each block keeps what took arithmetic, matrix products and the operator's solved chunks, and its backward pass
-    computes again what takes bandwidth: norms, activations, convolutions, the states between chunks."""
+    computes again what takes bandwidth: norms, activations, convolutions."""
 
     def policy(_context, op, *_args, **_options) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in OPS_TO_SAVE else CheckpointPolicy.PREFER_RECOMPUTE
 
     context = functools.partial(create_selective_checkpoint_contexts, policy)
     for name, block in model.layers.named_children():
-        block.mixer.keep_states = False
         wrapped = checkpoint_wrapper(
             block,
             context_fn=context,
@@ -107,12 +110,12 @@ def set_up_compiler(lengths_vary: bool = False) -> None:
     """Settings of torch.compile for the process.
 
     A restarted run repeats its losses to the bit if the code of a shape depends on the shape alone. So Inductor's
-    kernels are chosen without timing them (`deterministic` says so of reductions only), and a graph is made for the lengths it sees, not, after the second length,
-    for any length; nor does the compiler remember lengths of the runs before. Only where lengths vary from step to
-    step (`lengths_vary`, a curriculum) is one graph made for all of them: it is tuned for the first, and a restarted
-    run repeats its losses to rounding. Blocks share one function, and each of its variants (training, validation at
-    another length, with documents or without) is a recompilation; the default limit of eight makes the ninth an error
-    under `fullgraph`.
+    kernels are chosen without timing them (`deterministic` says so of reductions only), and a graph is made for the
+    lengths it sees, not, after the second length, for any length; nor does the compiler remember lengths of the runs
+    before. Only where lengths vary from step to step (`lengths_vary`, a curriculum) is one graph made for all of them:
+    it is tuned for the first, and a restarted run repeats its losses to rounding. Blocks share one function, and each
+    of its variants (training, validation at another length, with documents or without) is a recompilation; the default
+    limit of eight makes the ninth an error under `fullgraph`.
     """
     # Loading them takes a second, which a run that compiles nothing need not spend.
     from torch._dynamo import config as dynamo

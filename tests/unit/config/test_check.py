@@ -26,7 +26,7 @@ DATA = '[data]\npaths = ["a"]\n'
         ("model.conv_size", ["2"], ["1"]),
         ("checkpoint.keep_latest_k", ["0", "2"], ["1", "-1"]),
         ("checkpoint.exclude_from_loading", ["optimizer,dataloader", ""], ["model"]),
-        ("activation_checkpoint.selective_ac_option", ["op", "3"], ["0", "ops", "-2", "²"]),
+        ("activation_checkpoint.selective_ac_option", ["op", "products", "3"], ["0", "ops", "-2", "²"]),
         ("compile.components", ["model", "loss"], ["optimizer"]),
         ("validation.steps", ["-1", "1"], ["0", "-2"]),
         ("data.weights", ["0.1"], ["0", "-1"]),

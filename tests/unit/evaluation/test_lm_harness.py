@@ -38,6 +38,7 @@ def here():
 def logged(here, toy_run, tmp_path_factory):
     """Samples of each task and the results, of one run that is not allowed to open a connection."""
     folder = tmp_path_factory.mktemp("lm_eval")
+
     def refuse(self, address, *rest):
         raise AssertionError(f"a connection to {address}")
 

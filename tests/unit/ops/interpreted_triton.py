@@ -206,6 +206,48 @@ def test_the_mixer_over_our_kernels_is_the_mixer(monkeypatch, gated, packed):
         assert (a - b).norm() < 1e-4 * b.norm().clamp(min=1e-3)
 
 
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+def test_what_a_compiled_block_keeps_is_what_the_plan_counts(n, products):
+    """Numbers a token, counted where autograd keeps them; "products" computes the rest again, to the same gradients."""
+    from torch import nn
+    from torchtitan.config import ActivationCheckpoint
+
+    from torchtitan_deltaproduct import memory
+    from torchtitan_deltaproduct.config import load_config
+    from torchtitan_deltaproduct.models import DeltaProductArgs
+    from torchtitan_deltaproduct.models.block import Block
+    from torchtitan_deltaproduct.titan.parallelize import keep_products
+
+    options = ["--compile.enable", "--training.mixed_precision_param=bfloat16", "--activation_checkpoint.mode=none"]
+    config = load_config(["--job.config_file", "train_configs/fineweb/deltaproduct_392M_n1_4k.toml", *options])
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 16, "vocab_size": 40}
+    config.model = DeltaProductArgs(**sizes, num_householder=n, op_backend="triton")
+    block, length = Block(config.model), 4 * (64 // n)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.1)
+    model = nn.Module()
+    model.layers = nn.ModuleDict({"0": block})
+    if products:
+        block.mixer.keep_states = False
+        keep_products(model, ActivationCheckpoint())
+    x, kept = torch.randn(2, length, 64, requires_grad=True), {}
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def note(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() / 4
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = torch.compile(model.layers["0"], fullgraph=True)(x)
+    counted = memory._kept_products(config) if products else memory._kernel_elements(config)
+    assert sum(kept.values()) / (2 * length) == pytest.approx(counted, rel=0.05)
+    leaves = [x, *block.parameters()]
+    found, expected = torch.autograd.grad(y.sin().sum(), leaves), torch.autograd.grad(block(x).sin().sum(), leaves)
+    assert all((a - b).norm() < 1e-4 * b.norm().clamp(min=1e-3) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize(("backend", "kept"), [("triton", False), ("chunk", True)])
 def test_values_are_not_kept_for_the_backward(backend, kept):
     """Our backward does not read v: it must not hold its memory from the forward pass on."""
