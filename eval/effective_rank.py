@@ -1,7 +1,4 @@
-"""`python -m eval.effective_rank`: the rank of recurrent states along long sequences.
-
-How to call it stands at the head of the module that is imported here.
-"""
+"""`python -m eval.effective_rank`; how to call it: `evaluation/effective_rank/__init__.py`."""
 
 from torchtitan_deltaproduct.errors import exit_on_user_error
 from torchtitan_deltaproduct.evaluation.effective_rank import main

@@ -1,7 +1,4 @@
-"""`python -m eval.generate`: prompts in, text out.
-
-How to call it stands at the head of the module that is imported here.
-"""
+"""`python -m eval.generate`; how to call it: `evaluation/generate/__init__.py`."""
 
 from torchtitan_deltaproduct.errors import exit_on_user_error
 from torchtitan_deltaproduct.evaluation.generate import main

@@ -1,7 +1,4 @@
-"""`python -m eval.length_extrapolation`: loss by position, far beyond the training length.
-
-How to call it stands at the head of the module that is imported here.
-"""
+"""`python -m eval.length_extrapolation`; how to call it: `evaluation/length_extrapolation/__init__.py`."""
 
 from torchtitan_deltaproduct.errors import exit_on_user_error
 from torchtitan_deltaproduct.evaluation.length_extrapolation import main

@@ -1,7 +1,4 @@
-"""`python -m eval.lm_harness`: the tasks of lm-eval.
-
-How to call it stands at the head of the module that is imported here.
-"""
+"""`python -m eval.lm_harness`; how to call it: `evaluation/lm_harness/__init__.py`."""
 
 from torchtitan_deltaproduct.errors import exit_on_user_error
 from torchtitan_deltaproduct.evaluation.lm_harness import main

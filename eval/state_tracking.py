@@ -1,7 +1,4 @@
-"""`python -m eval.state_tracking`: accuracy on group words and formal languages.
-
-How to call it stands at the head of the module that is imported here.
-"""
+"""`python -m eval.state_tracking`; how to call it: `evaluation/state_tracking/__init__.py`."""
 
 from torchtitan_deltaproduct.errors import exit_on_user_error
 from torchtitan_deltaproduct.evaluation.state_tracking import main

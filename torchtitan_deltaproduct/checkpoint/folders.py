@@ -11,6 +11,7 @@ Which checkpoints are the best by validation is read from their markers (`best_s
 other record of it that could disagree.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.snapshots import read_snapshot
 from ..errors import CheckpointError
 from ..files import is_there, read_text
 from .marker import INDEX, MARKER, SAVING, Marker, read_marker, wrong_sizes
@@ -28,32 +30,29 @@ _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """One `step-N` folder.
-
-    Attributes:
-        complete: whether it can be used.
-        reason: why it is not complete; empty if it is.
-        marker: None where there is none that reads.
-    """
+    """One `step-N` folder: whether it is complete, so that it can be used, and the reason if it is not."""
 
     step: int
     path: Path
     complete: bool
     reason: str
     marker: Marker | None = None
+    """None where there is none that reads."""
 
     @property
     def size(self) -> int:
-        """Bytes on disk, which takes a look at every file."""
-        return folder_size(self.path)
+        """Bytes of all files below the folder, which may vanish meanwhile, in part or whole."""
+        total = 0
+        # os.walk passes over folders that are gone; pathlib's rglob raises.
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.stat(os.path.join(folder, name)).st_size
+        return total
 
 
 def step_folders(folder: str | Path) -> list[tuple[int, Path]]:
-    """The `step-N` folders directly under `folder`, newest first, by their names; other names are not ours.
-
-    Raises:
-        CheckpointError: `folder` is there and cannot be listed.
-    """
+    """The `step-N` folders in `folder`, newest first, by name; CheckpointError if it is there and cannot be listed."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -67,11 +66,7 @@ def step_folders(folder: str | Path) -> list[tuple[int, Path]]:
 
 
 def scan(folder: str | Path) -> list[CheckpointInfo]:
-    """All `step-N` folders directly under `folder`, by step, each with a look at all of its files.
-
-    Raises:
-        CheckpointError: `folder` is there and cannot be listed.
-    """
+    """All `step-N` folders in `folder`, by step, each with a look at all of its files; errors as `step_folders`."""
     return [inspect(path, step) for step, path in reversed(step_folders(folder))]
 
 
@@ -83,9 +78,7 @@ def newest_first(folder: str | Path, step: int = -1) -> Iterator[CheckpointInfo]
 def inspect(path: Path, step: int | None = None) -> CheckpointInfo:
     """Compares a folder with its marker; reads no data.
 
-    Args:
-        path: the folder.
-        step: that its name says; None: whatever the marker says (0 if none reads).
+    `step` is that of its name; None: whatever the marker says (0 if none reads).
     """
     try:
         marker = read_marker(path)
@@ -97,17 +90,11 @@ def inspect(path: Path, step: int | None = None) -> CheckpointInfo:
     return CheckpointInfo(marker.step if step is None else step, path, not reason, reason, marker)
 
 
-def folder_size(path: Path) -> int:
-    """Bytes of all files below a folder, which may vanish meanwhile, in part or whole."""
-    total = 0
-    # os.walk passes over folders that are gone; pathlib's rglob raises.
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(folder, name)).st_size
-            except OSError:
-                continue
-    return total
+def checkpoint_folder(run: Path) -> tuple[Path, dict]:
+    """Where the `step-N` of a run are, if it has any, and its `[checkpoint]` settings; {} if they are not known."""
+    snapshot = read_snapshot(run / "config.json")
+    settings = {} if snapshot is None else snapshot["config"].get("checkpoint", {})
+    return run / settings.get("folder", "checkpoint"), settings
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -135,16 +122,10 @@ def best_steps(checkpoints: Iterable[CheckpointInfo], count: int) -> list[int]:
 def retention(
     complete: Iterable[int], keep_latest_k: int, keep_every: int = 0, best: Collection[int] = ()
 ) -> dict[int, str]:
-    """Which of the complete steps are kept, and why.
+    """Which of the complete steps are kept, and why: step -> reason. One that is not in it may go; the newest is.
 
-    Args:
-        complete: steps of the complete checkpoints.
-        keep_latest_k: so many of the newest are kept; 0: all.
-        keep_every: steps divisible by it are milestones and always kept; 0: there are none.
-        best: the best steps by validation, which are kept, too.
-
-    Returns:
-        step -> reason; a step that is not in it may go. The newest is always in it.
+    Kept are `keep_latest_k` of the newest (0: all), milestones, which are divisible by `keep_every` (0: none), and the
+    `best` by validation.
     """
     newest_first = sorted(set(complete), reverse=True)
     kept = {}
@@ -182,14 +163,7 @@ def deletable(
 
 
 class Retention:
-    """What to delete after each save of one launch; no complete folder is looked through twice.
-
-    Args:
-        folder: of the checkpoints.
-        keep_latest_k: as in `retention`.
-        keep_every: as in `retention`.
-        keep_best: so many of the best by validation are kept.
-    """
+    """What to delete after each save of one launch, as `retention` says; no complete folder is looked through twice."""
 
     def __init__(self, folder: str | Path, keep_latest_k: int, keep_every: int = 0, keep_best: int = 0) -> None:
         self.folder, self.keep_latest_k, self.keep_every, self.keep_best = folder, keep_latest_k, keep_every, keep_best
@@ -240,8 +214,7 @@ def retire(path: Path) -> None:
 def delete(path: Path) -> None:
     """Deletes a checkpoint folder: the marker first, and last what says that it was ours.
 
-    Raises:
-        OSError: something of it could not be deleted; it no longer counts as a checkpoint.
+    After an OSError, of something that could not be deleted, it no longer counts as a checkpoint.
     """
     if path.is_symlink():
         # What it leads to is not ours: someone moved it there.

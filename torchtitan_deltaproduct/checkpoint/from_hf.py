@@ -32,12 +32,7 @@ from .writer import About, MarkedWriter
 
 
 def import_hf(source: str | Path, out: str | Path, eos: str = "") -> HfModel:
-    """Writes the run folder `out`; see the module.
-
-    Args:
-        source: the Hugging Face folder.
-        out: folder to make.
-        eos: text of the separator between documents; empty: as the folder says.
+    """Writes the run folder `out` from a Hugging Face folder; `eos`: the separator, empty: as the folder says.
 
     Raises:
         CheckpointError: `source` is not such a folder or is damaged, or `out` is there already. DataError: `source`
@@ -96,9 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("torchtitan_deltaproduct.checkpoint.from_hf", __doc__)
     parser.add_argument("source", type=path, metavar="HF", help="folder with config.json and model.safetensors")
     parser.add_argument("out", type=path, metavar="OUT", help="run folder to make")
-    parser.add_argument(
-        "--eos", default="", type=text, metavar="TOKEN", help="separator of documents (default: as HF says)"
-    )
+    parser.add_argument("--eos", default="", type=text, metavar="TOKEN",
+                        help="separator of documents (default: as HF says)")  # fmt: skip
     options = parser.parse_args(arguments)
     model = import_hf(options.source, options.out, options.eos)
     tokenizer = "with its tokenizer" if (Path(options.out) / "tokenizer").exists() else "it brings no tokenizer"

@@ -48,19 +48,13 @@ TRAINING = "training.json"
 
 @dataclass(frozen=True)
 class HfModel:
-    """What a folder holds.
-
-    Attributes:
-        args: the architecture.
-        config: config.json.
-        training: training.json, `{"step": 500, "run": "outputs/run", "config": {...}, "sha256": {...}}`; {} in folders
-            of others.
-    """
+    """What a folder holds: the architecture, config.json and training.json."""
 
     folder: Path
     args: DeltaProductArgs
     config: dict
     training: dict
+    """`{"step": 500, "run": "outputs/run", "config": {...}, "sha256": {...}}`; {} in folders of others."""
 
     @property
     def eos_id(self) -> int | None:
@@ -93,23 +87,15 @@ class HfModel:
                 raise CheckpointError(f"{self.folder}: {name} is {tensor.dtype}; expected floating-point weights")
             if not tensor.isfinite().all():
                 raise CheckpointError(f"{self.folder}: {name} holds values that are not finite; export another step")
-        self._check_sums()
-        return state
-
-    def _check_sums(self) -> None:
-        """Warns of weights or a config.json that are not those `write_hf` wrote: they may be edited, or damaged."""
         for name, digest in self.training.get("sha256", {}).items():
             path = own_file(self.folder, name)
             if path.exists() and checksum(path)[1] != digest:
                 logger.warning("%s is not what was written (its checksum differs): edited, or damaged", path)
+        return state
 
 
 def open_hf(folder: Path) -> HfModel:
-    """Reads the JSON files of a folder; its weights are read by `HfModel.weights`.
-
-    Raises:
-        CheckpointError: config.json is missing, damaged, or describes another kind of model.
-    """
+    """Reads the JSON files of a folder; CheckpointError if they are missing, damaged, or of another kind of model."""
     config = _read_json(folder, CONFIG)
     if config.get("model_type") != "gated_deltaproduct":
         raise CheckpointError(
@@ -145,20 +131,13 @@ def check_architecture(args: DeltaProductArgs) -> None:
 
 
 def write_hf(
-    folder: Path,
-    state: dict[str, Tensor],
-    args: DeltaProductArgs,
-    *,
-    training: dict,
-    max_shard_size: str = "5GB",
+    folder: Path, state: dict[str, Tensor], args: DeltaProductArgs, *, training: dict, max_shard_size: str = "5GB",
     **tokens: int | None,
-) -> None:
+) -> None:  # fmt: skip
     """Writes config.json, training.json and the weights into an existing folder.
 
     Args:
-        folder: to write into.
         state: under our names, in the dtype to be written.
-        args: the architecture.
         training: content of training.json, to which the checksums of config.json and the weights are added.
         max_shard_size: of one file of weights, as `5GB`; larger models get several and an index.
         tokens: `max_position_embeddings`, `bos_token_id`, `eos_token_id`, `pad_token_id` of config.json.
@@ -178,8 +157,7 @@ def write_hf(
 def make_unfinished(out: Path) -> Path:
     """Makes the folder beside `out` in which it is written, to be renamed once it is complete; removes abandoned ones.
 
-    Raises:
-        CheckpointError: there cannot be a folder there.
+    CheckpointError: there cannot be a folder there.
     """
     out, host = Path(os.path.realpath(out)), socket.gethostname()
     unfinished = out.with_name(f".{out.name}.unfinished-{host}-{os.getpid()}")
@@ -201,8 +179,7 @@ def make_unfinished(out: Path) -> Path:
 def put_in_place(unfinished: Path, out: Path) -> None:
     """Renames a folder of `make_unfinished` to `out`; a model that is there goes in the same step, or stays.
 
-    Raises:
-        CheckpointError: it cannot be.
+    CheckpointError: it cannot be.
     """
     out = Path(os.path.realpath(out))
     try:
@@ -235,8 +212,8 @@ def _replaced(out: Path) -> Path:
     return out.with_name(f".{out.name}.replaced")
 
 
-def check_shapes(where: Path, shapes: dict[str, torch.Size], args: DeltaProductArgs) -> None:
-    """Raises CheckpointError if a parameter of `args` is missing from `shapes` or has another shape there."""
+def check_shapes(where: Path, shapes: dict[str, torch.Size], args: DeltaProductArgs) -> list[str]:
+    """The names of the parameters; CheckpointError if one is missing from `shapes` or has another shape there."""
     # Before a model is built, even on the meta device: what a folder says of itself may be absurd.
     if args.num_hidden_layers > len(shapes) or total_parameters(args) > 2 * sum(map(math.prod, shapes.values())):
         raise CheckpointError(
@@ -254,6 +231,7 @@ def check_shapes(where: Path, shapes: dict[str, torch.Size], args: DeltaProductA
     if wrong:
         shown = "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise CheckpointError(f"{where} does not hold the model that its config.json describes: {shown}")
+    return list(expected)
 
 
 def own_file(folder: Path, name: str) -> Path:

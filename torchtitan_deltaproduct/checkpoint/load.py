@@ -29,7 +29,7 @@ from ..data.text.tokenizer import find_eos_id, tokenizer_sha256
 from ..errors import CheckpointError, first_line
 from ..models import DeltaProductLM
 from ..models.args import DeltaProductArgs
-from .folders import CheckpointInfo, inspect, is_hf_folder, scan
+from .folders import CheckpointInfo, checkpoint_folder, inspect, is_hf_folder, scan
 from .hf import check_architecture, check_shapes, check_tokenizer_files, open_hf
 from .marker import MARKER, wrong_checksums
 from .safe_dcp import SafeLoadPlanner, SafeReader, read_index
@@ -64,32 +64,22 @@ class LoadedModel:
     origin: dict = field(default_factory=dict)
 
     def separator(self, tokenizer: Path, eos: str = "", option: str = "--eos TOKEN") -> int:
-        """Id of the token between documents: `eos`, else that of training, else what another tokenizer names.
+        """Id of the token between documents: `eos`, a text, else that of training, else what another tokenizer names.
 
-        Args:
-            tokenizer: folder with tokenizer.json.
-            eos: the text of another token.
-            option: what a user can set, for messages.
-
-        Raises:
-            DataError: none is known.
+        DataError if none is known; `option` is what a user can set, for its message.
         """
         same = self.tokenizer is None or tokenizer_sha256(tokenizer) == tokenizer_sha256(self.tokenizer)
         return self.eos_id if same and not eos and self.eos_id is not None else find_eos_id(tokenizer, eos, option)
 
 
 def load_model(
-    path: str | Path,
-    step: int | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    path: str | Path, step: int | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
-    """Loads a model's weights; see the module for what `path` may be.
+    """Loads a model's weights onto a device.
 
     Args:
         path: a run folder, its folder of checkpoints, one `step-N` of them, or a Hugging Face folder.
         step: of the checkpoint in a run folder; None: the newest complete one.
-        device: where the model goes.
         dtype: of the weights; those of the decay stay float32.
 
     Raises:
@@ -139,11 +129,7 @@ def _build(
 
 
 def find_checkpoint(path: str | Path, step: int | None = None) -> CheckpointInfo:
-    """The complete DCP checkpoint that a path (see the module) and a step name.
-
-    Raises:
-        CheckpointError: there is none; the message says what is there.
-    """
+    """The complete DCP checkpoint that a path (see the module) and a step name; CheckpointError says what is there."""
     path = Path(expand(str(path)))
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
@@ -154,22 +140,25 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> CheckpointInfo
     is_step = number != path.name and number.isdigit()
     if is_step or (path / MARKER).exists():
         return _one_step(path, int(number) if is_step else None, step)
-    folder = path / _checkpoint_folder(path)
+    folder, _ = checkpoint_folder(path)
     checkpoints = scan(folder if folder.is_dir() else path)
     complete = [info for info in checkpoints if info.complete]
-    if step is not None:
-        return _asked_step(path, checkpoints, step)
-    if not complete:
+    named = next((info for info in reversed(complete) if step in (None, info.step)), None)
+    if named is None and step is not None:
+        why = next((f": {info.reason}" for info in checkpoints if info.step == step), "")
+        have = ", ".join(str(info.step) for info in complete) or "none"
+        raise CheckpointError(f"{path} has no complete step {step}{why}\ncomplete steps there: {have}")
+    if named is None:
         newest = checkpoints[-1] if checkpoints else None
         why = f": the newest, step {newest.step}, is not usable: {newest.reason}" if newest else ""
         raise CheckpointError(
             f"{path} has no complete checkpoint{why}\n"
             f"expected {folder}/step-N as training saves it, or config.json and model.safetensors in {path}"
         )
-    for info in checkpoints:
-        if info.step > complete[-1].step:
+    for info in checkpoints if step is None else ():
+        if info.step > named.step:
             logger.warning("%s: step %d is left out: %s", path, info.step, info.reason)
-    return complete[-1]
+    return named
 
 
 def _one_step(path: Path, number: int | None, step: int | None) -> CheckpointInfo:
@@ -179,15 +168,6 @@ def _one_step(path: Path, number: int | None, step: int | None) -> CheckpointInf
     if not info.complete:
         raise CheckpointError(f"{path} is not usable: {info.reason}")
     return info
-
-
-def _asked_step(path: Path, checkpoints: list[CheckpointInfo], step: int) -> CheckpointInfo:
-    for info in checkpoints:
-        if info.step == step and info.complete:
-            return info
-    why = next((f": {info.reason}" for info in checkpoints if info.step == step), "")
-    have = ", ".join(str(info.step) for info in checkpoints if info.complete) or "none"
-    raise CheckpointError(f"{path} has no complete step {step}{why}\ncomplete steps there: {have}")
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -210,11 +190,7 @@ def find_tokenizer(run: Path, config: dict) -> Path | None:
 
 
 def architecture(config: dict) -> DeltaProductArgs:
-    """The model that the `[model]` table of a snapshot describes; the operator's backend is chosen anew.
-
-    Raises:
-        CheckpointError: it describes none.
-    """
+    """The model that a snapshot's `[model]` describes, CheckpointError if none; the backend is chosen anew."""
     known = {f.name for f in fields(DeltaProductArgs)}
     table = config.get("model", {})
     values = {name: value for name, value in table.items() if name in known} if isinstance(table, dict) else {}
@@ -239,9 +215,7 @@ def read_weights(folder: Path, args: DeltaProductArgs) -> dict[str, torch.Tensor
         for name, entry in read_index(folder).state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    check_shapes(folder, {name: entry.size for name, entry in saved.items()}, args)
-    with torch.device("meta"):
-        names = DeltaProductLM(args).state_dict().keys()
+    names = check_shapes(folder, {name: entry.size for name, entry in saved.items()}, args)
     # Zeros, so that no index, however made, lets memory of this process through as weights.
     state = {name: torch.zeros(saved[name].size, dtype=saved[name].properties.dtype) for name in names}
     try:
@@ -256,11 +230,7 @@ def read_weights(folder: Path, args: DeltaProductArgs) -> dict[str, torch.Tensor
 
 
 def snapshot_of(checkpoint: Path) -> dict:
-    """The snapshot (`config.snapshots`) beside a `step-N` folder's weights, or that of its run.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The snapshot (`config.snapshots`) beside the weights of a `step-N`, or that of its run; else CheckpointError."""
     for path in (checkpoint / "config.json", run_folder(checkpoint) / "config.json"):
         snapshot = read_snapshot(path)
         if snapshot is not None:
@@ -275,9 +245,3 @@ def common_folder(loaded: list[LoadedModel]) -> Path:
     """The folder that all the models lie in, relative to the current one where it is inside."""
     common = Path(os.path.commonpath([model.run.resolve() for model in loaded]))
     return Path(os.path.relpath(common)) if common.is_relative_to(Path.cwd()) else common
-
-
-def _checkpoint_folder(run: Path) -> str:
-    """Name of the folder of checkpoints in a run: `checkpoint.folder` of its config.json, else the default."""
-    snapshot = read_snapshot(run / "config.json")
-    return "checkpoint" if snapshot is None else snapshot["config"].get("checkpoint", {}).get("folder", "checkpoint")

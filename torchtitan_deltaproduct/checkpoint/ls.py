@@ -13,20 +13,24 @@ from rich.console import Console
 from rich.table import Table
 
 from ..arguments import Parser, path
-from ..config.snapshots import read_snapshot
 from ..errors import CheckpointError, exit_on_user_error
-from .folders import CheckpointInfo, best_steps, deletable, is_hf_folder, retention, scan, was_complete
+from .folders import (
+    CheckpointInfo,
+    best_steps,
+    checkpoint_folder,
+    deletable,
+    is_hf_folder,
+    retention,
+    scan,
+    was_complete,
+)
 
 KEEP = {"latest_k": 3, "every": 0, "best": 0}
 """What retention goes by, with the defaults of `[checkpoint]`."""
 
 
-def checkpoint_folder(run: Path) -> tuple[Path, dict]:
-    """The folder of a run's checkpoints and its `[checkpoint]` settings ({} if they are not known).
-
-    Raises:
-        CheckpointError: there is no such run.
-    """
+def open_run(run: Path) -> tuple[Path, dict]:
+    """The folder of a run's checkpoints and its `[checkpoint]` settings; CheckpointError if there is no such run."""
     if not run.is_dir():
         raise CheckpointError(f"{run} {'is not a folder' if run.exists() else 'does not exist'}; expected a run folder")
     if is_hf_folder(run):
@@ -34,9 +38,7 @@ def checkpoint_folder(run: Path) -> tuple[Path, dict]:
             f"{run} is a model in the Hugging Face layout, which has no steps and no checksums; expected a run folder\n"
             "loading it, as every evaluation does, says whether its files are whole"
         )
-    snapshot = read_snapshot(run / "config.json")
-    settings = {} if snapshot is None else snapshot["config"].get("checkpoint", {})
-    folder = run / settings.get("folder", "checkpoint")
+    folder, settings = checkpoint_folder(run)
     return (folder if folder.is_dir() else run), settings
 
 
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN", type=path, help="run folder")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    folder, settings = checkpoint_folder(Path(options.run))
+    folder, settings = open_run(Path(options.run))
     checkpoints = scan(folder)
     if not checkpoints:
         raise CheckpointError(f"{folder} holds no step-N; a run saves there every checkpoint.interval steps")

@@ -9,8 +9,8 @@ checksums when a run resumes from it, when a model is loaded, and by `checkpoint
 removes the marker first. `.saving` says that a save of ours is under way, or was when it was killed.
 """
 
+import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -26,50 +26,36 @@ from ..files import is_plain_name, is_there, read_text, write_atomically
 
 MARKER, SAVING, INDEX = "complete.json", ".saving", ".metadata"
 """The commit marker, the sign that a save is under way, and DCP's index."""
-HASHERS = 16
-"""Files that are hashed at once, at most."""
+HASHERS, BLOCK = 16, 1 << 20
+"""Files that are hashed at once, at most, and the bytes of each that are read at a time."""
 FORMAT, VERSION = "torchtitan-deltaproduct checkpoint", 1
 
 
 @dataclass(frozen=True)
 class Marker:
-    """What complete.json says.
-
-    Attributes:
-        step: optimizer steps taken.
-        time: of the save, seconds since 1970.
-        ranks: processes that saved.
-        reason: `interval`, `last step`, `first step`, `SIGUSR1`, `walltime`, `import`, ...
-        files: name -> (bytes, SHA-256).
-        validation_loss: held-out loss of these weights, nats; None: they were not validated, or it was not finite.
-    """
+    """What complete.json says."""
 
     step: int
     time: float
+    """Of the save, seconds since 1970."""
     ranks: int
     reason: str
+    """`interval`, `last step`, `first step`, `SIGUSR1`, `walltime`, `import`, ..."""
     files: dict[str, tuple[int, str]]
+    """Name -> (bytes, SHA-256)."""
     validation_loss: float | None = None
+    """Held-out loss of these weights, nats; None: they were not validated, or it was not finite."""
 
 
-class Counted(io.FileIO):
-    """A file that tells how many bytes were read each time."""
-
-    def __init__(self, path: Path, tell: Callable[[int], None]) -> None:
-        super().__init__(path)
-        self.told = tell
-
-    def readinto(self, buffer: memoryview) -> int:
-        size = super().readinto(buffer)
-        self.told(size)
-        return size
-
-
-def checksum(path: Path, tell: Callable[[int], None] | None = None) -> tuple[int, str]:
-    """Size in bytes and SHA-256 of a file; `tell` is called with the bytes that were read, again and again."""
-    with Counted(path, tell) if tell else open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
+def checksum(path: Path, tell: Callable[[int], object] = lambda size: None) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of a file; `tell` is called with the bytes of each block that was read."""
+    size, digest = 0, hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+            tell(len(block))
+    return size, digest.hexdigest()
 
 
 def write_marker(folder: Path, marker: Marker) -> None:
@@ -77,16 +63,18 @@ def write_marker(folder: Path, marker: Marker) -> None:
     files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(marker.files.items())}
     body = {"format": FORMAT, "version": VERSION, **vars(marker), "files": files}
     write_atomically(folder / MARKER, json.dumps(body, indent=1))
-    _sync_folder(folder)
+    # The rename lasts through a power cut then; not every file system can.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     (folder / SAVING).unlink(missing_ok=True)
 
 
 def read_marker(folder: Path) -> Marker:
-    """Reads complete.json.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of another format.
-    """
+    """Reads complete.json; CheckpointError if it is missing, damaged, or of another format."""
     path = folder / MARKER
     try:
         body = json.loads(read_text(path))
@@ -135,15 +123,11 @@ def wrong_sizes(folder: Path, marker: Marker) -> str:
 
 
 def wrong_checksums(
-    folder: Path, marker: Marker, share: int = 0, shares: int = 1, tell: Callable[[int], None] | None = None
+    folder: Path, marker: Marker, share: int = 0, shares: int = 1, tell: Callable[[int], object] = lambda size: None
 ) -> list[str]:
-    """Files that are not what was written, in words.
+    """Files that are not what was written, in words; of all files the part `share` of `shares`, for ranks to divide.
 
-    Args:
-        folder: the checkpoint.
-        marker: its marker.
-        share: which part of the files to read, of `shares`: ranks divide the work.
-        tell: is called with the bytes that were read, again and again, by several threads.
+    `tell` is that of `checksum`, called by several threads.
     """
 
     def problem(name: str) -> str:
@@ -163,17 +147,3 @@ def _missing(folder: Path) -> str:
     if is_there(folder / SAVING):
         return f"{folder} has no {MARKER}: its save is under way or was cut short"
     return f"{folder} has no {MARKER}: it is no checkpoint of this package, or its save never finished"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename last through a power cut; not every file system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

@@ -131,11 +131,7 @@ def covered(name: str, entry: TensorStorageMetadata, stored: Mapping) -> bool:
 
 
 def read_index(folder: Path) -> Metadata:
-    """Reads `folder/.metadata`.
-
-    Raises:
-        CheckpointError: the file is missing, cut short, or holds anything but DCP's record classes.
-    """
+    """Reads `folder/.metadata`; CheckpointError if it is missing, cut short, or holds anything but DCP's records."""
     path = Path(folder) / ".metadata"
     try:
         index = _IndexUnpickler(io.BytesIO(read_bytes(path))).load()

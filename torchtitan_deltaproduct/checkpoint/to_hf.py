@@ -9,7 +9,6 @@ under its name only after it was read back: the weights must be the run's, bit f
 the run's logits.
 """
 
-import logging
 import re
 import shlex
 import shutil
@@ -33,8 +32,6 @@ from .hf import make_unfinished, put_in_place, write_hf
 from .load import LoadedModel, load_model
 from .model_card import model_card
 
-logger = logging.getLogger(__name__)
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = 64
 """Tokens of the two sequences on which logits are compared."""
@@ -42,45 +39,23 @@ TOKENS = 64
 
 @dataclass(frozen=True)
 class Verified:
-    """How the written folder compares with the run.
-
-    Attributes:
-        tensors: number compared.
-        logit_difference: largest |logit of the export - logit of the run in float32|; exactly 0 for float32.
-        fla: what fla's own class made of the folder.
-    """
+    """How the written folder compares with the run: the number of tensors that are the same, and:"""
 
     tensors: int
     logit_difference: float
+    """Largest |logit of the export - logit of the run in float32|; exactly 0 for float32."""
     fla: str
+    """What fla's own class made of the folder."""
 
 
 def export(
-    run: str | Path,
-    out: str | Path,
-    *,
-    step: int | None = None,
-    dtype: str = "float32",
-    max_shard_size: str = "5GB",
-    tokenizer: str | Path | None = None,
-    eos: str = "",
-    license: str = "",
-    overwrite: bool = False,
+    run: str | Path, out: str | Path, *, step: int | None = None, dtype: str = "float32", max_shard_size: str = "5GB",
+    tokenizer: str | Path | None = None, eos: str = "", license: str = "", overwrite: bool = False,
     tell: Callable[[str], None] = lambda text: None,
-) -> Verified:
-    """Writes `out`; see the module.
+) -> Verified:  # fmt: skip
+    """Writes `out` from anything that `load_model` takes; arguments are the options of the command.
 
-    Args:
-        run: anything `load_model` takes.
-        out: folder to make.
-        step: of a run folder; None: the newest complete one.
-        dtype: of the written weights, a key of `DTYPES`. The decay's stay float32.
-        max_shard_size: of one file of weights.
-        tokenizer: folder with tokenizer.json; None: the run's own.
-        eos: text of the separator between documents; empty: that of training.
-        license: for the model card, `apache-2.0`; empty: none is named.
-        overwrite: replaces an export that is there already.
-        tell: is called with what is being done.
+    `dtype` is a key of `DTYPES`; the decay's parameters stay float32. `tell` is called with what is being done.
 
     Raises:
         CheckpointError: `run` cannot be loaded, `out` is in the way, or what was written is not what was to be.
@@ -160,13 +135,8 @@ def _separator(loaded: LoadedModel, tokenizer: Path | None, eos: str) -> int | N
 def verify(folder: Path, loaded: LoadedModel, state: dict[str, torch.Tensor]) -> Verified:
     """Reads `folder` back and compares it with the run.
 
-    Args:
-        folder: what `write_hf` wrote.
-        loaded: the run, in float32.
-        state: the weights that were to be written.
-
-    Raises:
-        CheckpointError: a tensor or a logit differs.
+    `state` are the weights that were to be written, those of `loaded` are float32. CheckpointError: a tensor or a logit
+    differs.
     """
     dtype = next(iter(state.values())).dtype
     written = load_model(folder, dtype=dtype).model

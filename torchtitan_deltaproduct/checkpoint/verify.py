@@ -15,19 +15,15 @@ from ..arguments import Parser, path
 from ..errors import CheckpointError, exit_on_user_error
 from ..progress import Progress
 from .folders import CheckpointInfo, inspect, scan
-from .ls import checkpoint_folder
+from .ls import open_run
 from .marker import MARKER, wrong_checksums
 
 
 def chosen(run: Path, step: int | None) -> list[CheckpointInfo]:
-    """The folders to read, newest first.
-
-    Raises:
-        CheckpointError: there are none, or not the step asked for.
-    """
+    """The folders to read, newest first; CheckpointError if there are none, or not the step asked for."""
     if (run / MARKER).exists():
         return [inspect(run)]
-    folder, _ = checkpoint_folder(run)
+    folder, _ = open_run(run)
     checkpoints = scan(folder)
     asked = [info for info in checkpoints if step in (None, info.step)]
     if not asked:

@@ -40,9 +40,8 @@ class _Hashed(WriteResult):
 def planner_for(what: str) -> DefaultSavePlanner:
     """Plans a save as DCP does, and remembers the plan where torch can: ranks then send only what changed.
 
-    Args:
-        what: is saved; under another name nothing is remembered. All ranks have to give the same, and another one after
-            a save that failed, in which some ranks may have remembered a plan that others never saw.
+    `what` is saved; under another name nothing is remembered. All ranks have to give the same, and another one after a
+    save that failed, in which some ranks may have remembered a plan that others never saw.
     """
     if "enable_plan_caching" not in inspect.signature(DefaultSavePlanner).parameters:
         return DefaultSavePlanner()
@@ -56,13 +55,7 @@ def planner_for(what: str) -> DefaultSavePlanner:
 
 
 class MarkedWriter(FileSystemWriter):
-    """Writes one checkpoint folder; see the module.
-
-    Args:
-        folder: of the checkpoint.
-        about: goes into the marker.
-        snapshot: settings of the run, for config.json; None writes none.
-    """
+    """Writes one checkpoint folder; `about` goes into the marker, `snapshot` into config.json (None: there is none)."""
 
     def __init__(self, folder: str | Path, about: About, snapshot: dict | None = None) -> None:
         super().__init__(folder, overwrite=True)
@@ -74,12 +67,8 @@ class MarkedWriter(FileSystemWriter):
         folder = Path(self.path)
         hashes = {name: checksum(folder / name) for name in {r.storage_data.relative_path for r in results}}
         hashed: Future[list[WriteResult]] = Future()
-        hashed.set_result(
-            [
-                _Hashed(r.index, r.size_in_bytes, r.storage_data, file=hashes[r.storage_data.relative_path])
-                for r in results
-            ]
-        )
+        places = [(r.index, r.size_in_bytes, r.storage_data) for r in results]
+        hashed.set_result([_Hashed(*place, file=hashes[place[2].relative_path]) for place in places])
         return hashed
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

@@ -108,14 +108,6 @@ class Loader:
         self.sample = 0
         """Global index of the next sample to be handed out, of all ranks."""
 
-    @property
-    def vocab_size(self) -> int:
-        return self.source.vocab_size
-
-    @property
-    def tokenizer_path(self) -> str:
-        return self.source.tokenizer_path
-
     def __iter__(self) -> Iterator[Batch]:
         """Goes on from the current position. Only what was handed out counts, not what workers read ahead."""
         positions = count(self.sample, self.geometry.micro_batch)

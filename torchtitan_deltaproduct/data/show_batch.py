@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     last = first + len(labels) - 1
     console.print(f"step {options.step:,}: samples {first:,} to {last:,} of {loader.source.describe()}")
-    tokenizer = load_tokenizer(loader.tokenizer_path) if loader.tokenizer_path else None
+    folder = loader.source.tokenizer_path
+    tokenizer = load_tokenizer(folder) if folder else None
     for row in rows:
         tokens = inputs["input"][row, : options.tokens].tolist()
         console.print(f"\n[bold]row {row}[/], sample {first + row:,}, {(labels[row] >= 0).sum():,} labels:")

@@ -74,12 +74,9 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Pieces:
-    """The arrays of one model on one set of sequences, on disk.
+    """The arrays of one model on one set of sequences, in files that end with `suffix`, `.npy` or `.npz`.
 
-    Attributes:
-        folder: with about.json.
-        about: what they belong to: version, weights, dtype, device, texts, sequences, length, batch, segment, ...
-        suffix: of their files, `.npy` or `.npz`.
+    `about`, in about.json: version, weights, dtype, device, texts, sequences, length, batch, segment, ...
     """
 
     folder: Path
@@ -91,7 +88,7 @@ class Pieces:
         cls, folder: Path, loaded: LoadedModel, weights: str, sequences: Sequences, reading: dict, suffix: str,
         version: int,
     ) -> "Pieces":  # fmt: skip
-        """The pieces of a model on some sequences, in `folder` with all others; DataError if they are of another.
+        """The pieces of a model on some sequences, in `folder` with all others.
 
         `weights` is the model's fingerprint; `reading` says how sequences are read: `batch`, those of a piece, and
         whatever else changes what is measured. `version` is that of the content of the files.
@@ -103,18 +100,10 @@ class Pieces:
             "length": sequences.length, **reading,
         }  # fmt: skip
         target = folder / f"{slug(loaded.label)}-{slug(sequences.about['wanted']['data'])}-{digest(about)}"
-        if (target / "about.json").exists():
-            kept = cls.at(target, suffix, version).about
-            if wrong := [
-                f"{key} {kept.get(key)!r}, not {about[key]!r}" for key in about if kept.get(key) != about[key]
-            ]:
-                raise DataError(
-                    f"{target} is of another evaluation: {'; '.join(wrong)}\ndelete it, or use another --out"
-                )
-        else:
+        if not (target / "about.json").exists():
             target.mkdir(parents=True, exist_ok=True)
             write_json(target / "about.json", about)
-        return cls(target, about, suffix)
+        return cls.at(target, suffix, version)
 
     @classmethod
     def at(cls, folder: Path, suffix: str, version: int) -> "Pieces":

@@ -15,11 +15,10 @@ import numpy as np
 
 from torchtitan_deltaproduct.data.shards.order import Permutation
 from torchtitan_deltaproduct.data.shards.shards import TokenStream
-from torchtitan_deltaproduct.data.text.arrow import is_saved_dataset
+from torchtitan_deltaproduct.data.text.arrow import DatasetRecords, is_saved_dataset
 from torchtitan_deltaproduct.data.text.documents import BadRecord, Document
 from torchtitan_deltaproduct.data.text.plan import Settings
 from torchtitan_deltaproduct.data.text.prepare import prepare
-from torchtitan_deltaproduct.data.text.records import DatasetRecords
 from torchtitan_deltaproduct.data.text.sources import plan_units, read_unit
 from torchtitan_deltaproduct.data.text.tokenizer import MOST_UNKNOWN, load_tokenizer
 from torchtitan_deltaproduct.errors import DataError

@@ -19,17 +19,11 @@ from torchtitan_deltaproduct.checkpoint.load import LoadedModel, find_checkpoint
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.files import read_text
 
+from .files import DAMAGE
+
 
 def checkpoint_of(path: str | Path, step: int | None = None) -> str:
-    """What the weights of a model are, as text that changes when they do.
-
-    Args:
-        path: of the model.
-        step: of a run folder; None: the newest complete one.
-
-    Raises:
-        CheckpointError: there is none (yet).
-    """
+    """What the weights of a model are, as text that changes when they do; CheckpointError if there are none (yet)."""
     path = Path(path)
     if path.is_dir() and is_hf_folder(path):
         files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in path.glob("*.*"))
@@ -45,21 +39,18 @@ def made_by(arguments: list[str], loaded: list[LoadedModel]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Swept:
-    """One evaluation as a sweep sees it.
-
-    Attributes:
-        name: of its command and of its file of results.
-        metrics: from the folder of its results to names and values (None where there is none).
-        parse: its command line's parser, which says what is wrong with options.
-        reads_data: it reads datasets: one job for each model and dataset, else one for each model.
-        compare: from the files of results of several models, their names and a folder to pictures of all.
-    """
+    """One evaluation as a sweep sees it."""
 
     name: str
+    """Of its command and of its file of results."""
     metrics: Callable[[Path], dict[str, float | None]]
+    """From the folder of its results to names and values (None where there is none)."""
     parse: Callable[[list[str]], Any] | None = None
+    """Its command line's parser, which says what is wrong with options."""
     reads_data: bool = False
+    """It reads datasets: one job for each model and dataset, else one for each model."""
     compare: Callable[[list[Path], list[str], Path], None] | None = None
+    """From the files of results of several models, their names and a folder to pictures of all."""
 
     def words(self, model: str, step: int | None, data: str, out: Path, options: dict[str, Any]) -> list[str]:
         """The arguments of a job."""
@@ -92,5 +83,5 @@ class Swept:
         """`made_by` of the results in a folder; {} if there are none."""
         try:
             return json.loads(read_text(folder / f"{self.name}.json"))["made_by"]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except DAMAGE:
             return {}

@@ -78,13 +78,10 @@ class Texts:
 
 
 def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int | None = None) -> Texts:
-    """Chooses the sequences and writes them, unless that was done before.
+    """Chooses the sequences and writes them below `folder`, unless that was done before.
 
-    Args:
-        wanted: what to read.
-        tokenizer: folder with the tokenizer.json for text; prepared folders have their own.
-        folder: where the sequences of all datasets are kept.
-        eos_id: the separator between documents of text; None: as `wanted.eos`.
+    Text needs the folder of a tokenizer.json, and has the separator `eos_id` (None: as `wanted.eos`) between documents;
+    prepared folders have their own.
 
     Returns:
         Sequences whose `about` has: wanted, source (identifies the dataset), `kind` (long or packed), sequences,
@@ -213,11 +210,7 @@ def _too_short(wanted: Wanted, kind: str, tokens: int, all_seen: bool) -> DataEr
 
 
 def texts_of(data: str, loaded: LoadedModel, options: argparse.Namespace, folder: Path) -> Texts:
-    """The sequences of a dataset for a model, kept in `folder`/texts.
-
-    Raises:
-        DataError: there are none, or they are not of tokens that the model knows.
-    """
+    """The sequences of a dataset for a model, kept in `folder`/texts; DataError if it does not know their tokens."""
     tokenizer = tokenizer_of(loaded, options)
     wanted = Wanted(
         data, options.length, options.sequences, options.documents, options.seed or 0, options.split,

@@ -104,7 +104,7 @@ def build(config: JobConfig, stopping: Stopping) -> "Trainer | None":
 
         trainer = Trainer(config, current, stopping, draw=not will_load_weights(config, past))
     trainer.owns_group = owns_group
-    keep_tokenizer(config, trainer.dataloader.tokenizer_path, eos_id)
+    keep_tokenizer(config, trainer.dataloader.source.tokenizer_path, eos_id)
     return trainer
 
 

@@ -3,14 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import processes
 from tests.unit.models.conftest import small_model
 from torchtitan_deltaproduct.checkpoint import hf, load_model, ls, to_hf, verify
 from torchtitan_deltaproduct.checkpoint.from_hf import import_hf
@@ -143,36 +143,14 @@ def toy_run(tmp_path_factory):
     return folder.parent / "run"
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-from torchtitan_deltaproduct.checkpoint import hf
-count = [0]
-def counted(function):
-    def call(*given):
-        count[0] += 1
-        if count[0] == int(sys.argv[2]):
-            os.kill(os.getpid(), 9)
-        return function(*given)
-    return call
-os.rename, os.replace, hf.exchange = counted(os.rename), counted(os.replace), counted(hf.exchange)
-if sys.argv[3] == "nfs":
-    def exchange(*_):
-        raise OSError(22, "Invalid argument")
-    hf.exchange = exchange
-out = Path(sys.argv[1])
-unfinished = hf.make_unfinished(out)
-(unfinished / "new").touch()
-hf.put_in_place(unfinished, out)
-"""
-
-
 @pytest.mark.parametrize(("system", "moment"), [("local", 1), ("local", 2), ("nfs", 1), ("nfs", 2), ("nfs", 3)])
-def test_a_kill_while_a_model_is_replaced(tmp_path, system, moment):
+def test_a_kill_while_a_model_is_replaced(tmp_path, tmp_path_factory, system, moment):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").touch()
-    subprocess.run([sys.executable, "-c", KILLED, str(out), str(moment), system])
+    words = ["-m", "tests.unit.checkpoint.killed_replacement", str(out), str(moment), system]
+    code = processes.start(words, tmp_path_factory.mktemp("log") / "log").wait()
+    assert code == (0 if (system, moment) in (("local", 2), ("nfs", 3)) else -signal.SIGKILL)
     if not out.exists():
         assert system == "nfs"
         make_unfinished(out).rmdir()

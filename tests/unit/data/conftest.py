@@ -2,11 +2,12 @@
 
 import json
 import random
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, normalizers, trainers
 
 from torchtitan_deltaproduct.data.shards.manifest import Manifest, write_manifest
 from torchtitan_deltaproduct.data.shards.shards import ShardWriter
@@ -14,42 +15,10 @@ from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, tokenize
 from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
 
 
-@dataclass
-class Config:
-    """The fields of `[data]`, without importing the job config (and torchtitan with it)."""
-
-    kind: str = "prepared"
-    paths: list[str] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    seed: int = 0
-    shuffle: bool = True
-    reset_state_at_documents: bool = False
-    dataset: str = ""
-    dataset_config: str = ""
-    split: str = "train"
-    text_field: str = "text"
-    eos: str = ""
-    shuffle_buffer: int = 0
-    num_workers: int = 0
-    prefetch_factor: int = 2
-
-
 def make_corpus(folder: Path, files: int, seed: int = 0) -> Path:
     """Text files of words, with multi-byte characters, DOS line ends and a spelled-out special token."""
     rng = random.Random(seed)
-    words = [
-        "def",
-        "return",
-        "naïve",
-        "日本語",
-        "x = 1\r\n",
-        "    ",
-        "<|endoftext|>",
-        "\t",
-        "🙂",
-        "lambda",
-        "0123",
-    ]
+    words = ["def", "return", "naïve", "日本語", "x = 1\r\n", "    ", "<|endoftext|>", "\t", "🙂", "lambda", "0123"]
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(files):
         words.append(f"{rng.getrandbits(40):x}")
@@ -76,6 +45,20 @@ def tokenizer(tmp_path_factory) -> str:
     corpus = make_corpus(root / "corpus", files=20)
     train_tokenizer([str(corpus)], vocab_size=400, out=str(root / "tok"))
     return str(root / "tok")
+
+
+def save_sentencepiece(folder: Path, texts: list[str]) -> None:
+    """A vocabulary like Mistral's: spaces as ▁, one put before the text, bytes for unknown characters."""
+    inner = HfTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(steps)
+    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    inner.train_from_iterator(texts, trainer)
+    description = json.loads(inner.to_str())
+    description["added_tokens"] = description["added_tokens"][:2]
+    (folder / "tokenizer.json").write_text(json.dumps(description))
 
 
 def make_set(folder: Path, tokenizer: str, shards: list[list[int]], seed: int = 0) -> list[list[int]]:

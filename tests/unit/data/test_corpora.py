@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from torchtitan_deltaproduct.config import Environment, load_config
+from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader, separator_id
 from torchtitan_deltaproduct.data.check import check_data
 from torchtitan_deltaproduct.data.held_out import held_out_text
@@ -18,7 +19,7 @@ from torchtitan_deltaproduct.data.show import main as show
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-from .conftest import Config, make_set
+from .conftest import make_set
 
 CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 SIZES = {"seq_len": 16, "local_batch_size": 4, "global_batch_size": 4}
@@ -142,15 +143,15 @@ def test_batches_are_those_of_a_prepared_folder(tmp_path, tokenizer, corpus):
     write_megatron(tmp_path / "same", [[document] for document in made])
     options = {"reset_state_at_documents": True, "seed": 3}
     ours, theirs = (
-        build_loader(Config(paths=[str(path)], **options), **SIZES, tokenizer_path=tokenizer)
+        build_loader(Data(paths=[str(path)], **options), **SIZES, tokenizer_path=tokenizer)
         for path in (tmp_path / "prepared", tmp_path / "same")
     )
     for (a, labels_a), (b, labels_b), _ in zip(ours, theirs, range(60), strict=False):
         assert torch.equal(labels_a, labels_b) and all(torch.equal(a[key], b[key]) for key in a)
-    both = Config(paths=[str(tmp_path / "prepared"), str(corpus)], weights=[1, 3], num_workers=1, **options)
+    both = Data(paths=[str(tmp_path / "prepared"), str(corpus)], weights=[1, 3], num_workers=1, **options)
     mixed = build_loader(both, **SIZES, tokenizer_path=tokenizer)
     first = [labels for (_, labels), _ in zip(mixed, range(20), strict=False)]
-    assert "300 documents" in mixed.describe() and mixed.tokenizer_path == str(tmp_path / "prepared/tokenizer")
+    assert "300 documents" in mixed.describe() and mixed.source.tokenizer_path == str(tmp_path / "prepared/tokenizer")
     later = build_loader(both, **SIZES, tokenizer_path=tokenizer)
     later.load_state_dict({**mixed.state_dict(), "sample": 40})
     assert torch.equal(next(iter(later))[1], first[10])
@@ -163,7 +164,7 @@ def test_batches_are_those_of_a_prepared_folder(tmp_path, tokenizer, corpus):
     raw[0] ^= 1
     write_megatron(tmp_path / "other", [[document] for document in documents], code=4)
     (tmp_path / "other.bin").write_bytes(raw)
-    changed = Config(**{**vars(both), "paths": [both.paths[0], str(tmp_path / "other")]})
+    changed = Data(**{**vars(both), "paths": [both.paths[0], str(tmp_path / "other")]})
     with pytest.raises(DataError, match="another sequence of samples"):
         build_loader(changed, **SIZES, tokenizer_path=tokenizer).load_state_dict(mixed.state_dict())
 

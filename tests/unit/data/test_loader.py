@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.shards.prepared import PreparedSource, open_streams
 from torchtitan_deltaproduct.errors import ConfigError, DataError
-
-from .conftest import Config
 
 T, GLOBAL = 16, 16
 
@@ -51,7 +50,7 @@ def global_batches(config, local, world, steps, state=None):
 
 @pytest.fixture
 def mixture(sets):
-    return Config(paths=[sets["a"], sets["b"]], weights=[0.7, 0.3], seed=3, reset_state_at_documents=True)
+    return Data(paths=[sets["a"], sets["b"]], weights=[0.7, 0.3], seed=3, reset_state_at_documents=True)
 
 
 @pytest.mark.parametrize("local, world", [(16, 1), (1, 1), (4, 2), (2, 4), (1, 8), (2, 8), (1, 16)])
@@ -61,7 +60,7 @@ def test_global_batches_do_not_depend_on_ranks_or_accumulation(mixture, local, w
 
 
 def test_batches_are_the_windows_of_the_order(sets):
-    config = Config(paths=[sets["a"], sets["b"]], shuffle=True, seed=1)
+    config = Data(paths=[sets["a"], sets["b"]], shuffle=True, seed=1)
     source = PreparedSource(open_streams(config.paths, ""), [], T, 1, True, False)
     assert sum(source.bounds[1:] - source.bounds[:-1]) == source.bounds[-1]
     _, windows = source.sequence(np.arange(GLOBAL))
@@ -116,7 +115,7 @@ def test_state_is_the_same_on_all_ranks(mixture):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_batches_or_state(mixture, workers):
-    with_workers = Config(**{**vars(mixture), "num_workers": workers, "prefetch_factor": 3})
+    with_workers = Data(**{**vars(mixture), "num_workers": workers, "prefetch_factor": 3})
     plain, parallel = loader(mixture), loader(with_workers)
     assert torch.equal(take(plain, 25), take(parallel, 25))
     assert parallel.state_dict() == plain.state_dict()
@@ -134,7 +133,7 @@ def test_loading_draws_nothing_from_the_global_generator(mixture):
 
 
 def test_mixture_shares_are_exact(sets):
-    config = Config(paths=[sets["a"], sets["b"]], weights=[3, 1])
+    config = Data(paths=[sets["a"], sets["b"]], weights=[3, 1])
     one = loader(config, local=GLOBAL)
     take(one, 50)
     sizes = [PreparedSource(open_streams([path], ""), [], T, 0, True, False).bounds[-1] for path in config.paths]
@@ -142,26 +141,20 @@ def test_mixture_shares_are_exact(sets):
 
 
 def test_without_weights_every_window_comes_once_an_epoch(sets):
-    config = Config(paths=[sets["a"], sets["b"]])
+    config = Data(paths=[sets["a"], sets["b"]])
     windows = int(PreparedSource(open_streams(config.paths, ""), [], T, 0, True, False).bounds[-1])
     rows = take(loader(config, local=1, global_batch=1), windows)[:, 0, :, 0]
-    in_order = Config(paths=config.paths, shuffle=False)
+    in_order = Data(paths=config.paths, shuffle=False)
     expected = take(loader(in_order, local=1, global_batch=1), windows)[:, 0, :, 0]
     assert sorted(rows.tolist()) == sorted(expected.tolist()) and rows.tolist() != expected.tolist()
 
 
 def test_fingerprint_and_position_notice_what_changes_the_samples(sets, tmp_path):
-    base = Config(paths=[sets["a"]])
+    base = Data(paths=[sets["a"]])
     state, prints = loader(base).state_dict(), {loader(base).state_dict()["order"]}
-    changes = {
-        "seed": 1,
-        "shuffle": False,
-        "reset_state_at_documents": True,
-        "paths": [sets["b"]],
-        "weights": [1.0],
-    }
+    changes = {"seed": 1, "shuffle": False, "reset_state_at_documents": True, "paths": [sets["b"]], "weights": [1.0]}
     for key, value in changes.items():
-        changed = loader(Config(**{**vars(base), key: value}))
+        changed = loader(Data(**{**vars(base), key: value}))
         prints.add(changed.state_dict()["order"])
         if key != "weights":
             with pytest.raises(DataError, match=key if key != "paths" else "data"):
@@ -170,7 +163,7 @@ def test_fingerprint_and_position_notice_what_changes_the_samples(sets, tmp_path
     assert len(prints) == 7
     # What only cuts the sequence differently, or where the folder lies, is the same data.
     moved = shutil.copytree(sets["a"], tmp_path / "moved")
-    same = loader(Config(paths=[str(moved)], num_workers=1), local=8, rank=1, world=2)
+    same = loader(Data(paths=[str(moved)], num_workers=1), local=8, rank=1, world=2)
     assert same.state_dict()["order"] == loader(base).state_dict()["order"]
     same.load_state_dict(state)
 
@@ -178,17 +171,17 @@ def test_fingerprint_and_position_notice_what_changes_the_samples(sets, tmp_path
 def test_user_errors(sets, tokenizer, tmp_path):
     a = sets["a"]
     with pytest.raises(ConfigError, match="data.paths is empty"):
-        loader(Config())
+        loader(Data())
     with pytest.raises(ConfigError, match="2 entries and data.paths 1"):
-        loader(Config(paths=[a], weights=[1, 2]))
+        loader(Data(paths=[a], weights=[1, 2]))
     with pytest.raises(ConfigError, match="global_batch_size = 16 is not a multiple .* 3 x 2 = 6"):
-        loader(Config(paths=[a]), local=3, world=2)
+        loader(Data(paths=[a]), local=3, world=2)
     with pytest.raises(ConfigError, match="known kinds: prepared, streaming"):
-        loader(Config(kind="prepare"))
+        loader(Data(kind="prepare"))
     with pytest.raises(DataError, match="less than one window of seq_len = 100,000"):
-        loader(Config(paths=[a]), seq_len=100_000)
+        loader(Data(paths=[a]), seq_len=100_000)
     with pytest.raises(DataError, match="There is no folder"):
-        loader(Config(paths=[str(tmp_path / "nothing")]))
+        loader(Data(paths=[str(tmp_path / "nothing")]))
     with pytest.raises(DataError, match="version 7"):
-        loader(Config(paths=[a])).load_state_dict({"version": 7})
-    loader(Config(paths=[a]), tokenizer_path=tokenizer)
+        loader(Data(paths=[a])).load_state_dict({"version": 7})
+    loader(Data(paths=[a]), tokenizer_path=tokenizer)

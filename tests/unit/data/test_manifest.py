@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.held_out import held_out_text
 from torchtitan_deltaproduct.data.shards import manifest, verified
@@ -21,7 +22,7 @@ from torchtitan_deltaproduct.data.show import verify
 from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-from .conftest import Config, make_corpus, make_set
+from .conftest import make_corpus, make_set
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def folder(sets, tmp_path) -> Path:
 
 def use(folder, **options):
     sizes = {"seq_len": 8, "local_batch_size": 1, "global_batch_size": 1}
-    return build_loader(Config(paths=[str(folder)]), **sizes, **options)
+    return build_loader(Data(paths=[str(folder)]), **sizes, **options)
 
 
 def test_truncated_shard(folder):

@@ -236,10 +236,7 @@ def test_split_by_file(tmp_path, tokenizer):
     for number in range(40):
         make_jsonl(tmp_path / "in" / f"{number}.jsonl", 3, seed=number)
     out = tmp_path / "out"
-    prepare(
-        Settings(str(out), tokenizer, [str(tmp_path / "in")], validation_fraction=0.3, split_by="file"),
-        workers=1,
-    )
+    prepare(Settings(str(out), tokenizer, [str(tmp_path / "in")], validation_fraction=0.3, split_by="file"), workers=1)
     held_out = read_manifest(out / "validation").documents
     assert held_out % 3 == 0 and 0 < held_out < 120
 
@@ -265,14 +262,7 @@ def test_bad_records_are_named_counted_and_skipped(tmp_path, tokenizer, capsys):
     bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
     named = [(Path(entry["file"]).name, entry["position"]) for entry in bad]
     assert named == [("a.jsonl", f"line {n}") for n in (2, 3, 4, 5, 9, 10)] + [("b.txt", "line 3")]
-    reasons = [
-        "invalid JSON",
-        "no field 'text'; fields: body",
-        "is int, expected",
-        "found list",
-        "UTF-8",
-        "lone",
-    ]
+    reasons = ["invalid JSON", "no field 'text'; fields: body", "is int, expected", "found list", "UTF-8", "lone"]
     for entry, expected in zip(bad, reasons, strict=False):
         assert expected in entry["reason"]
     assert (read_manifest(out).bad_records, read_manifest(out).empty_documents) == (7, 1)

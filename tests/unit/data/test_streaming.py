@@ -8,11 +8,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
-from .conftest import Config
 from .test_loader import take
 
 datasets = pytest.importorskip("datasets")
@@ -31,7 +31,7 @@ def rows(tmp_path_factory):
 
 
 def loader(rows, tokenizer, local=GLOBAL, rank=0, world=1, **options):
-    config = Config(kind="streaming", dataset=str(rows[0]), reset_state_at_documents=True, **options)
+    config = Data(kind="streaming", dataset=str(rows[0]), reset_state_at_documents=True, **options)
     return build_loader(
         config,
         seq_len=T,
@@ -192,7 +192,7 @@ def test_text_that_the_tokenizer_cannot_write_is_said(rows, tmp_path, caplog):
 
 def test_a_dataset_that_cannot_be_read_on_is_one_error(tokenizer, tmp_path, monkeypatch):
     """What `datasets` raises in the middle of a dataset of its own names the row it came to."""
-    from torchtitan_deltaproduct.data.text import records
+    from torchtitan_deltaproduct.data.text import arrow
 
     class Broken:
         def load_state_dict(self, state): ...
@@ -208,6 +208,6 @@ def test_a_dataset_that_cannot_be_read_on_is_one_error(tokenizer, tmp_path, monk
             yield from (pyarrow.table({"text": ["fine " * 50]}) for _ in range(300))
             raise datasets.exceptions.DatasetGenerationError("an error while generating")
 
-    monkeypatch.setattr(records, "open_dataset", lambda *_, **__: Broken())
+    monkeypatch.setattr(arrow, "open_dataset", lambda *_, **__: Broken())
     with pytest.raises(DataError, match="cannot be read on after row 300: an error while generating"):
         take(loader(("nobody/set", []), tokenizer), 1000)

@@ -79,10 +79,7 @@ class Scripted:
 
     def __init__(self, monkeypatch, vocabulary, tokens):
         rows = iter(torch.nn.functional.one_hot(torch.tensor(tokens), 400).double() * 9)
-        monkeypatch.setattr(
-            f"{HERE}.generate.decoding.read_prompts",
-            lambda *_: (next(rows).unsqueeze(0), None),
-        )
+        monkeypatch.setattr(f"{HERE}.generate.decoding.read_prompts", lambda *_: (next(rows).unsqueeze(0), None))
         monkeypatch.setattr(f"{HERE}.generate.decoding.step", lambda *_: (next(rows).unsqueeze(0), None))
 
 

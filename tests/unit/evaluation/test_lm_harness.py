@@ -379,15 +379,13 @@ def test_help_is_ours_and_theirs_is_one_word_away(here, capsys):
     assert ended.value.code == 0 and "--num_fewshot" in capsys.readouterr().out
 
 
-def test_without_lm_eval(toy_run):
-    """In a process that cannot import it, the reason and the cure."""
-    code = "import sys; sys.modules['lm_eval'] = None; sys.argv = ['x', 'RUN']\n" \
-        "from torchtitan_deltaproduct.errors import exit_on_user_error\n" \
-        "from eval.lm_harness import main; exit_on_user_error(main)"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[0].startswith("error: the package lm-eval is not installed")
-    assert done.stderr.splitlines()[1:] == [lm_harness.INSTALL]
+def test_without_lm_eval(monkeypatch):
+    """The reason and the cure; that it is not imported before, test_house tells."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError) as refused:
+        lm_harness.main(["RUN"])
+    first, cure = str(refused.value).splitlines()
+    assert first.startswith("the package lm-eval is not installed") and cure == lm_harness.INSTALL
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torchtitan_deltaproduct.data.generated.group_words import GroupWordSource
 from torchtitan_deltaproduct.data.generated.languages import FormalSource
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.evaluation import state_tracking
-from torchtitan_deltaproduct.evaluation.state_tracking.problems import count_words, model_reader, problem_of
+from torchtitan_deltaproduct.evaluation.state_tracking.problems import Problem, model_reader, problem_of
 from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, Share, by_setting
 from torchtitan_deltaproduct.intervals import wilson
 from torchtitan_deltaproduct.models import DeltaProductLM
@@ -38,6 +38,11 @@ def small_model(vocab=6, **fields):
         for parameter in model.parameters():
             parameter.mul_(20)
     return model.double()
+
+
+def count(read, source, words, *options, **more):
+    """Right answers in the words of one source."""
+    return Problem("", False, 8, source.seq_len, 0.1, (source,), 0).count(read, words, *options, **more)
 
 
 def perfect(source, wrong_at=()):
@@ -89,14 +94,14 @@ def test_segments_change_nothing(fields):
     inputs, labels = source.batch(np.arange(12))
     right = model(inputs["input"]).argmax(-1) == labels
     for rows, segment in [(12, 50), (5, 1), (3, 7), (100, 1000)]:
-        counts = count_words(model_reader(model), source, 12, rows, segment)
+        counts = count(model_reader(model), source, 12, rows, segment)
         assert counts.correct.tolist() == right.sum(0).tolist()
         assert counts.prefix.tolist() == right.cumprod(1).sum(0).tolist()
 
 
 def test_perfect_answers():
     source = GroupWordSource("S5", 40, split="test")
-    counts = count_words(perfect(source), source, 50, rows=16, segment=9)
+    counts = count(perfect(source), source, 50, rows=16, segment=9)
     assert (counts.correct == 50).all() and (counts.prefix == 50).all() and (counts.accuracy() == 1).all()
     low, high = wilson(counts.correct, counts.scored)
     assert low == pytest.approx(np.full(40, 50 / (50 + 1.959964**2)), abs=1e-6) and (high == 1).all()
@@ -104,7 +109,7 @@ def test_perfect_answers():
 
 def test_one_mistake_ends_the_prefix():
     source = GroupWordSource("S3", 30, split="test")
-    counts = count_words(perfect(source, wrong_at={17}), source, 10, segment=8)
+    counts = count(perfect(source, wrong_at={17}), source, 10, segment=8)
     assert counts.correct.tolist() == [10] * 17 + [0] + [10] * 12
     assert counts.prefix.tolist() == [10] * 17 + [0] * 13
     assert counts.between(17, 19) == (20, 30)
@@ -116,7 +121,7 @@ def test_positions_without_a_label_do_not_count():
     def silent(tokens, cache):
         return torch.zeros(*tokens.shape, 6), None
 
-    counts = count_words(silent, source, 20, segment=5)
+    counts = count(silent, source, 20, segment=5)
     labelled = [0, 0, 20] * 4
     assert counts.scored.tolist() == labelled
     assert np.isnan(counts.accuracy()[[0, 1, 3, 4]]).all() and counts.prefix[:2].tolist() == [20, 20]
@@ -157,10 +162,18 @@ def test_settings_and_seeds():
     ]  # fmt: skip
     share = Share.of(settings[1].solved(Criterion()), 2)
     assert share.value == 0.5 and 0.09 < share.low < 0.1 and 0.9 < share.high < 0.91
-    assert settings[1].mean("at_length") == 0.75
+    assert settings[1].spread("at_length")["mean"] == 0.75
     assert [r.solved(Criterion()) for r in runs] == [False, True, False, False, True]
     assert not flat(0.98).solved(Criterion())
     assert flat(0.98).solved(Criterion(at_training=0.98))
+
+
+def test_results_are_read_back(tmp_path):
+    """By a sweep or a grid, which compare runs from their files alone."""
+    (setting,) = by_setting([flat(1.0, seed=1), flat(0.5, seed=2)])
+    state_tracking.write_json(tmp_path / "state_tracking.json", [setting], Criterion(), {})
+    (again,) = state_tracking.read_settings([tmp_path / "state_tracking.json"])
+    assert again.to_dict(Criterion()) == setting.to_dict(Criterion()) and again.label == setting.label
 
 
 def test_command(run, tmp_path, capsys):

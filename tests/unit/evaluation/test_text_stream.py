@@ -1,12 +1,10 @@
 """Streamed text equals the decoder's for byte-level and SentencePiece vocabularies; stop strings across tokens."""
 
-import json
 import random
 
 import pytest
-from tokenizers import Tokenizer as HfTokenizer
-from tokenizers import decoders, models, normalizers, trainers
 
+from tests.unit.data.conftest import save_sentencepiece
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer
 from torchtitan_deltaproduct.evaluation.generate.vocabulary import MOST_PENDING, StopStrings, TextStream
 
@@ -22,18 +20,8 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
-    """A vocabulary like Mistral's: spaces as ▁, one put before the text, bytes for unknown characters."""
-    inner = HfTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    inner.decoder = decoders.Sequence(steps)
-    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
-    inner.train_from_iterator(["plain", "text", "two", "naïve", "return", "ends", "in", "half", "x"] * 3, trainer)
-    description = json.loads(inner.to_str())
-    description["added_tokens"] = description["added_tokens"][:2]
     folder = tmp_path_factory.mktemp("pieces")
-    (folder / "tokenizer.json").write_text(json.dumps(description))
+    save_sentencepiece(folder, ["plain", "text", "two", "naïve", "return", "ends", "in", "half", "x"] * 3)
     return load_tokenizer(folder)
 
 

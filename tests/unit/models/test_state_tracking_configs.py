@@ -50,7 +50,7 @@ def test_config(path):
     sets = held_out_lengths(
         config.data, seq_len=training.seq_len, lengths=validation.lengths, local_batch_size=2, samples=2
     )
-    assert loader.vocab_size == args.vocab_size and max(sets) >= 4 * training.seq_len
+    assert loader.source.vocab_size == args.vocab_size and max(sets) >= 4 * training.seq_len
     if stated := re.search(r"(?:Words|Rows): ([\d,]+) = ([\d,]+) steps of ([\d,]+)", head):
         total, steps, batch = (int(number.replace(",", "")) for number in stated.groups())
         assert (steps, batch) == (training.steps, training.global_batch_size) and total == steps * batch

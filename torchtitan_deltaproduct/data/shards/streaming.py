@@ -34,7 +34,7 @@ from ..loader import Batch, Geometry, Loader
 from ..packing import read_windows
 from ..text.arrow import check_no_split, is_saved_dataset
 from ..text.documents import BadRecord, Document
-from ..text.records import open_records
+from ..text.sources import open_records
 from ..text.tokenizer import MOST_UNKNOWN, Tokenizer, load_tokenizer, tokenizer_sha256
 from .order import Permutation
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torchtitan_deltaproduct.errors import ConfigError, DataError, UserError, first_line
 
-from .documents import Entry, Unit, no_field, text_of
+from .documents import BadRecord, Document, Entry, Unit, no_field, text_of
 from .files import SUFFIXES, kind_of
 
 ROWS_AT_ONCE = 256
@@ -170,3 +170,33 @@ def read_dataset(unit: Unit, name: str) -> Iterator[Entry]:
 @lru_cache(maxsize=1)
 def _cached_dataset(name: str, config: str, split: str):
     return open_dataset(name, config, split, streaming=False)
+
+
+class DatasetRecords:
+    """The rows of a dataset, downloaded as they are read. Its state is that of `datasets`, and the rows before."""
+
+    def __init__(self, name: str, config: str, split: str, field: str):
+        self.name, self.field, self.row = name, field, 0
+        # As Arrow tables: a text that is not UTF-8 is then a bad record, and not the end.
+        self.dataset = open_dataset(name, config, split, streaming=True).with_format("arrow")
+
+    def state_dict(self) -> dict:
+        return {"dataset": self.dataset.state_dict(), "row": self.row}
+
+    def load_state_dict(self, state: dict | None) -> None:
+        self.dataset.load_state_dict(state["dataset"] if state else None)
+        self.row = state["row"] if state else 0
+
+    def __iter__(self) -> Iterator[Document | BadRecord]:
+        import datasets
+        import pyarrow
+
+        try:
+            for table in self.dataset:
+                check_column(f"dataset {self.name}", self.field, table.schema)
+                for value in column_values(table.column(self.field)):
+                    text, reason = text_of(value, self.field)
+                    self.row += 1
+                    yield BadRecord(self.name, f"row {self.row}", reason) if reason else Document(text, self.name)
+        except (OSError, ValueError, IndexError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"dataset {self.name} cannot be read on after row {self.row}: {error}") from None

@@ -10,6 +10,10 @@
     units = plan_units(["corpus/"], field="text", unit_bytes=1 << 26)
     for record in read_unit(units[0]): ...          # Document, or BadRecord: the file, the line, the reason
 
+    records = open_records("corpus/", config="", split="train", field="text")      # or a name of `datasets`
+    for record in records: ...                      # one after the other, for `kind = "streaming"` and evals
+    state = records.state_dict()                    # load_state_dict(state): goes on with the next record
+
 All but Parquet may be packed, as .gz or .zst. A document never spans two units, and the cut depends on the inputs
 alone, so any number of processes may share them.
 """
@@ -19,16 +23,20 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 from torchtitan_deltaproduct.errors import DataError
 
-from .arrow import parquet_units, read_dataset, read_parquet
+from .arrow import DatasetRecords, check_no_split, is_saved_dataset, parquet_units, read_dataset, read_parquet
 from .documents import BadRecord, Document, Entry, Unit, no_field, text_of
 from .files import READ_ERRORS, UTF8_BOM, begins_as_list, kind_of, list_files, open_unpacked, warn_of_json
 
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+UNIT_BYTES = 64 << 20
+"""Of a unit of a local file: what a restart reads again at most."""
 
 
 def plan_units(inputs: Iterable[str | Path], field: str, unit_bytes: int) -> list[Unit]:
@@ -206,3 +214,50 @@ READERS = {
     "csv": ("line", _read_csv), "parquet": ("row", read_parquet), "dataset": ("row", read_dataset),
 }  # fmt: skip
 """What a place in a file is called, and what reads it."""
+
+
+def open_records(name: str, config: str, split: str, field: str) -> "LocalRecords | DatasetRecords":
+    """The records of files, a folder, or a dataset of `datasets`; DataError if there are none, or without `field`."""
+    if Path(name).exists() and not is_saved_dataset(name):
+        check_no_split(name, split, config)
+        return LocalRecords(name, field)
+    return DatasetRecords(name, config, split, field)
+
+
+class LocalRecords:
+    """The records of a file or folder, as `prepare` reads them. Its state is the unit and the records read of it."""
+
+    def __init__(self, name: str, field: str):
+        try:
+            self.units = plan_units([name], field, UNIT_BYTES)
+        except DataError as error:
+            raise DataError(f"The dataset {name!r} cannot be opened: {error}") from None
+        self.unit = self.records = 0
+        first = next((unit for unit in self.units if unit.kind == "json"), None)
+        columns = _columns(first) if first else []
+        if columns and field not in columns:
+            raise DataError(no_field(first.paths[0], field, columns))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"unit": self.unit, "records": self.records}
+
+    def load_state_dict(self, state: dict[str, int] | None) -> None:
+        self.unit, self.records = (state["unit"], state["records"]) if state else (0, 0)
+
+    def __iter__(self) -> Iterator[Document | BadRecord]:
+        while self.unit < len(self.units):
+            for record in islice(read_unit(self.units[self.unit]), self.records, None):
+                self.records += 1
+                yield record
+            self.unit, self.records = self.unit + 1, 0
+
+
+def _columns(unit: Unit) -> list[str]:
+    """The fields of the first JSON object in a unit; none if there is no object near its start."""
+    # What is damaged is named when it is read.
+    with suppress(*READ_ERRORS):
+        for line in islice(lines_of(unit), 256):
+            with suppress(ValueError, RecursionError):
+                if isinstance(record := json.loads(line.removeprefix(UTF8_BOM)), dict):
+                    return list(record)
+    return []

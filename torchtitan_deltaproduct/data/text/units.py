@@ -96,8 +96,7 @@ def tokenize_units(
 ) -> list[dict]:  # fmt: skip
     """Tokenises the units that are not in `done`; returns the records of all, in order; of all in `numbers` if given.
 
-    Raises:
-        DataError: more than `max_bad_records` records are unreadable, the disk is full, or a worker died.
+    DataError: more than `max_bad_records` records are unreadable, the disk is full, or a worker died.
     """
     numbers = range(len(units)) if numbers is None else numbers
     todo = [number for number in numbers if number not in done]

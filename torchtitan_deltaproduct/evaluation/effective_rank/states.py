@@ -33,29 +33,25 @@ CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 8 << 20, 512 << 20
 
 @dataclass(frozen=True)
 class Glimpse:
-    """What the operator of one layer did with T tokens of each sequence; tensors are in its compute dtype.
-
-    Attributes:
-        layer: its index.
-        num_householder: n.
-        k: [B, T*n, H, K] keys, normalised.
-        beta: [B, T*n, H].
-        g: [B, T, H] log decay, or None.
-        written: [B, T*n, H, V] X: micro-step r adds k_r X_r^T to the state.
-        before: [B, H, K, V] the state before.
-        every: chosen are the tokens whose number, counted from 1 at the start of the sequence, is a multiple of it.
-        offset: tokens before these since the last multiple.
-    """
+    """What the operator of one layer did with T tokens of each sequence; tensors are in its compute dtype."""
 
     layer: int
     num_householder: int
+    """n."""
     k: Tensor
+    """[B, T*n, H, K] keys, normalised."""
     beta: Tensor
+    """[B, T*n, H]."""
     g: Tensor | None
+    """[B, T, H] log decay."""
     written: Tensor
+    """[B, T*n, H, V] X: micro-step r adds k_r X_r^T to the state."""
     before: Tensor
+    """[B, H, K, V] the state before."""
     every: int
+    """Chosen are the tokens whose number, counted from 1 at the start of the sequence, is a multiple of it."""
     offset: int
+    """Tokens before these since the last multiple."""
 
     @property
     def positions(self) -> int:
@@ -132,13 +128,9 @@ def _added(keys: Tensor, written: Tensor, n: int, between: bool) -> Tensor:
 
 @torch.no_grad()
 def walk(
-    model: DeltaProductLM,
-    tokens: Tensor,
-    cache: list[MixerCache],
-    look: Callable[[Glimpse], None],
-    every: int = 1,
+    model: DeltaProductLM, tokens: Tensor, cache: list[MixerCache], look: Callable[[Glimpse], None], every: int = 1,
     offset: int = 0,
-) -> list[MixerCache]:
+) -> list[MixerCache]:  # fmt: skip
     """Reads the next tokens [B, T] int64, T at least 1, and shows what each layer does with them.
 
     From the `cache` of `models.decode.init_cache`, or of an earlier call, to that after the last token; `look` is

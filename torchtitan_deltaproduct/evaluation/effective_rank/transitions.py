@@ -41,25 +41,22 @@ def transition_eigenvalues(k: Tensor, beta: Tensor, g: Tensor | None = None) -> 
 
 @dataclass
 class Tally:
-    """Counts over tokens; L layers, H heads, n Householders. All tokens, but for eigenvalues the chosen ones alone.
-
-    Attributes:
-        beta: [L, H, n, BETA_BINS].
-        beta_sum: [L, H, n] float64.
-        plane: [L, H, PLANE_BINS, PLANE_BINS], real part by imaginary part.
-        modulus: [L, H, MODULUS_BINS].
-        rotating: [L, H] eigenvalues that are complex.
-        negative: [L, H] eigenvalues whose real part is below 0.
-        tokens: [L] read.
-    """
+    """Counts over tokens; L layers, H heads, n Householders. All tokens, but for eigenvalues the chosen ones alone."""
 
     beta: np.ndarray
+    """[L, H, n, BETA_BINS]."""
     beta_sum: np.ndarray
+    """[L, H, n] float64."""
     plane: np.ndarray
+    """[L, H, PLANE_BINS, PLANE_BINS], real part by imaginary part."""
     modulus: np.ndarray
+    """[L, H, MODULUS_BINS]."""
     rotating: np.ndarray
+    """[L, H] eigenvalues that are complex."""
     negative: np.ndarray
+    """[L, H] eigenvalues whose real part is below 0."""
     tokens: np.ndarray
+    """[L] read."""
 
     @classmethod
     def empty(cls, args: DeltaProductArgs) -> "Tally":

@@ -28,21 +28,17 @@ SEGMENT = 2048
 
 @dataclass(frozen=True)
 class Settings:
-    """When a text ends, and how its tokens are chosen; ConfigError if a value is out of range.
-
-    Attributes:
-        tokens: the most to add to a prompt.
-        stops: strings that end a text; it is cut before the first of them.
-        sampling: how tokens are chosen.
-        stop_at_separator: whether the end of the document ends the text.
-        segment: tokens of a prompt read at a time; changes nothing beyond rounding.
-    """
+    """When a text ends, and how its tokens are chosen; ConfigError if a value is out of range."""
 
     tokens: int = 128
+    """The most to add to a prompt."""
     stops: Sequence[str] = ()
+    """Strings that end a text; it is cut before the first of them."""
     sampling: Sampling = field(default_factory=Sampling)
     stop_at_separator: bool = True
+    """Whether the end of the document ends the text."""
     segment: int = SEGMENT
+    """Tokens of a prompt read at a time; changes nothing beyond rounding."""
 
     def __post_init__(self):
         for name in ("tokens", "segment"):
@@ -52,19 +48,15 @@ class Settings:
 
 @dataclass
 class Continuation:
-    """What follows a prompt.
-
-    Attributes:
-        stream: makes text of its tokens.
-        tokens: the ids added; a separator that ended the text is the last of them.
-        pieces: of `text`.
-        reason: it ended by `separator`, `stop` (a string) or `length`.
-    """
+    """What follows a prompt."""
 
     stream: TextStream = field(repr=False, compare=False)
     tokens: list[int] = field(default_factory=list)
+    """The ids added; a separator that ended the text is the last of them."""
     pieces: list[str] = field(default_factory=list)
+    """Of `text`."""
     reason: str = ""
+    """It ended by `separator`, `stop` (a string) or `length`."""
 
     @property
     def text(self) -> str:
@@ -89,20 +81,13 @@ class Continuation:
 
 
 def continue_prompts(
-    model: DeltaProductLM,
-    vocabulary: Vocabulary,
-    prompts: list[list[int]],
-    settings: Settings,
-    seeds: list[int] | None = None,
-    show: Callable[[int, str], None] | None = None,
-) -> list[Continuation]:
-    """Continues a batch of prompts.
+    model: DeltaProductLM, vocabulary: Vocabulary, prompts: list[list[int]], settings: Settings,
+    seeds: list[int] | None = None, show: Callable[[int, str], None] | None = None,
+) -> list[Continuation]:  # fmt: skip
+    """Continues a batch of prompts; no tokens but those of the vocabulary are said.
 
     Args:
-        model: the model.
-        vocabulary: of the prompts; no other tokens are said.
         prompts: ids; an empty one begins with the separator, as a document does in training.
-        settings: what to say, and how much.
         seeds: for each prompt, 0 by default: the same seed and prompt say the same in any batch.
         show: called after each token with the place of its prompt and the text that is certain now, perhaps none.
 
@@ -134,10 +119,9 @@ def continue_prompts(
 def read_prompts(
     model: DeltaProductLM, prompts: list[list[int]], segment: int = SEGMENT
 ) -> tuple[Tensor, list[MixerCache]]:
-    """Reads prompts of any lengths, at least one token each, `segment` tokens at a time, which bounds the memory.
+    """Logits [B, vocab] of what follows prompts of any lengths, at least one token each, and the cache after them.
 
-    Returns:
-        Logits [B, vocab] of what follows each prompt, and the cache after them.
+    `segment` tokens are read at a time, which bounds the memory.
     """
     device = model.tok_embeddings.weight.device
     # Longest first: those that are still being read are always the first rows.

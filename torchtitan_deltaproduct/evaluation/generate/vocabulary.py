@@ -47,12 +47,7 @@ class Vocabulary:
 def open_vocabulary(
     loaded: LoadedModel, folder: str | Path | None = None, eos: str = "", option: str = "--eos TOKEN"
 ) -> Vocabulary:
-    """The tokenizer that a model was trained with.
-
-    Args:
-        loaded: the model.
-        folder: with tokenizer.json; None: the one found beside the model.
-        eos, option: text of the separator, and the user's option for it; see `LoadedModel.separator`.
+    """The tokenizer of a folder (None: the one found beside the model); for the rest see `LoadedModel.separator`.
 
     Raises:
         ConfigError: there is none, or it has more tokens than the model. DataError: it cannot be read, or no separator
@@ -75,13 +70,7 @@ def open_vocabulary(
 
 
 class TextStream:
-    """The text of a growing sequence.
-
-    Args:
-        tokenizer: whose tokens come.
-        prompt: the ids before them, which are not shown.
-        stops: strings that end the text; the earliest one and what follows it is never shown.
-    """
+    """The text of tokens that come after a prompt, up to the earliest of some stop strings, which is never shown."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: Sequence[str] = ()):
         self.tokenizer, self.stops = tokenizer, StopStrings(stops)
@@ -118,11 +107,7 @@ class TextStream:
 
 
 class StopStrings:
-    """Passes text on up to the first of some stop strings; empty ones are ignored.
-
-    Attributes:
-        complete: whether one has come.
-    """
+    """Passes text on up to the first of some stop strings (`complete`: one has come); empty ones are ignored."""
 
     def __init__(self, stops: Sequence[str]):
         self.stops = [stop for stop in stops if stop]

@@ -30,13 +30,10 @@ Reader = Callable[[int, int], np.ndarray]
 def score(
     model: DeltaProductLM, read: Reader, length: int, segment: int = 1024
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Reads `length` tokens of some sequences, and one more to predict, and yields their losses by segments.
+    """Reads `length` tokens of some sequences, and one more to predict, with a model that is whole on its device.
 
-    Args:
-        model: whole on its device.
-        read: gives the tokens of [0, length + 1); position t has read t + 1 of them and predicts the next.
-        length: positions of each sequence.
-        segment: tokens of a sequence read at a time; changes the results by rounding alone.
+    `read` gives the tokens of [0, length + 1); position t has read t + 1 of them and predicts the next. The number of
+    tokens of a segment changes the results by rounding alone.
 
     Yields:
         The first position of the segment, its losses [B, T] float32 in nats and whether the arg max was right [B, T].

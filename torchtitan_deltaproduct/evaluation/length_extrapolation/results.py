@@ -30,16 +30,10 @@ LEAST_SEQUENCES = 3
 
 
 def parse_buckets(text: str, length: int, marks: Iterable[int] = ()) -> list[int]:
-    """Last positions of the buckets that `--buckets` asks for.
+    """Last positions of the buckets that `--buckets` asks for; that of the last one is `length`.
 
-    Args:
-        text: empty (two buckets an octave, 32, 48, 64, 96, ..., and the `marks`), the number of equal ones, or last
-            positions with commas, `512,1024,4096`.
-        length: last position of all; ends the last bucket.
-        marks: training lengths.
-
-    Raises:
-        ConfigError: anything else.
+    `text` is empty (two buckets an octave, 32, 48, 64, 96, ..., and the `marks`, training lengths), the number of equal
+    ones, or last positions with commas, `512,1024,4096`; ConfigError if it is anything else.
     """
     try:
         numbers = [int(part) for part in text.split(",") if part] if text else []
@@ -61,17 +55,14 @@ def parse_buckets(text: str, length: int, marks: Iterable[int] = ()) -> list[int
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over the first positions of each of S sequences.
-
-    Attributes:
-        edges: [E] int64, numbers of positions, rising from 0.
-        loss: [S, E] float64, of the losses (nats) of the first `edges[e]` positions.
-        correct: [S, E] int64, right predictions among them.
-    """
+    """Sums over the first positions of each of S sequences."""
 
     edges: np.ndarray
+    """[E] int64, numbers of positions, rising from 0."""
     loss: np.ndarray
+    """[S, E] float64, of the losses (nats) of the first `edges[e]` positions."""
     correct: np.ndarray
+    """[S, E] int64, right predictions among them."""
 
     @classmethod
     def of(cls, pieces: Pieces, edges: Iterable[int]) -> "Sums":

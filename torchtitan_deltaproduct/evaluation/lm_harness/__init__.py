@@ -38,11 +38,7 @@ COMMANDS = ("run", "ls", "validate")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs lm-eval's command line, once for each model named before the first option.
-
-    Raises:
-        ConfigError: lm-eval is not installed, or a task does not exist.
-    """
+    """Runs lm-eval's command line, once for each model named before the first option; ConfigError if it cannot."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(f"{__doc__}\nlm-eval's own options: python -m eval.lm_harness run --help")

@@ -65,20 +65,10 @@ class DeltaProductHarness(TemplateLM):
     """
 
     def __init__(
-        self,
-        pretrained: str | None = None,
-        step: int | None = None,
-        device: str | None = None,
-        dtype: str = "auto",
-        batch_size: int | str = "auto",
-        max_batch_size: int | None = None,
-        tokenizer: str | None = None,
-        eos: str = "",
-        add_bos_token: bool = False,
-        segment: int = SEGMENT,
-        trust_remote_code: bool = False,
-        **unknown,
-    ):
+        self, pretrained: str | None = None, step: int | None = None, device: str | None = None, dtype: str = "auto",
+        batch_size: int | str = "auto", max_batch_size: int | None = None, tokenizer: str | None = None, eos: str = "",
+        add_bos_token: bool = False, segment: int = SEGMENT, trust_remote_code: bool = False, **unknown,
+    ):  # fmt: skip
         super().__init__()
         if unknown:
             raise ConfigError(f"--model_args {', '.join(unknown)}: no such argument; there are {', '.join(ARGUMENTS)}")

@@ -36,32 +36,20 @@ MAX_LOGITS = 2**25
 
 
 def score(
-    model: DeltaProductLM,
-    requests: list[Request],
-    rows: int | None = None,
-    segment: int = SEGMENT,
-    progress: Callable[[int, Score], None] | None = None,
-    most_rows: int | None = None,
-) -> list[Score]:
-    """Scores continuations, of requests in any order; batching and segments change nothing beyond rounding.
+    model: DeltaProductLM, requests: list[Request], rows: int | None = None, segment: int = SEGMENT,
+    progress: Callable[[int, Score], object] = lambda place, result: None, most_rows: int | None = None,
+) -> list[Score]:  # fmt: skip
+    """One score a request, in any order; of an empty continuation (0, True).
 
-    Args:
-        model: the model.
-        requests: what to score.
-        rows: requests in a batch; None: as many as `MAX_TOKENS` allow, and `most_rows`.
-        segment: tokens of a text read at a time.
-        progress: called with the place of each request and its score as they are known.
-        most_rows: see `rows`.
-
-    Returns:
-        One score a request. An empty continuation has (0, True).
+    In a batch are `rows` requests (None: as many as `MAX_TOKENS` allow, and `most_rows`), of each of which `segment`
+    tokens are read at a time; neither changes anything beyond rounding. `progress` is called with the place of each
+    request and its score as they are known.
     """
     scores: list[Score] = [(0.0, True)] * len(requests)
     for batch in batches(requests, rows, segment, most_rows):
         for place, result in _score_batch(model, requests, batch, rows or most_rows or len(batch), segment):
             scores[place] = result
-            if progress:
-                progress(place, result)
+            progress(place, result)
     return scores
 
 

@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def evaluate(loaded: LoadedModel, problem: Problem, words: int, **options) -> RunResult:
-    """Reads the test words of a problem, showing how far it is; `options` are those of `count_words`."""
+    """Reads the test words of a problem, showing how far it is; `options` are those of `Problem.count`."""
     with Progress(loaded.label, problem.tokens(words), "tokens") as progress:
         counts = problem.count(model_reader(loaded.model), words, progress=progress.advance, **options)
     return RunResult.of(loaded, problem, counts)
@@ -78,8 +78,6 @@ def report(
     settings: list[Setting], criterion: Criterion, stem: Path, console: Console, origin: dict | None = None
 ) -> None:
     """Prints the table and writes `stem`.json, .csv and .png."""
-    from .figures import accuracy_figure
-
     console.print(table(settings, criterion))
     words = sorted({run.counts.words for setting in settings for run in setting.runs})
     console.print(
@@ -91,10 +89,17 @@ def report(
             cells = [f"{b['first']}-{b['last']}: {b['value']:.1%} ({b['scaled']:.2f})" for b in run.buckets()]
             console.print(f"{setting.problem.name}, {setting.label}, seed {run.seed_name}, accuracy (scaled) by length")
             console.print("  " + "  ".join(cells))
+    write(settings, criterion, stem, origin or {})
+    console.print(f"written: {stem}.json, .csv, .png", soft_wrap=True)
+
+
+def write(settings: list[Setting], criterion: Criterion, stem: Path, origin: dict) -> None:
+    """Writes `stem`.png, .csv and, last, .json."""
+    from .figures import accuracy_figure
+
     accuracy_figure(settings, stem.with_suffix(".png"))
     write_csv(stem.with_suffix(".csv"), settings)
-    write_json(stem.with_suffix(".json"), settings, criterion, origin or {})
-    console.print(f"written: {stem}.json, .csv, .png", soft_wrap=True)
+    write_json(stem.with_suffix(".json"), settings, criterion, origin)
 
 
 def metrics(folder: Path) -> dict[str, float | None]:
@@ -109,12 +114,7 @@ def metrics(folder: Path) -> dict[str, float | None]:
 
 def compare(files: list[Path], names: list[str], stem: Path) -> None:
     """The curves of several runs, over their seeds where they differ in nothing else: `stem`.png, .csv and .json."""
-    from .figures import accuracy_figure
-
-    settings = read_settings(files)
-    accuracy_figure(settings, stem.with_suffix(".png"))
-    write_csv(stem.with_suffix(".csv"), settings)
-    write_json(stem.with_suffix(".json"), settings, Criterion(), {})
+    write(read_settings(files), Criterion(), stem, {})
 
 
 SWEPT = Swept("state_tracking", metrics, parse, compare=compare)

@@ -32,18 +32,15 @@ Reader = Callable[[Tensor, object], tuple[Tensor, object]]
 
 @dataclass(frozen=True)
 class Counts:
-    """Right answers over that many words of one length L.
-
-    Attributes:
-        scored: [L] int64, words with a label at each position.
-        correct: [L] int64, those of them whose label is predicted (arg max over the whole vocabulary).
-        prefix: [L] int64, words that are right at every labelled position up to this one.
-    """
+    """Right answers over that many words of one length L."""
 
     words: int
     scored: np.ndarray
+    """[L] int64, words with a label at each position."""
     correct: np.ndarray
+    """[L] int64, those of them whose label is predicted (arg max over the whole vocabulary)."""
     prefix: np.ndarray
+    """[L] int64, words that are right at every labelled position up to this one."""
 
     def accuracy(self) -> np.ndarray:
         """[L] float64: share of right answers at each position; NaN where no word has a label."""
@@ -62,32 +59,6 @@ def model_reader(model: DeltaProductLM) -> Reader:
         return prefill(model, tokens.to(device), init_cache(model, len(tokens)) if cache is None else cache)
 
     return read
-
-
-def count_words(read: Reader, source, words: int, rows: int = 64, segment: int = 256, progress=None) -> Counts:
-    """Reads words 0 .. words-1 of a `GroupWordSource` or `FormalSource` and counts.
-
-    That many `rows` are read at a time, by segments, which change the results by rounding alone; `progress` is called
-    with the number of tokens after each.
-    """
-    length = source.seq_len
-    rows = max(1, min(rows, MAX_TOKENS // length))
-    totals = np.zeros((3, length), dtype=np.int64)
-    for first in range(0, words, rows):
-        inputs, labels = source.batch(np.arange(first, min(first + rows, words)))
-        cache, intact = None, None
-        for start in range(0, length, segment):
-            piece = slice(start, start + segment)
-            logits, cache = read(inputs["input"][:, piece], cache)
-            answers = labels[:, piece].to(logits.device)
-            scored, right = answers != IGNORE, logits.argmax(-1) == answers
-            prefix = (right | ~scored).cumprod(1).bool()
-            prefix = prefix if intact is None else prefix & intact
-            intact = prefix[:, -1:]
-            totals[:, piece] += torch.stack([scored, right, prefix]).sum(1).cpu().numpy()
-            if progress:
-                progress(answers.numel())
-    return Counts(words, *totals)
 
 
 @dataclass(frozen=True)
@@ -109,12 +80,30 @@ class Problem:
     sources: tuple
     seed: int
 
-    def count(self, read: Reader, words: int, **options) -> Counts:
-        """Counts over `words` words of each source together; options of `count_words`."""
+    def count(
+        self, read: Reader, words: int, rows: int = 64, segment: int = 256,
+        progress: Callable[[int], object] = lambda tokens: None,
+    ) -> Counts:  # fmt: skip
+        """Reads words 0 .. words - 1 of each source and counts.
+
+        That many `rows` are read at a time, by segments, which change the results by rounding alone; `progress` is
+        called with the number of tokens after each.
+        """
         totals = np.zeros((3, self.length), dtype=np.int64)
         for source in self.sources:
-            part = count_words(read, source, words, **options)
-            totals[:, : source.seq_len] += [part.scored, part.correct, part.prefix]
+            step = max(1, min(rows, MAX_TOKENS // source.seq_len))
+            for first in range(0, words, step):
+                inputs, labels = source.batch(np.arange(first, min(first + step, words)))
+                cache, intact = None, True
+                for start in range(0, source.seq_len, segment):
+                    piece = slice(start, min(start + segment, source.seq_len))
+                    logits, cache = read(inputs["input"][:, piece], cache)
+                    answers = labels[:, piece].to(logits.device)
+                    scored, right = answers != IGNORE, logits.argmax(-1) == answers
+                    prefix = (right | ~scored).cumprod(1).bool() & intact
+                    intact = prefix[:, -1:]
+                    totals[:, piece] += torch.stack([scored, right, prefix]).sum(1).cpu().numpy()
+                    progress(answers.numel())
         return Counts(words * len(self.sources), *totals)
 
     def tokens(self, words: int) -> int:

@@ -57,22 +57,18 @@ class Share:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one checkpoint, named by its label, can do.
-
-    Attributes:
-        problem, counts: what was tested, and the answers.
-        settings: dotted config keys that make the setting, such as `model.num_householder`.
-        seeds: (of the data, of the weights).
-        step, steps: of the checkpoint, and those that the run was to make.
-    """
+    """What one checkpoint, named by its label, can do."""
 
     label: str
     problem: Problem
     counts: Counts
     settings: dict
+    """Dotted config keys that make the setting, such as `model.num_householder`."""
     seeds: tuple[int, int]
+    """Of the data, of the weights."""
     step: int
     steps: int
+    """Those that the run was to make."""
 
     @classmethod
     def of(cls, loaded: LoadedModel, problem: Problem, counts: Counts) -> "RunResult":
@@ -193,10 +189,6 @@ class Setting:
         """The number of seeds that solved it."""
         return sum(run.solved(criterion) for run in self.runs)
 
-    def mean(self, name: str) -> float:
-        """Mean over the seeds of `at_training` or `at_length`."""
-        return self.spread(name)["mean"]
-
     def spread(self, name: str) -> dict[str, float]:
         """Mean, min and max over the seeds of `at_training` or `at_length`."""
         values = [getattr(run, name).value for run in self.runs]
@@ -247,13 +239,10 @@ def table(settings: list[Setting], criterion: Criterion) -> Table:
     for setting in settings:
         names, seeds = (setting.problem.name, setting.label), len(setting.runs)
         if seeds > 1:
-            low, high = setting.problem.train_length, setting.problem.length
-            trained, tested = (
-                f"{setting.mean('at_training'):.1%} @ {low:,}",
-                f"{setting.mean('at_length'):.1%} @ {high:,}",
-            )
+            lengths = {"at_training": setting.problem.train_length, "at_length": setting.problem.length}
+            means = [f"{setting.spread(name)['mean']:.1%} @ {length:,}" for name, length in lengths.items()]
             solved = f"{setting.solved(criterion)} of {seeds}"
-            out.add_row(*names, f"mean of {seeds}", trained, tested, "", solved, style="bold")
+            out.add_row(*names, f"mean of {seeds}", *means, "", solved, style="bold")
             names = ("", "")
         for run in setting.runs:
             unfinished = f" (step {run.step:,} of {run.steps:,})" if run.step < run.steps else ""

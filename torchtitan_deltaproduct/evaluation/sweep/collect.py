@@ -8,13 +8,14 @@ write_results(sweep, rows)
 """
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 from rich.console import Console
 
 from torchtitan_deltaproduct.errors import DataError
 
-from ..files import finite, write_atomically, write_csv
+from ..files import DAMAGE, finite, write_atomically, write_csv
 from .plan import Sweep, SweepJob, evals
 
 Row = tuple[SweepJob, dict[str, float | None]]
@@ -30,7 +31,7 @@ def metrics_of(job: SweepJob) -> dict[str, float | None]:
     """What a job found; DataError if its files do not say."""
     try:
         return evals()[job.eval].metrics(job.folder)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (*DAMAGE, ArithmeticError) as error:
         raise DataError(f"{job.folder} holds damaged results ({error!r}); delete it and run it again") from None
 
 
@@ -85,7 +86,7 @@ def pictures(out: Path, jobs: list[SweepJob], console: Console) -> None:
 
 def _by_dataset(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     """The rows of each eval on each dataset."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row[0].eval, row[0].data), []).append(row)
+    groups = defaultdict(list)
+    for job, metrics in rows:
+        groups[job.eval, job.data].append((job, metrics))
     return groups

@@ -56,23 +56,18 @@ class Model:
 
 @dataclass(frozen=True)
 class SweepJob(Job):
-    """One eval of one model, on one dataset or none.
-
-    Attributes:
-        name: `length_extrapolation/DP2/code`, also its folder below the sweep's.
-        eval: the eval.
-        model: the model.
-        data: name of the dataset; empty for evals without.
-        folder: for results and log.txt.
-        words: arguments of the eval's command.
-    """
+    """One eval of one model, on one dataset or none."""
 
     name: str
+    """`length_extrapolation/DP2/code`, also its folder below the sweep's."""
     eval: str
     model: Model
     data: str
+    """Name of the dataset; empty for evals without."""
     folder: Path
+    """For results and log.txt."""
     words: list[str]
+    """Arguments of the eval's command."""
 
     @property
     def command(self) -> list[str]:
@@ -108,13 +103,7 @@ class SweepJob(Job):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep.
-
-    Attributes:
-        file: its TOML.
-        out: the folder of everything it makes.
-        jobs: all of them, in the order of the file.
-    """
+    """What a TOML asks for: all jobs, in its order, and the folder `out` of everything they make."""
 
     file: Path
     out: Path
@@ -122,11 +111,7 @@ class Sweep:
 
 
 def read_sweep(file: Path) -> Sweep:
-    """Reads and checks a sweep's TOML; see eval/example_sweep.toml.
-
-    Raises:
-        ConfigError: all that is wrong with it.
-    """
+    """Reads and checks a sweep's TOML, such as eval/example_sweep.toml; ConfigError: all that is wrong with it."""
     tree, lines = read_toml(file, "a sweep, such as eval/example_sweep.toml")
     reader = TableReader(file, lines, ("out", "models", "data"))
     out = Path(os.path.expanduser(tree.get("out") or file.with_suffix("")))
@@ -153,10 +138,7 @@ def read_toml(file: Path, expected: str) -> tuple[dict[str, Any], dict[tuple[str
 class TableReader:
     """Reads the tables that say what is evaluated, and notes all that is wrong with them.
 
-    Args:
-        file: the TOML.
-        lines: of its keys.
-        keys: what may stand in it beside the tables of evals.
+    `lines` are those of the keys of the TOML, `keys` what may stand in it beside the tables of evals.
     """
 
     def __init__(self, file: Path, lines: dict[tuple[str, ...], int], keys: tuple[str, ...]):
@@ -187,9 +169,8 @@ class TableReader:
 
     def models(self, table: Any) -> dict[str, Model]:
         if not isinstance(table, dict) or not table:
-            self.wrong(
-                ("models",), '[models]: expected names of models with their folders, such as DP2 = "outputs/DP2"'
-            )
+            example = 'such as DP2 = "outputs/DP2"'
+            self.wrong(("models",), f"[models]: expected names of models with their folders, {example}")
             return {}
         models = {}
         for name, value in table.items():
