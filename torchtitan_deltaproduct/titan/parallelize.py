@@ -86,6 +86,8 @@ def keep_products(model: nn.Module, options: ActivationCheckpoint) -> None:
         return CheckpointPolicy.MUST_SAVE if op in OPS_TO_SAVE else CheckpointPolicy.PREFER_RECOMPUTE
 
     context = functools.partial(create_selective_checkpoint_contexts, policy)
+    # That in-place operations would be wrong there, which a block has none of, on ten lines.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for name, block in model.layers.named_children():
         wrapped = checkpoint_wrapper(
             block,

@@ -280,7 +280,7 @@ def test_a_document_that_runs_into_the_next(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(("content", "message"), [
     (b"\1\0\2\0\0", "has 5 bytes, which is no whole number of uint16 tokens"),
-    (b"", "has 0 bytes"),
+    (b"", "holds no tokens"),
     (b"\x93NUMPY\1\0", "is a damaged .npy file"),
 ])  # fmt: skip
 def test_damaged_npy(tmp_path, tokenizer, content, message):

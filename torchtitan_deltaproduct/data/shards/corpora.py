@@ -220,7 +220,9 @@ def _look_at_npy(name: str, file: FileIO, dtype: str, eos_id: int) -> File:
             )
         dtype, signed, offset = f"uint{8 * saved.itemsize}", saved.dtype.kind == "i", saved.offset
     itemsize = np.dtype(dtype).itemsize
-    if size == offset or (size - offset) % itemsize:
+    if size == offset:
+        raise DataError(f"{name} holds no tokens.")
+    if (size - offset) % itemsize:
         raise DataError(
             f"{name} has {size:,} bytes, which is no whole number of {dtype} tokens, the type for this vocabulary."
         )

@@ -76,7 +76,9 @@ def read_index(path: str, size: int, header: bytes) -> Index:
             f"{path} has version {version} and tokens of type {code}; version 1 with types {sorted(DTYPES)} is read."
         )
     index = Index(DTYPES[code], sequences, entries - 1, code in SIGNED)
-    if size != index.size or not index.documents:
+    if not sequences or not index.documents:
+        raise DataError(f"{path}: the corpus holds no documents.")
+    if size != index.size:
         raise DataError(
             f"{path} has {size:,} bytes; its header says {index.size:,}, for {sequences:,} sequences in "
             f"{index.documents:,} documents.\nCopy it again."

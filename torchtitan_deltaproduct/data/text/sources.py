@@ -35,6 +35,7 @@ from .documents import BadRecord, Document, Entry, Unit, no_field, text_of
 from .files import READ_ERRORS, UTF8_BOM, begins_as_list, kind_of, list_files, open_unpacked, warn_of_json
 
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+CONVERTED = "; Latin-1, say, is converted by iconv -f latin1 -t utf-8"
 UNIT_BYTES = 64 << 20
 """Of a unit of a local file: what a restart reads again at most."""
 
@@ -94,7 +95,8 @@ def _read_text(unit: Unit, name: str) -> Iterator[Entry]:
     with open_unpacked(name) as file:
         raw = file.read()
     no_text = raw.startswith(UTF16_BOMS) or raw.count(0) > len(raw) // 8
-    yield (1, "", "UTF-16 text, or no text at all; expected UTF-8") if no_text else _decoded(raw)
+    line, text, reason = (1, "", "UTF-16 text, or no text at all; expected UTF-8") if no_text else _decoded(raw)
+    yield line, text, reason + CONVERTED * (reason == "invalid UTF-8")
 
 
 def _decoded(raw: bytes) -> Entry:

@@ -82,7 +82,7 @@ def texts(units: list[Unit], progress: Progress) -> Iterator[str]:
         more = f" and {len(names) - 1} other files" * (len(names) > 1)
         raise DataError(
             f"{names[0]}{more}: there is no text to train a tokenizer on\n"
-            "check the path and, of JSON and tables, --text-field"
+            "check the path, that text is UTF-8 and, of JSON and tables, --text-field"
         )
 
 
