@@ -182,6 +182,8 @@ def _become(program: tuple[Callable, tuple | list], log: str, ranks: int, enviro
     os.environ.clear()
     os.environ.update(environment)
     time.tzset()
+    # A suite that runs in the background has it ignored, and hands that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if ranks:
         _lead(ranks)
     function, arguments = program
