@@ -16,6 +16,7 @@ ranks):
 
     start       records brought to the step of the checkpoint, the newest ones and the events read; newest folder found
     status      what the command reads of metrics.jsonl
+    compare     of 50 such runs, all of the command: imports, table and picture
     retention   what a save looks at before it deletes, a launch's second time
     plan        what rank 0 does to plan a save of all ranks (432 tensors, a part of each a rank), again and at first
 
@@ -140,8 +141,11 @@ def seconds_of(function: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def of_records(run: Path, lines: int) -> dict[str, float]:
-    """Seconds to bring `lines` records, with a validation each thousandth, ten steps back, and to look at them."""
+def of_records(run: Path, lines: int, runs: int = 50) -> dict[str, float]:
+    """Seconds to bring `lines` records, with a validation each thousandth, ten steps back, and to look at them.
+
+    That also of so many `runs` beside each other.
+    """
     from torchtitan_deltaproduct.events import append, read_events
     from torchtitan_deltaproduct.history import ends, overview
     from torchtitan_deltaproduct.titan.metrics import restore_history
@@ -164,7 +168,28 @@ def of_records(run: Path, lines: int) -> dict[str, float]:
         assert ends(path, head=0)[-1]["step"] == lines - 10
         read_events(run)
 
-    return {"start, records": seconds_of(start), "status": seconds_of(lambda: overview(path, 1000))}
+    return {
+        "start, records": seconds_of(start),
+        "status": seconds_of(lambda: overview(path, 1000)),
+        f"compare, {runs} runs": compare_seconds(run, runs),
+    }
+
+
+def compare_seconds(run: Path, runs: int) -> float:
+    """Seconds of `compare`, in a process of its own, over runs of several settings and seeds, the records of one."""
+    folders = [run / f"{number}" for number in range(runs)]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        for name in ("metrics.jsonl", "events.jsonl"):
+            os.link(run / name, folder / name)
+        tables = {
+            "model": {"num_householder": 1 + number // 5},
+            "debug": {"seed": number % 5},
+            "validation": {"freq": 1000},
+        }
+        (folder / "config.json").write_text(json.dumps({"config": tables}))
+    command = [sys.executable, "-m", "torchtitan_deltaproduct.compare", *folders, "--out", run / "x.png"]
+    return seconds_of(lambda: subprocess.run(command, check=True, capture_output=True))
 
 
 def of_folders(run: Path, folders: int, files: int = 256) -> dict[str, float]:

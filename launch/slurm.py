@@ -29,6 +29,7 @@ import shutil
 import socket
 import sys
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     options, overrides = parse(words)
     site, site_file = load_site(options.site)
+    # A file that is wrong on any number of ranks is told of before that is asked for.
+    load_config(["--job.config_file", options.config, *overrides], Environment())
     gpus, ranks = per_node(options, site)
     check_time(options.time or site.time, site)
     config = load_config(
@@ -96,14 +99,15 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser("launch.slurm", __doc__.partition("\nA launch leaves")[0], in_full=True, allow_abbrev=False)
     add = parser.add_argument
+    number = partial(add, metavar="N")
     add("config", metavar="TOML", help="what to train")
-    add("--nodes", type=at_least(1), default=1, help="(default: 1)")
-    add("--gpus-per-node", type=at_least(1), default=0, help="GPUs, and so ranks, of a node (default: the site's)")
-    add("--ranks-per-node", type=at_least(1), default=0, help="ranks of a node without asking SLURM for GPUs")
+    number("--nodes", type=at_least(1), default=1, help="(default: 1)")
+    number("--gpus-per-node", type=at_least(1), default=0, help="GPUs, and so ranks, of a node (default: the site's)")
+    number("--ranks-per-node", type=at_least(1), default=0, help="ranks of a node without asking SLURM for GPUs")
     add("--time", default="", help="time limit, such as 24:00:00 (default: the site's)")
     add("--site", help="site TOML (default: the first that launch/site.py finds)")
-    add("--max-requeues", type=at_least(0), default=10, help="requeues in all (default: %(default)s)")
-    add("--max-restarts", type=at_least(0), default=3, help="restarts of dead ranks by torchrun (default: %(default)s)")
+    number("--max-requeues", type=at_least(0), default=10, help="requeues in all (default: %(default)s)")
+    number("--max-restarts", type=at_least(0), default=3, help="restarts of dead ranks (default: %(default)s)")
     add("--job-name", default="", help="(default: the TOML's name)")
     add("--dependency", default="", help="as sbatch takes it, such as afterany:123")
     add("--snapshot", action=argparse.BooleanOptionalAction, default=True,

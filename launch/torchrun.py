@@ -6,11 +6,13 @@ SIGTERM, SIGINT and SIGUSR1 are handed on to the ranks. Beyond torchrun (of torc
 
 - After a signal the ranks have SHUTDOWN_TIMEOUT seconds (default 300) to save. Before torch 2.12 it was always 30.
 - Further signals in that time are told and passed over. torchrun leaves at the third, and its ranks without a parent.
-- Ranks that refuse to go on (exit code 2: wrong settings, weights that are not finite) are not started again.
+- Ranks that refuse to go on (exit code 2: wrong settings, weights that are not finite) are not started again, and
+  nothing is added to what they said.
 - With --standalone its store listens on the loopback alone: whoever reaches it can run code in the ranks.
 - The exit code is 128 + signal after a signal, 2 after a refusal, 1 after a failure; one line says which, no traceback.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -87,12 +89,17 @@ def repair(shutdown: Shutdown) -> None:
 
     close, monitor = api.PContext.close, LocalElasticAgent._monitor_workers
 
+    def refused(failures):
+        return any(failure.exitcode == REFUSED for failure in failures.values())
+
     def close_in_time(context, death_sig=None, timeout=30):
+        if refused(getattr(context, "_failures", {})):
+            logging.disable()
         return close(context, death_sig, shutdown.seconds if shutdown.signal else timeout)
 
     def monitor_refusals(agent, group):
         result = monitor(agent, group)
-        if result.state == WorkerState.FAILED and any(f.exitcode == REFUSED for f in result.failures.values()):
+        if result.state == WorkerState.FAILED and refused(result.failures):
             agent._remaining_restarts = 0
         return result
 

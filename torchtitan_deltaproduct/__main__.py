@@ -116,8 +116,12 @@ def print_completion(words: list[str]) -> None:
     Raises:
         UserError: it is for another shell.
     """
-    if words[:1] in (["-h"], ["--help"]) or len(words) != 1 or words[0] not in SHELLS:
-        raise UserError(f"expected {COMMAND} completion bash >> ~/.bashrc, or {COMMAND} completion zsh >> ~/.zshrc")
+    usage = f"{COMMAND} completion bash >> ~/.bashrc, or {COMMAND} completion zsh >> ~/.zshrc"
+    if words[:1] in (["-h"], ["--help"]):
+        print(f"usage: {usage}\n\n{COMMANDS['completion'][1]}; a new shell knows them")
+        return
+    if len(words) != 1 or words[0] not in SHELLS:
+        raise UserError(f"expected {usage}")
     first = " ".join(dict.fromkeys(name.split()[0] for name in COMMANDS))
     two = dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name)
     cases = "".join(

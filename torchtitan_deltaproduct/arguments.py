@@ -36,10 +36,16 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Lines as wide as the terminal, 120 where there is none; what may be left out is one word of the usage."""
+    """Lines as wide as the terminal, 120 where there is none; what may be left out is one word of the usage.
+
+    A number is N, whatever the option is called.
+    """
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=shutil.get_terminal_size((120, 24)).columns)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "N" if action.type in (int, float) else super()._get_default_metavar_for_optional(action)
 
     def _format_usage(self, usage, actions, groups, prefix):
         needed = [action for action in actions if action.required or not action.option_strings]

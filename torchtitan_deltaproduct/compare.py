@@ -26,6 +26,7 @@ from rich.table import Table
 from . import arguments
 from .errors import ConfigError, UserError, exit_on_user_error
 from .formats import amount, count, duration
+from .history import VALIDATIONS
 from .intervals import student_t
 from .runs import Run, read_run, short_names, shown
 
@@ -187,12 +188,14 @@ def table(runs: list[Run], names: list[str], changed: dict[str, str]) -> Table:
             escape(line["run"]) + (" [red]*[/]" if run.problems else ""),
             *([escape(", ".join(setting_words(run, changed)))] if changed else []),
             cell(line["step"], "{:,}"), cell(line["train_loss"], "{:.4f}"), cell(line["validation_loss"], "{:.4f}"),
-            "" if best is None else f"{best:.4f} ({line['best_step']:,})", cell(line["bits_per_byte"], "{:.4f}"),
+            "" if best is None else f"{best:.4f} ({line['best_step']:,}){'~' * run.thinned}",
+            cell(line["bits_per_byte"], "{:.4f}"),
             cell(line["tokens"], count), cell(line["tokens_per_second"], "{:,.0f}"), cell(line["goodput"], "{:.1%}"),
             cell(line["seconds"], duration), cell(line["flops"], lambda value: amount(value, "")),
         )  # fmt: skip
-    if any(run.problems for run in runs):
-        result.caption = "* files missing or damaged, see below"
+    notes = ["* files missing or damaged, see below"] * any(run.problems for run in runs)
+    notes += [f"~ the best of {VALIDATIONS} validations all over the run"] * any(run.thinned for run in runs)
+    result.caption = "; ".join(notes) or None
     return result
 
 

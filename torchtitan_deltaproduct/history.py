@@ -11,7 +11,9 @@ import heapq
 import json
 import os
 import stat
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +26,10 @@ WHOLE = 1 << 20
 NUMBERS = {int, float, bool, type(None)}
 """Types of JSON's numbers, and null."""
 VALIDATIONS, AROUND = 128, 1 << 12
-"""Of a longer file: validations looked up, and bytes read at each place, of which there are `WHOLE / AROUND`."""
+"""Of a longer file: validations looked up, and the bytes within which one is looked for.
+
+Half as many are read at each of `limit / AROUND` places all over it.
+"""
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -75,11 +80,12 @@ def open_records(path: Path) -> BinaryIO:
 
 def part(file: BinaryIO, start: int, size: int) -> tuple[int, bytes]:
     """The whole lines that begin in `size` bytes from `start`, or just behind it, and where they begin."""
-    data = os.pread(file.fileno(), size + AROUND, start)
     # A line that begins at `start` is told by the end of the one before.
-    first = 0 if start == 0 or os.pread(file.fileno(), 1, start - 1) == b"\n" else data.find(b"\n") + 1
-    last = data.find(b"\n", size) + 1 or len(data)
-    return start + first, data[first:last]
+    before = min(start, 1)
+    data = os.pread(file.fileno(), before + size + AROUND, start - before)
+    first = data.find(b"\n") + 1 if before else 0
+    last = data.find(b"\n", before + size) + 1 or len(data)
+    return start - before + first, data[first:last]
 
 
 def ends(path: Path, head: int = BLOCK, tail: int = BLOCK) -> list[dict[str, Any]]:
@@ -114,7 +120,7 @@ def overview(path: Path, validated_every: int | None, limit: int = WHOLE) -> tup
         path: the file; one that is not there has no records.
         validated_every: steps between validations, whose records are looked up, the newest and others evenly, up to
             `VALIDATIONS`; None: only those met by chance.
-        limit: bytes up to which a file is read whole, and of a longer one about as many.
+        limit: bytes up to which a file is read whole, and of a longer one a good half as many.
 
     Returns:
         The records, and whether they are all there are.
@@ -125,57 +131,70 @@ def overview(path: Path, validated_every: int | None, limit: int = WHOLE) -> tup
             if size <= limit:
                 return list(filter(of_a_step, parse(os.pread(file.fileno(), size, 0)))), True
             points = limit // AROUND
-            places = [(size * i // points, AROUND) for i in range(points)] + [(size - limit // 4, limit // 4)]
-            newest = filter(of_a_step, in_order(file, [(size - BLOCK, BLOCK)]))
-            last = max((record["step"] for record in newest), default=0)
-            records = list(filter(of_a_step, in_order(file, places)))
+            places = [(size * i // points, AROUND // 2) for i in range(points)] + [(size - limit // 8, limit // 8)]
+            records, known = [], [(0, 0)]
+            for begin, data in blocks_in_order(file, places):
+                block = list(filter(of_a_step, parse(data)))
+                known += [(begin, record["step"]) for record in block[:1]]
+                records += block
             if validated_every:
+                last = max((record["step"] for record in records), default=0)
+                known.append((size, last + 1))
                 steps = range(last // validated_every * validated_every, -1, -validated_every)
                 steps = steps[:: -(-len(steps) // VALIDATIONS)]
-                validations = in_order(
-                    file, [(place_of(file, size, step, last), 3 * AROUND) for step in steps], b"validation_"
-                )
                 met = {record["step"] for record in records if "validation_loss" in record}
-                others = [record for record in filter(of_a_step, validations) if record["step"] not in met]
-                records = list(heapq.merge(records, others, key=lambda record: record["step"]))
+                validations = chain.from_iterable(
+                    validations_about(file, step, known) for step in reversed(steps) if step not in met
+                )
+                others = {record["step"]: record for record in validations if record["step"] not in met}
+                records = list(heapq.merge(records, others.values(), key=lambda record: record["step"]))
             return records, False
     except OSError:
         return [], True
 
 
-def place_of(file: BinaryIO, size: int, step: int, last: int) -> int:
-    """A place at most `AROUND` bytes before the first record of a step.
+def validations_about(file: BinaryIO, step: int, known: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The validations in a few kilobytes about the first record of a step, its own among them, if there is one.
 
-    It is looked for where it would be if all lines were as long, a little to the side that is still far, and further
-    each time that it turns out to be further: in few looks where lines are alike, in the logarithm of them at worst.
+    They are looked for where they would be if all lines were as long, and where they turn out to be elsewhere, in the
+    middle of what is left and where they would be in turns: in one look where lines are alike, in the logarithm of
+    them at worst.
 
     Args:
-        file: the file.
-        size: of it, in bytes.
+        file: a metrics.jsonl.
         step: to be found.
-        last: about the step at its end.
+        known: places in the file and the steps of the records there, in order, from its beginning to its end.
     """
-    low, high, below, above = 0, size, 0, max(last, 1)
-    aside = -AROUND // 2
-    while high - low > AROUND:
-        share = (step - below) / (above - below) if below <= step < above else 0.5
-        middle = low + int((high - low) * share) + aside
-        middle = min(max(middle, low + AROUND // 2), high - AROUND // 2)
-        first = next(filter(of_a_step, parse(part(file, middle, AROUND)[1])), None)
+    after = max(bisect_left(known, step, key=lambda place: place[1]), 1)
+    (low, below), (high, above) = known[after - 1], known[after]
+    halve = False
+    while True:
+        close = high - low <= AROUND
+        share = (step - below) / (above - below) if below <= step < above and not halve else 0.5
+        middle = low + int((high - low) * share) - AROUND
+        middle = low if close else min(max(middle, low + AROUND // 2), high - AROUND // 2)
+        data = part(file, middle, 3 * AROUND)[1]
+        found = list(filter(of_a_step, parse(data, b"validation_")))
+        if close or any(record["step"] == step for record in found):
+            return found
+        first = next(filter(of_a_step, parse(data)), None)
         if first is None or first["step"] >= step:
             high, above = middle, first["step"] if first else above
-            aside = 4 * aside if aside < 0 else -AROUND // 2
         else:
             low, below = middle, first["step"]
-            aside = 4 * aside if aside > 0 else AROUND // 2
-    return low
+        halve = not halve
 
 
-def in_order(file: BinaryIO, places: list[tuple[int, int]], word: bytes = b"") -> Iterator[dict[str, Any]]:
-    """The records that hold a word at some places of a file (where, and how many bytes), in order, each once."""
+def in_order(file: BinaryIO, places: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """The records at some places of a file (where, and how many bytes), in order, each once."""
+    return chain.from_iterable(parse(data) for _, data in blocks_in_order(file, places))
+
+
+def blocks_in_order(file: BinaryIO, places: list[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
+    """The whole lines at some places of a file (where, how many bytes), in order, each once, and where they begin."""
     end = 0
     for start, size in sorted((max(start, 0), size) for start, size in places):
         if size and start + size > end:
             begin, data = part(file, max(start, end), start + size - max(start, end))
             end = max(end, begin + len(data))
-            yield from parse(data, word)
+            yield begin, data

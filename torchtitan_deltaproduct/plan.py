@@ -4,9 +4,9 @@
     python -m torchtitan_deltaproduct.plan x.toml --world-size 8 --mfu 0.4 --device H100
 
 `--tokens-per-second N` (all ranks together), or `--mfu F` with `--device NAME` or `metrics.peak_flops`, adds
-the duration of the run. What is wrong with the data is said, and the rest is printed all the same: it may lie where
-only the nodes see it. The memory of a rank is compared with that of `--device`, or with `--device-memory GB`. For more
-than one rank a prediction of the step follows (docs/scaling.md).
+the duration of the run. What is wrong with the data is said, with exit code 1, and the rest is printed all the same: it
+may lie where only the nodes see it. The memory of a rank is compared with that of `--device`, or with `--device-memory
+GB`. For more than one rank a prediction of the step follows (docs/scaling.md).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .config import Environment, JobConfig, load_config
 from .config.schedule import Schedule
 from .config.schema import schema
 from .config.values import nearest, shorten, show
-from .data.planned import Rows, data_rows
+from .data.planned import UNUSABLE, Rows, data_rows
 from .devices import PEAK_FLOPS, memory_gb, peak_flops
 from .errors import ConfigError, exit_on_user_error
 from .formats import amount, duration, sparkline
@@ -54,7 +54,7 @@ SPARE = 1.2
 """Share of the counted memory that a device needs: the operator's work space, fragmentation, communication buffers."""
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     options, overrides = _parse(sys.argv[1:] if argv is None else argv)
     arguments = ["--job.config_file", options.toml, *overrides]
     world_size = options.world_size
@@ -67,9 +67,12 @@ def main(argv: list[str] | None = None) -> None:
     if config.job.description:
         console.print(escape(config.job.description), soft_wrap=True)
     device_memory = options.device_memory or memory_gb(options.device or "") or DEVICE_MEMORY
+    unusable = False
     for title, rows in sections(config, world_size, seconds, device_memory, options.device):
         console.print(f"\n[bold]{title}[/]")
         console.print(_table(rows))
+        unusable |= any(text.startswith(UNUSABLE) for row in rows for text in row)
+    return int(unusable)
 
 
 def sections(

@@ -23,7 +23,7 @@ from .errors import CheckpointError, UserError
 from .events import began, read_events
 from .files import read_bytes
 from .formats import LARGEST
-from .history import WHOLE, overview
+from .history import VALIDATIONS, WHOLE, overview
 from .models.args import DeltaProductArgs
 from .models.counts import training_flops_per_token
 
@@ -72,6 +72,14 @@ class Run:
     def validations(self) -> list[dict[str, Any]]:
         """Records of validations with a finite loss."""
         return [record for record in self.records if record.get("validation_loss") is not None]
+
+    @property
+    def thinned(self) -> bool:
+        """Whether it has more validations than were read."""
+        every = validated_every(self.snapshot)
+        return (
+            not self.whole and bool(every and self.validations) and self.validations[-1]["step"] > every * VALIDATIONS
+        )
 
     @cached_property
     def best(self) -> dict[str, Any] | None:

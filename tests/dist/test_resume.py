@@ -23,7 +23,7 @@ from tests.toy import (
 )
 from torchtitan_deltaproduct import status
 from torchtitan_deltaproduct.checkpoint import scan
-from torchtitan_deltaproduct.config import load_config
+from torchtitan_deltaproduct.config import Schedule, load_config
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.events import last_stop, read_events
 from torchtitan_deltaproduct.history import read_jsonl
@@ -57,6 +57,23 @@ def test_killed_and_restarted(toy, tmp_path, ranks, options, moment):
     assert ("resumed step" in log_of(killed)) == saved and (saved or "async" in options)
     assert learned(killed) == learned(unbroken)
     assert_same_weights(weights(killed, 8), weights(unbroken, 8))
+
+
+def test_a_run_that_was_cut_short_goes_on_without_a_second_warm_up(toy, tmp_path, capsys):
+    """Its warm-up was shortened with it; told once a launch, on two ranks as on one."""
+    config = tmp_path / "toy.toml"
+    config.write_text(toy.read_text().replace("warmup_steps = 3\ntotal_steps = 8", "warmup_steps = 6"))
+    run, lr = tmp_path / "run", 1e-2
+    train(config, run, "--training.steps", "4")
+    assert capsys.readouterr().out.count("shortened from 6 to 3, as training.steps from 8 to 4") == 1
+    launch(config, run, "--training.steps", "7", ranks=2)
+    assert log_of(run).count("lr_scheduler.warmup_steps: stays 3, not 6: the warm-up of this run is over") == 1
+    train(config, run)
+    rates = {r["step"]: r["lr"] for r in records(run) if "loss" in r}
+    schedule = Schedule(warmup_steps=3, total_steps=7, decay_steps=4, decay_type="linear", min_lr_factor=0.0)
+    assert [rates[step] for step in (1, 2, 3)] == pytest.approx([lr / 3, lr * 2 / 3, lr])
+    assert [rates[step] for step in (5, 6, 7)] == pytest.approx([lr * schedule(step) for step in (4, 5, 6)])
+    assert rates[8] < lr / 4
 
 
 def test_a_torn_newest_checkpoint_is_skipped(toy, tmp_path):

@@ -32,6 +32,7 @@ def here(toy, tmp_path_factory):
     (folder / "outputs/quickstart/data/stdlib").symlink_to(toy.parent / "data")
     (folder / "data/mistral").symlink_to(toy.parent / "tokenizer")
     toys.train(toy, folder / "outputs/quickstart/run")
+    (folder / "book.txt").write_text("A line of the book, and another one.\n" * 2000)
     for name in ("outputs/run", "RUN"):
         (folder / name).symlink_to(folder / "outputs/quickstart/run")
     toys.train(write_words(folder / "s3.toml"), folder / "outputs/state_tracking/laptop_S3_n2_pm1/seed-1")
@@ -57,8 +58,8 @@ def call(folder, words, *more):
 
 def test_the_commands_are_found():
     names = {words[2].rpartition(".")[2] for words in RUN}
-    assert {"prepare", "length_extrapolation", "effective_rank", "generate", "lm_harness", "sweep", "to_hf", "from_hf",
-            "state_tracking", "status", "compare", "report", "ls", "verify"} <= names  # fmt: skip
+    assert {"train_tokenizer", "prepare", "length_extrapolation", "effective_rank", "generate", "lm_harness", "sweep",
+            "to_hf", "from_hf", "state_tracking", "status", "compare", "report", "ls", "verify"} <= names  # fmt: skip
 
 
 @pytest.mark.parametrize("words", RUN, ids=lambda words: " ".join(words[2:])[:60])
@@ -70,15 +71,17 @@ def test_it_runs(here, hub, words):
         pytest.importorskip("lm_eval")
         tasks = ["--tasks", "py_choice", "--include_path", "tests/lm_tasks", "--limit", "2"]
         words = [*words[: words.index("--tasks")], *tasks]
-    if module == "from_hf" and not (here / words[3]).exists():
-        call(here, next(other for other in RUN if other[2].endswith(".to_hf")))
+    needed = {"from_hf": ".to_hf", "prepare": ".train_tokenizer"}.get(module)
+    if needed and not all((here / word).exists() for word in words[3:] if word.startswith(("exported/", "data/tok"))):
+        call(here, next(other for other in RUN if other[2].endswith(needed)))
     printed = call(here, words)
     made = {
         "length_extrapolation": "outputs/quickstart/run/eval/length_extrapolation.csv",
         "effective_rank": "outputs/quickstart/run/eval/effective_rank.csv",
         "to_hf": "exported/quickstart/model.safetensors",
         "from_hf": "data/imported/checkpoint/step-0/complete.json",
-        "prepare": "data/fineweb/validation/manifest.json",
+        "train_tokenizer": "data/tokenizer/tokenizer.json",
+        "prepare": f"{words[3]}/validation/manifest.json",
         "lm_harness": "RUN/eval/lm_harness",
     }
     if module in made:
@@ -90,7 +93,7 @@ def test_it_runs(here, hub, words):
 @pytest.mark.parametrize("file", FINEWEB, ids=lambda file: file.stem)
 def test_the_fineweb_files_name_what_prepare_writes(file):
     """`data/fineweb` of "A real run" gets `train` and `validation`."""
-    (prepare,) = (words for words in RUN if words[2].endswith(".prepare"))
+    (prepare,) = (words for words in RUN if "data/fineweb" in words)
     config = tomllib.loads(file.read_text())
     assert "--validation-fraction" in prepare
     assert config["data"]["paths"] == [f"{prepare[3]}/train"]
@@ -99,10 +102,10 @@ def test_the_fineweb_files_name_what_prepare_writes(file):
 
 def test_the_real_run_trains_on_them(here, hub):
     """The TOML that the README trains with, its model made small, on what its prepare command made."""
-    (prepare,) = (words for words in RUN if words[2].endswith(".prepare"))
+    (prepare,) = (words for words in RUN if "data/fineweb" in words)
     if not (here / "data/fineweb").exists():
         test_it_runs(here, hub, prepare)
-    (toml,) = (words[-1] for words in map(shlex.split, COMMANDS) if words[:2] == ["bash", "launch/local.sh"])
+    (toml,) = (words[2] for words in map(shlex.split, COMMANDS) if "local.sh" in words[1] and "fineweb" in words[2])
     small = {"model.hidden_size": 32, "model.num_hidden_layers": 1, "model.num_heads": 2, "model.head_dim": 16,
              "model.intermediate_size": 64, "training.seq_len": 32, "training.steps": 2, "lr_scheduler.warmup_steps": 1,
              "training.local_batch_size": 2, "training.global_batch_size": 2, "compile.enable": "false",

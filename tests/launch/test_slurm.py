@@ -46,6 +46,13 @@ def test_dry_run_prints_and_writes_nothing(toy, bench, capsys):
     subprocess.run(["bash", "-n"], input=printed.out, text=True, check=True)
 
 
+def test_a_file_that_is_not_there_is_told_before_ranks_are_asked_for(toy, bench):
+    with pytest.raises(ConfigError, match="nope.toml: no such file"):
+        slurm.main(["nope.toml"])
+    with pytest.raises(ConfigError, match="how many ranks"):
+        slurm.main([str(toy)])
+
+
 @pytest.mark.parametrize(("more", "message"), [
     (["--training.stepz", "3"], "--training.stepz 3: no such option; nearest: --training.steps"),
     (["--ranks-per-node", "3"], "global_batch_size = 4: must be a multiple of local_batch_size x 6 ranks = 12"),

@@ -94,6 +94,7 @@ def test_refusals_are_not_repeated_and_failures_are(start, tmp_path, code, start
     assert process.wait(timeout=120) == (2 if code == 2 else 1)
     printed = log_of(tmp_path / "run")
     assert printed.count("rank 1 starts") == starts and message in printed and "Traceback" not in printed
+    assert ("elastic" in printed) == (code != 2)
 
 
 def test_a_wrong_timeout(start, tmp_path):

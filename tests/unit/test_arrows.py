@@ -12,21 +12,8 @@ from tests.toy import REPO
 
 PACKAGE = "torchtitan_deltaproduct"
 LAYERS = [
-    {
-        "errors",
-        "files",
-        "history",
-        "events",
-        "arguments",
-        "devices",
-        "flops",
-        "formats",
-        "intervals",
-        "jobs",
-        "options",
-        "optimizers",
-        "torch_internals",
-    },  # fmt: skip
+    {"errors", "files", "history", "events", "arguments", "devices", "flops", "formats", "intervals", "jobs",
+     "options", "optimizers", "progress", "torch_internals"},
     {"ops"},
     {"models"},
     {"config"},
@@ -36,7 +23,7 @@ LAYERS = [
     {"train", "compare", "curves"},
     {"report"},
     {"__main__"},
-]
+]  # fmt: skip
 """Rooms and top-level modules from the lowest up; each may import those of lower layers, the lowest one another too."""
 ROOTS = (PACKAGE, "launch", "eval", "benchmarks")
 ONLY_IN = {"torchtitan": {"titan", "config"}, "fla": {"ops", "checkpoint"}}

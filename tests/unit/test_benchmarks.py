@@ -117,12 +117,12 @@ def test_scale_measures_a_set_of_its_own(tmp_path):
 
 
 def test_scale_measures_a_run_of_its_own(tmp_path):
-    records = scale.of_records(tmp_path / "run", 300)
+    records = scale.of_records(tmp_path / "run", 300, runs=6)
     folders = scale.of_folders(tmp_path / "checkpoints", 3, files=4)
     plans = scale.of_plans(4, tensors=50)
-    assert [*records, *folders, *plans] == ["start, records", "status", "start, checkpoints", "retention",
-                                            "plan again", "plan at first"]  # fmt: skip
-    assert all(0 < seconds < 5 for seconds in (records | folders | plans).values())
+    assert [*records, *folders, *plans] == ["start, records", "status", "compare, 6 runs", "start, checkpoints",
+                                            "retention", "plan again", "plan at first"]  # fmt: skip
+    assert all(0 < seconds < 15 for seconds in (records | folders | plans).values())
     assert plans["plan again"] < plans["plan at first"]
     assert (tmp_path / "run/metrics.repeated.jsonl").read_text().count("\n") == 11
 

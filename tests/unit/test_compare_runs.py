@@ -196,6 +196,15 @@ def test_of_long_histories_a_part_is_read(tmp_path):
     assert part.best["step"] == 20_000 and {point // 400 for point in (r["step"] for r in part.steps)} == set(range(51))
 
 
+def test_the_best_of_some_validations_is_marked(tmp_path, capsys):
+    few, many = (make(tmp_path / name, steps=steps) for name, steps in (("few", 400), ("many", 20_000)))
+    compare.main([str(few), str(many), "--out", str(tmp_path / "x.png")])
+    said = capsys.readouterr().out
+    assert said.count("~") == 2 and "~ the best of 128 validations all over the run" in said
+    (marked,) = (line for line in said.splitlines() if "~" in line and "│" in line)
+    assert "many" in marked
+
+
 def test_no_torch_is_imported(tmp_path):
     lines = ["import sys", "from torchtitan_deltaproduct import compare", "compare.main(sys.argv[1:])"]
     code = "\n".join([*lines, "print('torch' in sys.modules)"])

@@ -67,15 +67,22 @@ def test_every_validation_of_a_long_file_is_found(tmp_path):
     assert status.losses([r for r in records if "loss" in r], whole).endswith(" steps read")
 
 
-def test_a_step_is_found_in_few_looks(tmp_path, bytes_read):
-    path = write(tmp_path / "metrics.jsonl", 60_000)
-    steps = range(1, 60_001, 599)
+@pytest.mark.parametrize("uneven", [False, True])
+def test_a_validation_is_found_in_few_looks(tmp_path, bytes_read, uneven):
+    """Also where the lines of the second half are three times as long as the others."""
+    path = write(tmp_path / "metrics.jsonl", 60_000, every=500)
+    if uneven:
+        lines = path.read_text().splitlines()
+        longer = [line[:-1] + ', "loss_of_a_long_name": 12345678901234567890' * 3 + "}" for line in lines[60_000:]]
+        path.write_text("\n".join(lines[:60_000] + longer) + "\n")
+    steps = range(500, 60_001, 500)
     with open_records(path) as file:
         for step in steps:
-            place = history.place_of(file, path.stat().st_size, step, 60_000)
-            found = {record["step"] for record in history.in_order(file, [(place, 2 * history.AROUND)])}
-            assert step in found
-    assert len(bytes_read) / len(steps) < 16  # two a look, and two to read the place; halving takes 12 looks
+            found = history.validations_about(file, step, [(0, 0), (path.stat().st_size, 60_001)])
+            assert step in {record["step"] for record in found}
+        assert not [r for r in history.validations_about(file, 777, [(0, 0), (path.stat().st_size, 60_001)])
+                    if r["step"] == 777]  # fmt: skip
+    assert len(bytes_read) / len(steps) < (8 if uneven else 4)
 
 
 def test_of_very_many_validations_some_are_read(tmp_path):

@@ -303,6 +303,7 @@ def test_the_data_is_opened(toy, load):
     told = f"{manifest.tokens:,} tokens in {manifest.documents:,} documents; tokenizer of 320, 0 rows"
     assert rows[0][2].startswith(told)
     assert rows[1][1] == f"{4 * 8 / windows:.3g}" and rows[2][:2] == ("validation", config.validation.paths[0])
+    assert plan.main([str(toy)]) == 0 and plan.main([str(toy), "--validation.paths", "nowhere"]) == 1
     config.model.vocab_size = 300
     assert rows_of(config, "Data", 2)[0][2] == ("CANNOT BE USED: has token ids up to 319, but model.vocab_size = 300")
     config.data.paths = ["nowhere"]
@@ -338,7 +339,8 @@ def test_one_table_of_peaks(load):
 
 def test_command_line(load, capsys):
     load(PAPER)
-    plan.main(["x.toml", "--world-size", "8", "--training.steps", "1000", "--mfu", "0.5", "--device", "H100"])
+    command = ["x.toml", "--world-size", "8", "--training.steps", "1000", "--mfu", "0.5", "--device", "H100"]
+    plan.main(command)
     text = capsys.readouterr().out
     assert text.startswith("x.toml on 8 ranks\n")
     assert "524,288,000" in text and "command line; default 10000" in text and "tokens/s" in text
@@ -358,7 +360,7 @@ def test_command_line(load, capsys):
             plan.main(arguments)
 
 
-@pytest.mark.parametrize(("argument", "code", "found"), [("x.toml", 0, "Learning rate"), ("y.toml", 2, "no such file")])
+@pytest.mark.parametrize(("argument", "code", "found"), [("x.toml", 1, "Learning rate"), ("y.toml", 2, "no such file")])
 def test_as_a_module(load, tmp_path, argument, code, found):
     load(PAPER)
     command = [sys.executable, "-m", "torchtitan_deltaproduct.plan", argument]

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from ..arguments import Parser, path
-from ..data.text.progress import Progress
 from ..errors import CheckpointError, exit_on_user_error
+from ..progress import Progress
 from .folders import CheckpointInfo, inspect, scan
 from .ls import open_run
 from .marker import MARKER, wrong_checksums
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     for info in infos:
         start = time.monotonic()
-        with Progress("verify", total, done, lines=False) as progress:
+        with Progress("verify", total, done=done) as progress:
             problems = wrong_checksums(info.path, info.marker, tell=tell) if info.complete else [info.reason]
         seconds = max(time.monotonic() - start, 1e-9)
         good, bad = good + (not problems), bad + bool(problems)

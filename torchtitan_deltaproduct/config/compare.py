@@ -124,6 +124,30 @@ def refuse_breaking(
     raise ConfigError(f"{checkpoint} belongs to another run:\n" + "\n".join(lines) + f"\n{way}")
 
 
+def keep_warmup(saved: Mapping[str, Any], config: JobConfig, current: dict[str, Any], step: int) -> None:
+    """Keeps the warm-up that a run has behind it, where that of the config would be a second one.
+
+    A run that the command line cuts short has a shorter warm-up than its file says (`load.shorten_warmup`). Going on to
+    another end it keeps that, unless the file or the command line says another now; `provenance` says so.
+
+    Args:
+        saved: snapshot of the checkpoint.
+        config, current: of this launch, and its snapshot; both are changed.
+        step: optimizer steps taken.
+    """
+    key, table, in_file = "lr_scheduler.warmup_steps", config.lr_scheduler, saved.get("extra", {}).get("warmup_in_file")
+    if in_file is None or in_file != (config.warmup_in_file or table.warmup_steps):
+        return
+    anew = not {"lr_scheduler", "train_state"}.isdisjoint(config.checkpoint.exclude_from_loading)
+    warmup = saved["config"]["lr_scheduler"]["warmup_steps"]
+    if anew or warmup > step or config.provenance[key] == "command line":
+        return
+    if warmup != table.warmup_steps:
+        config.provenance[key] = f"stays {warmup}, not {table.warmup_steps}: the warm-up of this run is over"
+    config.warmup_in_file = current["extra"]["warmup_in_file"] = in_file
+    table.warmup_steps = current["config"]["lr_scheduler"]["warmup_steps"] = warmup
+
+
 def rate_rises(saved: Mapping[str, Any], config: JobConfig, step: int) -> str:
     """Says that a run goes on at a higher learning rate than it had come down to, or "".
 

@@ -294,6 +294,8 @@ class JobConfig(titan.JobConfig):
     # No annotation, hence no field: `to_dict` and snapshots leave it out.
     provenance = MappingProxyType({})
     """Key -> "x.toml:14", "command line" or "default (ours|torchtitan)"; set by `config.load`."""
+    warmup_in_file = None
+    """`lr_scheduler.warmup_steps` before `config.load` shortened it with a run that the command line cuts short."""
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

@@ -12,7 +12,6 @@ training` those of a table.
 import glob
 import os
 import re
-import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -70,28 +69,26 @@ def load_config(argv: list[str], environment: Environment | None = None) -> JobC
         key: str(sources.get(key, f"default ({'ours' if option.ours else 'torchtitan'})"))
         for key, option in schema().items()
     }
-    if note := shorten_warmup(config, in_file.values, overrides):
-        config.provenance["lr_scheduler.warmup_steps"] = note
-        if os.environ.get("RANK", "0") == "0":
-            print(f"warning: lr_scheduler.warmup_steps: {note}", file=sys.stderr)
+    shorten_warmup(config, in_file.values, overrides)
     expand_home(config)
     problems += check(config, sources, environment or Environment.detect(), unusable=in_file.unusable)
     raise_if_any(problems)
     return config
 
 
-def shorten_warmup(config: JobConfig, in_file: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
-    """Shortens the warm-up of a file's run with the run, where a command line cuts that short; says so, or ""."""
+def shorten_warmup(config: JobConfig, in_file: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Shortens the warm-up of a file's run with the run, where a command line cuts that short; `provenance` says so."""
     schedule, steps = config.lr_scheduler, config.training.steps
     asked = overrides.keys() & {"training.steps", "lr_scheduler.warmup_steps", "lr_scheduler.total_steps"}
     before = in_file.get("training.steps", JobConfig().training.steps)
     if asked != {"training.steps"} or schedule.total_steps is not None or not 1 <= steps < before:
-        return ""
+        return
     if Schedule.of(schedule, steps).fits:
-        return ""
-    warmup = schedule.warmup_steps
+        return
+    config.warmup_in_file = warmup = schedule.warmup_steps
     schedule.warmup_steps = max(1, warmup * steps // before)
-    return f"shortened from {warmup} to {schedule.warmup_steps}, as training.steps from {before} to {steps}"
+    note = f"shortened from {warmup} to {schedule.warmup_steps}, as training.steps from {before} to {steps}"
+    config.provenance["lr_scheduler.warmup_steps"] = note
 
 
 def expand_home(config: JobConfig) -> None:

@@ -17,6 +17,8 @@ from .text.tokenizer import Tokenizer, tokenizer_sha256
 
 Rows = list[tuple[str, ...]]
 """Lines of text, the first of each a name."""
+UNUSABLE = "CANNOT BE USED: "
+"""How the text begins of data that a run would refuse."""
 
 
 def data_rows(config: JobConfig, world_size: int) -> Rows:
@@ -66,7 +68,7 @@ def _set_row(name: str, path: str, config: JobConfig) -> tuple[Manifest | None, 
         if manifest.tokens < config.training.seq_len:
             raise DataError(f"has {manifest.tokens:,} tokens, less than one window of {config.training.seq_len:,}")
     except UserError as error:
-        return None, (name, path, f"CANNOT BE USED: {str(error).splitlines()[0]}")
+        return None, (name, path, f"{UNUSABLE}{str(error).splitlines()[0]}")
     unused = config.model.vocab_size - manifest.vocab_size
     fits = f"tokenizer of {manifest.vocab_size:,}, {unused:,} rows of the embedding unused"
     return manifest, (name, path, f"{manifest.counts()}; {fits}")
@@ -77,6 +79,6 @@ def _tokenizer_rows(config: JobConfig) -> Rows:
     try:
         size = Tokenizer(folder).vocab_size
     except (UserError, OSError) as error:
-        return [("tokenizer", folder, f"CANNOT BE USED: {str(error).splitlines()[0]}")]
-    wrong = "CANNOT BE USED: " if size > config.model.vocab_size else ""
+        return [("tokenizer", folder, f"{UNUSABLE}{str(error).splitlines()[0]}")]
+    wrong = UNUSABLE if size > config.model.vocab_size else ""
     return [("tokenizer", folder, f"{wrong}{size:,} tokens, model.vocab_size = {config.model.vocab_size:,}")]

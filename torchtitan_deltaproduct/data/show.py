@@ -1,8 +1,9 @@
-"""Shows what a prepared folder holds.
+"""Shows what a prepared folder holds, or a corpus of others.
 
 python -m torchtitan_deltaproduct.data.show data/code/train
 python -m torchtitan_deltaproduct.data.show data/code/train --document 17     # one document, decoded
 python -m torchtitan_deltaproduct.data.show data/code/train --verify          # checksums of every file
+python -m torchtitan_deltaproduct.data.show corpus/web_text_document --tokenizer data/gpt2 --verify     # every id
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from torchtitan_deltaproduct.arguments import Parser, path
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
+from torchtitan_deltaproduct.progress import Progress
 
 from .shards.corpora import NO_TOKENIZER, CorpusStream, find_files, open_stream
 from .shards.manifest import read_manifest
@@ -22,6 +24,8 @@ from .shards.verified import SUFFIXES, compare, file_states
 from .text.tokenizer import load_tokenizer
 
 SHOWN_TOKENS = 200
+PIECE = 1 << 20
+"""Tokens read at a time."""
 
 
 def verify(folder: str | Path) -> int:
@@ -31,6 +35,14 @@ def verify(folder: str | Path) -> int:
     files = [(shard, suffix) for shard in range(len(manifest.shards)) for suffix in SUFFIXES]
     compare(Path(folder), manifest, files)
     return len(files)
+
+
+def read_all(stream: TokenStream) -> None:
+    """Reads every token; DataError names file and place of an id that is not in the vocabulary."""
+    piece = np.empty(PIECE, dtype=np.int64)
+    with Progress("verify", stream.tokens, "tokens") as progress:
+        for start in range(0, stream.tokens, PIECE):
+            progress.advance(stream.read(start, piece))
 
 
 def table(stream: TokenStream) -> Table:
@@ -65,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=path, help="prepared folder, the one with manifest.json, or files of others")
     parser.add_argument("--tokenizer", default="", type=path, metavar="FOLDER", help="that made the files of others")
     parser.add_argument("--document", type=int, default=0, metavar="N", help="document to show (default: 0)")
-    parser.add_argument("--verify", action="store_true", help="check every file against its checksum")
+    parser.add_argument("--verify", action="store_true", help="compare files with their checksums, of others all ids")
     options = parser.parse_args(arguments)
     if find_files(options.folder) and not options.tokenizer:
         raise ConfigError(NO_TOKENIZER.format(options.folder, "--tokenizer"))
@@ -88,7 +100,10 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"\n{title}")
     console.print(pieces)
     console.print(f"{shown[:16]} ...", highlight=False)
-    if options.verify:
+    if options.verify and isinstance(stream, CorpusStream):
+        read_all(stream)
+        console.print(f"\nall {stream.tokens:,} tokens are in the vocabulary")
+    elif options.verify:
         console.print(f"\nall {verify(options.folder)} files have the right checksums")
 
 

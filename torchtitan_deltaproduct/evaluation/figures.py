@@ -3,7 +3,7 @@
     with picture(Path("x.png"), "title", rows=1, columns=2, size=(10, 4)) as (figure, axes):
         axes[0, 0].plot(x, y, **look(0, 2)); axes[0, 0].plot(x, z, **look(1, 2))
 
-Import `plt` from here: the backend is chosen before pyplot is imported.
+Without pyplot, whose figures are global, need a choice of backend and take time to import.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
-from matplotlib.patches import Patch  # noqa: E402
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 # Okabe & Ito (2008), without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -37,20 +34,23 @@ def picture(
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """A PNG of rows x columns panels: gives the figure and its axes [rows, columns]; it is written at the end.
 
-    The `size` is width and height in inches, `title` may be empty, `options` are those of `plt.subplots`.
+    The `size` is width and height in inches, `title` may be empty, `options` are those of `Figure.subplots`.
     """
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
-        yield figure, axes
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(size, layout="constrained")
+        yield figure, figure.subplots(rows, columns, squeeze=False, **options)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         save(figure, path)
 
 
 def save(figure, path: Path) -> None:
-    """Writes a PNG and forgets the figure."""
+    """Writes a figure in the format of the name."""
+    # Laid out here: savefig would draw all of it once to lay it out, and once to write it.
+    figure.set_dpi(150)
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def look(index: int, count: int) -> dict:
@@ -61,7 +61,7 @@ def look(index: int, count: int) -> dict:
 
 def shade(index: int, count: int):
     """One of `count` colours from dark to light, for lines that are ordered or too many to be told apart."""
-    return plt.get_cmap("viridis")(0.85 * index / max(1, count - 1))
+    return matplotlib.colormaps["viridis"](0.85 * index / max(1, count - 1))
 
 
 def band(axis, x, low, high, colour) -> None:

@@ -1,7 +1,7 @@
 """The frame of evaluations over long sequences: models x datasets, measured in pieces that survive a kill, reported.
 
     class Loss(LongEvaluation):                                      # beside the defaults of its options:
-        def measure(self, model, tokens, reading, progress): ...     # some sequences -> arrays
+        def measure(self, model, tokens, reading, advance): ...     # some sequences -> arrays
         def summarise(self, measured, options): ...                  # arrays -> results, which know their rows
         def show(self, results, stem, options, console): ...         # tables and pictures
     Loss().main(["outputs/run", "--data", "data/a"])
@@ -27,16 +27,18 @@ from rich.console import Console
 from torchtitan_deltaproduct.arguments import Parser, path, shown
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.formats import clock
 from torchtitan_deltaproduct.models import DeltaProductLM
+from torchtitan_deltaproduct.progress import Progress
 
 from .files import read_results, short_names, short_paths, write_array, write_csv, write_json
 from .options import MOST_ROWS, add_model_options, add_text_options, at_least, load_models, make_folder, output_folder
 from .pieces import Arrays, Measured, Pieces, Sequences, Tokens, describe, fingerprint
-from .ranks import Meter, Ranks
+from .ranks import Ranks
 from .swept import Swept, made_by
 from .texts import texts_of
 
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]
 """Is told the number of tokens after each segment."""
 
 
@@ -71,7 +73,7 @@ class LongEvaluation(ABC):
     own_sequences: Callable[..., Sequences] | None = None
 
     @abstractmethod
-    def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict[str, Any], progress: Progress) -> Arrays:
+    def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict[str, Any], advance: Advance) -> Arrays:
         """Measures some sequences with a model that is whole on its device, read as `reading` says.
 
         Returns an array [sequences, length] (suffix .npy), or several by name (.npz).
@@ -183,7 +185,7 @@ class LongEvaluation(ABC):
         return sequences, Pieces.open(folder, model, weights, sequences, reading, self.suffix, self.version)
 
     def compute(self, cases: list[Measured], ranks: Ranks, console: Console) -> None:
-        """Computes the pieces that are missing, this rank its share; says a line every 10 seconds."""
+        """Computes the pieces that are missing, this rank its share; shows how far it is."""
         # One look, by one rank: the others might see what is being written meanwhile.
         missing = ranks.first(lambda: [(i, piece) for i, case in enumerate(cases) for piece in case.pieces.missing()])
         total = sum(cases[i].tokens(piece) for i, piece in missing)
@@ -193,13 +195,16 @@ class LongEvaluation(ABC):
         elif there:
             console.print(f"all {there:,} tokens were read before")
         mine = [(cases[i], piece) for i, piece in missing[ranks.rank :: ranks.world]]
-        meter = Meter(sum(case.tokens(piece) for case, piece in mine), console, ranks=ranks.world)
-        for case, piece in mine:
-            meter.name, tokens = case.name, Tokens(case.sequences, *piece)
-            arrays = self.measure(case.loaded.model, tokens, case.pieces.about, meter.advance)
-            write_array(case.pieces.path(piece), arrays)
+        total = sum(case.tokens(piece) for case, piece in mine)
+        with Progress("", total, "tokens", quiet=ranks.rank != 0) as progress:
+            for case, piece in mine:
+                progress.title, tokens = case.name, Tokens(case.sequences, *piece)
+                arrays = self.measure(case.loaded.model, tokens, case.pieces.about, progress.advance)
+                write_array(case.pieces.path(piece), arrays)
         if mine:
-            meter.finish()
+            each = f" on each of {ranks.world} ranks" if ranks.world > 1 else ""
+            seconds = progress.seconds
+            console.print(f"{total:,} tokens in {clock(seconds)}, {total / seconds:,.0f} tokens/s{each}")
 
     def report(self, measured: list[Measured], stem: Path, options: argparse.Namespace, console: Console) -> None:
         """Shows all results and writes them, `stem`.json last: where it is, everything is."""

@@ -30,11 +30,11 @@ def add_model_options(
         help="run folder, one of its checkpoint/step-N, or Hugging Face folder")  # fmt: skip
     add("--step", type=int, help="checkpoint step of run folders (default: the newest complete one)")
     add("--device", choices=("cpu", "cuda"), help="where to compute (default: cuda if there is one)")
-    add("--dtype", choices=DTYPES, default=dtype,
-        help="of weights and activations; auto: bfloat16 on cuda, float32 on cpu (default: %(default)s)")  # fmt: skip
+    add("--dtype", choices=DTYPES, default=dtype, metavar="TYPE",
+        help="float32, bfloat16, float64 or auto: bfloat16 on cuda (default: %(default)s)")  # fmt: skip
     if results:
         add("--out", type=path,
-            help="folder for results (default: eval/ in the model's folder, or in the one common to all)")  # fmt: skip
+            help="folder for results (default: eval/ in that of the model, or of all)")  # fmt: skip
 
 
 def add_text_options(parser: argparse.ArgumentParser, *, length: int, sequences: int, documents: str) -> None:
@@ -44,10 +44,9 @@ def add_text_options(parser: argparse.ArgumentParser, *, length: int, sequences:
         help="prepared folder, file or folder of text, or dataset NAME[:CONFIG]")  # fmt: skip
     add("--length", type=int, default=length, help="tokens of a sequence (default: %(default)s)")
     add("--sequences", type=int, default=sequences, help="sequences at most (default: %(default)s)")
-    add("--documents", choices=("auto", "long", "packed"), default=documents,
-        help="documents at least as long as --length, or packed ones; auto: long if there are enough "
-        "(default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, help="of the choice of sequences (default: 0; of generated words that of the run)")
+    add("--documents", choices=("auto", "long", "packed"), default=documents, metavar="KIND",
+        help="long (of --length or more), packed or auto: long if enough (default: %(default)s)")  # fmt: skip
+    add("--seed", type=int, help="of the choice of sequences (default: 0; of generated words the run's)")
     add("--batch", type=int, default=0,
         help=f"sequences read together (default: {MOST_ROWS}; on a CPU fewer of long ones)")  # fmt: skip
     add("--segment", type=int, default=1024, help="tokens of a sequence read at a time (default: %(default)s)")

@@ -4,28 +4,23 @@
 
     with Ranks() as ranks:
         texts = ranks.first(lambda: open_texts(...))        # done by rank 0; all get the result, or its UserError
-        meter = Meter(total_tokens, console, "outputs/run", ranks.world)
-        for part in parts[ranks.rank :: ranks.world]: ...; meter.advance(1024)
+        for part in parts[ranks.rank :: ranks.world]: ...
         ranks.wait()
 
 What is done need not take equally long: nobody gives up waiting.
 """
 
 import os
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from torchtitan_deltaproduct.errors import UserError
-from torchtitan_deltaproduct.formats import clock
 
 PATIENCE = timedelta(days=30)
-SECONDS_BETWEEN_LINES = 10.0
 T = TypeVar("T")
 
 
@@ -66,30 +61,3 @@ class Ranks:
         """Returns when all ranks have come here."""
         if self.world > 1:
             dist.barrier()
-
-
-class Meter:
-    """Tells how many of `total` tokens are read of what has the `name`, on each of some `ranks`."""
-
-    def __init__(self, total: int, console: Console, name: str = "", ranks: int = 1):
-        self.total, self.console, self.name, self.done = total, console, name, 0
-        self.each = f" on each of {ranks} ranks" if ranks > 1 else ""
-        self.start = self.last_line = time.monotonic()
-
-    def advance(self, tokens: int) -> None:
-        """Counts tokens that were read, and says so every `SECONDS_BETWEEN_LINES`."""
-        self.done += tokens
-        now = time.monotonic()
-        if now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            speed = self.done / (now - self.start)
-            left = clock((self.total - self.done) / speed)
-            line = f"{self.done:,} of {self.total:,} tokens, {speed:,.0f} tokens/s{self.each}, {left} left"
-            self.console.print(f"{self.name}: {line}", soft_wrap=True)
-
-    def finish(self) -> None:
-        """Says how long all of it took."""
-        seconds = time.monotonic() - self.start
-        self.console.print(
-            f"{self.total:,} tokens in {clock(seconds)}, {self.total / seconds:,.0f} tokens/s{self.each}"
-        )

@@ -24,7 +24,7 @@ from .. import events
 from ..checkpoint.folders import CheckpointInfo, newest_first
 from ..checkpoint.marker import checksum
 from ..config import JobConfig
-from ..config.compare import compare_configs, rate_rises, refuse_breaking
+from ..config.compare import compare_configs, keep_warmup, rate_rises, refuse_breaking
 from ..config.snapshots import read_snapshot, snapshot, write_snapshot
 from ..data import separator_id
 from ..data.check import check_data
@@ -92,10 +92,10 @@ def build(config: JobConfig, stopping: Stopping) -> "Trainer | None":
     logger.info("device: %s (%s)", device_type, reason)
     resolve_precision(config, device_type)
     identity, eos_id = check_data(config), separator_id(config.data, config.model.hf_assets_path)
-    current = snapshot(config, {"data_identity": identity, "eos_id": eos_id})
+    current = snapshot(config, {"data_identity": identity, "eos_id": eos_id, "warmup_in_file": config.warmup_in_file})
     owns_group = not dist.is_initialized()
     with own_store() as store:
-        past = from_rank_0(lambda: check_run_folder(config, current), store)
+        past, config.lr_scheduler.warmup_steps = from_rank_0(lambda: check_run_folder(config, current), store)
         if past is Past.FINISHED:
             return None
         device.install(device_type, config.metrics.peak_flops)
@@ -181,12 +181,15 @@ class Past(Enum):
     NOTHING, CHECKPOINT, FINISHED = "no checkpoint", "one to go on from", "the last step, with weights only"
 
 
-def check_run_folder(config: JobConfig, current: dict) -> Past:
+def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int]:
     """Compares a launch with the checkpoint it would resume from, lists what changed, and keeps its settings; rank 0.
 
     Args:
         config: of this launch.
         current: its snapshot, written to the run folder.
+
+    Returns:
+        What is there, and the steps of the warm-up: those of the config, or of the run so far (`keep_warmup`).
 
     Raises:
         ConfigError: a change that would make the run another run, or a folder that cannot be written.
@@ -202,20 +205,23 @@ def check_run_folder(config: JobConfig, current: dict) -> Past:
             past = Past.CHECKPOINT
             if finished_with_weights_only(config, newest, complete, saved):
                 logger.info("finished already: step %d of %d", newest.step, config.training.steps)
-                return Past.FINISHED
+                return Past.FINISHED, config.lr_scheduler.warmup_steps
+            keep_warmup(saved, config, current, newest.step)
             comparison = compare_configs(saved, current, consumed=consumes_samples(config, newest))
             refuse_breaking(comparison, newest.path, config.provenance)
             for change in comparison.notable + comparison.harmless:
                 logger.info("changed since step %d was saved: %s", newest.step, change)
             if note := rate_rises(saved, config, newest.step):
                 logger.warning("%s", note)
+    if config.warmup_in_file is not None:
+        logger.warning("lr_scheduler.warmup_steps: %s", config.provenance["lr_scheduler.warmup_steps"])
     path = Path(config.job.dump_folder, "config.json")
     try:
         if os.environ["RANK"] == "0":
             write_snapshot(path, current)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}\nmake room, or move away what is there") from None
-    return past
+    return past, config.lr_scheduler.warmup_steps
 
 
 def will_load_weights(config: JobConfig, past: Past) -> bool:

@@ -68,9 +68,9 @@ def test_verify_shows_its_progress_on_a_terminal(run, monkeypatch):
     totals, shown = set(), []
 
     class Bar(verify.Progress):
-        def __init__(self, title, total, done, lines):
+        def __init__(self, title, total, done):
             totals.add(total)
-            super().__init__(title, total, done, lines)
+            super().__init__(title, total, done=done)
 
         def update(self, done, note=""):
             shown.append(done)

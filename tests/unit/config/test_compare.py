@@ -13,7 +13,7 @@ from torchtitan_deltaproduct.config import (
     snapshot,
     write_snapshot,
 )
-from torchtitan_deltaproduct.config.compare import rate_rises
+from torchtitan_deltaproduct.config.compare import keep_warmup, rate_rises
 from torchtitan_deltaproduct.config.schema import schema
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 
@@ -78,6 +78,36 @@ def test_a_rate_that_rises_again_is_told(load, step, options, words):
     longer = load(DATA, "--training.steps=1000", "--lr_scheduler.warmup_steps=10")
     assert rate_rises(stretched, longer, 50).endswith("a larger training.steps stretches the decay")
     assert rate_rises({"config": {}}, longer, 50) == ""
+
+
+CUT = DATA + "[training]\nsteps = 300\n[lr_scheduler]\nwarmup_steps = 30\n"
+
+
+@pytest.mark.parametrize(("text", "options", "step", "warmup"), [
+    (CUT, ["--training.steps=40"], 20, 2),
+    (CUT, [], 20, 2),
+    # Shortened as well, and the file's run ended with its own: both as the run so far, or nothing to keep.
+    (CUT, ["--training.steps=25"], 20, 2),
+    (CUT, ["--training.steps=40"], 1, 30),
+    # Asked for: in the file, on the command line, or by beginning the schedule again.
+    (CUT.replace("steps = 30\n", "steps = 35\n"), ["--training.steps=40"], 20, 35),
+    (CUT, ["--training.steps=40", "--lr_scheduler.warmup_steps=30"], 20, 30),
+    (CUT, ["--training.steps=40", "--checkpoint.exclude_from_loading=lr_scheduler"], 20, 30),
+])  # fmt: skip
+def test_a_warm_up_that_is_over_is_not_run_again(load, text, options, step, warmup):
+    """A run of a file of 300 steps that was cut to 20, its warm-up from 30 to 2, goes on to another end, twice."""
+    cut = load(CUT, "--training.steps=20")
+    saved = snapshot(cut, {"warmup_in_file": cut.warmup_in_file})
+    assert saved["config"]["lr_scheduler"]["warmup_steps"] == 2
+    for _ in range(2):
+        config = load(text, *options)
+        current = snapshot(config, {"warmup_in_file": config.warmup_in_file})
+        keep_warmup(saved, config, current, step)
+        table, note = config.lr_scheduler, config.provenance["lr_scheduler.warmup_steps"]
+        assert table.warmup_steps == current["config"]["lr_scheduler"]["warmup_steps"] == warmup
+        kept = "stays 2, not 30: the warm-up of this run is over"
+        assert (note == kept) == (warmup == 2 and config.training.steps > 30)
+        saved = current
 
 
 def test_nothing_changed(load):

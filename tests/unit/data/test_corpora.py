@@ -205,6 +205,8 @@ def test_show(tokenizer, corpus, capsys):
     np.save(corpus.with_name("x.npy"), np.array([5, 6, 0], dtype=np.uint16))
     show([str(corpus.with_name("x.npy")), "--tokenizer", tokenizer])
     without_index = capsys.readouterr().out
+    show([str(corpus), "--tokenizer", tokenizer, "--verify"])
+    assert f"all {sum(map(len, random_documents(0, 300))):,} tokens are in the vocabulary" in capsys.readouterr().out
     assert "[5, 6, 0]" in without_index and "the first 3 of 3 tokens" in without_index
     assert "read as" in shown and f"document 7, {len(random_documents(0, 300)[7])} tokens" in shown
     assert "tokens on average" in shown and "document" not in without_index
@@ -230,14 +232,39 @@ def cut(path: Path, size: int) -> None:
     (lambda c: write_megatron(c, [[[1.0, 0.0]]], code=6), "version 1 and tokens of type 6"),
     (lambda c: write_megatron(c, [[[1, 0]]], version=2), "version 2 and tokens of type 8"),
     (lambda c: write_megatron(c, [[[1, 0]], [[2, 0]], [[3]]]), "(?s)1 of 3 documents looked at .* data.eos"),
-    (lambda c: write_megatron(c, [[[1, -7, 0]]], code=4), "holds token -7; the vocabulary ends at 399"),
-    (lambda c: write_megatron(c, [[[1, -7]]], code=5), "holds token -7; the vocabulary ends at 399"),
-    (lambda c: write_megatron(c, [[[1, 500, 0]]]), "holds token 500; the vocabulary ends at 399"),
+    (lambda c: write_megatron(c, [[[1, -7, 0]]], code=4), "holds token -7 at place 1; the vocabulary ends at 399"),
+    (lambda c: write_megatron(c, [[[1, -7]]], code=5), "holds token -7 at place 1; the vocabulary ends at 399"),
+    (lambda c: write_megatron(c, [[[1, 500, 0]]]), "corpus.bin holds token 500 at place 1; the vocabulary ends at 399"),
 ])  # fmt: skip
 def test_damaged_corpora(tokenizer, corpus, damage, message):
     damage(corpus)
     with pytest.raises(DataError, match=message):
         whole(open_stream(corpus, tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["with separators", "without", "npy"])
+def test_ids_beyond_the_vocabulary(tmp_path, tokenizer, kind, capsys):
+    """In the blocks that are looked at a corpus is refused at once; elsewhere where they are read, and by --verify."""
+    documents = random_documents(0, 3000, ends=kind != "without")
+    tokens, inside = sum(documents, []), 15_000
+    assert 8192 < inside < (len(tokens) - 8192) // 3 and len(documents[0]) > 6
+    for place in (5, len(tokens) - 3, inside):
+        wrong = np.array(tokens, dtype=np.uint16)
+        wrong[place] = 500
+        cut = np.split(wrong, np.cumsum([len(document) for document in documents])[:-1])
+        path = write_megatron(tmp_path / "x", [[document.tolist()] for document in cut])
+        if kind == "npy":
+            np.save(path := tmp_path / "x.npy", wrong)
+        said = rf"x\.(bin|npy) holds token 500 at place {place:,}; the vocabulary ends at 399\nit was not made with"
+        if place != inside:
+            with pytest.raises(DataError, match=said):
+                open_stream(path, tokenizer)
+            continue
+        stream = open_stream(path, tokenizer)
+        with pytest.raises(DataError, match=said):
+            whole(stream)
+        with pytest.raises(DataError, match=said):
+            show([str(path), "--tokenizer", tokenizer, "--verify"])
 
 
 def test_a_document_that_runs_into_the_next(tmp_path, tokenizer):
@@ -270,7 +297,7 @@ def test_what_is_not_read(tmp_path, tokenizer, corpus):
     with pytest.raises(DataError, match=r"(?s)shape \[3, 4\]; expected token ids in one dimension.*reshape\(-1\)"):
         open_stream(tmp_path / "windows.npy", tokenizer)
     np.save(tmp_path / "negative.npy", np.array([3, -7], dtype=np.int32))
-    with pytest.raises(DataError, match="negative.npy holds token -7;"):
+    with pytest.raises(DataError, match="negative.npy holds token -7 at place 1;"):
         whole(open_stream(tmp_path / "negative.npy", tokenizer))
     write_megatron(tmp_path / "two/a", [[[1, 0]]], 4), write_megatron(tmp_path / "two/b", [[[1, 0]]], 8)
     with pytest.raises(DataError, match="b holds uint16 and .*a uint32.\nName them as separate paths"):

@@ -132,6 +132,11 @@ def test_training_reuses_and_refuses(tmp_path, capsys):
     assert train_tokenizer([corpus], 301, out, overwrite=True)
     with pytest.raises(ConfigError, match="at least 257"):
         train_tokenizer([corpus], 256, str(tmp_path / "small"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/a.txt").touch(), (tmp_path / "empty/b.txt").touch()
+    with pytest.raises(DataError, match="empty/a.txt and 1 other files: there is no text to train a tokenizer on"):
+        train_tokenizer([str(tmp_path / "empty")], 300, str(tmp_path / "none"))
+    assert not list((tmp_path / "none").iterdir())
     assert train_main([corpus, "--vocab-size", "50000", "--out", str(tmp_path / "big")]) == 0
     assert "the text supports no more than" in capsys.readouterr().out
 

@@ -32,6 +32,7 @@ from torchtitan_deltaproduct.evaluation.length_extrapolation.results import summ
 from torchtitan_deltaproduct.evaluation.pieces import Measured, Pieces, Tokens, fingerprint
 from torchtitan_deltaproduct.evaluation.sample import Wanted
 from torchtitan_deltaproduct.evaluation.texts import open_texts
+from torchtitan_deltaproduct.progress import Progress
 
 HERE = "torchtitan_deltaproduct.evaluation"
 
@@ -373,12 +374,18 @@ def test_wrong_arguments(run, data, tmp_path):
 
 
 def test_what_is_said_meanwhile(run, data, tmp_path, monkeypatch, capsys, no_pictures):
-    monkeypatch.setattr(f"{HERE}.ranks.SECONDS_BETWEEN_LINES", 0.0)
+    shown = []
+
+    class Shown(Progress):
+        def update(self, done, note=""):
+            super().update(done, note)
+            shown.append((self.title, done, self.total, self.unit))
+
+    monkeypatch.setattr(f"{HERE}.long.Progress", Shown)
     evaluate(tmp_path, run, data / "train", "--sequences", "1", "--batch", "1", "--documents", "packed")
-    said = capsys.readouterr().out
-    for tokens in (64, 128, 192, 256, 300):
-        line = rf"run step 8, data/train: {tokens} of 300 tokens, [\d,]+ tokens/s, 0:00:\d\d left"
-        assert re.search(line, said), said
+    said, errors = capsys.readouterr()
+    assert shown == [("run step 8, data/train", tokens, 300, "tokens") for tokens in (64, 128, 192, 256, 300)]
+    assert re.search(r"^300 tokens in 0:00:\d\d, [\d,]+ tokens/s$", said, re.MULTILINE) and " left" not in said + errors
     assert "1 sequence of 300 tokens" in said and "one sequence: there are no standard errors" in said
     assert re.search(r"1 - 32 │ +\d\.\d{3}  +\d+\.\d\d", said) and "nan" not in said
     texts, loaded = open_texts(Wanted(str(data / "train"), 300, 4, "packed"), None, tmp_path / "texts"), load_model(run)

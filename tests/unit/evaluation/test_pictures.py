@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from tests.unit.evaluation.test_position_loss import write_parts
@@ -29,9 +30,7 @@ def drawn(monkeypatch):
         kept[path.name] = figure
 
     monkeypatch.setattr(figures, "save", keep)
-    yield kept
-    for figure in kept.values():
-        figures.plt.close(figure)
+    return kept
 
 
 def texts(figure):
@@ -114,13 +113,12 @@ def test_ranks(drawn, states, tmp_path):
 
 def test_names_at_the_ends_of_lines_are_apart():
     """Also of lines that end at one place, at the top, or outside of the picture; each beside its own line's colour."""
-    figure, axis = figures.plt.subplots()
+    axis = Figure().subplots()
     axis.set_ylim(0, 1)
     figures.name_ends(
         axis, [(5, 0.99, "a", "red"), (5, 0.99, "b", "green"), (3, 0.2, "c", "blue"), (5, 7.0, "d", "black")]
     )
     texts = {text.get_text(): (text.xyann[1], text.get_color()) for text in axis.texts}
-    figures.plt.close(figure)
     heights = sorted(height for height, _ in texts.values())
     assert heights[-1] <= 1 and all(b - a > 0.07 for a, b in zip(heights, heights[1:], strict=False))
     assert texts["c"] == (pytest.approx(0.2, abs=0.25), "blue") and texts["d"] == (heights[-1], "black")

@@ -11,7 +11,9 @@
 Documents of a Megatron corpus begin where its index says. If none of them ends with the separator (it was made without
 `--append-eod`), separators are put between them as they are read. In a `.npy` file documents begin after separators,
 and its end ends the last one: a separator is put there as it is read, if none stands there.
-Such files have no checksums: a run knows them by their sizes and by some blocks of each.
+Such files have no checksums: a run knows them by their sizes and by some blocks of each. Whether the vocabulary has
+their ids is looked at in these blocks when they are opened, in all that is read as it is read, and in every token by
+`data.show CORPUS --verify`.
 """
 
 import hashlib
@@ -31,7 +33,7 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError
 from ..text.tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
 from .manifest import NAME, WORK, Manifest, Shard, read_manifest
 from .megatron import HEADER, Index, read_index
-from .shards import INT64, TokenStream, token_dtype
+from .shards import INT64, TokenStream, beyond_vocabulary, token_dtype
 from .verified import THREADS
 
 BLOCKS, BLOCK = 4, 1 << 14
@@ -102,6 +104,11 @@ class File(NamedTuple):
     """Of the documents looked at, whether the separator ends them."""
     fingerprint: str
 
+    def as_written(self, token: np.integer) -> int:
+        """A token as it was read, as the number that stands in the file."""
+        as_read = token.astype(self.dtype)
+        return int(as_read.view(f"<i{as_read.itemsize}") if self.signed else as_read)
+
     def starts(self, read: Callable[[int, int], np.ndarray], first: int, last: int) -> np.ndarray:
         """Where the documents first .. last - 1 of a Megatron file begin, in tokens: [last - first] int64.
 
@@ -129,7 +136,7 @@ def read_corpus(path: str | Path, names: tuple[str, ...], tokenizer_path: str, e
         raise ConfigError(NO_TOKENIZER.format(path, "model.hf_assets_path"))
     vocab_size, eos_id = load_tokenizer(tokenizer_path).vocab_size, find_eos_id(tokenizer_path, eos, option="data.eos")
     with ThreadPoolExecutor(THREADS) as pool:
-        files = list(pool.map(lambda name: _look(name, token_dtype(vocab_size), eos_id), names))
+        files = list(pool.map(lambda name: _look(name, vocab_size, eos_id), names))
     first = files[0]
     if other := next((file for file in files if file.dtype != first.dtype), None):
         raise DataError(
@@ -167,14 +174,18 @@ def read_corpus(path: str | Path, names: tuple[str, ...], tokenizer_path: str, e
     return Corpus(manifest, files, inserts)
 
 
-def _look(name: str, dtype: str, eos_id: int) -> File:
+def _look(name: str, vocab_size: int, eos_id: int) -> File:
     """Reads the header of a file, the ends of some documents or the last token, and some blocks of it."""
     try:
         if name.endswith(".npy"):
             with FileIO(name) as file:
-                return _look_at_npy(name, file, dtype, eos_id)
+                seen = _look_at_npy(name, file, token_dtype(vocab_size), eos_id)
+                _check_some(seen, name, file, vocab_size)
+                return seen
         with FileIO(f"{name}.idx") as index_file, FileIO(f"{name}.bin") as file:
-            return _look_at_megatron(name, index_file, file, eos_id)
+            seen = _look_at_megatron(name, index_file, file, eos_id)
+            _check_some(seen, f"{name}.bin", file, vocab_size)
+            return seen
     except OSError as error:
         raise DataError(f"{error.filename or name} cannot be read: {error.strerror}.") from None
 
@@ -215,6 +226,18 @@ def _look_at_npy(name: str, file: FileIO, dtype: str, eos_id: int) -> File:
         )
     last = _array(file, np.dtype(dtype), size - itemsize, 1)[0]
     return File(name, size, dtype, signed, offset, None, [int(last) == eos_id], _fingerprint(file))
+
+
+def _check_some(seen: File, path: str, file: FileIO, vocab_size: int) -> None:
+    """Raises DataError if an id in some blocks of a file, about those of `_fingerprint`, is not in the vocabulary."""
+    dtype = np.dtype(seen.dtype)
+    tokens = (seen.size - seen.offset) // dtype.itemsize
+    count = min(tokens, BLOCK // dtype.itemsize)
+    for number in range(BLOCKS):
+        first = (tokens - count) * number // (BLOCKS - 1)
+        block = _array(file, dtype, seen.offset + first * dtype.itemsize, count)
+        if (highest := block.max()) >= vocab_size:
+            raise beyond_vocabulary(path, seen.as_written(highest), first + int(block.argmax()), vocab_size)
 
 
 def _array(file: FileIO, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
@@ -287,9 +310,11 @@ class CorpusStream(TokenStream):
         tokens[real] = self._read(shard, self.suffix, self._dtype, begin, real.sum().item())
         return tokens
 
-    def _in_file(self, shard: int, token: np.integer) -> int:
-        as_read = token.astype(self._dtype)
-        return int(as_read.view(f"<i{self._dtype.itemsize}") if self.files[shard].signed else as_read)
+    def _in_file(self, shard: int, token: np.integer, place: int) -> tuple[int, int]:
+        if self.files[shard].index and self.inserts[shard]:
+            # One separator has been put in for each document before its own.
+            place -= self._search(shard, place + 1, place + 2)[0] - 1
+        return self.files[shard].as_written(token), place
 
     def _starts(self, shard: int, first: int, last: int) -> np.ndarray:
         starts = self.files[shard].starts(partial(self._read, shard, ".idx", INT64), first, last)

@@ -121,7 +121,8 @@ class Manifest:
 
     def counts(self) -> str:
         """Tokens and documents; of files without an index the latter are not known."""
-        return f"{self.tokens:,} tokens" + (f" in {self.documents:,} documents" if self.documents else "")
+        plural = "s" * (self.documents != 1)
+        return f"{self.tokens:,} tokens" + (f" in {self.documents:,} document{plural}" if self.documents else "")
 
     @cached_property
     def content_sha256(self) -> str:

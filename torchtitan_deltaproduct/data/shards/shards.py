@@ -134,12 +134,8 @@ class TokenStream:
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
             if (highest := piece.max()) >= self.manifest.vocab_size:
-                raise DataError(
-                    f"{self.path(shard, self.suffix)} holds token {self._in_file(shard, highest):,}; "
-                    f"the vocabulary ends at {self.manifest.vocab_size - 1:,}\n"
-                    "it was not made with this tokenizer: prepare the data again, "
-                    "or name the right one with model.hf_assets_path"
-                )
+                token, place = self._in_file(shard, highest, first + int(piece.argmax()))
+                raise beyond_vocabulary(self.path(shard, self.suffix), token, place, self.manifest.vocab_size)
         return filled
 
     def close(self) -> None:
@@ -207,9 +203,9 @@ class TokenStream:
     def _tokens(self, shard: int, first: int, last: int) -> np.ndarray:
         return self._read(shard, self.suffix, self._dtype, first * self._dtype.itemsize, last - first)
 
-    def _in_file(self, shard: int, token: np.integer) -> int:
-        """A token of `_tokens` as the number that stands in the file."""
-        return int(token)
+    def _in_file(self, shard: int, token: np.integer, place: int) -> tuple[int, int]:
+        """A token of `_tokens`, at a place of the shard, as the number that stands in the file, and where."""
+        return int(token), place
 
     def _starts(self, shard: int, first: int, last: int) -> np.ndarray:
         """Where the documents first .. last - 1 of a shard begin: [last - first] int64, not none."""
@@ -250,6 +246,14 @@ class TokenStream:
             check_size(path, None, file_size(self.manifest, shard, suffix))
         self.verified.check(shard, suffix, file)
         return file
+
+
+def beyond_vocabulary(path: str | Path, token: int, place: int, vocab_size: int) -> DataError:
+    """What to say of an id in a file of tokens that the tokenizer does not have; places are counted from 0."""
+    return DataError(
+        f"{path} holds token {token:,} at place {place:,}; the vocabulary ends at {vocab_size - 1:,}\n"
+        "it was not made with this tokenizer: prepare the data again, or name the right one with model.hf_assets_path"
+    )
 
 
 def most_descriptors() -> int:

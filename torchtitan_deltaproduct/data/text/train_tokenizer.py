@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchtitan_deltaproduct.arguments import Parser, path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.files import write_atomically, write_json
+from torchtitan_deltaproduct.progress import Progress
 
 from .documents import BadRecord, Unit
 from .files import make_folder, read_record
 from .plan import identity
-from .progress import Progress
 from .sources import plan_units, read_unit
 from .tokenizer import load_tokenizer
 
@@ -55,15 +55,15 @@ def train_tokenizer(
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = {"special_tokens": [EOS], "initial_alphabet": alphabet}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **special)
-    with Progress("read text", sum(unit.size for unit in units)) as progress:
+    with Progress("read text", sum(unit.size for unit in units), lines=True) as progress:
         tokenizer.train_from_iterator(texts(units, progress), trainer)
     save(tokenizer, folder, record)
     return True
 
 
 def texts(units: list[Unit], progress: Progress) -> Iterator[str]:
-    """The text of all documents; unreadable records are left out and counted on stderr."""
-    done = bad = 0
+    """The text of all documents; unreadable records are left out and counted on stderr; DataError if there is none."""
+    done = bad = size = 0
     for unit in units:
         for record in read_unit(unit):
             if isinstance(record, BadRecord):
@@ -71,11 +71,19 @@ def texts(units: list[Unit], progress: Progress) -> Iterator[str]:
                 if bad <= 3:
                     print(f"warning: left out {record}", file=sys.stderr)
             else:
+                size += len(record.text)
                 yield record.text
         done += unit.size
         progress.update(done)
     if bad > 3:
         print(f"warning: left out {bad} unreadable records in all", file=sys.stderr)
+    if not size:
+        names = sorted({name for unit in units for name in unit.paths})
+        more = f" and {len(names) - 1} other files" * (len(names) > 1)
+        raise DataError(
+            f"{names[0]}{more}: there is no text to train a tokenizer on\n"
+            "check the path and, of JSON and tables, --text-field"
+        )
 
 
 def save(tokenizer: Tokenizer, folder: Path, record: dict) -> None:

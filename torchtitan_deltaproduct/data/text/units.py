@@ -22,12 +22,12 @@ from pathlib import Path
 
 from torchtitan_deltaproduct.errors import DataError
 from torchtitan_deltaproduct.files import write_atomically
+from torchtitan_deltaproduct.progress import Progress
 
 from ..shards.manifest import Shard
 from ..shards.shards import ShardWriter
 from ..shards.verified import SUFFIXES, state
 from .documents import BadRecord, Document, Unit
-from .progress import Progress
 from .sources import read_unit
 from .tokenizer import load_tokenizer
 
@@ -106,8 +106,9 @@ def tokenize_units(
     context = multiprocessing.get_context("spawn")
     messages, stop = context.SimpleQueue(), context.Event()
     check_bad(records, max_bad_records)
+    size = sum(units[number].size for number in numbers)
     with (
-        Progress("tokenize", sum(units[number].size for number in numbers), sum(read.values())) as progress,
+        Progress("tokenize", size, done=sum(read.values()), lines=True) as progress,
         ProcessPoolExecutor(
             min(workers, max(1, len(todo))), context, _start_worker, (job, max_bad_records, messages, stop)
         ) as pool,

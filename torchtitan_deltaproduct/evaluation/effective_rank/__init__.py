@@ -27,7 +27,7 @@ from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.models.decode import init_cache
 
 from ..files import digest, slugs
-from ..long import LongEvaluation, Progress
+from ..long import Advance, LongEvaluation
 from ..options import at_least
 from ..pieces import Measured, Tokens
 from ..state_tracking.problems import problem_of
@@ -117,7 +117,7 @@ class EffectiveRank(LongEvaluation):
             lines.append(line + ("" if case.data["eos_id"] is None else f"; at document starts the states are {how}"))
         return lines
 
-    def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict, progress: Progress) -> dict:
+    def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict, advance: Advance) -> dict:
         """Ranks and transitions; L layers, H heads, N sequences, P positions, n Householders.
 
         `reading` has `every`, a state at each multiple of so many tokens; `between`, after each Householder step of
@@ -159,7 +159,7 @@ class EffectiveRank(LongEvaluation):
                     if last > first:
                         stretch = torch.from_numpy(segment[:, first:last]).to(device)
                         cache = walk(model, stretch, cache, look, every, position % every)
-                progress(segment.size)
+                advance(segment.size)
         starts = np.concatenate(starts)
         return {"rank": rank, "starts": starts[np.lexsort((starts[:, 1], starts[:, 0]))], **vars(tally)}
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.colors import LogNorm
+from matplotlib.patches import Circle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from torchtitan_deltaproduct.intervals import student_t
 
-from ..figures import band, band_handle, binned, legend, look, picture, plt, shade
+from ..figures import band, band_handle, binned, legend, look, picture, shade
 from .results import Result
 from .transitions import PLANE_BINS
 
@@ -142,7 +143,7 @@ def spectrum_figure(result: Result, path: Path) -> None:
             if plane:
                 shown, norm = np.ma.masked_equal(share[0].T, 0), _logarithmic(shares, 1e-3)
                 image = axis.imshow(shown, norm=norm, origin="lower", extent=(-1, 1, -1, 1), interpolation="none")
-                axis.add_patch(plt.Circle((0, 0), 1, fill=False, color="#888888", linewidth=0.8))
+                axis.add_patch(Circle((0, 0), 1, fill=False, color="#888888", linewidth=0.8))
                 axis.set(ylim=(-1.05, 1.05), yticks=[-1, 0, 1])
                 axis.grid(False)
             else:

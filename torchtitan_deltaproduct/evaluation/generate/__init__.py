@@ -22,6 +22,7 @@ from rich.console import Console
 from torchtitan_deltaproduct.arguments import Parser, path, text
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
 from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.progress import Progress
 
 from ..options import add_model_options, at_least, load_models
 from .decoding import SEGMENT, Settings, continue_prompts
@@ -72,10 +73,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="files with a prompt each; - is standard input")  # fmt: skip
     add("--tokens", type=int, default=128, help="the most tokens to add (default: %(default)s)")
     add("--temperature", type=float, default=0.0,
-        help="0: always the most probable token; 1: as the model says (default: %(default)s)")  # fmt: skip
+        help="0: the most probable token; 1: as the model says (default: %(default)s)")  # fmt: skip
     add("--top-k", type=int, default=0, metavar="K", help="only among the K most probable tokens (default: all)")
     add("--top-p", type=float, default=1.0, metavar="P",
-        help="only among the fewest most probable tokens that have the mass P (default: %(default)s)")  # fmt: skip
+        help="only among the fewest tokens that have the mass P (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the random choices (default: %(default)s)")
     add("--samples", type=int, default=1, help="continuations of each prompt, with seeds SEED, SEED+1, ...")
     add("--stop", nargs="+", action="extend", default=[], type=text, metavar="TEXT",
@@ -141,7 +142,13 @@ def speak(
 ) -> None:
     """Continues prompts with one model: of one the text is shown while it comes, of several one after another."""
     alone = len(prompts) == 1
-    show = (lambda _, piece: print(piece, end="", flush=True)) if alone else None
+    progress = Progress("generate", settings.tokens * len(prompts), "tokens", quiet=alone)
+
+    def show(_: int, piece: str) -> None:
+        progress.advance(1)
+        if alone:
+            print(piece, end="", flush=True)
+
     if alone and options.echo:
         print(prompts[0].text, end="", flush=True)
     before = [vocabulary.separator] if options.new_document else []
@@ -149,7 +156,10 @@ def speak(
         batch = prompts[first : first + options.batch]
         ids = [before + vocabulary.encode(prompt.text) for prompt in batch]
         start = time.monotonic()
-        texts = continue_prompts(loaded.model, vocabulary, ids, settings, [prompt.seed for prompt in batch], show)
+        with progress:
+            texts = continue_prompts(loaded.model, vocabulary, ids, settings, [prompt.seed for prompt in batch], show)
+            # Texts that ended early count as whole.
+            progress.update(settings.tokens * (first + len(batch)))
         seconds, added = time.monotonic() - start, sum(len(text.tokens) for text in texts)
         ends = ", ".join(sorted({ENDS[text.reason] for text in texts}))
         newline = "\n" if alone else ""

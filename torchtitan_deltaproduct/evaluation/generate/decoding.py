@@ -89,7 +89,7 @@ def continue_prompts(
     Args:
         prompts: ids; an empty one begins with the separator, as a document does in training.
         seeds: for each prompt, 0 by default: the same seed and prompt say the same in any batch.
-        show: called with the place of a prompt and each piece of its text, as soon as it is certain.
+        show: called after each token with the place of its prompt and the text that is certain now, perhaps none.
 
     Raises:
         CheckpointError: the model's logits are not finite.
@@ -104,7 +104,7 @@ def continue_prompts(
         tokens = choose(logits[:, : vocabulary.size], settings.sampling, [streams[place] for place in active])
         for place, token in zip(active, tokens, strict=True):
             piece = texts[place].push(token, separator, settings.tokens)
-            if show and piece:
+            if show:
                 show(place, piece)
         kept = [i for i, place in enumerate(active) if not texts[place].reason]
         if not kept:

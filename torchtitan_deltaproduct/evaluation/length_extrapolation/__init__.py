@@ -19,7 +19,7 @@ from rich.console import Console
 
 from torchtitan_deltaproduct.models import DeltaProductLM
 
-from ..long import LongEvaluation, Progress
+from ..long import Advance, LongEvaluation
 from ..pieces import Measured, Tokens
 from ..texts import tokenizer_of
 from .loss import POSITION, score
@@ -61,13 +61,13 @@ class LengthExtrapolation(LongEvaluation):
             lines.append(f"{data}: the models have different tokenizers, so their losses a token cannot be compared")
         return lines
 
-    def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict, progress: Progress) -> np.ndarray:
+    def measure(self, model: DeltaProductLM, tokens: Tokens, reading: dict, advance: Advance) -> np.ndarray:
         """[sequences, length] of `loss.POSITION`."""
         positions = np.empty((tokens.count, tokens.length), POSITION)
         for start, loss, correct in score(model, tokens.read, tokens.length, reading["segment"]):
             segment = positions[:, start : start + loss.shape[1]]
             segment["loss"], segment["correct"] = loss, correct
-            progress(loss.size)
+            advance(loss.size)
         return positions
 
     def summarise(self, measured: list[Measured], options: argparse.Namespace | None) -> list[Result]:

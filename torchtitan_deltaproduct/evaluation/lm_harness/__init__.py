@@ -8,7 +8,7 @@
     torchrun --nproc_per_node 8 -m eval.lm_harness RUN --tasks hellaswag            documents shared among the ranks
 
 RUN is a run folder (its newest complete checkpoint, or `step=`), one `checkpoint/step-N`, or a Hugging Face folder.
-All other words are lm-eval's (`--help`, `ls tasks`, `--num_fewshot`, `--output_path`, `--log_samples`, ...); results
+All other words are lm-eval's (`run --help`, `ls tasks`, `--num_fewshot`, `--log_samples`, ...); results
 go to RUN/eval/lm_harness unless `--output_path` says otherwise, and `--batch_size` is by the number of tokens unless
 given. Tasks on the hub need the network or its cache. Arguments of the model: `lm_harness.model`.
 """
@@ -40,14 +40,15 @@ COMMANDS = ("run", "ls", "validate")
 def main(arguments: list[str] | None = None) -> None:
     """Runs lm-eval's command line, once for each model named before the first option; ConfigError if it cannot."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{__doc__}\nlm-eval's own options: python -m eval.lm_harness run --help")
+        return
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(f"the package lm-eval is not installed; it is an optional extra:\n{INSTALL}")
     from lm_eval.utils import setup_logging
 
     setup_logging(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     command, models, words = split(words)
-    if command == "run" and (not words or set(words) & {"-h", "--help"}):
-        print(__doc__)
     try:
         for model in models or [None]:
             execute(command, words, model)
@@ -69,7 +70,7 @@ def execute(command: str, words: list[str], model: str | None) -> None:
 
     cli, saved = HarnessCLI(), sys.argv
     # It reads and changes sys.argv.
-    sys.argv = ["lm-eval", command, *(words or ["--help"])]
+    sys.argv = ["lm-eval", command, *words]
     try:
         namespace = cli.parse_args()
     finally:

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
+from torchtitan_deltaproduct.progress import Progress
 
 from ..files import read_results
 from ..options import add_model_options, at_least, load_models, output_folder
-from ..ranks import Meter
 from ..swept import Swept, made_by
 from .problems import Problem, model_reader, problem_of
 from .results import Criterion, RunResult, Setting, by_setting, read_settings, table, write_csv, write_json
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     results, how = [], {"rows": options.batch, "segment": options.segment}
     for model in loaded:
         problem = problem_of(model.config, options.length, options.seed)
-        results.append(evaluate(model, problem, options.words, console, **how))
+        results.append(evaluate(model, problem, options.words, **how))
     criterion = Criterion(options.solved_at_training, options.solved_beyond)
     report(by_setting(results), criterion, folder / "state_tracking", console, made_by(words, loaded))
 
@@ -67,10 +67,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def evaluate(loaded: LoadedModel, problem: Problem, words: int, console: Console, **options) -> RunResult:
-    """Reads the test words of a problem, saying a line every 10 seconds; `options` are those of `Problem.count`."""
-    meter = Meter(problem.tokens(words), console, loaded.label)
-    counts = problem.count(model_reader(loaded.model), words, progress=meter.advance, **options)
+def evaluate(loaded: LoadedModel, problem: Problem, words: int, **options) -> RunResult:
+    """Reads the test words of a problem, showing how far it is; `options` are those of `Problem.count`."""
+    with Progress(loaded.label, problem.tokens(words), "tokens") as progress:
+        counts = problem.count(model_reader(loaded.model), words, progress=progress.advance, **options)
     return RunResult.of(loaded, problem, counts)
 
 
