@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -85,14 +85,14 @@ def completed(words: list[str], cwd: Path = REPO) -> tuple[int, str]:
         return start(words, log.name, cwd=cwd).wait(), log.read()
 
 
-def popen(command: list[str], *, stdout, env: dict | None = None, **_) -> Process | subprocess.Popen:
+def popen(command: Sequence[str], *, stdout, env: dict | None = None, **_) -> Process | subprocess.Popen:
     """Stands for `subprocess.Popen` where the program under test starts `python -m ...` with its output in a file."""
-    forks = command[:2] == [sys.executable, "-m"] and (
+    forks = (*command[:2],) == (sys.executable, "-m") and (
         command[2] in _TORCHRUN or not command[2].startswith(("launch", "torch."))
     )
     if not forks:
         return subprocess.Popen(command, stdout=stdout, env=env, **_)
-    return start(command[1:], stdout.name, cwd=Path.cwd(), env=env)
+    return start([*command[1:]], stdout.name, cwd=Path.cwd(), env=env)
 
 
 def run_distributed(function: Callable, world_size: int = 2, args: tuple = ()) -> None:
