@@ -1,5 +1,6 @@
 """Fixtures shared by the suite."""
 
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 
 # As in the processes that tests start: with other thread counts sums differ in their last bits.
 torch.set_num_threads(1)
+# Else each process that compiles starts others that import torch, to compile what is in the cache or soon will be.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

@@ -6,10 +6,12 @@
 
 Importing torch and torchtitan takes seconds, and a suite needs it hundreds of times. So one process a session imports
 them, has no thread yet, and forks: a copy runs as `python -m ...` would. Of several ranks a leader has the part
-of torchrun: it makes the store, sets RANK and its siblings, ends all when one fails, and passes signals on.
+of torchrun: it makes the store, sets RANK and its siblings, ends all when one fails, and passes signals on. Where the
+words start torchrun itself, it is the real one, and its ranks are forked too.
 """
 
 import atexit
+import ctypes
 import os
 import pickle
 import runpy
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -27,17 +29,19 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_TORCHRUN = ("launch.torchrun", "torch.distributed.run")
+_SET_CHILD_SUBREAPER = 36
 
 
 class Process:
     """What `subprocess.Popen` tells of a process, of one that was forked elsewhere."""
 
-    def __init__(self, pid: int):
-        self.pid, self.returncode = pid, None
+    def __init__(self, pid: int, exit_code: Callable[[int], int | None]):
+        self.pid, self.returncode, self._exit_code = pid, None, exit_code
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self.returncode = _ask("poll", self.pid)
+            self.returncode = self._exit_code(self.pid)
         return self.returncode
 
     def wait(self, timeout: float = 600) -> int:
@@ -81,11 +85,14 @@ def completed(words: list[str], cwd: Path = REPO) -> tuple[int, str]:
         return start(words, log.name, cwd=cwd).wait(), log.read()
 
 
-def popen(command: list[str], *, stdout, env: dict | None = None, **_) -> Process | subprocess.Popen:
+def popen(command: Sequence[str], *, stdout, env: dict | None = None, **_) -> Process | subprocess.Popen:
     """Stands for `subprocess.Popen` where the program under test starts `python -m ...` with its output in a file."""
-    if command[:2] != [sys.executable, "-m"] or command[2].startswith(("launch", "torch.")):
+    forks = (*command[:2],) == (sys.executable, "-m") and (
+        command[2] in _TORCHRUN or not command[2].startswith(("launch", "torch."))
+    )
+    if not forks:
         return subprocess.Popen(command, stdout=stdout, env=env, **_)
-    return start(command[1:], stdout.name, cwd=Path.cwd(), env=env)
+    return start([*command[1:]], stdout.name, cwd=Path.cwd(), env=env)
 
 
 def run_distributed(function: Callable, world_size: int = 2, args: tuple = ()) -> None:
@@ -131,7 +138,8 @@ def _ask(*request):
 
 
 def _fork(program: tuple, log: Path | str, ranks: int, env: dict | None = None) -> Process:
-    return Process(_ask("fork", program, os.path.abspath(log), ranks, {**(env or os.environ), "OMP_NUM_THREADS": "1"}))
+    pid = _ask("fork", program, os.path.abspath(log), ranks, {**(env or os.environ), "OMP_NUM_THREADS": "1"})
+    return Process(pid, lambda pid: _ask("poll", pid))
 
 
 # The side of the process that forks.
@@ -149,8 +157,7 @@ def serve() -> None:
         except EOFError:
             return
         if what == "poll":
-            pid, status = os.waitpid(details[0], os.WNOHANG)
-            connection.send(os.waitstatus_to_exitcode(status) if pid else None)
+            connection.send(_exit_code(details[0]))
         elif pid := os.fork():
             connection.send(pid)
         else:
@@ -158,6 +165,11 @@ def serve() -> None:
             break
     # Here and not inside the loop, so that the program ends as any program does.
     _become(*details)
+
+
+def _exit_code(child: int) -> int | None:
+    pid, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None
 
 
 def _become(program: tuple[Callable, tuple | list], log: str, ranks: int, environment: dict[str, str]) -> None:
@@ -170,6 +182,8 @@ def _become(program: tuple[Callable, tuple | list], log: str, ranks: int, enviro
     os.environ.clear()
     os.environ.update(environment)
     time.tzset()
+    # A suite that runs in the background has it ignored, and hands that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if ranks:
         _lead(ranks)
     function, arguments = program
@@ -224,7 +238,53 @@ def _lead(ranks: int) -> None:
 def _run_module(cwd: str, name: str, *arguments: str) -> None:
     os.chdir(cwd)
     sys.argv, sys.path[0] = [name, *arguments], cwd
+    if name in _TORCHRUN:
+        _fork_ranks()
     runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _fork_ranks() -> None:
+    """Has the ranks of torchrun, which this process will be, forked by another that has no thread."""
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        ours.close()
+        os.setsid()
+        _serve_torchrun(Connection(theirs.detach()))
+        sys.exit()
+    theirs.close()
+    requests = Connection(ours.detach())
+    # The ranks are this process's children from when their parent ends.
+    assert ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    def popen(args: tuple, env: dict[str, str], **_) -> Process:
+        assert args[1:3] == ("-u", "-m"), args
+        requests.send(((_run_module, [os.getcwd(), *args[3:]]), os.readlink("/proc/self/fd/1"), 0, env))
+        return Process(requests.recv(), _exit_code)
+
+    subprocess_handler.Popen = popen
+
+
+def _serve_torchrun(connection: Connection) -> None:
+    """Forks ranks until torchrun has ended; in a rank, runs its program."""
+    while True:
+        try:
+            details = connection.recv()
+        except EOFError:
+            return
+        if between := os.fork():
+            os.waitpid(between, 0)
+            continue
+        between = os.getpid()
+        if os.fork():
+            os._exit(0)
+        while os.getppid() == between:
+            time.sleep(0.001)
+        connection.send(os.getpid())
+        connection.close()
+        break
+    _become(*details)
 
 
 def _call_on_rank(pickled: bytes, path: list[str]) -> None:

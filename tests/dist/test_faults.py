@@ -7,14 +7,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
 
 from tests.dist.test_signals import begin
-from tests.processes import run_distributed
+from tests.processes import run_distributed, start
 from tests.toy import (
-    REPO,
     arguments,
     assert_close,
     assert_same_weights,
@@ -388,11 +386,8 @@ def test_a_hanging_rank(toy, tmp_path):
     options = ("--guard.hang_seconds", "8", "--training.local_batch_size", "1")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
     module = ["-m", "tests.dist.slow_train", *arguments(toy, run, options)]
-    with open(f"{run}.log", "a") as log:
-        environment = os.environ | {"HANG": "1:5", "PAUSE": "0.01", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *torchrun, *module]
-        done = subprocess.run(command, stdout=log, stderr=log, cwd=REPO, env=environment, timeout=400)
-    assert done.returncode == 0, log_of(run)[-3000:]
+    process = start([*torchrun, *module], f"{run}.log", env=os.environ | {"HANG": "1:5", "PAUSE": "0.01"})
+    assert process.wait(timeout=400) == 0, log_of(run)[-3000:]
     stacks = [(run / f"stacks/rank-{rank}.txt").read_text() for rank in (0, 1)]
     assert "in hang_if_asked" in stacks[1] and "in hang_if_asked" not in stacks[0]
     assert {event["rank"] for event in of_kind(run, "stop") if event["reason"] == "hung"} == {0, 1}

@@ -7,15 +7,12 @@ bash launch/test.sh -m slow tests/dist/test_signals.py      the whole matrix, SI
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from tests import processes
 from tests.toy import (
-    REPO,
     arguments,
     assert_same_weights,
     kill,
@@ -45,12 +42,7 @@ def begin(config, run, *options, ranks=1):
     """Starts `slow_train`, under our torchrun for several ranks."""
     module = ["-m", "tests.dist.slow_train", *arguments(config, run, options)]
     torchrun = ["-m", "launch.torchrun", "--standalone", "--nproc_per_node", str(ranks)]
-    if ranks == 1:
-        return processes.start(module, f"{run}.log")
-    with open(f"{run}.log", "a") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *torchrun, *module]
-        return subprocess.Popen(command, stdout=log, stderr=log, cwd=REPO, env=environment, start_new_session=True)
+    return processes.start(module if ranks == 1 else [*torchrun, *module], f"{run}.log")
 
 
 def pid_of(run, rank: int) -> int:
@@ -129,8 +121,7 @@ def test_torchrun_restarts_a_killed_rank(toy, tmp_path, unbroken):
     run = tmp_path / "run"
     module = ["-m", "tests.dist.slow_train", *arguments(toy, run, ())]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
-    with open(f"{run}.log", "a") as log:
-        process = subprocess.Popen([sys.executable, *torchrun, *module], stdout=log, stderr=log, cwd=REPO)
+    process = processes.start([*torchrun, *module], f"{run}.log")
     wait_for(run, MOMENTS["step"], 240)
     os.kill(pid_of(run, 1), signal.SIGKILL)
     assert process.wait(timeout=240) == 0, log_of(run)[-3000:]

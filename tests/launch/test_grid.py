@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from launch import grid
-from tests.toy import REPO
+from tests import processes
+from tests.processes import Process
 from tests.unit.evaluation.words_toy import write_toml
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.events import last_stop, read_events
@@ -113,16 +113,9 @@ def test_a_failed_run_is_named_and_the_others_are_trained(toml, capsys):
     assert "1 of 2 runs are not done" in (toml.parent / "out/results.md").read_text()
 
 
-def start(toml, *words: str) -> subprocess.Popen:
-    """The command in a process group of its own, with runs that last until they are stopped."""
-    command = [sys.executable, "-m", "launch.grid", str(toml), "--jobs", "2", *words]
-    with open(toml.parent / "grid.log", "a") as log:
-        return subprocess.Popen(
-            command, cwd=REPO, stdout=log, stderr=log, start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            # A suite that runs in the background has it ignored, and hands that on.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+def start(toml, *words: str) -> subprocess.Popen | Process:
+    """The command in a process group of its own, with its runs, which last until they are stopped."""
+    return processes.start(["-m", "launch.grid", str(toml), "--jobs", "2", *words], toml.parent / "grid.log")
 
 
 def until(condition, seconds: float = 120) -> None:
@@ -153,8 +146,7 @@ def test_stopped_runs_save_and_go_on(toml, number):
     for stop in (last_stop(read_events(run)) for run in runs):
         assert (stop["reason"], stop["saved"]) == ("signal", True) and stop["step"] > 0
     steps = [last_stop(read_events(run))["step"] for run in runs]
-    process = start(toml, "--training.steps", str(max(steps) + 1))
-    assert process.wait(timeout=240) == 0, (toml.parent / "grid.log").read_text()[-3000:]
+    assert grid.main([str(toml), "--jobs", "2", "--training.steps", str(max(steps) + 1)]) == 0
     launches = [[event for event in read_events(run) if event["event"] == "launch"] for run in runs]
     assert [events[-1]["step"] for events in launches] == steps
 

@@ -10,16 +10,25 @@ import pytest
 
 from benchmarks import failures, scale
 from benchmarks.training import Variant, kind_of, main, run, table_of
+from tests.processes import completed
 from tests.toy import REPO
 
 
+@pytest.fixture
+def forked_rows(monkeypatch):
+    """The rows' processes start with everything imported."""
+
+    def run(command, **_):
+        code, printed = completed(command[1:])
+        return subprocess.CompletedProcess(command, code, printed, printed)
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_toy_on_the_cpu(ranks):
-    command = ["--device", "cpu", "--householders", "2", "--gates", "gated", "--steps", "2", "--ranks", str(ranks)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.training", *command], capture_output=True, text=True, cwd=REPO, check=True
-    )
-    first, *table = done.stdout.splitlines()
+def test_a_toy_on_the_cpu(ranks, forked_rows, capsys):
+    main(["--device", "cpu", "--householders", "2", "--gates", "gated", "--steps", "2", "--ranks", str(ranks)])
+    first, *table = capsys.readouterr().out.splitlines()
     row = json.loads(first)
     assert row["ranks"] == ranks
     assert row["model"] == "ours" and row["num_householder"] == 2 and row["gated"] and row["batch"] == 2
@@ -35,8 +44,7 @@ def test_no_time_is_left(capsys):
     assert said.count("not run: the time was over") == 4 and "toy n_h = 3 plain ours: not run" in said
 
 
-def test_a_row_that_fails_says_why(monkeypatch):
-    monkeypatch.chdir(REPO)
+def test_a_row_that_fails_says_why(forked_rows):
     row = run(Variant("ours", "9M", 1, False, "cpu", 2, 64, 1, 1), seconds=300)
     assert "deltaproduct_9M_n1_4k.toml" in row["failed"]
 
@@ -94,9 +102,9 @@ def test_sequences_cut_among_two_ranks():
 
 
 def test_the_operator_as_a_shard():
-    command = [sys.executable, "-m", "benchmarks.context_parallel", "--operator", "--device", "cpu", "--steps", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=True)
-    lines = done.stdout.replace("\u2502", " ").splitlines()
+    code, printed = completed(["-m", "benchmarks.context_parallel", "--operator", "--device", "cpu", "--steps", "1"])
+    assert code == 0, printed
+    lines = printed.replace("\u2502", " ").splitlines()
     rows = [line.split() for line in lines if "x 64" in line or "x 128" in line]
     assert len(rows) == 8 and all(row[-1].endswith("x") and float(row[-1][:-1]) > 0.5 for row in rows)
 
