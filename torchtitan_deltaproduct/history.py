@@ -153,6 +153,11 @@ def overview(path: Path, validated_every: int | None, limit: int = WHOLE) -> tup
         return [], True
 
 
+def thinned(step: int, every: int | None) -> bool:
+    """Whether `overview` leaves out validations, one each `every` steps, of a long file that ends at a step."""
+    return bool(every) and step > every * VALIDATIONS
+
+
 def validations_about(file: BinaryIO, step: int, known: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """The validations in a few kilobytes about the first record of a step, its own among them, if there is one.
 

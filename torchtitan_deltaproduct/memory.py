@@ -18,7 +18,7 @@ from .config.job import JobConfig
 from .models import counts
 from .models.args import DeltaProductArgs
 from .models.loss import peak_bytes
-from .ops.triton_backend import HEAD_DIMS, MAX_HOUSEHOLDER, Geometry, native
+from .ops.triton_geometry import HEAD_DIMS, MAX_HOUSEHOLDER, Geometry, native
 from .optimizers import OPTIMIZERS
 
 _FLOAT32 = 4

@@ -23,7 +23,7 @@ from .errors import CheckpointError, UserError
 from .events import began, read_events
 from .files import read_bytes
 from .formats import LARGEST
-from .history import VALIDATIONS, WHOLE, overview
+from .history import WHOLE, overview, thinned
 from .models.args import DeltaProductArgs
 from .models.counts import training_flops_per_token
 
@@ -76,10 +76,8 @@ class Run:
     @property
     def thinned(self) -> bool:
         """Whether it has more validations than were read."""
-        every = validated_every(self.snapshot)
-        return (
-            not self.whole and bool(every and self.validations) and self.validations[-1]["step"] > every * VALIDATIONS
-        )
+        last = self.validations[-1]["step"] if self.validations else 0
+        return not self.whole and thinned(last, validated_every(self.snapshot))
 
     @cached_property
     def best(self) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from .errors import CheckpointError, UserError, exit_on_user_error
 from .events import LIMIT, NAME, last_stop, read_events
 from .files import read_text
 from .formats import LARGEST, sparkline
-from .history import VALIDATIONS, overview
+from .history import overview, thinned
 from .runs import short_names
 
 LAUNCHES = 20
@@ -235,7 +235,7 @@ def validation(records: list[dict], every: int | None = None) -> str:
     said = f"loss {loss} at step {newest['step']:,}" + "".join(f", {e}" for e in extra)
     if best is newest or not measured(best["validation_loss"]):
         return said
-    some = f" of {len(found)} read" if every and newest["step"] > every * VALIDATIONS else ""
+    some = f" of {len(found)} read" if thinned(newest["step"], every) else ""
     return f"{said}; best{some} {best['validation_loss']:.4f} at step {best['step']:,}"
 
 

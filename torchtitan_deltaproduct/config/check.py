@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..ops.triton_backend import ROWS
+from ..ops.triton_geometry import ROWS
 from ..options import value_of
 from .job import GENERATED, GROUP_WORD, LANGUAGE, PREPARED, STREAMING, JobConfig
 from .problems import Problem, Source, quoted

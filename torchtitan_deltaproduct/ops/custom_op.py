@@ -20,10 +20,6 @@ from torchtitan_deltaproduct.ops import chunk, fla_backend, triton_backend
 from torchtitan_deltaproduct.ops.library import fake, gradient, operator
 from torchtitan_deltaproduct.ops.normalize import compute_dtype
 
-KEEP = ("nothing", "chunks", "all")
-"""What the forward pass returns for the backward pass. "chunks" leaves out the states before the chunks: our kernels
-make them again, from v; the other backends take it for "all"."""
-
 
 @operator("gated_delta_product")
 def _forward(
@@ -43,6 +39,9 @@ def _forward(
 ) -> list[Tensor]:
     """Arguments as in `gated_delta_product`, `backend` already resolved to "chunk", "fla" or "triton".
 
+    `keep` is what to return for the backward pass: "nothing", "all", or "chunks", which leaves out the states before
+    the chunks: our kernels make them again, from v; the other backends take it for "all".
+
     Returns:
         o, the final state, and unless `keep` is "nothing" what the backward needs: of triton, see its `saved_shapes`;
         fla's solved triangles and gates; chunk's segment starts and errors.
@@ -50,7 +49,7 @@ def _forward(
     operands = q, k, v, g, beta, initial_state, positions
     if backend == "triton":
         options = {"final": output_final_state, "save": keep != "nothing", "keep_states": keep == "all"}
-        o, state, saved = triton_backend.forward(*operands, n=num_householder, scale=scale, **options)
+        o, state, saved = triton_backend.forward(*operands, scale=scale, **options)
     elif backend == "fla":
         o, state, *saved = fla_backend.forward(*operands, num_householder, scale, output_final_state)
     else:
@@ -88,7 +87,7 @@ def _(
     if keep == "nothing":
         saved = []
     elif backend == "triton":
-        saved = triton_backend.saved_shapes(q, k, v, gated, packed, keep == "all")
+        saved = triton_backend.saved_shapes(q, k, v.shape[3], gated, packed, keep == "all")
     elif backend == "fla":
         saved = zip(fla_backend.saved_shapes(k, g, packed), (k.dtype, torch.float32), strict=True)
     else:
@@ -119,7 +118,7 @@ def _backward(
     """
     operands = do, dstate, q, k, v, g, beta, initial_state, positions
     if backend == "triton":
-        *most, dg, dbeta, dinitial = triton_backend.backward(*operands, saved, n=num_householder, scale=scale)
+        *most, dg, dbeta, dinitial = triton_backend.backward(*operands, saved, scale=scale)
     elif backend == "fla":
         *most, dg, dbeta, dinitial = fla_backend.backward(*operands, *saved, num_householder, scale)
     else:

@@ -2,9 +2,8 @@
 
     launch(kernel, (grid,), q, k, None, 4096, K=128, V=128, num_warps=4)     # kernel[(grid,)](q, ..., num_warps=4)
 
-Triton binds arguments by name, describes each and builds a key of texts at every launch: some 50 microseconds of the
-host, which a layer's eleven launches make half a millisecond. Here the key is what a compiled kernel depends on: dtypes
-and the alignment of tensors, all other arguments by value, and the device.
+Triton binds arguments by name, describes each and builds a key of texts at every launch. Here the key is what a
+compiled kernel depends on: dtypes and the alignment of tensors, all other arguments by value, and the device.
 """
 
 from typing import Any
@@ -36,3 +35,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     # The interpreter compiles nothing.
     if compiled is not None:
         _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not less. Triton's own goes through its machinery for constants."""
+    return 1 << (number - 1).bit_length()

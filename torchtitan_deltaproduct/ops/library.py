@@ -6,8 +6,8 @@
     fake(double)(lambda x: x.new_empty(x.shape))
     gradient(double, backward, setup_context)
 
-What `torch.library.custom_op` does, without its look at each call whether an output shares memory with an argument, and
-its guard against being traced: together they cost the host more than the launch of a kernel. `opcheck` looks in tests.
+What `torch.library.custom_op` does, without what it costs the host at each call: a look whether an output shares memory
+with an argument, for which `opcheck` is there in tests, and a guard against being traced.
 """
 
 from collections.abc import Callable

@@ -50,7 +50,7 @@ def run(
             rank that is; None: a row is one document over all ranks.
         ranks: who has the other shards; all of them must call this.
         n: micro-steps a token.
-        keep: for the backward pass, one of `custom_op.KEEP`.
+        keep: for the backward pass: see `custom_op`.
         backend: "chunk" or "triton".
     """
     place = ranks.rank, ranks.size, ranks.group
@@ -202,7 +202,8 @@ def _(q, k, v, g, beta, positions, entering, first, second, third, num_household
     o = q.new_empty(*q.shape[:3], v.shape[3], dtype=v.dtype)
     if backend != "triton" or not save:
         return o, no_tensor(q)
-    return o, k.new_empty(triton_backend.saved_shapes(q, k, v, g is not None, positions is not None, True)[-1][0])
+    *_, (states, _) = triton_backend.saved_shapes(q, k, v.shape[3], g is not None, positions is not None, True)
+    return o, k.new_empty(states)
 
 
 @operator("shard_response")
@@ -271,8 +272,7 @@ def _backward(
     if backend == "triton":
         saved = [first, second, third, *([states] if states.numel() else [])]
         operands = do, leaving, q, k, v, g, beta, entering, positions
-        options = {"n": num_householder, "scale": scale, "responses": shares}
-        *most, dg, dbeta, _ = triton_backend.backward(*operands, saved, **options)
+        *most, dg, dbeta, _ = triton_backend.backward(*operands, saved, scale=scale, responses=shares)
     else:
         options = {"scale": scale, "use_qk_l2norm": use_qk_l2norm, "entering": entering}
         saved = second, third

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_deltaproduct.errors import ConfigError
-from torchtitan_deltaproduct.ops.launch import launch
+from torchtitan_deltaproduct.ops.launch import launch, power_of_two
 from torchtitan_deltaproduct.ops.library import fake, gradient, operator
 from torchtitan_deltaproduct.ops.normalize import L2NORM_EPS
 
@@ -199,11 +199,6 @@ def configuration(
         "HALO": halo is not None,
     }
     return grid, constants | config
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is not less."""
-    return 1 << (number - 1).bit_length()
 
 
 def _setup_context(ctx, inputs, output) -> None:

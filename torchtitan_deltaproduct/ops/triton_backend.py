@@ -1,7 +1,7 @@
-"""Our Triton kernels as a backend: shapes, configurations and launches. `triton/` has the kernels and their algebra.
+"""Our Triton kernels as a backend. `triton/` has the kernels and their algebra, `triton_geometry.py` their shapes.
 
-    o, state, saved = forward(q, k, v, None, beta, None, None, n=2, scale=K**-0.5, final=True, save=True)
-    dq, dk, dv, dg, dbeta, dstate = backward(do, None, q, k, None, None, beta, None, None, saved, n=2, scale=K**-0.5)
+    o, state, saved = forward(q, k, v, None, beta, None, None, scale=K**-0.5, final=True, save=True)
+    dq, dk, dv, dg, dbeta, dstate = backward(do, None, q, k, None, None, beta, None, None, saved, scale=K**-0.5)
 
 Deterministic: no atomics, and the configuration is a function of the arguments, never of a measurement at run time, so
 that every rank and every restart runs the same code.
@@ -10,7 +10,6 @@ that every rank and every restart runs the same code.
 import importlib.metadata
 import importlib.util
 import os
-from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -19,101 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan_deltaproduct.ops.launch import launch
+from torchtitan_deltaproduct.ops.triton_geometry import (
+    DTYPES,
+    HEAD_DIMS,
+    MAX_HOUSEHOLDER,
+    ROWS,
+    Geometry,
+    launches,
+    native,
+    segments,
+)
 
-ROWS = 64
-"""R, rows of a chunk."""
-
-DTYPES = ("bfloat16", "float16", "float32")
-MAX_HOUSEHOLDER = 8
 MIN_TRITON = (3, 6)
 """The first with products of float32 split in three of bfloat16."""
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-HEAD_DIMS = (16, 32, 64, 128)
-"""K and V of the kernels; other sizes up to 128 are padded with zeros."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is launched: columns of V (`local`: of K) a program or a step, warps, stages of its pipeline."""
-
-    columns: int
-    warps: int
-    stages: int
-
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the kernels are specialised to."""
-
-    n: int
-    K: int
-    V: int
-    gated: bool
-    packed: bool
-
-    @property
-    def tokens(self) -> int:
-        """C, whole tokens of a chunk."""
-        return ROWS // self.n
-
-    @property
-    def padded_tokens(self) -> int:
-        """C rounded up to a tile."""
-        return max(16, 1 << (self.tokens - 1).bit_length())
-
-    @property
-    def decay(self) -> bool:
-        return self.gated or self.packed
-
-    @property
-    def factors(self) -> int:
-        """Rows of a chunk's factors: beta; with decays also enter, leave, G and across."""
-        return 5 if self.decay else 1
-
-    @property
-    def prepared(self) -> int:
-        """Numbers that are prepared of a chunk: T, P, and enter . q with decays."""
-        return (ROWS + self.padded_tokens) * ROWS + self.decay * self.padded_tokens * self.K
-
-    @property
-    def states(self) -> int:
-        """Numbers that the scan leaves of a chunk for the backward: D, and the state before."""
-        return self.V * (ROWS + self.K)
-
-    def constants(self) -> dict[str, int]:
-        sizes = {"K": self.K, "V": self.V, "N": self.n, "C": self.tokens, "CP": self.padded_tokens, "R": ROWS}
-        return sizes | {"WIDTH": self.prepared}
-
-
-@lru_cache
-def launches(geometry: Geometry, dtype: torch.dtype, capability: int) -> dict[str, Launch]:
-    """The configuration of each kernel: the fastest measured on Hopper; before it one that fits, not measured.
-
-    The scans want three tiles in flight; a device with less shared memory than Hopper's 227 KB gets two (A100) or one.
-    """
-    columns, keys, solve = min(64, geometry.V), min(64, geometry.K), Launch(0, 1, 1)
-    if dtype == torch.float32:
-        one = Launch(min(32, geometry.V), 4, 1)
-        return {"prepare": one, "solve": solve, "forward": one, "backward": one, "local": Launch(keys, 8, 1)}
-    stages = 3 if capability // 10 in (9, 10) else 2 if capability == 80 else 1
-    if capability < 90:
-        scan = Launch(min(32, geometry.V), 4, stages)
-        return {"prepare": Launch(0, 8, 1), "solve": solve, "forward": scan, "backward": scan,
-                "local": Launch(keys, 8, 1)}  # fmt: skip
-    alone = geometry.n == 1
-    return {
-        "prepare": Launch(0, 4, 1),
-        "solve": solve,
-        "forward": Launch(columns, 8 if alone and not geometry.decay else 4, stages),
-        "backward": Launch(columns, 4, stages),
-        # Halves of K: with a gate, whose tiles want the registers; with n = 1, where they are as fast.
-        "local": Launch(keys if alone or geometry.gated else geometry.K, 4, 2 if geometry.gated and not alone else 1),
-    }
 
 
 def obstacle(
@@ -150,15 +69,6 @@ def _missing() -> str | None:
     return None
 
 
-def segments(programs: int, chunks: int, multiprocessors: int) -> int:
-    """In how many segments to cut the sequence, so that one wave of programs fills the device; 1 is not to cut.
-
-    Cutting costs a second pass, so it pays from three segments on; each keeps at least 8 chunks.
-    """
-    fitting = multiprocessors // max(1, programs)
-    return 1 if fitting < 3 else min(fitting, max(1, chunks // 8))
-
-
 @lru_cache(maxsize=1)
 def _kernels() -> SimpleNamespace:
     """The kernels; Triton is imported only where they run."""
@@ -186,11 +96,6 @@ def _trimmed(x: Tensor, size: int) -> Tensor:
     return x if x.shape[-1] == size else x[..., :size].contiguous()
 
 
-def native(size: int) -> int:
-    """The smallest size of the kernels that holds `size`."""
-    return next(native for native in HEAD_DIMS if native >= size)
-
-
 @lru_cache
 def _capability(device: torch.device) -> int:
     """Compute capability, 90 for Hopper; 90 also where there is no device."""
@@ -213,10 +118,10 @@ def geometry_of(q: Tensor, k: Tensor, dim_v: int, gated: bool, packed: bool) -> 
 
 
 def saved_shapes(
-    q: Tensor, k: Tensor, v: Tensor, gated: bool, packed: bool, keep_states: bool
+    q: Tensor, k: Tensor, dim_v: int, gated: bool, packed: bool, keep_states: bool
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what `forward` saves."""
-    geometry = geometry_of(q, k, v.shape[3], gated, packed)
+    geometry = geometry_of(q, k, dim_v, gated, packed)
     programs, chunks = q.shape[0] * q.shape[2], -(-q.shape[1] // geometry.tokens)
     cut = segments_of(geometry, q, k.dtype)
     maps = (programs, cut, geometry.V + geometry.K, geometry.K) if cut > 1 else (0,)
@@ -255,7 +160,6 @@ def forward(
     initial_state: Tensor | None,
     positions: Tensor | None,
     *,
-    n: int,
     scale: float,
     final: bool,
     save: bool,
@@ -267,7 +171,6 @@ def forward(
         q, k, v, g, beta, initial_state, scale: as in `gated_delta_product`; q, k and v of one dtype.
         positions: [B, T] int32, index of each token in its document, or None. The state is reset where it is 0, except
             at the first token of a row, which `initial_state` enters.
-        n: micro-steps a token.
         final: whether to return the state after the last token, float32.
         save: whether to return what the backward needs.
         keep_states: whether the states before the chunks are among it; if not, the backward makes them again from v.
@@ -403,7 +306,6 @@ def backward(
     positions: Tensor | None,
     saved: list[Tensor],
     *,
-    n: int,
     scale: float,
     responses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
     shard, *made = affine_map(q, k, v, g, beta, positions)
     o, states = output(q, k, v, entering, gated, packed, *made, scale=K**-0.5, save=True)
     own, responses = response(do, q, k, gated, packed, *made, scale=K**-0.5)
-    triton_backend.backward(do, leaving, q, ..., positions, [*made, states], responses=responses, n=2, scale=K**-0.5)
+    triton_backend.backward(do, leaving, q, ..., positions, [*made, states], responses=responses, scale=K**-0.5)
 
 A long sequence is scanned in segments anyway, with a pass for the maps of the segments and one from the states they
 start from (`triton_backend`): here the state or gradient that comes from other ranks enters between the two. On top
@@ -15,18 +15,15 @@ from torch import Tensor
 
 from torchtitan_deltaproduct.ops import triton_backend as backend
 from torchtitan_deltaproduct.ops.normalize import full_precision
-from torchtitan_deltaproduct.ops.triton_backend import ROWS, geometry_of
+from torchtitan_deltaproduct.ops.triton_backend import geometry_of
 
 
 def made_shapes(q: Tensor, k: Tensor, dim_v: int, gated: bool, packed: bool) -> tuple[tuple, tuple, tuple]:
     """Shapes of `prepared` (k's dtype), `factors` and `maps` (float32) of `affine_map`."""
     geometry = geometry_of(q, k, dim_v, gated, packed)
-    programs, chunks = q.shape[0] * q.shape[2], -(-q.shape[1] // geometry.tokens)
-    return (
-        (programs, chunks, geometry.prepared),
-        (programs, chunks, geometry.factors, ROWS),
-        (programs, backend.segments_of(geometry, q, k.dtype), geometry.V + geometry.K, geometry.K),
-    )
+    (prepared, _), (factors, _), _ = backend.saved_shapes(q, k, dim_v, gated, packed, keep_states=False)
+    maps = prepared[0], backend.segments_of(geometry, q, k.dtype), geometry.V + geometry.K, geometry.K
+    return prepared, factors, maps
 
 
 def affine_map(

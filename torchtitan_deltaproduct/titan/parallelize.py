@@ -86,7 +86,7 @@ def keep_products(model: nn.Module, options: ActivationCheckpoint) -> None:
         return CheckpointPolicy.MUST_SAVE if op in OPS_TO_SAVE else CheckpointPolicy.PREFER_RECOMPUTE
 
     context = functools.partial(create_selective_checkpoint_contexts, policy)
-    # That in-place operations would be wrong there, which a block has none of, on ten lines.
+    # It warns, on four lines, that in-place operations would go wrong there; a block has none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for name, block in model.layers.named_children():
         wrapped = checkpoint_wrapper(

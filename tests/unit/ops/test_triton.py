@@ -39,7 +39,7 @@ def shipped(geometry: Geometry, dtype: torch.dtype, capability: int):
     beta = torch.empty(2, 256 * n, 4, device="meta")
     g = torch.empty(2, 256, 4, device="meta") if geometry.gated else None
     positions = torch.empty(2, 256, device="meta", dtype=torch.int32) if geometry.packed else None
-    options = {"n": n, "scale": 0.1}
+    options = {"scale": 0.1}
     _, _, saved = triton_backend.forward(q, k, v, g, beta, None, positions, final=False, save=True, **options)
     triton_backend.backward(do, None, q, k, None, g, beta, None, positions, saved, **options)
     patch.undo()
