@@ -11,6 +11,7 @@ used where they are needed.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib import import_module
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 WRITTEN_FOR = "torch 2.11 to 2.13"
 
@@ -45,6 +48,18 @@ def process_group_in(store: dist.Store, rank: int, world_size: int) -> Iterator[
         yield
     finally:
         dist.init_process_group = original
+
+
+def checkpointed(module: nn.Module, policy: Callable[..., CheckpointPolicy], **options: Any) -> nn.Module:
+    """`module` under selective activation checkpointing by a policy (`torch.utils.checkpoint`).
+
+    Its parameters keep their names in state dicts. torch warns of in-place operations, whatever the module: not here.
+    """
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    context = partial(create_selective_checkpoint_contexts, policy)
+    return part(checkpoint_wrapper, "checkpoint_wrapper")(module, context_fn=context, **options)
 
 
 def forget_checkpoint_process(terminate: bool = False) -> None:

@@ -13,15 +13,14 @@ with an argument, for which `opcheck` is there in tests, and a guard against bei
 from collections.abc import Callable
 
 import torch
-from torch._ops import OpOverload
 
 _LIBRARY = torch.library.Library("deltaproduct", "DEF")
 
 
-def operator(name: str) -> Callable[[Callable], OpOverload]:
+def operator(name: str) -> Callable[[Callable], Callable]:
     """Registers a function without side effects, whose outputs share no memory with its arguments, for all devices."""
 
-    def register(function: Callable) -> OpOverload:
+    def register(function: Callable) -> Callable:
         schema = torch.library.infer_schema(function, mutates_args=())
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
@@ -30,11 +29,11 @@ def operator(name: str) -> Callable[[Callable], OpOverload]:
     return register
 
 
-def fake(op: OpOverload) -> Callable[[Callable], Callable]:
+def fake(op: Callable) -> Callable[[Callable], Callable]:
     """Registers what makes outputs without values."""
     return torch.library.register_fake(op, lib=_LIBRARY)
 
 
-def gradient(op: OpOverload, backward: Callable, setup_context: Callable) -> None:
+def gradient(op: Callable, backward: Callable, setup_context: Callable) -> None:
     """Registers the derivative, as `torch.library.register_autograd` takes it."""
     torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)

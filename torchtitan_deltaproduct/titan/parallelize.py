@@ -9,17 +9,15 @@ Context parallelism changes no weight and no module: blocks are told who has the
 are sharded over those ranks, too. Tensor and pipeline parallelism have their place between the steps of `parallelize`.
 """
 
-import functools
 import itertools
 import logging
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy
 from torchtitan.config import TORCH_DTYPE_MAP, ActivationCheckpoint
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
@@ -28,6 +26,7 @@ from torchtitan.tools import utils
 from ..config.job import JobConfig
 from ..memory import reshard_after_forward
 from ..ops import SAVE_FOR_SELECTIVE_AC, SequenceRanks
+from ..torch_internals import checkpointed
 from .stopping import shield_compile_workers
 
 logger = logging.getLogger(__name__)
@@ -85,19 +84,10 @@ def keep_products(model: nn.Module, options: ActivationCheckpoint) -> None:
     def policy(_context, op, *_args, **_options) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in OPS_TO_SAVE else CheckpointPolicy.PREFER_RECOMPUTE
 
-    context = functools.partial(create_selective_checkpoint_contexts, policy)
-    # It warns, on four lines, that in-place operations would go wrong there; a block has none.
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    names = "preserve_rng_state", "determinism_check", "early_stop", "debug"
+    given = {name: getattr(options, name) for name in names}
     for name, block in model.layers.named_children():
-        wrapped = checkpoint_wrapper(
-            block,
-            context_fn=context,
-            preserve_rng_state=options.preserve_rng_state,
-            determinism_check=options.determinism_check,
-            early_stop=options.early_stop,
-            debug=options.debug,
-        )
-        model.layers.register_module(name, wrapped)
+        model.layers.register_module(name, checkpointed(block, policy, **given))
 
 
 def sequence_ranks(parallel_dims: ParallelDims) -> SequenceRanks | None:
