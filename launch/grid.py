@@ -13,7 +13,8 @@
     ranks = 1                                   # of each run; with more, torchrun and so many GPUs
 
     [vary]                                      # the settings are the product of these lists; named ones, in their
-    "model.num_householder" = [1, 2]            # place or in front of them, are tables [settings.NAME], `base` too
+    "model.num_householder" = [1, 2]            # place or in front of them, are tables [settings.NAME], which may
+                                                # have a `base` and `seeds` of their own
 
     [overrides]                                 # of all runs
     "training.steps" = 500
@@ -200,8 +201,12 @@ def read_grid(
     settings = settings_of(tree, reader)
     reader.refuse()
     runs = []
-    for seed in dict.fromkeys(seeds or tree.get("seeds") or [1]):
-        for setting, (base, values) in settings.items():
+    shared = tree.get("seeds") or [1]
+    of_setting = {name: dict.fromkeys(seeds or own or shared) for name, (_, own, _) in settings.items()}
+    for seed in dict.fromkeys(itertools.chain.from_iterable(of_setting.values())):
+        for setting, (base, _, values) in settings.items():
+            if seed not in of_setting[setting]:
+                continue
             words = [
                 "--job.config_file",
                 str(file.parent / base),
@@ -235,8 +240,8 @@ def all_whole_numbers(values: list) -> bool:
     return all(type(value) is int for value in values)
 
 
-def settings_of(tree: dict[str, Any], reader: TableReader) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The settings by name: the TOML that each starts from, and what it changes there."""
+def settings_of(tree: dict[str, Any], reader: TableReader) -> dict[str, tuple[str, list[int], dict[str, Any]]]:
+    """The settings by name: the TOML that each starts from, seeds of its own, and what it changes there."""
     named, vary = tree.get("settings") or {"": {}}, flatten(tree.get("vary", {}))
     for key, values in vary.items():
         if not isinstance(values, list) or not values:
@@ -247,7 +252,11 @@ def settings_of(tree: dict[str, Any], reader: TableReader) -> dict[str, tuple[st
         if not isinstance(table, dict) or not isinstance(table.get("base", tree.get("base")), str):
             reader.wrong(("settings", name), f"[settings.{name}]: expected a table, and a base here or at the head")
             continue
-        own = flatten({key: value for key, value in table.items() if key != "base"})
+        seeds = table.get("seeds", [])
+        if not isinstance(seeds, list) or not all_whole_numbers(seeds):
+            reader.wrong(("settings", name), f"[settings.{name}] seeds: expected a list of whole numbers")
+            continue
+        own = flatten({key: value for key, value in table.items() if key not in ("base", "seeds")})
         for values in itertools.product(*vary.values()):
             varied = dict(zip(vary, values, strict=True))
             parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in varied.items()]
@@ -256,7 +265,8 @@ def settings_of(tree: dict[str, Any], reader: TableReader) -> dict[str, tuple[st
                 reader.wrong(
                     ("settings", name), f"{label!r}: expected a name of letters, digits, '.', '_', '+' and '-'"
                 )
-            settings[label] = (table.get("base", tree.get("base")), flatten(tree.get("overrides", {})) | own | varied)
+            values = flatten(tree.get("overrides", {})) | own | varied
+            settings[label] = (table.get("base", tree.get("base")), seeds, values)
     return settings
 
 
