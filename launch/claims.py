@@ -17,13 +17,15 @@ train_configs/claims/NAME.toml is a grid (`launch.grid`) with these tables more:
     at_least = 1                                             # or `below`
     seeds = "most"                                           # of each setting: "all", or "most", more than half
 
-results/NAME.json holds the numbers of every run; the page, the pictures and the sentences are made of it alone.
+results/NAME.json holds the numbers of every run; the page, the pictures and the sentences are made of it alone. A run
+that is in it is not run again, on whatever machine, unless what it learns from has changed in the TOML (`Run.recipe`):
+a claim may be run in parts.
 """
 
 import json
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,11 +103,14 @@ class Claim:
         return list(dict.fromkeys(run.setting for run in self.grid.runs))
 
     def label(self, setting: str) -> str:
-        """`n_h = 2, [-1, 1]`, or the setting's name where that does not tell the settings apart."""
-        models = {run.setting: run.config.model for run in self.grid.runs}
+        """`n_h = 2, [-1, 1]`, with the optimizer where they differ in it, or the setting's name where that does not
+        tell the settings apart."""
+        configs = {run.setting: run.config for run in self.grid.runs}
+        optimizers = {config.optimizer.name for config in configs.values()}
         labels = {
-            name: f"n_h = {model.num_householder}, {'[-1, 1]' if model.allow_neg_eigval else '[0, 1]'}"
-            for name, model in models.items()
+            name: f"n_h = {config.model.num_householder}, {'[-1, 1]' if config.model.allow_neg_eigval else '[0, 1]'}"
+            + (f", {config.optimizer.name}" if len(optimizers) > 1 else "")
+            for name, config in configs.items()
         }
         return labels[setting] if len(set(labels.values())) == len(labels) else setting
 
@@ -140,7 +145,7 @@ def read_claims(names: list[str]) -> list[Claim]:
 
 
 def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overrides: list[str] | None = None) -> Claim:
-    """Reads a claim; the other arguments are those of `read_grid`.
+    """Reads a claim; the other arguments are those of `read_grid`. As it is written, runs are marked as recorded.
 
     Raises:
         ConfigError: what is wrong with it.
@@ -158,7 +163,11 @@ def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overri
             raise ConfigError(f"{file}: [[expect]] settings: no {', '.join(unknown)}; there are: {', '.join(settings)}")
         if (one.at_least is None) == (one.below is None) or one.seeds not in ("all", "most"):
             raise ConfigError(f'{file}: [[expect]]: expected at_least or below, and seeds = "all" or "most"')
-    return claim
+    if not grid.as_written:
+        return claim
+    recorded = {(result.setting, result.seed) for result in results_of(claim).summary.results}
+    runs = [replace(run, recorded=(run.setting, run.seed) in recorded) for run in grid.runs]
+    return replace(claim, grid=replace(grid, runs=runs))
 
 
 def verdict(claim: Claim, results: Results) -> Verdict:
@@ -202,8 +211,8 @@ def _list(name: str, records: list[dict]) -> str:
 
 
 def results_of(claim: Claim) -> Results:
-    """What results/NAME.json holds of the claim's runs as its TOML names them; DataError if it is damaged."""
-    planned = {(run.setting, run.seed) for run in claim.grid.runs}
+    """What results/NAME.json holds of the claim's runs as its TOML has them; DataError if it is damaged."""
+    planned = {(run.setting, run.seed): run.recipe for run in claim.grid.runs}
     if not claim.file.exists():
         return Results(Summary([], len(planned)), [])
     try:
@@ -212,8 +221,20 @@ def results_of(claim: Claim) -> Results:
         curves = [RunResult.from_dict(run, setting) for setting in content["state_tracking"] for run in setting["runs"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{claim.file} cannot be read ({error!r}); run the claim again") from None
-    kept = [run for run in runs if (run.setting, run.seed) in planned]
-    return Results(Summary(kept, len(planned)), by_setting(curves))
+    kept = [run for run in runs if planned.get((run.setting, run.seed)) == run.recipe]
+    names = {f"/{run.setting}/seed-{run.seed} step " for run in kept}
+    drawn = [curve for curve in curves if any(name in curve.label for name in names)]
+    return Results(Summary(kept, len(planned)), by_setting(drawn))
+
+
+def together(claim: Claim, recorded: Results, new: Results) -> Results:
+    """The results of a claim that were recorded, and those of runs that were not."""
+    order = {(run.setting, run.seed): place for place, run in enumerate(claim.grid.runs)}
+    runs = sorted(
+        [*recorded.summary.results, *new.summary.results], key=lambda result: order[result.setting, result.seed]
+    )
+    curves = [run for setting in recorded.curves + new.curves for run in setting.runs]
+    return Results(Summary(runs, len(order)), by_setting(curves))
 
 
 def draw(claim: Claim, results: Results, path: Path) -> None:

@@ -27,6 +27,7 @@ own folder says so. Failed runs are named at the end. Exit code 0: all is done; 
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -42,6 +43,7 @@ from torchtitan_deltaproduct.arguments import path as path_of
 from torchtitan_deltaproduct.checkpoint import latest_complete
 from torchtitan_deltaproduct.config import Environment, JobConfig, load_config
 from torchtitan_deltaproduct.config.compare import UNKNOWN_TO_ONE, compare_configs, refuse_breaking
+from torchtitan_deltaproduct.config.schema import schema
 from torchtitan_deltaproduct.config.snapshots import read_snapshot, snapshot
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 from torchtitan_deltaproduct.evaluation.options import make_folder
@@ -80,6 +82,7 @@ class Run(Job):
         words: `--section.key value` words for the trainer.
         config: what they come to.
         ranks: of the run.
+        recorded: its results are known: there is nothing to run.
     """
 
     setting: str
@@ -87,6 +90,7 @@ class Run(Job):
     words: list[str]
     config: JobConfig
     ranks: int
+    recorded: bool = False
 
     @property
     def name(self) -> str:
@@ -105,12 +109,27 @@ class Run(Job):
     def log(self) -> Path:
         return self.folder / "train.log"
 
+    @property
+    def recipe(self) -> str:
+        """Twelve hex digits of all that decides what it learns: the options that are not at their defaults, but for
+        harmless ones. Another version's new option leaves it as it is."""
+        values = {
+            key: value
+            for key, value in flatten(snapshot(self.config)["config"]).items()
+            if key in schema() and schema()[key].record.resume.kind != "harmless" and value != schema()[key].default
+        }
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
     def is_done(self) -> bool:
-        """Whether its folder holds the last step.
+        """Whether its folder holds the last step, or its results are recorded.
 
         Raises:
             ConfigError: the folder holds a run with other settings.
         """
+        return self.recorded or self.is_trained()
+
+    def is_trained(self) -> bool:
+        """The same, by its folder alone."""
         newest = latest_complete(self.folder / self.config.checkpoint.folder)
         if newest is None:
             return False
@@ -166,9 +185,11 @@ class Grid:
     evaluations: list[SweepJob]
     as_written: bool
 
-    def evaluations_of(self, runs: list[Run]) -> list[SweepJob]:
-        names = {run.name for run in runs}
-        return [job for job in self.evaluations if job.model.name in names]
+    def evaluations_after(self, job: Job) -> list[SweepJob]:
+        """Of a run whose results are not recorded."""
+        if not isinstance(job, Run) or job.recorded:
+            return []
+        return [evaluation for evaluation in self.evaluations if evaluation.model.name == job.name]
 
 
 def read_grid(
@@ -305,12 +326,8 @@ def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: s
     failed: dict[str, str] = {}
     if not options.collect:
         places = places_for(options.jobs, grid.tree.get("device", "auto"), len(runs), grid.tree.get("ranks", 1))
-        console.print(f"{grid.out}: training, at most {len(places)} at a time")
-        failed |= run_jobs(runs, places, console)
-        evaluations = grid.evaluations_of([run for run in runs if run.name not in failed])
-        if evaluations:
-            console.print("evaluating")
-            failed |= run_jobs(evaluations, places, console)
+        console.print(f"{grid.out}: training and evaluating, at most {len(places)} at a time")
+        failed = run_jobs(runs, places, console, grid.evaluations_after)
     summary = summarise(grid)
     if not summary.results and (grid.out / "results.jsonl").exists():
         console.print(
@@ -328,16 +345,17 @@ def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: s
 
 
 def summarise(grid: Grid) -> Summary:
-    """What the finished runs came to: the newest numbers of their training, and of their evaluations."""
-    results = []
-    for run in (run for run in grid.runs if run.is_done()):
+    """What the finished runs that are not recorded came to: the newest numbers of their training, and of their
+    evaluations."""
+    runs, results = [run for run in grid.runs if not run.recorded], []
+    for run in filter(Run.is_trained, runs):
         newest = run.newest
         metrics = {name: newest[key] for name in FINAL if (key := name.replace(" ", "_")) in newest}
-        for job in grid.evaluations_of([run]):
+        for job in grid.evaluations_after(run):
             if job.is_done():
                 metrics |= {" ".join(filter(None, (name, job.data))): value for name, value in metrics_of(job).items()}
-        results.append(Result(run.setting, run.seed, metrics))
-    return Summary(results, len(grid.runs))
+        results.append(Result(run.setting, run.seed, metrics, run.recipe))
+    return Summary(results, len(runs))
 
 
 if __name__ == "__main__":

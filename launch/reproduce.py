@@ -7,7 +7,8 @@
     python -m launch.reproduce S3 --seeds 1       a part of it, or (--training.steps 50) a variant: shown, not kept
 
 A claim is a TOML in train_configs/claims/ (`launch.claims` says what is in it); docs/science.md shows all of them. The
-same command again goes on where it was. Exit code 0: as expected (with --check: nothing differs); 1: not so.
+same command again goes on where it was, on another machine, too, from what results/NAME.json records. Exit code 0: as
+expected (with --check: nothing differs); 1: not so.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import platform
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -41,6 +43,7 @@ from .claims import (
     read_claims,
     results_of,
     sentences,
+    together,
     verdict,
     write_results,
 )
@@ -117,10 +120,13 @@ def reproduce(claim: Claim, options: argparse.Namespace, overrides: list[str], c
 
 
 def collected(claim: Claim) -> Results:
-    """What the finished runs of a claim hold."""
-    files = [job.folder / "state_tracking.json" for job in claim.grid.evaluations if job.eval == "state_tracking"
-             and job.is_done()]  # fmt: skip
-    return Results(summarise(claim.grid), read_settings(files))
+    """What is recorded of a claim, and what its other runs hold that are finished and evaluated."""
+    runs = [run for run in claim.grid.runs if not run.recorded]
+    runs = [run for run in runs if all(job.is_done() for job in claim.grid.evaluations_after(run))]
+    jobs = [job for run in runs for job in claim.grid.evaluations_after(run) if job.eval == "state_tracking"]
+    curves = read_settings([job.folder / "state_tracking.json" for job in jobs])
+    new = Results(summarise(replace(claim.grid, runs=runs)), curves)
+    return together(claim, results_of(claim), new) if claim.grid.as_written else new
 
 
 def origin(claim: Claim) -> dict[str, str]:

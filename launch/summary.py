@@ -10,7 +10,7 @@ seeds, with the 95 % interval of the share (Wilson).
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -22,11 +22,12 @@ from torchtitan_deltaproduct.intervals import wilson
 
 @dataclass(frozen=True)
 class Result:
-    """What one finished run came to: numbers by name, None where there is none."""
+    """What one finished run came to: numbers by name, None where there is none, and the recipe they are of."""
 
     setting: str
     seed: int
     metrics: dict[str, float | None]
+    recipe: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Summary:
     def without(self, names: Sequence[str]) -> "Summary":
         """The same without some metrics."""
         kept = [
-            Result(result.setting, result.seed, {k: v for k, v in result.metrics.items() if k not in names})
+            replace(result, metrics={k: v for k, v in result.metrics.items() if k not in names})
             for result in self.results
         ]
         return Summary(kept, self.planned)

@@ -12,6 +12,7 @@ and a trainer saves first.
 import argparse
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import shlex
@@ -180,40 +181,62 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(len(re.findall(r"^GPU \d+:", printed.stdout, re.MULTILINE)))]
 
 
-def run_jobs(jobs: Sequence[Job], places: list[dict[str, str]], console: Console) -> dict[str, str]:
+def run_jobs(
+    jobs: Sequence[Job],
+    places: list[dict[str, str]],
+    console: Console,
+    then: Callable[[Job], Sequence[Job]] = lambda job: (),
+) -> dict[str, str]:
     """Runs what is missing of some jobs, one in each place at a time.
 
     Args:
         jobs: in the order of their starts.
         places: environment variables of each place, as of `places_for`.
         console: for the lines of progress.
+        then: the jobs that follow one as soon as it is done; of a failed one they are left out.
 
     Returns:
         By name, why a job is not done: the exit code and the last line of its log, or its obstacle.
     """
-    missing = [job for job in jobs if not job.is_done()]
-    console.print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} done already")
-    ready = [job for job in missing if not job.obstacle()]
-    failed = {job.name: f"not ready: {job.obstacle()}" for job in missing if job not in ready}
-    for name, why in failed.items():
-        console.print(f"{name}: {why}", soft_wrap=True, markup=False)
-    waiting = deque(enumerate(ready, start=1))
+    everything = [one for job in jobs for one in (job, *then(job))]
+    total = sum(not job.is_done() for job in everything)
+    console.print(f"{len(everything)} jobs, {len(everything) - total} done already")
+    waiting: deque[Job] = deque()
+    failed: dict[str, str] = {}
+
+    def admit(job: Job, enter: Callable[[Job], None]) -> None:
+        if job.is_done():
+            for follower in then(job):
+                admit(follower, enter)
+        elif why := job.obstacle():
+            failed[job.name] = f"not ready: {why}"
+            console.print(f"{job.name}: {why}", soft_wrap=True, markup=False)
+        else:
+            enter(job)
+
+    for job in jobs:
+        admit(job, waiting.append)
+    total -= len(failed)
+    started = itertools.count(1)
     running: dict[int, Running] = {}
-    with Display(len(ready), console) as display, ending_together(running, console):
+    with Display(total, console) as display, ending_together(running, console):
         while waiting or running:
             for place in range(len(places)):
                 if place not in running and waiting:
-                    number, job = waiting.popleft()
-                    running[place] = Running(job, f"{number}/{len(ready)} {job.name}", places[place])
+                    job = waiting.popleft()
+                    running[place] = Running(job, f"{next(started)}/{total} {job.name}", places[place])
                     display.starts(running[place])
             time.sleep(0.1)
             display.update(list(running.values()))
             for place, one in list(running.items()):
                 if one.process.poll() is not None:
                     del running[place]
-                    if why := one.failure():
-                        failed[one.job.name] = why
+                    why = one.failure()
                     display.ends(one, why)
+                    if why:
+                        failed[one.job.name] = why
+                    for follower in () if why else then(one.job):
+                        admit(follower, waiting.appendleft)
     return failed
 
 

@@ -32,6 +32,17 @@ FULL = ("--compile.enable", "--activation_checkpoint.mode", "selective", "--acti
         "op", "--checkpoint.async_mode", "async")  # fmt: skip
 
 
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_process_alone_saves_and_loads_without_collectives(toy, tmp_path, monkeypatch, mode):
+    """gloo's copies would leave OpenMP threads that slow every later step; see `checkpointer.alone`."""
+    words = ("--checkpoint.async_mode", mode, "--training.steps")
+    for name in ("gather_object", "scatter_object_list"):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda *_, **__: pytest.fail("gathered"))
+    train(toy, tmp_path / "run", *words, "4")
+    train(toy, tmp_path / "run", *words, "6")
+    assert {info.step for info in scan(tmp_path / "run/checkpoint") if info.complete} >= {4, 6}
+
+
 @pytest.mark.parametrize(
     ("ranks", "options", "moment"),
     [

@@ -41,6 +41,7 @@ def test_killed_and_restarted(toy, run, tmp_path, mode):
     process = toys.launch(toy, killed, *options, wait=False)
     toys.wait_for(killed, "step 5/8", 300)
     toys.kill(process)
+    assert not (killed / "checkpoint/step-8").exists()
     toys.launch(toy, killed, *options)
     ours, theirs = toys.learned(killed), toys.learned(run)
     assert "resumed step" in toys.log_of(killed) and ours == theirs

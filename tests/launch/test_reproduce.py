@@ -1,6 +1,7 @@
 """Claims: what is wrong with a TOML, when a claim counts as shown, what is kept, and that the page is made of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,32 @@ def test_run_keep_check(toy_claim, capsys):
     (folder / "results/toy.json").write_text("{")
     with pytest.raises(DataError, match="toy.json cannot be read"):
         reproduce.main(["--list"])
+
+
+def test_what_is_recorded_is_not_run_again(toy_claim, capsys):
+    """A claim is run in parts, on machines that know results/ of each other; another recipe is another run."""
+    folder = toy_claim.parents[1]
+    toy_claim.write_text(toy_claim.read_text().replace("n2 = {", "n2 = { seeds = [1, 2], "))
+    assert reproduce.main(["toy", "--only", "n2/seed-2"]) == 1
+    recorded = json.loads((folder / "results/toy.json").read_text())["runs"]
+    assert [(run["setting"], run["seed"]) for run in recorded] == [("n2", 2)]
+    assert "2 of 3 runs are not done" in capsys.readouterr().out
+    shutil.rmtree(folder / "out")
+    assert reproduce.main(["toy", "--jobs", "2"]) == 1
+    printed = capsys.readouterr().out
+    assert "5 jobs, 1 done already" in printed and not (folder / "out/n2/seed-2").exists()
+    content = json.loads((folder / "results/toy.json").read_text())
+    assert [(run["setting"], run["seed"]) for run in content["runs"]] == [("n1", 1), ("n2", 1), ("n2", 2)]
+    assert content["runs"][2] == recorded[0] and [len(one["runs"]) for one in content["state_tracking"]] == [1, 2]
+    # With another rate the runs are others, with another folder or interval between logs they are not.
+    claim = read_claim(toy_claim)
+    assert all(run.recorded for run in claim.grid.runs)
+    for words, same in ((["--metrics.log_freq", "7"], True), (["--optimizer.lr", "1e-5"], False)):
+        other = read_claim(toy_claim, overrides=words).grid.runs
+        assert [run.recipe for run in other] == [run.recipe for run in claim.grid.runs] or not same
+        assert same or not {run.recipe for run in other} & {run.recipe for run in claim.grid.runs}
+    toy_claim.write_text(toy_claim.read_text().replace('"model.num', '"optimizer.lr" = 1e-5, "model.num'))
+    assert not results_of(read_claim(toy_claim)).summary.results
 
 
 def test_the_shipped_claims_are_honest(capsys):

@@ -73,6 +73,21 @@ def test_what_is_missing_runs_and_what_fails_is_named(tmp_path):
     assert given[0].log.read_text() == "first\n" and not (tmp_path / "made before/log.txt").exists()
 
 
+def test_what_follows_a_job_starts_when_that_is_done(tmp_path):
+    """Before the jobs that wait, so that what was made is looked at soon; after a failure nothing follows."""
+    first = [program(tmp_path, "a"), program(tmp_path, "b", "sys.exit(3)"), program(tmp_path, "c"),
+             program(tmp_path, "d", "sys.exit(1)")]  # fmt: skip
+    (tmp_path / "d").mkdir()
+    first[-1].made.touch()
+    names = {job.name: [program(tmp_path, f"after {job.name}")] for job in first}
+    console = Console(file=io.StringIO(), width=200)
+    failed = jobs.run_jobs(first, [{}], console, lambda job: names.get(job.name, []))
+    printed = console.file.getvalue()
+    starts = [line.split(" ", 1)[1] for line in printed.splitlines() if line.endswith("...")]
+    assert starts == ["a ...", "after a ...", "b ...", "c ...", "after c ...", "after d ..."]
+    assert list(failed) == ["b"] and "8 jobs, 1 done already" in printed and not names["b"][0].made.exists()
+
+
 def test_threads_are_a_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(devices, "cores", lambda: 64)
     assert [devices.threads(processes) for processes in (1, 8, 16, 999)] == [8, 8, 4, 1]

@@ -12,6 +12,7 @@ other record of it that could disagree.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -209,6 +210,13 @@ def retire(path: Path) -> None:
     """Takes the commit marker off a folder, so that it no longer counts as a checkpoint; it stays ours to delete."""
     (path / SAVING).touch()
     (path / MARKER).unlink(missing_ok=True)
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Renames a folder to `NAME.WHY-1`, or the first number that is free; returns the new path."""
+    numbers = itertools.count(1)
+    aside = next(free for number in numbers if not is_there(free := path.with_name(f"{path.name}.{why}-{number}")))
+    return path.rename(aside)
 
 
 def delete(path: Path) -> None:

@@ -37,6 +37,7 @@ from ..checkpoint.folders import (
     is_hf_folder,
     newest_first,
     scan,
+    set_aside,
     step_folders,
     was_complete,
 )
@@ -166,7 +167,7 @@ class CheckpointManager(stock.CheckpointManager):
         writer = MarkedWriter(folder, About(step, dist.get_world_size(), why, loss), self.snapshot)
         try:
             if wait or self.async_mode == stock.AsyncMode.DISABLED:
-                dcp.save(states, storage_writer=writer, planner=self._planner(last_step))
+                dcp.save(states, storage_writer=writer, planner=self._planner(last_step), no_dist=alone())
                 self._saved(step, why, start)
             else:
                 self._start_async(states, writer, step, why, start)
@@ -193,7 +194,7 @@ class CheckpointManager(stock.CheckpointManager):
         with deaf_children():
             response = dcp.async_save(
                 states, storage_writer=writer, planner=self._planner(), process_group=self.pg,
-                async_checkpointer_type=kind, async_stager=self.stager,
+                async_checkpointer_type=kind, async_stager=self.stager, no_dist=alone(),
             )  # fmt: skip
         if isinstance(response, AsyncSaveResponse):
             self.save_future, self.staging_future = response.upload_completion, response.staging_completion
@@ -240,8 +241,7 @@ class CheckpointManager(stock.CheckpointManager):
         if dist.get_rank() == 0:
             try:
                 if folder.exists() and not ours(folder) and any(folder.iterdir()):
-                    aside = folder.with_name(f"{folder.name}.found-{int(time.time())}")
-                    folder.rename(aside)
+                    aside = set_aside(folder, "found")
                     logger.warning("%s was there and not written by this package: moved to %s", folder, aside)
                 delete(folder)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -356,7 +356,7 @@ class CheckpointManager(stock.CheckpointManager):
             later = [inspect(path, number) for number, path in step_folders(self.folder) if number > step]
             newer = [info for info in reversed(later) if info.complete]
             for info in newer:
-                info.path.rename(info.path.with_name(f"{info.path.name}.rewound-{int(time.time())}"))
+                set_aside(info.path, "rewound")
             if newer:
                 logger.warning("rewound to step %d: later checkpoints renamed, %s -> step-N.rewound-*",
                                step, ", ".join(f"step-{info.step}" for info in newer))  # fmt: skip
@@ -383,7 +383,8 @@ class CheckpointManager(stock.CheckpointManager):
     def _load_from(self, info: CheckpointInfo, model_only: bool) -> None:
         states = self._states_to_load(model_only)
         try:
-            dcp.load(states, storage_reader=SafeReader(str(info.path)), planner=SafeLoadPlanner())
+            reader = SafeReader(str(info.path))
+            dcp.load(states, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=alone())
         except (CheckpointException, RuntimeError, ValueError) as error:
             cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
             raise CheckpointError(
@@ -425,6 +426,16 @@ class CheckpointManager(stock.CheckpointManager):
             forget_checkpoint_process()
             self.deleter.shutdown()
         super().close()
+
+
+def alone() -> bool:
+    """Whether this process trains alone: DCP then needs no collective.
+
+    On a CPU one costs more than its time. gloo copies what it gathers in threads of its own, and a copy of more than 32
+    KiB starts further OpenMP threads there. With more of them than cores libgomp lets waiting threads sleep at once,
+    and every later training step takes 1.8 times as long.
+    """
+    return dist.get_world_size() == 1
 
 
 def initial_checkpoint(path: Path) -> CheckpointInfo:

@@ -147,7 +147,13 @@ def start_logging() -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     # On NCCL, once a rank each: every rank has chosen its device before, and a group of one rank has no timeout to set.
-    for noise in (r"barrier\(\): using the device", "Set timeout is now only supported"):
+    # The third is of a process that trains alone and saves without collectives.
+    noises = (
+        r"barrier\(\): using the device",
+        "Set timeout is now only supported",
+        "torch.distributed is disabled",
+    )
+    for noise in noises:
         warnings.filterwarnings("ignore", message=noise)
 
 

@@ -25,6 +25,7 @@ from torchtitan_deltaproduct.checkpoint.folders import (
     inspect,
     newest_first,
     retire,
+    set_aside,
     was_complete,
 )
 from torchtitan_deltaproduct.checkpoint.marker import (
@@ -418,3 +419,12 @@ def test_a_hostile_value_is_refused(tmp_path, capsys):
     with pytest.raises(CheckpointException, match="Weights only load failed"):
         dcp.load({"x": None}, storage_reader=SafeReader(str(path)), planner=SafeLoadPlanner(), no_dist=True)
     assert "code ran" not in capsys.readouterr().out
+
+
+def test_folders_set_aside_within_a_second_have_names_of_their_own(tmp_path):
+    names = []
+    for _ in range(3):
+        (tmp_path / "step-8").mkdir()
+        names.append(set_aside(tmp_path / "step-8", "rewound").name)
+    assert names == ["step-8.rewound-1", "step-8.rewound-2", "step-8.rewound-3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
