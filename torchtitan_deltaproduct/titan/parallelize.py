@@ -63,7 +63,7 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
             base_folder=job_config.job.dump_folder,
         )
     if job_config.compile.enable:
-        set_up_compiler(lengths_vary=job_config.data.curriculum_steps > 0)
+        set_up_compiler()
     if compile_model:
         for name, block in model.layers.named_children():
             compiled = torch.compile(block, backend=job_config.compile.backend, fullgraph=True)
@@ -98,16 +98,15 @@ def sequence_ranks(parallel_dims: ParallelDims) -> SequenceRanks | None:
     return SequenceRanks(group.group_name, dist.get_rank(group), dist.get_world_size(group))
 
 
-def set_up_compiler(lengths_vary: bool = False) -> None:
+def set_up_compiler() -> None:
     """Settings of torch.compile for the process.
 
     A restarted run repeats its losses to the bit if the code of a shape depends on the shape alone. So Inductor's
     kernels are chosen without timing them (`deterministic` says so of reductions only), and a graph is made for the
     lengths it sees, not, after the second length, for any length; nor does the compiler remember lengths of the runs
-    before. Only where lengths vary from step to step (`lengths_vary`, a curriculum) is one graph made for all of them:
-    it is tuned for the first, and a restarted run repeats its losses to rounding. Blocks share one function, and each
-    of its variants (training, validation at another length, with documents or without) is a recompilation; the default
-    limit of eight makes the ninth an error under `fullgraph`.
+    before. (A curriculum's words are padded to the full length.) Blocks share one function, and each of its variants
+    (training, validation at another length, with documents or without) is a recompilation; the default limit of eight
+    makes the ninth an error under `fullgraph`.
     """
     # Loading them takes a second, which a run that compiles nothing need not spend.
     from torch._dynamo import config as dynamo
@@ -116,7 +115,7 @@ def set_up_compiler(lengths_vary: bool = False) -> None:
     shield_compile_workers()
     inductor.deterministic = True
     inductor.triton.autotune_pointwise = False
-    dynamo.automatic_dynamic_shapes = lengths_vary
+    dynamo.automatic_dynamic_shapes = False
     dynamo.automatic_dynamic_local_pgo = False
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
 
