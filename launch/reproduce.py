@@ -6,9 +6,8 @@
     python -m launch.reproduce --check            makes page, pictures and numbers again from results/, runs nothing
     python -m launch.reproduce S3 --seeds 1       a part of it, or (--training.steps 50) a variant: shown, not kept
 
-A claim is a TOML in train_configs/claims/ (`launch.claims` says what is in it); docs/science.md shows all of them. The
-same command again goes on where it was, on another machine, too, from what results/NAME.json records. Exit code 0: as
-expected (with --check: nothing differs); 1: not so.
+A claim is a TOML in train_configs/claims/ (see `launch.claims`); docs/science.md shows all of them. The same command
+goes on where it was; what results/NAME.json records is not run again. Exit code 0: as expected, no differences; 1: not.
 """
 
 import argparse

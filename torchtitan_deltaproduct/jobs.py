@@ -11,7 +11,6 @@ and a trainer saves first.
 
 import argparse
 import contextlib
-import ctypes
 import itertools
 import os
 import re
@@ -31,13 +30,13 @@ from rich.table import Table
 from .arguments import path
 from .devices import cores, threads
 from .errors import ConfigError
+from .processes import end_with
 
 TAIL = 8
 """Lines of a failed job's log that are shown."""
 LINES_OF_AN_ERROR = 4
 """The most lines of our messages, of which the first begins with `error:`; of other output the last line is quoted."""
 SECONDS_BETWEEN_LINES = 15.0
-SET_PARENT_DEATH_SIGNAL = 1
 
 
 class Job:
@@ -247,20 +246,13 @@ class Running:
         self.job, self.label, self.start = job, label, time.monotonic()
         job.log.parent.mkdir(parents=True, exist_ok=True)
         job.prepare()
-        libc, parent = ctypes.CDLL(None), os.getpid()
-
-        def die_with_parent() -> None:
-            # However this process ends, by SIGKILL too: a job that is left behind would be in the way of the next one.
-            if hasattr(libc, "prctl"):
-                libc.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-                if os.getppid() != parent:
-                    os.kill(os.getpid(), signal.SIGTERM)
-
+        parent = os.getpid()
         with job.log.open("ab") as log:
             self.log_begins = log.tell()
             self.process = subprocess.Popen(
                 job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env=os.environ | environment, preexec_fn=die_with_parent,
+                # However this process ends, by SIGKILL, too: a job left behind would be in the way of the next one.
+                env=os.environ | environment, preexec_fn=lambda: end_with(parent),
             )  # fmt: skip
 
     def lines(self) -> list[str]:

@@ -116,6 +116,18 @@ def test_one_rank_of_two(toy, tmp_path, unbroken):
     assert log_of(tmp_path / "run").count("stopped on SIGUSR1 after step 5") == 2
 
 
+def test_ranks_end_with_the_launcher(toy, tmp_path):
+    """SIGKILL to torchrun alone: its rank saves what it has and ends."""
+    run = tmp_path / "run"
+    module = ["-m", "tests.dist.slow_train", *arguments(toy, run, ())]
+    process = processes.start(["-m", "launch.torchrun", "--standalone", "--nproc_per_node", "1", *module], f"{run}.log")
+    wait_for(run, f"{MOMENTS['step']} on rank 0", 240)
+    os.kill(process.pid, signal.SIGKILL)
+    wait_for(run, "stopped on SIGTERM after step 5", 60)
+    stop = last_stop(read_events(run))
+    assert (stop["reason"], stop["detail"], stop["step"], stop["saved"]) == ("signal", "SIGTERM", 5, True)
+
+
 @pytest.mark.slow  # torchrun's restarts are in test_faults.py, too: of a rank that hangs.
 def test_torchrun_restarts_a_killed_rank(toy, tmp_path, unbroken):
     run = tmp_path / "run"

@@ -13,7 +13,7 @@ from tests.toy import REPO
 PACKAGE = "torchtitan_deltaproduct"
 LAYERS = [
     {"errors", "files", "history", "events", "arguments", "devices", "flops", "formats", "intervals", "jobs",
-     "options", "optimizers", "progress", "torch_internals"},
+     "options", "optimizers", "processes", "progress", "torch_internals"},
     {"ops"},
     {"models"},
     {"config"},

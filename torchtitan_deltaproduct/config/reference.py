@@ -14,8 +14,9 @@ from .schema import Field, describe_table, refusal, schema, tables, type_name
 from .values import show
 
 _USAGE = """\
-usage: --job.config_file FILE [--section.key VALUE | --section.flag | --section.no-flag] ...
-       --help section | --help all
+usage: python -m torchtitan_deltaproduct.train --job.config_file FILE
+           [--section.key VALUE | --section.flag | --section.no-flag] ...
+       python -m torchtitan_deltaproduct.train --help section | --help all
 
 Options of the TOML tables; every one can be overridden on the command line."""
 _WIDTH = 118

@@ -30,6 +30,7 @@ from ..data import separator_id
 from ..data.check import check_data
 from ..data.text.tokenizer import copy_tokenizer, same_tokenizer
 from ..errors import CheckpointError, ConfigError, UserError
+from ..processes import end_with
 from . import device
 from .lock import RunLock
 from .rendezvous import first_of_node, from_rank_0, own_store
@@ -51,6 +52,9 @@ def run(config: JobConfig, stopping: Stopping | None = None) -> None:
     start_logging()
     single_process_defaults()
     with contextlib.nullcontext(stopping) if stopping else Stopping() as noted, owned(config):
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun, killed alone, would leave ranks that train on, and that nobody sees.
+            end_with(os.getppid())
         trainer = None
         try:
             trainer = build(config, noted)

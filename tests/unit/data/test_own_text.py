@@ -4,11 +4,14 @@ import random
 import re
 import shlex
 
+import pytest
+
 from tests.toy import REPO
 from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.data.check import check_data
 from torchtitan_deltaproduct.data.text.prepare import main as prepare
 from torchtitan_deltaproduct.data.text.train_tokenizer import main as train_tokenizer
+from torchtitan_deltaproduct.errors import DataError
 
 PAGE = (REPO / "docs/own_text.md").read_text(encoding="utf-8")
 
@@ -32,3 +35,16 @@ def test_the_three_commands(tmp_path, monkeypatch, capsys):
     prepare(["data/all", "--input", "book.txt", "--tokenizer", "data/tokenizer"])
     alone = load_config(shlex.split(capsys.readouterr().out.splitlines()[-1])[2:], Environment())
     assert check_data(alone) and not alone.validation.enable and alone.data.paths == ["data/all"]
+
+
+def test_what_fails_before_it_wrote_leaves_no_folder(tmp_path):
+    """Neither prepare nor the tokenizer; a folder that was there stays, and so does what is in one."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").touch()
+    (tmp_path / "there").mkdir()
+    for out in ("new", "there"):
+        with pytest.raises(DataError, match="no text to train a tokenizer on"):
+            train_tokenizer([str(tmp_path / "text"), "--out", str(tmp_path / out)])
+        with pytest.raises(DataError, match="There is no file or folder"):
+            prepare([str(tmp_path / out), "--input", str(tmp_path / "nope"), "--tokenizer", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "there"]

@@ -11,8 +11,8 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -91,13 +91,23 @@ def list_files(inputs: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder unless it is there; DataError if there cannot be one."""
+@contextmanager
+def result_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder unless it is there, and takes it away again if nothing has come into it; DataError if there cannot
+    be one."""
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         why = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
         raise DataError(f"{folder} cannot be made: {why}; choose another folder") from None
+    try:
+        yield
+    finally:
+        if made:
+            # It refuses a folder that holds something.
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def read_record(path: Path) -> dict | None:

@@ -33,7 +33,7 @@ from ..shards.manifest import NAME, TABLE, WORK, Manifest, Shard, read_manifest,
 from ..shards.megatron import own_index
 from ..shards.verified import SUFFIXES, THREADS, Verified, file_sha256, file_states, state
 from .documents import BadRecord
-from .files import make_folder, read_record
+from .files import read_record, result_folder
 from .plan import Plan, Settings, log, make_plan
 from .tokenizer import MOST_UNKNOWN, copy_tokenizer
 from .units import Preparation, tokenize_units
@@ -102,18 +102,18 @@ def locked(out: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
     LOCK_EX keeps all others out, LOCK_SH those that come with LOCK_EX.
     """
-    make_folder(out)
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"Another prepare is writing to {out}.\nWait for it, or choose another folder.") from None
-    except OSError as error:
-        log(f"warning: {out} cannot be locked ({error.strerror}); let no other prepare write to it")
-    try:
-        yield
-    finally:
-        os.close(handle)
+    with result_folder(out):
+        handle = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"Another prepare is writing to {out}.\nWait for it, or choose another folder.") from None
+        except OSError as error:
+            log(f"warning: {out} cannot be locked ({error.strerror}); let no other prepare write to it")
+        try:
+            yield
+        finally:
+            os.close(handle)
 
 
 def finished(plan: Plan) -> bool:

@@ -18,7 +18,7 @@ from torchtitan_deltaproduct.files import write_atomically, write_json
 from torchtitan_deltaproduct.progress import Progress
 
 from .documents import BadRecord, Unit
-from .files import make_folder, read_record
+from .files import read_record, result_folder
 from .plan import identity
 from .sources import plan_units, read_unit
 from .tokenizer import load_tokenizer
@@ -36,15 +36,18 @@ def train_tokenizer(
     """
     if vocab_size < 257:
         raise ConfigError(f"--vocab-size is {vocab_size}: expected at least 257 (256 bytes and the separator)")
-    folder = Path(out)
-    make_folder(folder)
+    with result_folder(Path(out)):
+        return _train(inputs, vocab_size, Path(out), text_field, overwrite)
+
+
+def _train(inputs: list[str], vocab_size: int, folder: Path, text_field: str, overwrite: bool) -> bool:
     units = plan_units(inputs, text_field, unit_bytes=1 << 24)
     content = identity(units, {name for unit in units for name in unit.paths})
     record = {"inputs": inputs, "vocab_size": vocab_size, "text_field": text_field, "content": content}
     if (folder / "tokenizer.json").exists() and not overwrite:
         if read_record(folder / RECORD) != record:
             raise DataError(
-                f"{out} holds a tokenizer made from other input or settings.\n"
+                f"{folder} holds a tokenizer made from other input or settings.\n"
                 "Choose another folder, or replace it with --overwrite."
             )
         return False
