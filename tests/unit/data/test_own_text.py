@@ -37,7 +37,7 @@ def test_the_three_commands(tmp_path, monkeypatch, capsys):
     assert check_data(alone) and not alone.validation.enable and alone.data.paths == ["data/all"]
 
 
-def test_what_fails_before_it_wrote_leaves_no_folder(tmp_path):
+def test_what_fails_before_it_wrote_leaves_no_folder(toy, tmp_path):
     """Neither prepare nor the tokenizer; a folder that was there stays, and so does what is in one."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.txt").touch()
@@ -46,5 +46,6 @@ def test_what_fails_before_it_wrote_leaves_no_folder(tmp_path):
         with pytest.raises(DataError, match="no text to train a tokenizer on"):
             train_tokenizer([str(tmp_path / "text"), "--out", str(tmp_path / out)])
         with pytest.raises(DataError, match="There is no file or folder"):
-            prepare([str(tmp_path / out), "--input", str(tmp_path / "nope"), "--tokenizer", str(tmp_path)])
+            words = ["--input", str(tmp_path / "nope"), "--tokenizer", str(toy.parent / "tokenizer")]
+            prepare([str(tmp_path / out), *words])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "there"]
