@@ -14,7 +14,7 @@ train_configs/claims/NAME.toml is a grid (`launch.grid`) with these tables more:
     [[expect]]
     settings = ["laptop_S3_n2_pm1"]
     metric = "solved"
-    at_least = 1                                             # or `below`
+    at_least = 1                                             # or `below`; or `under` another setting, seed by seed
     seeds = "most"                                           # of each setting: "all", or "most", more than half
 
 results/NAME.json holds the numbers of every run; the page, the pictures and the sentences are made of it alone. A run
@@ -25,7 +25,7 @@ a claim may be run in parts.
 import json
 import re
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from torchtitan_deltaproduct.config import Environment
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.evaluation.figures import COLOURS, picture
 from torchtitan_deltaproduct.evaluation.files import finite
+from torchtitan_deltaproduct.evaluation.length_extrapolation.figures import seeds_figure
 from torchtitan_deltaproduct.evaluation.state_tracking.figures import accuracy_figure
 from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, Setting, by_setting
 from torchtitan_deltaproduct.files import read_text, write_atomically
@@ -70,17 +71,22 @@ class Expectation:
     metric: str
     at_least: float | None = None
     below: float | None = None
+    under: str | None = None
     seeds: str = "all"
 
-    def holds(self, result: Result) -> bool:
-        """Whether one run is as expected."""
+    def holds(self, result: Result, summary: Summary) -> bool:
+        """Whether one run, of those of `summary`, is as expected."""
         value = result.metrics.get(self.metric)
         if value is None:
             return False
+        if self.under is not None:
+            others = [run.metrics.get(self.metric) for run in summary.of(self.under) if run.seed == result.seed]
+            return any(other is not None and value < other for other in others)
         return value < self.below if self.at_least is None else value >= self.at_least
 
     def __str__(self) -> str:
-        limit = f"below {self.below:g}" if self.at_least is None else f"at least {self.at_least:g}"
+        limit = f"under that of {self.under}" if self.under is not None else ""
+        limit = limit or (f"below {self.below:g}" if self.at_least is None else f"at least {self.at_least:g}")
         return f"{self.metric} {limit} in {'more than half of the' if self.seeds == 'most' else 'all'} seeds"
 
 
@@ -121,10 +127,33 @@ class Claim:
 
 @dataclass(frozen=True)
 class Results:
-    """What came of a claim: numbers of each run, and the curves of state tracking where it was evaluated."""
+    """What came of a claim: numbers of each run, and the curves of state tracking and of loss by position where they
+    were evaluated."""
 
     summary: Summary
     curves: list[Setting]
+    losses: list["Losses"] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Loss by position of one run.
+
+    Attributes:
+        setting: of the run.
+        seed: of the run.
+        data: what was read, by its name in the claim.
+        trained: training length, in tokens.
+        lasts: last position of each bucket.
+        loss: mean of each, in nats a token.
+    """
+
+    setting: str
+    seed: int
+    data: str
+    trained: int
+    lasts: list[int]
+    loss: list[float]
 
 
 @dataclass(frozen=True)
@@ -159,10 +188,11 @@ def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overri
     except (KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{file}: [claim] needs {', '.join(TEXTS)}, and see launch/claims.py ({error!r})") from None
     for one in expect:
-        if unknown := set(one.settings) - settings:
+        if unknown := {*one.settings, *([one.under] if one.under else [])} - settings:
             raise ConfigError(f"{file}: [[expect]] settings: no {', '.join(unknown)}; there are: {', '.join(settings)}")
-        if (one.at_least is None) == (one.below is None) or one.seeds not in ("all", "most"):
-            raise ConfigError(f'{file}: [[expect]]: expected at_least or below, and seeds = "all" or "most"')
+        limits = [limit for limit in (one.at_least, one.below, one.under) if limit is not None]
+        if len(limits) != 1 or one.seeds not in ("all", "most"):
+            raise ConfigError(f'{file}: [[expect]]: expected at_least, below or under, and seeds = "all" or "most"')
     if not grid.as_written:
         return claim
     recorded = {(result.setting, result.seed) for result in results_of(claim).summary.results}
@@ -178,7 +208,7 @@ def verdict(claim: Claim, results: Results) -> Verdict:
     for one in claim.expect:
         for setting in one.settings:
             runs = summary.of(setting)
-            bad = [run for run in runs if not one.holds(run)]
+            bad = [run for run in runs if not one.holds(run, summary)]
             holds &= 2 * len(bad) < len(runs) if one.seeds == "most" else bool(runs) and not bad
             for run in bad:
                 value = run.metrics.get(one.metric)
@@ -200,6 +230,7 @@ def write_results(claim: Claim, results: Results, origin: dict) -> None:
         f'"origin": {json.dumps(origin)}',
         _list("runs", [vars(result) for result in results.summary.results]),
         _list("state_tracking", curves),
+        *([_list("losses", [vars(losses) for losses in results.losses])] if results.losses else []),
     ]
     RESULTS.mkdir(exist_ok=True)
     write_atomically(claim.file, "{\n" + ",\n".join(lines) + "\n}\n")
@@ -219,12 +250,15 @@ def results_of(claim: Claim) -> Results:
         content = json.loads(read_text(claim.file))
         runs = [Result(**record) for record in content["runs"]]
         curves = [RunResult.from_dict(run, setting) for setting in content["state_tracking"] for run in setting["runs"]]
+        losses = [Losses(**record) for record in content.get("losses", [])]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{claim.file} cannot be read ({error!r}); run the claim again") from None
     kept = [run for run in runs if planned.get((run.setting, run.seed)) == run.recipe]
     names = {f"/{run.setting}/seed-{run.seed} step " for run in kept}
     drawn = [curve for curve in curves if any(name in curve.label for name in names)]
-    return Results(Summary(kept, len(planned)), by_setting(drawn))
+    of = {(run.setting, run.seed) for run in kept}
+    losses = [one for one in losses if (one.setting, one.seed) in of]
+    return Results(Summary(kept, len(planned)), by_setting(drawn), losses)
 
 
 def together(claim: Claim, recorded: Results, new: Results) -> Results:
@@ -234,13 +268,22 @@ def together(claim: Claim, recorded: Results, new: Results) -> Results:
         [*recorded.summary.results, *new.summary.results], key=lambda result: order[result.setting, result.seed]
     )
     curves = [run for setting in recorded.curves + new.curves for run in setting.runs]
-    return Results(Summary(runs, len(order)), by_setting(curves))
+    losses = sorted(recorded.losses + new.losses, key=lambda one: order[one.setting, one.seed])
+    return Results(Summary(runs, len(order)), by_setting(curves), losses)
 
 
 def draw(claim: Claim, results: Results, path: Path) -> None:
     """The picture of a claim: its curves, or its first expected metric, a dot a run."""
     if results.curves:
         accuracy_figure(results.curves, path)
+        return
+    if results.losses:
+        first = results.losses[0]
+        same = [one for one in results.losses if (one.data, one.lasts) == (first.data, first.lasts)]
+        curves = {claim.label(name): [np.array(one.loss) for one in same if one.setting == name]
+                  for name in claim.settings}  # fmt: skip
+        curves = {label: seeds for label, seeds in curves.items() if seeds}
+        seeds_figure(curves, first.lasts, first.trained, f"{first.data}: loss by position", path)
         return
     metric = claim.expect[0].metric
     with picture(path, "", 1, 1, (6.5, 1 + 0.4 * len(claim.settings))) as (_, axes):

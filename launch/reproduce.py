@@ -26,8 +26,11 @@ from rich.table import Table
 
 from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.config.snapshots import versions
+from torchtitan_deltaproduct.data.check import check_data
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
+from torchtitan_deltaproduct.evaluation.files import read_results
 from torchtitan_deltaproduct.evaluation.state_tracking.results import read_settings
+from torchtitan_deltaproduct.evaluation.sweep.plan import SweepJob
 from torchtitan_deltaproduct.files import read_text, write_atomically
 from torchtitan_deltaproduct.jobs import visible_gpus
 
@@ -35,6 +38,7 @@ from .claims import (
     PAGE,
     README,
     Claim,
+    Losses,
     Results,
     draw,
     page,
@@ -46,7 +50,7 @@ from .claims import (
     verdict,
     write_results,
 )
-from .grid import add_grid_options, run_grid, summarise
+from .grid import Run, add_grid_options, run_grid, summarise
 
 PIXELS = 0.01
 """Mean difference, of 1, up to which two pictures are the same: elsewhere fonts are drawn a little differently."""
@@ -122,17 +126,28 @@ def collected(claim: Claim) -> Results:
     """What is recorded of a claim, and what its other runs hold that are finished and evaluated."""
     runs = [run for run in claim.grid.runs if not run.recorded]
     runs = [run for run in runs if all(job.is_done() for job in claim.grid.evaluations_after(run))]
-    jobs = [job for run in runs for job in claim.grid.evaluations_after(run) if job.eval == "state_tracking"]
-    curves = read_settings([job.folder / "state_tracking.json" for job in jobs])
-    new = Results(summarise(replace(claim.grid, runs=runs)), curves)
+    jobs = [(run, job) for run in runs for job in claim.grid.evaluations_after(run)]
+    curves = read_settings([job.folder / "state_tracking.json" for _, job in jobs if job.eval == "state_tracking"])
+    losses = [losses_of(run, job) for run, job in jobs if job.eval == "length_extrapolation"]
+    new = Results(summarise(replace(claim.grid, runs=runs)), curves, losses)
     return together(claim, results_of(claim), new) if claim.grid.as_written else new
 
 
+def losses_of(run: Run, job: SweepJob) -> Losses:
+    """What an evaluation of length extrapolation found at each position."""
+    (entry,) = read_results(job.folder / f"{job.eval}.json")
+    buckets = entry["buckets"]
+    lasts, losses = ([bucket[name] for bucket in buckets] for name in ("last", "loss"))
+    return Losses(run.setting, run.seed, job.data, run.config.training.seq_len, lasts, losses)
+
+
 def origin(claim: Claim) -> dict[str, str]:
-    """By what, and where, results were made."""
+    """By what, where and of which data results were made."""
     command = f"python -m launch.reproduce {claim.name}"
     gpus = f", {len(visible_gpus())} GPUs" if visible_gpus() else ""
-    return {"command": command, "machine": f"{platform.machine()}, {os.cpu_count()} cores{gpus}", **versions()}
+    about = {"command": command, "machine": f"{platform.machine()}, {os.cpu_count()} cores{gpus}", **versions()}
+    config = claim.grid.runs[0].config
+    return about | ({"data": check_data(config)} if config.data.kind == "prepared" else {})
 
 
 def write(claims: list[Claim], console: Console) -> None:

@@ -89,7 +89,7 @@ def test_a_setting_without_runs_is_no_success(toy_claim):
 @pytest.mark.parametrize(("old", "new", "message"), [
     ('source = "nobody"\n', "", r"\[claim\] needs title, expectation, source, budget"),
     ('settings = ["n1"]', 'settings = ["n3"]', r"\[\[expect\]\] settings: no n3; there are: "),
-    ("below = 0.7", "", "expected at_least or below"),
+    ("below = 0.7", "", "expected at_least, below or under"),
     ("below = 0.7", "above = 0.7", r"\[claim\] needs .*above"),
     ('"most"', '"some"', 'seeds = "all" or "most"'),
 ])  # fmt: skip
@@ -137,6 +137,35 @@ def test_run_keep_check(toy_claim, capsys):
     (folder / "results/toy.json").write_text("{")
     with pytest.raises(DataError, match="toy.json cannot be read"):
         reproduce.main(["--list"])
+
+
+def test_a_claim_on_text(toy_claim, toy, capsys):
+    """Losses by position are kept and drawn; one setting is judged by another, seed by seed."""
+    text = toy_claim.read_text().partition("[state_tracking]")[0].replace('"s3.toml"', f'"{toy}"')
+    text = text.replace("readme =", "# ").replace("[overrides]", '[overrides]\n"training.steps" = 2')
+    expect = "[[expect]]\nsettings = ['n2']\nmetric = 'loss beyond text'\nunder = 'n1'\n"
+    toy_claim.write_text(
+        f"{text}\n[data]\ntext = '{toy.parent}/data/validation'\n[length_extrapolation]\nlength = 128\nsequences = 3\n"
+        f"device = 'cpu'\ndtype = 'float32'\n{expect}"
+    )
+    code = reproduce.main(["toy", "--jobs", "2"])
+    printed = capsys.readouterr().out
+    content = json.loads((toy_claim.parents[1] / "results/toy.json").read_text())
+    one, two = (run["metrics"]["loss beyond text"] for run in content["runs"])
+    assert code == (two >= one) and ("under that of n1" in printed) == (two >= one)
+    assert [(losses["setting"], losses["data"], losses["trained"]) for losses in content["losses"]] == [
+        ("n1", "text", 64), ("n2", "text", 64)
+    ]  # fmt: skip
+    assert content["losses"][0]["lasts"][-1] == 128 and content["origin"]["data"]
+    assert len(content["losses"][0]["loss"]) == len(content["losses"][0]["lasts"]) > 3
+    assert (toy_claim.parents[1] / "results/toy.png").stat().st_size > 10_000
+    # Of two recorded runs the losses stay when one more is added.
+    claim = read_claim(toy_claim)
+    again = claims.together(claim, results_of(claim), Results(Summary([], 0), []))
+    assert len(again.losses) == 2 and again.summary.planned == 2
+    toy_claim.write_text(toy_claim.read_text().replace("under = 'n1'", "under = 'n3'"))
+    with pytest.raises(ConfigError, match="no n3"):
+        read_claim(toy_claim)
 
 
 def test_what_is_recorded_is_not_run_again(toy_claim, capsys):

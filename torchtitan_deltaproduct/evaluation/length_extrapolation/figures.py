@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ..figures import MARKERS, band, band_handle, legend, look, mark_trained, picture
+from ..figures import MARKERS, band, band_handle, legend, look, mark_trained, name_ends, picture
 from .results import LEAST_SEQUENCES, Result
 
 TITLE_NAME = 28
@@ -47,22 +47,60 @@ def loss_figure(results: list[Result], path: Path, log_positions: bool) -> None:
             figure.suptitle(f"No band: {few} too few for an interval", x=0.01, ha="left", fontsize=9)
 
 
+def seeds_figure(curves: dict[str, list[np.ndarray]], lasts: list[int], trained: int, title: str, path: Path) -> None:
+    """Loss by position of settings with several seeds: thick their mean, thin each of them.
+
+    Args:
+        curves: of each setting the mean losses of buckets, in nats a token, an array a seed.
+        lasts: the last position of each bucket.
+        trained: training length, in tokens.
+        title: of the picture.
+        path: of the PNG.
+    """
+    edges = np.array([0, *lasts])
+    middles = (edges[:-1] + 1 + edges[1:]) / 2
+    with picture(path, "", 1, 1, (7.6, 4.2)) as (figure, ((axis,),)):
+        ends = []
+        for number, (name, seeds) in enumerate(curves.items()):
+            own = look(number, len(curves))
+            for losses in seeds if len(seeds) > 1 else ():
+                axis.plot(middles, losses, linewidth=0.7, alpha=0.45, color=own["color"], linestyle=own["linestyle"])
+            mean = np.mean(seeds, axis=0)
+            axis.plot(middles, mean, **own, marker=MARKERS[number % len(MARKERS)], markevery=(number, 6), markersize=5)
+            ends.append((middles[-1], mean[-1], name.replace("n_h", "$n_h$"), own["color"]))
+        _positions(axis, middles[0] / 1.06, lasts[-1], {trained})
+        axis.set(ylabel="loss (nats a token)", title=title)
+        axis.title.set_position((0, 1.06))
+        name_ends(axis, ends)
+
+
+def _positions(axis, first: float, length: int, trained: set[int]) -> None:
+    """An axis of positions by octaves, with a mark at each training length."""
+    axis.set(xlabel="position in the sequence (tokens)")
+    axis.set_xscale("log", base=2)
+    octaves = 2.0 ** np.arange(np.ceil(np.log2(first)), np.floor(np.log2(length)) + 1)
+    axis.xaxis.set_major_locator(FixedLocator(octaves[:: -(-len(octaves) // 10)]))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(x)))
+    axis.set_xlim(first, length)
+    for end in sorted(end for end in trained if first < end <= length):
+        mark_trained(axis, end, np.log(end / first) / np.log(length / first))
+
+
 def _label(row, results: list[Result], log_positions: bool) -> None:
     """Axes and marks of the panels of one dataset: positions, and each training length."""
     length, trained = results[0].case.length, {result.case.model["train_length"] or 0 for result in results}
-    first = _middle(results[0].buckets[0]) / 1.06 if log_positions else 0
+    first = _middle(results[0].buckets[0]) / 1.06
     names = ("loss (nats a token)", "accuracy (%)", "difference in loss (nats a token)")
     for axis, name in zip(row, names, strict=False):
-        axis.set(xlabel="position in the sequence (tokens)", ylabel=name)
+        axis.set(ylabel=name)
         if log_positions:
-            axis.set_xscale("log", base=2)
-            octaves = 2.0 ** np.arange(np.ceil(np.log2(first)), np.floor(np.log2(length)) + 1)
-            axis.xaxis.set_major_locator(FixedLocator(octaves[:: -(-len(octaves) // 10)]))
-            axis.xaxis.set_minor_locator(NullLocator())
+            _positions(axis, first, length, trained)
+            continue
+        axis.set(xlabel="position in the sequence (tokens)", xlim=(0, length))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(x)))
-        axis.set_xlim(first, length)
-        for end in sorted(end for end in trained if first < end <= length):
-            mark_trained(axis, end, np.log(end / first) / np.log(length / first) if log_positions else end / length)
+        for end in sorted(end for end in trained if 0 < end <= length):
+            mark_trained(axis, end, end / length)
     _perplexity_axis(row[0])
     if len(row) == 3:
         row[2].set_title(f"loss minus that of {_ending(results[0].case.model['name'])}", loc="left", pad=22)
