@@ -220,14 +220,20 @@ def verdict(claim: Claim, results: Results) -> Verdict:
 
 
 def write_results(claim: Claim, results: Results, origin: dict) -> None:
-    """Writes results/NAME.json: `origin`, the numbers of each run, and the counts that curves are drawn from."""
+    """Writes results/NAME.json: `origin`, those of results that were there before, the numbers of each run, and the
+    counts that curves are drawn from."""
     curves = []
     for setting in results.curves:
         record = setting.to_dict(Criterion())
         kept = {name: record[name] for name in ("problem", "settings")}
         curves.append(kept | {"runs": [{key: run[key] for key in KEPT if key in run} for run in record["runs"]]})
+    earlier = []
+    if any(run.recorded for run in claim.grid.runs):
+        before = json.loads(read_text(claim.file))
+        earlier = [*before.get("earlier", []), before["origin"]]
     lines = [
         f'"origin": {json.dumps(origin)}',
+        *([_list("earlier", earlier)] if earlier else []),
         _list("runs", [vars(result) for result in results.summary.results]),
         _list("state_tracking", curves),
         *([_list("losses", [vars(losses) for losses in results.losses])] if results.losses else []),

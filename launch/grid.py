@@ -32,7 +32,7 @@ import itertools
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class Run(Job):
         harmless ones. Another version's new option leaves it as it is."""
         values = {
             key: value
-            for key, value in flatten(snapshot(self.config)["config"]).items()
+            for key, value in flatten(asdict(self.config)).items()
             if key in schema() and schema()[key].record.resume.kind != "harmless" and value != schema()[key].default
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

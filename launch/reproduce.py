@@ -106,20 +106,32 @@ def reproduce(claim: Claim, options: argparse.Namespace, overrides: list[str], c
     """Runs what is missing of a claim, tells the verdict, and keeps the results of one that is run as it is written."""
     console.print(f"[bold]{escape(claim.title)}[/]")
     claim = read_claim(claim.grid.file, options.seeds, options.out, overrides)
-    run_grid(claim.grid, options, console, f"python -m launch.reproduce {claim.name}")
+    try:
+        run_grid(claim.grid, options, console, f"python -m launch.reproduce {claim.name}")
+    except (KeyboardInterrupt, SystemExit):
+        # Stopped: what is finished need not be run again, here or elsewhere.
+        keep(claim, console)
+        raise
     if options.dry_run or options.slurm:
         return 0
-    results = collected(claim)
-    if claim.grid.as_written and results.summary.results:
-        write_results(claim, results, origin(claim))
-        console.print(f"written: {claim.file}", soft_wrap=True)
-        write([claim], console)
+    results = keep(claim, console)
     judged = verdict(claim, results)
     for line in judged.lines:
         console.print(line, soft_wrap=True, markup=False)
     colour = {"as expected": "green", "not as expected": "red"}.get(judged.word, "yellow")
     console.print(f"[bold {colour}]{judged.word}[/]: {escape(claim.expectation)}", soft_wrap=True)
     return 0 if judged.word == "as expected" else 1
+
+
+def keep(claim: Claim, console: Console) -> Results:
+    """Writes the results of a claim that is run as it is written, its picture and the page, if there are new ones;
+    returns all."""
+    results = collected(claim)
+    if claim.grid.as_written and len(results.summary.results) > sum(run.recorded for run in claim.grid.runs):
+        write_results(claim, results, origin(claim))
+        console.print(f"written: {claim.file}", soft_wrap=True)
+        write([claim], console)
+    return results
 
 
 def collected(claim: Claim) -> Results:

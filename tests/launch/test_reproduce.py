@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import claims, reproduce
+from launch import claims, grid, reproduce
 from launch.claims import Results, read_claim, read_claims, results_of, verdict
 from launch.summary import Result, Summary
 from tests.unit.evaluation.words_toy import write_toml
@@ -168,6 +168,18 @@ def test_a_claim_on_text(toy_claim, toy, capsys):
         read_claim(toy_claim)
 
 
+def test_an_interrupted_claim_keeps_what_is_finished(toy_claim, monkeypatch):
+    def interrupted(claim_grid, options, *more):
+        options.only = ["n1"]
+        grid.run_grid(claim_grid, options, *more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "run_grid", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.main(["toy"])
+    assert [run.name for run in read_claim(toy_claim).grid.runs if run.recorded] == ["n1/seed-1"]
+
+
 def test_what_is_recorded_is_not_run_again(toy_claim, capsys):
     """A claim is run in parts, on machines that know results/ of each other; another recipe is another run."""
     folder = toy_claim.parents[1]
@@ -182,6 +194,9 @@ def test_what_is_recorded_is_not_run_again(toy_claim, capsys):
     assert "5 jobs, 1 done already" in printed and not (folder / "out/n2/seed-2").exists()
     content = json.loads((folder / "results/toy.json").read_text())
     assert [(run["setting"], run["seed"]) for run in content["runs"]] == [("n1", 1), ("n2", 1), ("n2", 2)]
+    assert [origin["command"] for origin in content["earlier"]] == [content["origin"]["command"]]
+    written = (folder / "results/toy.json").read_bytes()
+    assert reproduce.main(["toy"]) == 1 and (folder / "results/toy.json").read_bytes() == written
     assert content["runs"][2] == recorded[0] and [len(one["runs"]) for one in content["state_tracking"]] == [1, 2]
     # With another rate the runs are others, with another folder or interval between logs they are not.
     claim = read_claim(toy_claim)
