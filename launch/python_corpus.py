@@ -21,6 +21,7 @@ from pathlib import Path
 
 from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.arguments import path as path_of
+from torchtitan_deltaproduct.data.text.files import result_folder
 from torchtitan_deltaproduct.errors import DataError, exit_on_user_error
 from torchtitan_deltaproduct.files import write_atomically
 
@@ -124,8 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int, default=16_384, metavar="N", help="entries of the vocabulary")
     options = parser.parse_args(arguments)
     out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    record = collect(out / "text")
+    with result_folder(out):
+        record = collect(out / "text")
     for out_of_it, use in ((False, "to train on"), (True, "held out")):
         chosen = [package for package in record["packages"] if package["held_out"] is out_of_it]
         size, files = (sum(package[key] for package in chosen) for key in ("bytes", "files"))

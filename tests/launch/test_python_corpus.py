@@ -65,3 +65,6 @@ def test_too_few_packages(installed, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="1 packages are installed here, too few"):
         python_corpus.collect(tmp_path / "text")
     assert not (tmp_path / "text").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="a file is in the way; choose another folder"):
+        python_corpus.main([str(tmp_path / "file")])
