@@ -101,10 +101,6 @@ def _by_chunks(
         logits = x[rows] @ weight.T
         kept = labels[rows] != ignore_index
         targets = torch.where(kept, labels[rows], 0)
-        if backend:
-            # Chunks may differ by a token, and evaluations have other lengths: one graph serves all.
-            for tensor in (logits, targets, kept):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         of_chunk, at_target = softmax(logits, targets, kept, dx is not None)
         loss += of_chunk
         if dx is not None:
@@ -142,7 +138,9 @@ def softmax_of_chunk(logits: Tensor, targets: Tensor, kept: Tensor, gradient: bo
 
 @functools.cache
 def compiled_softmax(backend: str) -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
-    """`softmax_of_chunk` compiled: the logits are read twice and written once."""
+    """`softmax_of_chunk` compiled: the logits are read twice and written once. A size of chunks has a graph of its own:
+    one for all sizes is tuned for the first it meets, and a process that begins with another would add in another order.
+    """
     return torch.compile(softmax_of_chunk, backend=backend, fullgraph=True)
 
 
