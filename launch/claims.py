@@ -27,10 +27,12 @@ import re
 import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from torchtitan_deltaproduct.config import Environment
+from torchtitan_deltaproduct.config.values import nearest
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.evaluation.figures import COLOURS, picture
 from torchtitan_deltaproduct.evaluation.files import finite
@@ -183,16 +185,10 @@ def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overri
     table, settings = grid.tree.get("claim", {}), {run.setting for run in grid.runs}
     try:
         texts = [" ".join(table[name].split()) for name in TEXTS]
-        expect = [Expectation(**entry) for entry in grid.tree.get("expect", [])]
+        expect = expectations(file, grid.tree.get("expect", []), settings)
         claim = Claim(file.stem, grid, *texts, table.get("gpus", 0), table.get("readme", []), expect)
     except (KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{file}: [claim] needs {', '.join(TEXTS)}, and see launch/claims.py ({error!r})") from None
-    for one in expect:
-        if unknown := {*one.settings, *([one.under] if one.under else [])} - settings:
-            raise ConfigError(f"{file}: [[expect]] settings: no {', '.join(unknown)}; there are: {', '.join(settings)}")
-        limits = [limit for limit in (one.at_least, one.below, one.under) if limit is not None]
-        if len(limits) != 1 or one.seeds not in ("all", "most"):
-            raise ConfigError(f'{file}: [[expect]]: expected at_least, below or under, and seeds = "all" or "most"')
     if not grid.as_written:
         return claim
     recorded = {(result.setting, result.seed) for result in results_of(claim).summary.results}
@@ -200,12 +196,47 @@ def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overri
     return replace(claim, grid=replace(grid, runs=runs))
 
 
+def expectations(file: Path, entries: Any, settings: set[str]) -> list[Expectation]:
+    """The tables [[expect]] of a claim; ConfigError says what is wrong with one."""
+    if not isinstance(entries, list):
+        raise ConfigError(f"{file}: [expect]: expected [[expect]], one table an expectation")
+    kinds = {"settings": (list, "a list of settings"), "metric": (str, "the name of a number"),
+             "at_least": (int | float, "a number"), "below": (int | float, "a number"), "under": (str, "a setting"),
+             "seeds": (str, '"all" or "most"')}  # fmt: skip
+    for number, entry in enumerate(entries, start=1):
+        where = f"{file}: [[expect]] number {number}"
+        for key, value in entry.items():
+            if key not in kinds:
+                near = nearest(key, kinds)
+                raise ConfigError(f"{where}: {key}: no such key" + (f"; nearest: {near!r}" if near else ""))
+            if not isinstance(value, kinds[key][0]) or isinstance(value, bool):
+                raise ConfigError(f"{where}: {key} = {value!r}: expected {kinds[key][1]}")
+        if missing := {"settings", "metric"} - entry.keys():
+            raise ConfigError(f"{where}: it needs {' and '.join(sorted(missing))}")
+        if len(limits := {"at_least", "below", "under"} & entry.keys()) != 1:
+            found = " and ".join(sorted(limits)) or "none"
+            raise ConfigError(f"{where}: expected one of at_least, below and under, found {found}")
+        if entry.get("seeds", "all") not in ("all", "most"):
+            raise ConfigError(f'{where}: seeds = {entry["seeds"]!r}: expected "all" or "most"')
+        for name in [*entry["settings"], *([entry["under"]] if "under" in entry else [])]:
+            if name not in settings:
+                raise ConfigError(f"{where}: no setting {name!r}; there are: {', '.join(sorted(settings))}")
+    return [Expectation(**entry) for entry in entries]
+
+
 def verdict(claim: Claim, results: Results) -> Verdict:
     """What came of a claim, in words; runs that are not as expected are named even where most are."""
     summary, lines, holds = results.summary, [], True
     if not summary.results:
         return Verdict("not run yet", [])
+    known = {name for result in summary.results for name in result.metrics}
     for one in claim.expect:
+        if one.metric not in known and not summary.missing:
+            near = nearest(one.metric, known)
+            raise ConfigError(
+                f"{claim.grid.file}: [[expect]] metric = {one.metric!r}: no run has a number of that name"
+                + (f"; nearest: {near!r}" if near else f"; there are: {', '.join(sorted(known))}")
+            )
         for setting in one.settings:
             runs = summary.of(setting)
             bad = [run for run in runs if not one.holds(run, summary)]
@@ -257,8 +288,13 @@ def results_of(claim: Claim) -> Results:
         runs = [Result(**record) for record in content["runs"]]
         curves = [RunResult.from_dict(run, setting) for setting in content["state_tracking"] for run in setting["runs"]]
         losses = [Losses(**record) for record in content.get("losses", [])]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{claim.file} cannot be read ({error!r}); run the claim again") from None
+        for run in runs:
+            sum(value for value in run.metrics.values() if value is not None)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{claim.file} is damaged ({error})\n"
+            f"restore it (git checkout {claim.file}), or delete it and run the claim again"
+        ) from None
     kept = [run for run in runs if planned.get((run.setting, run.seed)) == run.recipe]
     names = {f"/{run.setting}/seed-{run.seed} step " for run in kept}
     drawn = [curve for curve in curves if any(name in curve.label for name in names)]

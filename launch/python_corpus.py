@@ -12,6 +12,7 @@ the same to the byte count once. The same command again goes on where it was.
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import sysconfig
@@ -22,7 +23,7 @@ from pathlib import Path
 from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.arguments import path as path_of
 from torchtitan_deltaproduct.data.text.files import result_folder
-from torchtitan_deltaproduct.errors import DataError, exit_on_user_error
+from torchtitan_deltaproduct.errors import ConfigError, DataError, exit_on_user_error
 from torchtitan_deltaproduct.files import write_atomically
 
 from .quickstart import LEFT_OUT, call
@@ -124,7 +125,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=path_of, metavar="FOLDER", help="folder to make")
     parser.add_argument("--vocab-size", type=int, default=16_384, metavar="N", help="entries of the vocabulary")
     options = parser.parse_args(arguments)
-    out = Path(options.out)
+    if options.vocab_size < 257:
+        raise ConfigError(f"--vocab-size is {options.vocab_size}: expected at least 257 (256 bytes and the separator)")
+    # Absolute: the tokenizer and the shards remember what they were made of by its path.
+    out = Path(os.path.abspath(options.out))
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_dir() for name in ("text", "text.partial")):
+        raise DataError(f"{out} was not made by this command, and is not empty; choose another folder")
     with result_folder(out):
         record = collect(out / "text")
     for out_of_it, use in ((False, "to train on"), (True, "held out")):

@@ -7,7 +7,7 @@ import sysconfig
 import pytest
 
 from launch import python_corpus
-from torchtitan_deltaproduct.errors import DataError
+from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -58,6 +58,16 @@ def test_what_is_taken(installed, tmp_path, monkeypatch, capsys):
     (installed / "p2/more.py").write_text("y = 2")
     assert python_corpus.collect(out / "text") == record
     assert python_corpus.collect(tmp_path / "again")["sha256"] != record["sha256"]
+
+
+def test_what_it_did_not_make_is_left_alone(installed, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/a.txt").touch()
+    with pytest.raises(DataError, match="own was not made by this command"):
+        python_corpus.main([str(tmp_path / "own")])
+    with pytest.raises(ConfigError, match="--vocab-size is 0"):
+        python_corpus.main([str(tmp_path / "new"), "--vocab-size", "0"])
+    assert not (tmp_path / "new").exists() and len(list((tmp_path / "own").iterdir())) == 1
 
 
 def test_too_few_packages(installed, tmp_path, monkeypatch):

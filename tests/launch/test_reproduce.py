@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,10 +89,15 @@ def test_a_setting_without_runs_is_no_success(toy_claim):
 
 @pytest.mark.parametrize(("old", "new", "message"), [
     ('source = "nobody"\n', "", r"\[claim\] needs title, expectation, source, budget"),
-    ('settings = ["n1"]', 'settings = ["n3"]', r"\[\[expect\]\] settings: no n3; there are: "),
-    ("below = 0.7", "", "expected at_least, below or under"),
-    ("below = 0.7", "above = 0.7", r"\[claim\] needs .*above"),
-    ('"most"', '"some"', 'seeds = "all" or "most"'),
+    ('settings = ["n1"]', 'settings = ["n3"]', r"\[\[expect\]\] number 1: no setting 'n3'; there are: n1, n2"),
+    ("below = 0.7", "", "expected one of at_least, below and under, found none"),
+    ("below = 0.7", "bellow = 0.7", r"number 1: bellow: no such key; nearest: 'below'"),
+    ("below = 0.7", 'below = "x"', "number 1: below = 'x': expected a number"),
+    ("below = 0.7", "below = 0.7\nat_least = 1", "found at_least and below"),
+    ('settings = ["n1"]', 'settings = "n1"', "number 1: settings = 'n1': expected a list of settings"),
+    ('metric = "solved"\n', "", "number 2: it needs metric"),
+    ("[[expect]]\nsettings = [\"n1\"]", "[expect]\nsettings = [\"n1\"]", "expect"),
+    ('"most"', '"some"', "seeds = 'some': expected \"all\" or \"most\""),
 ])  # fmt: skip
 def test_wrong_claims(toy_claim, old, new, message):
     toy_claim.write_text(toy_claim.read_text().replace(old, new))
@@ -135,7 +141,7 @@ def test_run_keep_check(toy_claim, capsys):
     assert "written: " + str(folder / "results") not in capsys.readouterr().out
     assert (folder / "results/toy.json").read_bytes() == kept[folder / "results/toy.json"]
     (folder / "results/toy.json").write_text("{")
-    with pytest.raises(DataError, match="toy.json cannot be read"):
+    with pytest.raises(DataError, match="(?s)toy.json is damaged.*delete it and run the claim again"):
         reproduce.main(["--list"])
 
 
@@ -164,8 +170,24 @@ def test_a_claim_on_text(toy_claim, toy, capsys):
     again = claims.together(claim, results_of(claim), Results(Summary([], 0), []))
     assert len(again.losses) == 2 and again.summary.planned == 2
     toy_claim.write_text(toy_claim.read_text().replace("under = 'n1'", "under = 'n3'"))
-    with pytest.raises(ConfigError, match="no n3"):
+    with pytest.raises(ConfigError, match="no setting 'n3'"):
         read_claim(toy_claim)
+
+
+def test_a_misspelled_metric_is_no_failed_expectation(toy_claim):
+    claim = read_claim(toy_claim)
+    claim = replace(claim, expect=[replace(claim.expect[0], metric="sovled")])
+    with pytest.raises(ConfigError, match=r"metric = 'sovled': no run has a number of that name; nearest: 'solved'"):
+        judged(claim, (1.0,), (0.3,))
+
+
+def test_a_run_that_was_stopped_is_evaluated_where_it_ends(toy_claim, capsys):
+    """Its evaluation is planned while its newest checkpoint is one of the middle."""
+    assert reproduce.main(["toy", "--training.steps", "1", "--lr_scheduler.total_steps", "2"]) == 1
+    shutil.rmtree(toy_claim.parents[1] / "out/eval")
+    assert reproduce.main(["toy", "--lr_scheduler.total_steps", "2"]) == 1
+    printed = capsys.readouterr().out
+    assert "failed with" not in printed and "runs are not done" not in printed.rpartition("written")[2]
 
 
 def test_an_interrupted_claim_keeps_what_is_finished(toy_claim, monkeypatch):

@@ -138,8 +138,10 @@ def softmax_of_chunk(logits: Tensor, targets: Tensor, kept: Tensor, gradient: bo
 
 @functools.cache
 def compiled_softmax(backend: str) -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
-    """`softmax_of_chunk` compiled: the logits are read twice and written once. A size of chunks has a graph of its own:
-    one for all sizes is tuned for the first it meets, and a process that begins with another would add in another order.
+    """`softmax_of_chunk` compiled: the logits are read twice and written once.
+
+    A size of chunks has a graph of its own: one for all sizes is tuned for the first that it meets, and a process that
+    begins with another would add in another order.
     """
     return torch.compile(softmax_of_chunk, backend=backend, fullgraph=True)
 

@@ -48,4 +48,8 @@ def test_what_fails_before_it_wrote_leaves_no_folder(toy, tmp_path):
         with pytest.raises(DataError, match="There is no file or folder"):
             words = ["--input", str(tmp_path / "nope"), "--tokenizer", str(toy.parent / "tokenizer")]
             prepare([str(tmp_path / out), *words])
+        with pytest.raises(DataError, match="has no documents"):
+            words = ["--input", str(tmp_path / "text"), "--tokenizer", str(toy.parent / "tokenizer"), "--workers", "1"]
+            prepare([str(tmp_path / out), *words])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "there"]
+    assert not list((tmp_path / "there").iterdir())

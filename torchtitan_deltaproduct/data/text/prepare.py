@@ -174,6 +174,10 @@ def clear(out: Path, keep: str) -> None:
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     shutil.rmtree(out / WORK, ignore_errors=True)
     (out / BAD_RECORDS).unlink(missing_ok=True)
+    for folder in folders[1:]:
+        # It refuses a folder that holds something.
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def finished_units(out: Path, numbers: range, verify: bool) -> dict[int, dict]:
@@ -247,6 +251,9 @@ def write_result(out: Path, plan: Plan, records: list[dict], tokenizer: str) -> 
     if spelled:
         log(f"warning: {spelled} documents hold the separator inside, as it is an ordinary token of this tokenizer")
     manifests = {}
+    if not any(shards_of(records, part) for part in plan.folders):
+        # There is nothing to go on from, and other input may come here.
+        clear(out, tokenizer)
     for part, folder in plan.folders.items():
         shards = shards_of(records, part)
         if not shards:

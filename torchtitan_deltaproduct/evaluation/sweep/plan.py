@@ -15,7 +15,7 @@ import re
 import sys
 import tomllib
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ class Model:
     path: str
     step: int | None = None
 
-    @cached_property
+    @property
     def checkpoint(self) -> str:
-        """What its weights are; CheckpointError if there are none (yet)."""
+        """What its weights are now: it may be training; CheckpointError if there are none (yet)."""
         return checkpoint_of(self.path, self.step)
 
 
