@@ -140,7 +140,7 @@ def test_stopped_runs_save_and_go_on(toml, number):
     runs = [toml.parent / f"out/num_householder-{n}/seed-1" for n in (1, 2)]
     toml.write_text(toml.read_text().partition("[state_tracking]")[0])
     process = start(toml, *LONG)
-    until(lambda: all((run / "metrics.jsonl").exists() for run in runs))
+    until(lambda: all(read_metrics(run) for run in runs))  # each has made a step
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
