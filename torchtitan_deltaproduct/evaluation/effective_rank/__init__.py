@@ -196,15 +196,25 @@ class EffectiveRank(LongEvaluation):
         comparison(results, stem)
 
     def metrics(self, entry: dict) -> dict[str, float | None]:
-        """Mean over layers at the training length and at the end, and the mean growth between them."""
+        """Mean over layers at the training length and at the end, of the growth between them, and of the change in
+        the tokens after a document start."""
         layers, positions = entry["layers"], entry["positions"]
         ranks = {
-            f"rank at {positions[name]:,}": sum(layer[f"at_{name}"]["mean"] for layer in layers) / len(layers)
+            f"rank at {positions[name]:,}": mean([layer[f"at_{name}"]["mean"] for layer in layers])
             for name in ("training_length", "end")
             if name in positions
         }
-        growth = [layer["growth"] for layer in layers if layer["growth"] is not None]
-        return ranks | {"growth": sum(growth) / len(growth) if growth else None}
+        changes = [head["change_after_document_start"] for layer in layers for head in layer["heads"]]
+        return ranks | {
+            "growth": mean([layer["growth"] for layer in layers]),
+            "change at document starts": mean(changes),
+        }
+
+
+def mean(values: list[float | None]) -> float | None:
+    """Of those that are known; None without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 evaluation = EffectiveRank()
