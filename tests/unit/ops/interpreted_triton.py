@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from tests.unit.ops.test_parity import make
-from torchtitan_deltaproduct.ops import gated_delta_product, recurrent_gated_delta_product, triton_backend
+from torchtitan_deltaproduct.ops import (
+    flops_per_token,
+    gated_delta_product,
+    recurrent_gated_delta_product,
+    triton_backend,
+)
 
 
 def positions_of(bounds: list[int]) -> torch.Tensor:
@@ -182,6 +187,17 @@ def test_states_that_are_not_kept_are_made_again(monkeypatch, gated, cut):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     chunks, heads = 5, args["q"].shape[2]
     assert numbers[0] - numbers[1] == heads * chunks * 32 * (64 + 16) - args["v"].numel()
+
+
+@pytest.mark.parametrize("keep_states", [True, False])
+def test_flops_are_counted_whether_the_backward_reads_values_or_not(keep_states):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    args = make(9, 2, dim=16, dim_v=32, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        o, _ = gated_delta_product(**args, num_householder=2, keep_states=keep_states, backend="triton")
+        o.sum().backward()
+    assert counter.get_total_flops() == 3 * 9 * flops_per_token(2, 2, 16, 32)
 
 
 @pytest.mark.parametrize(("states", "packed"), [(False, True), (True, False)])
