@@ -101,8 +101,8 @@ def select(cache: list[MixerCache], rows: slice | Tensor) -> list[MixerCache]:
 
     Args:
         cache: of B sequences.
-        rows: a slice of the batch, which shares memory with `cache`; or [N] int64 indices, repeats allowed, which
-            copies.
+        rows: a slice of the batch without a step, which shares memory with `cache`; or [N] int64 indices, repeats
+            allowed, which copies.
     """
     return [
         MixerCache(entry.state[rows], None if entry.conv is None else tuple(part[rows] for part in entry.conv))
@@ -111,7 +111,7 @@ def select(cache: list[MixerCache], rows: slice | Tensor) -> list[MixerCache]:
 
 
 def join(caches: list[list[MixerCache]]) -> list[MixerCache]:
-    """One cache of the sequences of several, in their order; copies."""
+    """One cache of the sequences of several, in their order: a copy, or the one itself."""
     if len(caches) == 1:
         return caches[0]
 

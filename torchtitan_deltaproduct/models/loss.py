@@ -33,7 +33,7 @@ def linear_cross_entropy(
 
     Args:
         x: [..., hidden].
-        weight: [vocab, hidden], in the dtype of x.
+        weight: [vocab, hidden], in the dtype of x; under autocast both are lowered to its dtype, as by `F.linear`.
         labels: [...] int64; a token whose label is `ignore_index` adds nothing.
         ignore_index: see `labels`.
         backend: of torch.compile for what lies between the matrix products; None runs it in eager mode.
@@ -41,6 +41,11 @@ def linear_cross_entropy(
     Returns:
         [] float32, or float64 for float64 inputs. Its backward pass can run once: it gives the kept gradients away.
     """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return linear_cross_entropy(x.to(dtype), weight.to(dtype), labels, ignore_index, backend)
     x, labels = x.flatten(0, -2), labels.flatten()[:, None]
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(x, weight, labels, ignore_index, backend)

@@ -48,7 +48,7 @@ class DeltaProductLM(nn.Module):
 
     def __init__(self, args: DeltaProductArgs, seed: int = 42):
         super().__init__()
-        if args.head_v_dim != args.head_dim * args.expand_v:
+        if not args.has_whole_values:
             raise ValueError(f"head_dim * expand_v = {args.head_dim} * {args.expand_v} is not a whole number")
         self.args = args
         self.seed = seed

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_deltaproduct.ops import chunk, fla_backend, triton_backend
-from torchtitan_deltaproduct.ops.library import fake, gradient, operator
+from torchtitan_deltaproduct.ops.library import fake, gradient, no_gradient, operator
 from torchtitan_deltaproduct.ops.normalize import compute_dtype
 
 
@@ -179,6 +179,7 @@ def _autograd(ctx, grads: list[Tensor | None]):
 
 
 gradient(_forward, _autograd, _setup_context)
+no_gradient(_backward)
 
 FORWARD = _forward
 BACKWARD = _backward

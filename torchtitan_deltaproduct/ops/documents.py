@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_deltaproduct.ops.library import fake, operator
+from torchtitan_deltaproduct.ops.normalize import compute_dtype
 
 
 def check_boundaries(cu_seqlens: Tensor, length: int) -> None:
@@ -81,5 +82,5 @@ def one_by_one(
             o, state = operator(q[:, tokens], k[:, rows], v[:, rows], gate, beta[:, rows], state)
             outputs.append(o)
         states.append(q.new_zeros(1, *q.shape[2:], v.shape[3]) if state is None else state)
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = compute_dtype(q, k, v)
     return torch.cat(outputs, 1), torch.cat([state.to(dtype) for state in states])

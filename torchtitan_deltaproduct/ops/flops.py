@@ -15,5 +15,6 @@ def _forward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *
 
 
 @register_flop_formula([custom_op.BACKWARD.overloadpacket, shards.BACKWARD.overloadpacket])
-def _backward_flops(_do: Any, _dstate: Any, q: tuple, k: tuple, v: tuple, *_: Any, **__: Any) -> int:
-    return 2 * _forward_flops(q, k, v)
+def _backward_flops(do: tuple, _dstate: Any, q: tuple, k: tuple, *_: Any, **__: Any) -> int:
+    # Of v, which may be None, `do` has the width.
+    return 2 * _forward_flops(q, k, do)

@@ -48,7 +48,7 @@ def gated_delta_product(
     whatever the dtype of q, k and v (float64 if one of them is), also under autocast.
 
     Args:
-        q: [B, T, H, K] queries, T >= 1.
+        q: [B, T, H, K] queries, B and T >= 1.
         k: [B, T*n, H, K] keys; row t*n + j is micro-step j of token t. float32 and float64 keys are taken as
             they are;
             bfloat16 and float16 keys that exceed beta |k|^2 = 2 by rounding alone have beta scaled back to 2.
@@ -207,13 +207,13 @@ def _check_shapes(
     if q.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q and v must be [B, T, H, K] and [B, T*n, H, V], found {list(q.shape)} and {list(v.shape)}")
     batch, length, heads, dim = q.shape
-    if length < 1:
+    if batch < 1 or length < 1:
         raise ValueError(f"q has no tokens: {list(q.shape)}")
     rows, count = length * n, batch
     if cu_seqlens is not None and positions is not None:
         raise ValueError("documents are given by cu_seqlens or by positions, not by both")
     if cu_seqlens is not None:
-        if batch != 1 or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+        if batch != 1 or cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.is_floating_point():
             raise ValueError(
                 "cu_seqlens must be an integer tensor [N+1] with B = 1 (documents packed in one row), "
                 f"found {cu_seqlens.dtype} {list(cu_seqlens.shape)} and B = {batch}"

@@ -16,13 +16,19 @@ _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Runs `kernel` on a grid of one to three dimensions.
+    """Runs `kernel` on a grid of one to three dimensions, on the device of its first argument.
 
     Args:
         kernel: what `triton.jit` made; its constants are its last parameters.
-        arguments: all that come before the constants: tensors, numbers, None.
+        arguments: all that come before the constants: tensors, numbers, None; a tensor first.
         options: the constants, and Triton's options.
     """
+    # Triton launches on the current device, wherever the tensors are.
+    with torch.cuda.device_of(arguments[0]):
+        _launch(kernel, grid, *arguments, **options)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     kinds = []
     for x in arguments:
         kinds += (x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else (x,)

@@ -34,6 +34,15 @@ def fake(op: Callable) -> Callable[[Callable], Callable]:
     return torch.library.register_fake(op, lib=_LIBRARY)
 
 
+def no_gradient(op: Callable) -> None:
+    """Registers that an op, itself a derivative, has none: torch would warn, leave its part out and go on."""
+
+    def refuse(_ctx, *_grads):
+        raise RuntimeError('our kernels have no second derivative; op_backend = "recurrent" on the CPU has one')
+
+    torch.library.register_autograd(op, refuse, lib=_LIBRARY)
+
+
 def gradient(op: Callable, backward: Callable, setup_context: Callable) -> None:
     """Registers the derivative, as `torch.library.register_autograd` takes it."""
     torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)

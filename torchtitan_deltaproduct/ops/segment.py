@@ -341,8 +341,6 @@ def _gate_gradient(c: Chunks, within: Tensor, read: Tensor, written: Tensor, sta
     return (within + after + earlier + passing.squeeze(-1)).unsqueeze(-1)
 
 
-def norm_backward(dy: Tensor, y: Tensor, rstd: Tensor | None) -> Tensor:
-    """Gradient of x from that of y = x * rstd, rstd = (|x|^2 + eps)^-1/2; may overwrite dy."""
-    if rstd is None:
-        return dy
-    return dy.addcmul_(y, torch.linalg.vecdot(y, dy).unsqueeze(-1), value=-1).mul_(rstd)
+def norm_backward(dy: Tensor, y: Tensor, rstd: Tensor) -> None:
+    """Turns dy, the gradient of y = x * rstd, rstd = (|x|^2 + eps)^-1/2, into that of x."""
+    dy.addcmul_(y, torch.linalg.vecdot(y, dy).unsqueeze(-1), value=-1).mul_(rstd)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from torchtitan_deltaproduct.ops import chunk, triton_backend, triton_shards
 from torchtitan_deltaproduct.ops.custom_op import no_tensor
-from torchtitan_deltaproduct.ops.library import fake, operator
+from torchtitan_deltaproduct.ops.library import fake, no_gradient, operator
 from torchtitan_deltaproduct.ops.normalize import compute_dtype, full_precision
 from torchtitan_deltaproduct.ops.ranks import SequenceRanks, gather
 
@@ -286,6 +286,9 @@ def _(do, leaving, q, k, v, g, beta, *rest):
     dq, dk, dg, dbeta = (no_tensor(q) if x is None else x.new_empty(x.shape) for x in (q, k, g, beta))
     return dq, dk, dv, dg, dbeta
 
+
+no_gradient(_response)
+no_gradient(_backward)
 
 MAP = _map
 ENTERING = _entering

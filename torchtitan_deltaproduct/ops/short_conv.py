@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.ops.launch import launch, power_of_two
-from torchtitan_deltaproduct.ops.library import fake, gradient, operator
+from torchtitan_deltaproduct.ops.library import fake, gradient, no_gradient, operator
 from torchtitan_deltaproduct.ops.normalize import L2NORM_EPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,13 +95,12 @@ def _forward(
     from torchtitan_deltaproduct.ops.triton import short_conv as kernels
 
     positions, results = None if positions is None else positions.contiguous(), []
-    with torch.cuda.device_of(xs[0]):
-        for x, weight, head_dim, halo in zip(xs, weights, head_dims, halos or [None] * len(xs), strict=True):
-            y, ratio = outputs(x, head_dim)
-            x, weight, halo = _unit_stride(x), weight.contiguous(), None if halo is None else halo.contiguous()
-            grid, options = configuration(x, weight, positions, head_dim, halo, kernels.FORWARD)
-            launch(kernels.short_conv_forward, grid, x, weight, positions, halo, y, ratio, *sizes(x), **options)
-            results += [y, ratio]
+    for x, weight, head_dim, halo in zip(xs, weights, head_dims, halos or [None] * len(xs), strict=True):
+        y, ratio = outputs(x, head_dim)
+        x, weight, halo = _unit_stride(x), weight.contiguous(), None if halo is None else halo.contiguous()
+        grid, options = configuration(x, weight, positions, head_dim, halo, kernels.FORWARD)
+        launch(kernels.short_conv_forward, grid, x, weight, positions, halo, y, ratio, *sizes(x), **options)
+        results += [y, ratio]
     return results
 
 
@@ -133,16 +132,15 @@ def _backward(
     positions, results = None if positions is None else positions.contiguous(), []
     dhalos = [torch.empty_like(halo, memory_format=torch.contiguous_format) for halo in halos]
     each = [(halo.contiguous(), dhalo) for halo, dhalo in zip(halos, dhalos, strict=True)] or [(None, None)] * len(xs)
-    with torch.cuda.device_of(xs[0]):
-        for dy, x, weight, head_dim, (halo, dhalo) in zip(dys, xs, weights, head_dims, each, strict=True):
-            x, weight = _unit_stride(x), weight.contiguous()
-            config = kernels.backward_config(weight.shape[1])
-            grid, options = configuration(x, weight, positions, head_dim, halo, config)
-            dx = x.new_empty(x.shape)
-            shares = x.new_empty((grid[1] * grid[2], weight.shape[1], weight.shape[0]), dtype=torch.float32)
-            operands = x, weight, positions, halo, dy.contiguous(), dx, dhalo, shares
-            launch(kernels.short_conv_backward, grid, *operands, *sizes(x), **options)
-            results += [dx, shares.sum(0).t()]
+    for dy, x, weight, head_dim, (halo, dhalo) in zip(dys, xs, weights, head_dims, each, strict=True):
+        x, weight = _unit_stride(x), weight.contiguous()
+        config = kernels.backward_config(weight.shape[1])
+        grid, options = configuration(x, weight, positions, head_dim, halo, config)
+        dx = x.new_empty(x.shape)
+        shares = x.new_empty((grid[1] * grid[2], weight.shape[1], weight.shape[0]), dtype=torch.float32)
+        operands = x, weight, positions, halo, dy.contiguous(), dx, dhalo, shares
+        launch(kernels.short_conv_backward, grid, *operands, *sizes(x), **options)
+        results += [dx, shares.sum(0).t()]
     return results + dhalos
 
 
@@ -217,6 +215,7 @@ def _autograd(ctx, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Non
 
 
 gradient(_forward, _autograd, _setup_context)
+no_gradient(_backward)
 
 FORWARD = _forward
 BACKWARD = _backward

@@ -188,6 +188,18 @@ def test_a_size_of_chunks_has_a_graph_of_its_own(small_chunks):
 
 
 @pytest.mark.parametrize("tied", [True, False])
+def test_autocast_lowers_the_products_and_nothing_else(tied):
+    model = small_model(torch.float32, tie_word_embeddings=tied)
+    tokens = torch.randint(0, 50, (2, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits = model(tokens, labels=tokens), model(tokens)
+    assert loss.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, F.cross_entropy(logits.float().mT, tokens, reduction="sum"), atol=1e-3, rtol=1e-5)
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
 def test_the_model_gives_the_loss_of_its_logits(small_chunks, tied):
     model = small_model(tie_word_embeddings=tied)
     tokens, labels = torch.randint(0, 50, (2, 9)), torch.randint(0, 50, (2, 9))

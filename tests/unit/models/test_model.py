@@ -78,6 +78,7 @@ def test_decay_parameters_stay_float32_in_a_bfloat16_model():
 def test_a_fractional_value_width_is_refused():
     with pytest.raises(ValueError, match="not a whole number"):
         small_model(head_dim=8, expand_v=1.3)
+    assert small_model(head_dim=100, expand_v=1.1).args.head_v_dim == 110, "100 * 1.1 is 110.00000000000001"
 
 
 def test_a_tied_head_is_one_parameter():

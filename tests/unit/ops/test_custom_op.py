@@ -147,6 +147,37 @@ def test_wrong_shapes_are_named(name, shape):
         gated_delta_product(**args, num_householder=N)
 
 
+def test_no_rows_and_no_boundaries_are_errors():
+    with pytest.raises(ValueError, match="no tokens"):
+        gated_delta_product(*inputs(batch=0), N)
+    with pytest.raises(ValueError, match="cu_seqlens must be"):
+        gated_delta_product(*inputs(), N, cu_seqlens=torch.zeros(0, dtype=torch.int32))
+
+
+def test_states_of_documents_are_float64_if_one_of_q_k_and_v_is():
+    q, *others = (x.detach() for x in inputs())
+    args = q, *(x.double() for x in others)
+    for cu_seqlens in (None, torch.tensor([0, 5, 37])):
+        _, state = gated_delta_product(*args, N, cu_seqlens=cu_seqlens, output_final_state=True)
+        assert state.dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["chunk", "recurrent"])
+def test_a_second_derivative_is_refused_or_right(backend):
+    q, k, v, g, beta = (x.detach().double().requires_grad_() for x in inputs(5))
+
+    def slope(k):
+        o, _ = gated_delta_product(q, k, v, g, beta, N, use_qk_l2norm=True, backend=backend)
+        return torch.autograd.grad(o.sin().sum(), k, create_graph=True)[0]
+
+    if backend == "recurrent":
+        torch.autograd.gradcheck(slope, k)
+    else:
+        first = slope(k)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            first.sum().backward()
+
+
 @pytest.mark.parametrize("bounds", [[0, 5], [1, 37], [0, 20, 10, 37]])
 def test_boundaries_that_do_not_cover_the_tokens(bounds):
     with pytest.raises(ValueError, match="cu_seqlens"):

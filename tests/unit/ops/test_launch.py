@@ -64,6 +64,25 @@ def test_what_a_compiled_kernel_depends_on_is_bound_anew(kernel, other):
     assert len(kernel.bound) == 2
 
 
+def test_both_launches_are_on_the_device_of_the_first_tensor(kernel, monkeypatch):
+    entered, x = [], torch.zeros(8)
+
+    class DeviceOf:
+        def __init__(self, tensor):
+            assert tensor is x
+
+        def __enter__(self):
+            entered.append(len(kernel.bound))
+
+        def __exit__(self, *_):
+            entered.append(len(kernel.bound))
+
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    for _ in range(2):
+        launch(kernel, (1,), x, None, 5, BLOCK=16, WIDTH=7)
+    assert entered == [0, 1, 1, 1]
+
+
 def test_kernels_do_not_share(kernel):
     for each in (kernel, Kernel()):
         launch(each, (1,), torch.zeros(8), None, 5, BLOCK=16, WIDTH=7)

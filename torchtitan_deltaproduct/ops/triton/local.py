@@ -73,7 +73,8 @@ def local_kernel(
     tl.store(dbeta + first_row + r * H, tl.where(betas == 0.0, 0.0, slope), mask=valid)
     if GATED:
         G = tl.load(factors + 3 * R + r)
-        G_t = tl.load(factors + 3 * R + t * N, mask=valid_t, other=0.0)
+        # Rows of the chunk are before tokens that it lacks: any finite number here could be a growth, 0 times infinity.
+        G_t = tl.load(factors + 3 * R + t * N, mask=valid_t, other=float("-inf"))
         dA = tl.where(below, -dA * tl.exp2(G[:, None] - G[None, :]), 0.0)
         tok = r // N
         every = r[:, None] * (H * K) + tl.arange(0, K)[None, :]
