@@ -255,11 +255,14 @@ class LongEvaluation(ABC):
         entries = [(file.parent, entry) for file in files for entry in read_results(file)]
         models = [entry["model"] for _, entry in entries]
         names = names or short_names([(Path(model["path"]), model["step"]) for model in models])
-        measured = []
-        for (folder, entry), name in zip(entries, names, strict=True):
+        # Datasets too, which had the same short name if they were measured one by one.
+        paths = [entry["data"]["wanted"]["data"].rstrip("/") or "/" for _, entry in entries]
+        unique = list(dict.fromkeys(paths))
+        data_names, measured = dict(zip(unique, map(shown, short_paths(unique)), strict=True)), []
+        for (folder, entry), name, data in zip(entries, names, paths, strict=True):
             pieces = Pieces.at(folder / entry["raw"], self.suffix, self.version)
             model = entry["model"] | {"name": name, "weights": pieces.about["weights"]}
-            measured.append(Measured(model, entry["data"], pieces))
+            measured.append(Measured(model, entry["data"] | {"name": data_names[data]}, pieces))
         return measured
 
 

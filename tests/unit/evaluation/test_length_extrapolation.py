@@ -293,6 +293,14 @@ def test_side_by_side(run, data, tmp_path, no_pictures):
     assert [entry["model"]["name"] for entry in found] == ["run step 8", "run step 4"]
     with pytest.raises(ConfigError, match="need --out"):
         length_extrapolation.main(both[:3])
+    # Of another dataset that had the same short name when it was alone.
+    file = tmp_path / "4/length_extrapolation.json"
+    content = json.loads(file.read_text())
+    content["results"][0]["data"]["wanted"]["data"] = f"/other/{data.name}/train"
+    file.write_text(json.dumps(content))
+    length_extrapolation.main(both)
+    names = [entry["data"]["name"] for entry in entries(tmp_path / "both")]
+    assert len(set(names)) == 2 and names[1] == f"other/{data.name}/train"
     evaluate(tmp_path / "short", run, *words, "--length", "100")
     with pytest.raises(DataError, match="different lengths: 300 in .*, 100 in"):
         length_extrapolation.main(["--from", str(tmp_path / "8"), str(tmp_path / "short"), "--out", str(tmp_path)])

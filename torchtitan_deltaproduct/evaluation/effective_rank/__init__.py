@@ -197,12 +197,11 @@ class EffectiveRank(LongEvaluation):
 
     def metrics(self, entry: dict) -> dict[str, float | None]:
         """Mean over layers at the training length and at the end, and the mean growth between them."""
-        layers, positions = entry["layers"], entry["positions"]
-        ranks = {
-            f"rank at {positions[name]:,}": sum(layer[f"at_{name}"]["mean"] for layer in layers) / len(layers)
-            for name in ("training_length", "end")
-            if name in positions
-        }
+        layers, positions, ranks = entry["layers"], entry["positions"], {}
+        for name in (name for name in ("training_length", "end") if name in positions):
+            # None of a layer whose states are not finite.
+            means = [layer[f"at_{name}"]["mean"] for layer in layers]
+            ranks[f"rank at {positions[name]:,}"] = None if None in means else sum(means) / len(means)
         growth = [layer["growth"] for layer in layers if layer["growth"] is not None]
         return ranks | {"growth": sum(growth) / len(growth) if growth else None}
 
