@@ -14,6 +14,7 @@ from tests.processes import Process
 from tests.unit.evaluation.words_toy import write_toml
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.events import last_stop, read_events
+from torchtitan_deltaproduct.history import read_metrics
 
 pytestmark = pytest.mark.usefixtures("forked_jobs")
 
