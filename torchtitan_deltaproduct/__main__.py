@@ -7,13 +7,13 @@
 A module is imported when its command is called: `--help` and `--version` take no time.
 """
 
-import difflib
 import shlex
 import sys
 from importlib import import_module
 
 from . import __version__
 from .arguments import COMMAND
+from .config.values import nearest
 from .errors import UserError, begin_command, exit_on_user_error
 
 PACKAGE = "torchtitan_deltaproduct"
@@ -94,8 +94,8 @@ def split(words: list[str]) -> tuple[str, list[str]]:
         raise UserError(f"{COMMAND} {words[0]}: expected one of: " + ", ".join(name.split()[1] for name in below))
     else:
         asked, names = words[0], [*COMMANDS, *(name.split()[-1] for name in COMMANDS if " " in name)]
-    near = difflib.get_close_matches(asked.replace("_", "-"), names, n=1, cutoff=0.5)
-    full = next((name for name in COMMANDS if near and (name == near[0] or name.endswith(f" {near[0]}"))), None)
+    near = nearest(asked.replace("_", "-"), names)
+    full = next((name for name in COMMANDS if near and (name == near or name.endswith(f" {near}"))), None)
     hint = f"nearest: {COMMAND} {full}" if full else f"{COMMAND} --help lists them all"
     raise UserError(f"{COMMAND} has no command {shlex.quote(asked)}; {hint}")
 

@@ -86,6 +86,7 @@ def test_the_help_of_a_command_is_short(name, monkeypatch, capsys):
     ("show_batch", "nearest: deltaproduct data show-batch"),
     ("checkpoint --help", "deltaproduct checkpoint: expected one of: ls, verify"),
     ("qqqq", "deltaproduct --help lists them all"),
+    ("trace", "deltaproduct --help lists them all"),
     ("completion fish", "deltaproduct completion bash >>"),
 ])  # fmt: skip
 def test_a_wrong_name_is_answered_with_the_nearest(words, said):

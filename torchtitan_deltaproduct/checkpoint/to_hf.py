@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--license", default="", metavar="ID", help="for the model card, such as apache-2.0 (default: none)")
     add("--overwrite", action="store_true", help="replace a model that is in OUT already")
     options = vars(parser.parse_args(arguments))
-    if not options["max_shard_size"][:-2].isdigit() or options["max_shard_size"][-2:] not in ("KB", "MB", "GB"):
+    if not re.fullmatch("[1-9][0-9]*(KB|MB|GB)", options["max_shard_size"]):
         raise ConfigError(f"--max-shard-size {options['max_shard_size']}: expected a size such as 500MB or 5GB")
     if not re.fullmatch(r"[a-z0-9.-]*", options["license"]):
         raise ConfigError(f"--license {options['license']}: expected an identifier such as apache-2.0 or mit")

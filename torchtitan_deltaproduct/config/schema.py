@@ -130,7 +130,7 @@ def suggest_key(table: str, name: str) -> list[str]:
     elsewhere = [key for key in supported if schema()[key].name == name]
     if 0 < len(elsewhere) <= 3:
         return elsewhere
-    if guess := nearest(name, here, cutoff=0.6):
+    if guess := nearest(name, here):
         return [here[guess]]
     by_name = {schema()[key].name: key for key in reversed(supported)}
     if guess := nearest(name, [*by_name, *aliases()], cutoff=0.75):
@@ -157,7 +157,7 @@ def describe_table(name: str) -> str:
     if above not in tables():
         above = ""
     siblings = [table for table in tables() if table.rpartition(".")[0] == above]
-    if guess := nearest(name.lower(), siblings, cutoff=0.6):
+    if guess := nearest(name.lower(), siblings):
         return f"nearest: [{guess}]"
     if not siblings:
         return f"[{above}] holds no tables"
@@ -168,10 +168,11 @@ def describe_option(option: str) -> str:
     """For the command line: `nearest: --training.steps (How many train steps to run)`."""
     table, _, name = option.rpartition(".")
     guesses = suggest_key(table, name)
-    if not guesses and (guess := nearest(option, supported_keys(), cutoff=0.6)):
+    # A table that both have in common would make any two options alike.
+    if not guesses and table not in tables() and (guess := nearest(option, supported_keys())):
         guesses = [guess]
     if not guesses:
-        return "see --help"
+        return f"--help {table} lists those of [{table}]" if table in tables() else "see --help"
     spelled = " or ".join(f"--{guess}" for guess in guesses)
     return f"nearest: {spelled}{quoted(schema()[guesses[0]].summary)}"
 

@@ -70,8 +70,8 @@ def shorten(text: str, width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 4] + " ..."
 
 
-def nearest(name: str, names: typing.Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The one of `names` most like `name`, if any is."""
+def nearest(name: str, names: typing.Iterable[str], cutoff: float = 0.66) -> str | None:
+    """The one of `names` most like `name`, if any is: two letters of three are common to both, in their order."""
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
@@ -96,7 +96,7 @@ def _conform_choice(value: Any, choices: tuple[Any, ...]) -> Any:
     if value in choices and type(value) is type(choices[choices.index(value)]):
         return value
     listed = ", ".join(f'"{choice}"' for choice in choices)
-    guess = nearest(str(value).lower(), choices, cutoff=0.5)
+    guess = nearest(str(value).lower(), choices)
     remedy = f'; nearest: "{guess}"' if guess and len(choices) > 1 else ""
     raise ValueError(f"expected {'one of ' if len(choices) > 1 else ''}{listed}{remedy}")
 

@@ -6,6 +6,7 @@ python -m torchtitan_deltaproduct.data.show data/code/train --verify          # 
 python -m torchtitan_deltaproduct.data.show corpus/web_text_document --tokenizer data/gpt2 --verify     # every id
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torchtitan_deltaproduct.arguments import Parser, path
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 from torchtitan_deltaproduct.progress import Progress
 
-from .shards.corpora import NO_TOKENIZER, CorpusStream, find_files, open_stream
+from .shards.corpora import BLOCK, BLOCKS, NO_TOKENIZER, CorpusStream, find_files, open_stream
 from .shards.manifest import read_manifest
 from .shards.shards import TokenStream
 from .shards.verified import SUFFIXES, compare, file_states
@@ -26,6 +27,9 @@ from .text.tokenizer import load_tokenizer
 SHOWN_TOKENS = 200
 PIECE = 1 << 20
 """Tokens read at a time."""
+OURS = "all tokens, in their order"
+OTHERS = f"the size and {BLOCKS} blocks of {BLOCK >> 10} KiB of each file: a change elsewhere is not noticed"
+"""What a checkpoint's data position, and the refusal of another one, is drawn from."""
 
 
 def verify(folder: str | Path) -> int:
@@ -52,7 +56,8 @@ def table(stream: TokenStream) -> Table:
     if manifest.documents:
         mean = manifest.tokens / manifest.documents
         rows["documents"] = f"{manifest.documents:,}, {mean:,.0f} tokens on average"
-    if not isinstance(stream, CorpusStream):
+    ours = not isinstance(stream, CorpusStream)
+    if ours:
         rows |= {
             "text": f"{manifest.bytes:,} bytes, {manifest.bytes_a_token:.2f} a token",
             "left out": f"{manifest.empty_documents} empty documents, {manifest.bad_records} unreadable records",
@@ -61,11 +66,12 @@ def table(stream: TokenStream) -> Table:
     rows |= {
         "shards": f"{len(manifest.shards)}",
         "separator": f"id {manifest.eos_id}",
-        "tokenizer": manifest.tokenizer_sha256[:16],
-        "content": manifest.content_sha256[:16],
+        "tokenizer": f"tokenizer.json of sha256 {manifest.tokenizer_sha256[:16]}...",
+        "known to runs by": f"{manifest.content_sha256[:16]}, a checksum of {OURS if ours else OTHERS}",
     }
     origin = {key: value for key, value in manifest.source.items() if key not in ("plan", "tokenizer_sha256")}
-    rows |= {f"made with {key}": str(value) for key, value in origin.items() if value not in ("", [], None)}
+    made = "made with " * ours
+    rows |= {f"{made}{key}": str(value) for key, value in origin.items() if value not in ("", [], None)}
     grid = Table(title=str(stream.folder), show_header=False, title_justify="left")
     for key, value in rows.items():
         grid.add_row(key, Text(value))
@@ -81,7 +87,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if find_files(options.folder) and not options.tokenizer:
         raise ConfigError(NO_TOKENIZER.format(options.folder, "--tokenizer"))
-    console, stream = Console(), open_stream(options.folder, options.tokenizer)
+    console, stream = (
+        Console(width=None if sys.stdout.isatty() else 120),
+        open_stream(options.folder, options.tokenizer),
+    )
     console.print(table(stream))
     if stream.manifest.documents:
         tokens = stream.document(options.document)

@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", metavar="R", help="rows of the batch (default: all)")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="shown of each (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.tokens < 1:
+        raise ConfigError(f"--tokens {options.tokens}: must be at least 1")
     loader, first, inputs, labels = global_batch(Path(options.run), options.step)
     rows = range(len(labels)) if options.rows is None else options.rows
     if wrong := [row for row in rows if not 0 <= row < len(labels)]:

@@ -17,6 +17,7 @@ import argparse
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -238,7 +239,7 @@ class LongEvaluation(ABC):
 
     def show_again(self, options: argparse.Namespace, console: Console) -> None:
         """Reports the measurements of earlier runs again, of several side by side."""
-        folders = [Path(source) for source in options.source]
+        folders = [Path(source) for source in dict.fromkeys(options.source)]
         if len(folders) > 1 and not options.out:
             raise ConfigError(f"--from {' '.join(options.source)}: several results side by side need --out FOLDER")
         measured = self.read([folder / f"{self.name}.json" for folder in folders])
@@ -254,12 +255,22 @@ class LongEvaluation(ABC):
         """
         entries = [(file.parent, entry) for file in files for entry in read_results(file)]
         models = [entry["model"] for _, entry in entries]
+        if names is None and len(files) == 1:
+            names = [model["name"] for model in models]
         names = names or short_names([(Path(model["path"]), model["step"]) for model in models])
-        measured = []
-        for (folder, entry), name in zip(entries, names, strict=True):
+        # Datasets too, which had the same short name if they were measured one by one.
+        paths = [entry["data"]["wanted"]["data"].rstrip("/") or "/" for _, entry in entries]
+        unique = list(dict.fromkeys(paths))
+        data_names, measured = dict(zip(unique, map(shown, short_paths(unique)), strict=True)), []
+        # One model that read one dataset in two ways is known by the folders of its results.
+        twice = Counter(zip(names, paths, strict=True))
+        places = [str(file.parent) for file in files]
+        places = dict(zip(places, map(shown, short_paths(places)), strict=True))
+        for (folder, entry), name, data in zip(entries, names, paths, strict=True):
             pieces = Pieces.at(folder / entry["raw"], self.suffix, self.version)
+            name += f" in {places[str(folder)]}" if twice[name, data] > 1 else ""
             model = entry["model"] | {"name": name, "weights": pieces.about["weights"]}
-            measured.append(Measured(model, entry["data"], pieces))
+            measured.append(Measured(model, entry["data"] | {"name": data_names[data]}, pieces))
         return measured
 
 

@@ -140,6 +140,8 @@ def test_what_is_in_the_way(run, exported, tmp_path):
             make(tmp_path / "mine/thesis.tex/out")
     with pytest.raises(ConfigError, match="--max-shard-size 5 gigabytes"):
         to_hf.main([str(run), str(tmp_path / "x"), "--max-shard-size", "5 gigabytes"])
+    with pytest.raises(ConfigError, match="--max-shard-size 0GB: expected a size"):
+        to_hf.main([str(run), str(tmp_path / "x"), "--max-shard-size", "0GB"])
 
 
 def test_import_and_train_from_it(run, exported, toy, tmp_path, capsys):

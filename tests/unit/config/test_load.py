@@ -154,6 +154,10 @@ def test_all_problems_at_once(problems):
             ["--training.steps", "1e3"],
             "command line: --training.steps 1e3: expected a whole number; write 1000 (How many train steps to run)",
         ),
+        (
+            ["--training.bananas", "10"],
+            "command line: --training.bananas 10: no such option; --help training lists those of [training]",
+        ),
         (["--training.steps"], "command line: --training.steps: needs a value (How many train steps to run)"),
         (["steps"], "command line: steps: not an option; overrides are --section.key value"),
         (

@@ -79,4 +79,6 @@ def test_show_writes_toml():
 
 def test_nearest():
     assert nearest("stepz", ["steps", "seq_len"]) == "steps"
-    assert nearest("quack", ["steps"]) is None
+    assert nearest("warmup", ["warmup_steps", "seed"]) == "warmup_steps"
+    for far, name in (("quack", "steps"), ("kitten", "kind"), ("friend", "freq"), ("sdg", "AdamW")):
+        assert nearest(far, [name]) is None

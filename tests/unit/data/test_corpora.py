@@ -217,7 +217,10 @@ def test_show(tokenizer, corpus, capsys):
         show([str(corpus.with_name("x.npy")), "--tokenizer", tokenizer, "--document", "2"])
     make_set(corpus.with_name("prepared"), tokenizer, [[50]])
     show([str(corpus.with_name("prepared"))])
-    assert "│ unknown " in capsys.readouterr().out
+    prepared = capsys.readouterr().out
+    assert "│ unknown " in prepared and "made with" not in shown
+    assert "a checksum of the size and 4 blocks of 16 KiB of each file" in " ".join(shown.replace("│", "").split())
+    assert "a checksum of all tokens" in prepared
 
 
 def cut(path: Path, size: int) -> None:

@@ -25,6 +25,7 @@ from torchtitan_deltaproduct.data.text.documents import BadRecord, Document
 from torchtitan_deltaproduct.data.text.prepare import Settings, locked, main, prepare
 from torchtitan_deltaproduct.data.text.sources import plan_units, read_unit
 from torchtitan_deltaproduct.data.text.tokenizer import load_tokenizer, token_bytes
+from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
 from .conftest import make_corpus, make_jsonl
@@ -399,6 +400,25 @@ def test_large_vocabularies_take_four_bytes(tmp_path, tokenizer):
     assert [text.encode() for text in texts_of(out)] == [
         path.read_bytes() for path in sorted((tmp_path / "in").iterdir())
     ]
+
+
+def test_no_output_is_its_own_input(tmp_path, tokenizer):
+    """By a link, in a part of the result, in a dataset's folder, and of `train_tokenizer`: nothing is written."""
+    source, raw = make_corpus(tmp_path / "in", 2), make_corpus(tmp_path / "out/train", 2)
+    (source / "link").symlink_to("../out")
+    before = sorted(tmp_path.rglob("*"))
+    for settings in (
+        Settings(str(tmp_path / "out/new"), tokenizer, [str(source)]),
+        Settings(str(tmp_path / "out"), tokenizer, [str(raw)], validation_fraction=0.5),
+        Settings(str(raw / "new"), tokenizer, [], dataset=str(raw)),
+    ):
+        with pytest.raises(DataError, match="lies in its own input .*\nChoose a folder outside"):
+            prepare(settings, workers=1)
+    with pytest.raises(DataError, match="in/tokenizer lies in its own input"):
+        train_tokenizer([str(source)], 260, str(source / "tokenizer"))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert train_tokenizer([str(raw)], 260, str(tmp_path / "out"))
+    assert prepare(Settings(str(tmp_path / "out"), str(tmp_path / "out"), [str(raw)]), workers=1)
 
 
 def test_user_errors(tmp_path, tokenizer):

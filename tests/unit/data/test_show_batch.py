@@ -53,3 +53,5 @@ def test_wrong_use(toy, tmp_path):
         show_batch.main([str(tmp_path / "run"), "--step", "0"])
     with pytest.raises(ConfigError, match="rows 0 to 3"):
         show_batch.main([str(tmp_path / "run"), "--step", "1", "--rows", "4"])
+    with pytest.raises(ConfigError, match="--tokens -3: must be at least 1"):
+        show_batch.main([str(tmp_path / "run"), "--step", "1", "--tokens", "-3"])

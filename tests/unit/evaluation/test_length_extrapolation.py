@@ -293,6 +293,22 @@ def test_side_by_side(run, data, tmp_path, no_pictures):
     assert [entry["model"]["name"] for entry in found] == ["run step 8", "run step 4"]
     with pytest.raises(ConfigError, match="need --out"):
         length_extrapolation.main(both[:3])
+    # The same model in another type: its lines in table and picture are two.
+    evaluate(tmp_path / "wide", run, *words, "--step", "8", "--dtype", "float64")
+    here = [str(tmp_path / name) for name in ("8", "wide", "8")]
+    length_extrapolation.main(["--from", *here, "--out", str(tmp_path / "types")])
+    found = [entry["model"]["name"] for entry in entries(tmp_path / "types")]
+    assert found == [f"run step 8 in {tmp_path.name}/{name}" for name in ("8", "wide")]
+    length_extrapolation.main(["--from", str(tmp_path / "types")])
+    assert [entry["model"]["name"] for entry in entries(tmp_path / "types")] == found
+    # Of another dataset that had the same short name when it was alone.
+    file = tmp_path / "4/length_extrapolation.json"
+    content = json.loads(file.read_text())
+    content["results"][0]["data"]["wanted"]["data"] = f"/other/{data.name}/train"
+    file.write_text(json.dumps(content))
+    length_extrapolation.main(both)
+    names = [entry["data"]["name"] for entry in entries(tmp_path / "both")]
+    assert len(set(names)) == 2 and names[1] == f"other/{data.name}/train"
     evaluate(tmp_path / "short", run, *words, "--length", "100")
     with pytest.raises(DataError, match="different lengths: 300 in .*, 100 in"):
         length_extrapolation.main(["--from", str(tmp_path / "8"), str(tmp_path / "short"), "--out", str(tmp_path)])

@@ -353,6 +353,15 @@ def test_wrong_model_arguments(here, toy_run, wrong, said):
         harness(toy_run, **wrong)
 
 
+def test_the_newest_results_count_whatever_their_folder(tmp_path):
+    """lm-eval makes a folder for each model: one that moved has another."""
+    for folder, date, loss in (("z__run", "2026-01-01T00-00-00.1", 1.0), ("a__run", "2026-02-01T00-00-00.1", 2.0)):
+        (tmp_path / folder).mkdir()
+        content = {"results": {"task": {"loss,none": loss}}}
+        (tmp_path / folder / f"results_{date}.json").write_text(json.dumps(content))
+    assert lm_harness.metrics(tmp_path) == {"task loss": 2.0}
+
+
 def test_wrong_commands(here, toy_run, tmp_path):
     with pytest.raises(CheckpointError, match="complete steps there: 4, 6, 8"):
         lm_harness.main([str(toy_run), "--model_args", "step=5", "--tasks", "py_choice", *LOCAL])

@@ -6,16 +6,18 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from tests.unit.evaluation.test_position_loss import write_parts
-from tests.unit.evaluation.words_toy import flat
+from tests.unit.evaluation.words_toy import fake, flat
 from torchtitan_deltaproduct.evaluation import figures
+from torchtitan_deltaproduct.evaluation.effective_rank import evaluation
 from torchtitan_deltaproduct.evaluation.effective_rank.figures import comparison, of_one
 from torchtitan_deltaproduct.evaluation.effective_rank.results import Result
 from torchtitan_deltaproduct.evaluation.effective_rank.transitions import Tally
-from torchtitan_deltaproduct.evaluation.files import write_array
+from torchtitan_deltaproduct.evaluation.files import finite, write_array
 from torchtitan_deltaproduct.evaluation.length_extrapolation.figures import loss_figure
 from torchtitan_deltaproduct.evaluation.length_extrapolation.results import summarise
 from torchtitan_deltaproduct.evaluation.pieces import Measured, Pieces
 from torchtitan_deltaproduct.evaluation.state_tracking.figures import accuracy_figure
+from torchtitan_deltaproduct.evaluation.state_tracking.problems import Counts, Problem
 from torchtitan_deltaproduct.evaluation.state_tracking.results import by_setting
 from torchtitan_deltaproduct.models.args import DeltaProductArgs
 
@@ -122,3 +124,25 @@ def test_names_at_the_ends_of_lines_are_apart():
     heights = sorted(height for height, _ in texts.values())
     assert heights[-1] <= 1 and all(b - a > 0.07 for a, b in zip(heights, heights[1:], strict=False))
     assert texts["c"] == (pytest.approx(0.2, abs=0.25), "blue") and texts["d"] == (heights[-1], "black")
+
+
+def test_states_that_are_not_finite_are_drawn_too(drawn, states, tmp_path):
+    """A model that diverged has its pictures, but for that of document starts, and no mean rank in a sweep."""
+    ((piece, arrays),) = states.case.pieces
+    write_array(states.case.pieces.path(piece), arrays | {"rank": np.full_like(arrays["rank"], np.nan)})
+    diverged = Result(states.case)
+    of_one(diverged, tmp_path / "one")
+    comparison([diverged], tmp_path / "ranks")
+    assert set(drawn) == {"ranks.png", *(f"one_{name}.png" for name in ("sequence", "beta", "spectrum"))}
+    assert evaluation.metrics(finite(diverged.entry())) == {"rank at 500": None, "rank at 2,000": None, "growth": None}
+
+
+def test_seeds_whose_rows_have_other_lengths(drawn, tmp_path):
+    """A few rows of a formal language: the mean of two seeds where both have a row, else that of one."""
+    problem, runs = Problem("parity", True, 8, 32, 0.5, (), 0), []
+    for seed, lengths in enumerate(([2, 5, 20], [2, 6, 7, 30])):
+        scored = np.bincount(lengths, minlength=32)
+        runs.append(fake(problem, Counts(len(lengths), scored, scored * (seed == 0), 0 * scored), seed=seed))
+    accuracy_figure(by_setting(runs), tmp_path / "rows.png")
+    thick = max(drawn["rows.png"].axes[0].lines, key=lambda line: line.get_linewidth())
+    assert thick.get_xdata().tolist() == [3, 6, 7, 8, 21, 31] and thick.get_ydata().tolist() == [50, 100, 0, 0, 100, 0]

@@ -147,6 +147,11 @@ def test_parity_by_length():
     assert [b["value"] for b in result.buckets()] == [1, 1, 0, 0]
     assert [b["scaled"] for b in result.buckets()] == [1, 1, -1, -1]
     assert result.at_training.value == 1 and result.at_length.value == counts.correct[10:].sum() / 500
+    # Where no longer rows were asked for, "at the tested length" are those that were.
+    same = problem_of(config, 10)
+    assert fake(same, same.count(read, 50)).at_length.value == 1 and fake(same, same.count(read, 50)).solved(
+        Criterion()
+    )
     assert problem_of(config).length == 256
     own = FormalSource("parity", 40, 11, 40, 1, "test").batch(np.arange(500))[1]
     assert counts.scored[10:].tolist() == (own[:, 10:] >= 0).sum(0).tolist()

@@ -14,13 +14,13 @@ r^(n-1) s, where r: i -> i+1 and s: i -> -i; products: the last factor changes f
 
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import lru_cache, reduce
 from itertools import permutations
 from math import factorial
 
 import numpy as np
 
+from torchtitan_deltaproduct.config.values import nearest
 from torchtitan_deltaproduct.errors import ConfigError
 
 MAX_ORDER = 5040
@@ -31,6 +31,8 @@ _NAME = re.compile(
     r"(?P<alphabet>_only_swaps|_limit_to_(?P<limit>\d+))?"
     r"(?:_(?P<tokens>\d+)_tokens(?P<spelling>_last|_s_token_only_input|_s_token)?)?"
 )
+
+_NUMBERS = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,8 +261,10 @@ def _unknown(name: str) -> ConfigError:
             known += [start, *(f"{start}_{t}_tokens{end}" for t in range(2, 6) for end in ("", "_s_token", "_last"))]
     written = re.sub(r"(?<=\d)\s*[x×*]\s*(?=[SAZD])", "_x_", name.strip().upper().replace("X", "x"))
     written = re.sub(r"[A-Z_]{4,}", lambda match: match[0].lower(), written)
-    guesses = [written] if _NAME.fullmatch(written) else get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; nearest: {guesses[0]!r}" if guesses else ""
+    # Another letter or number is another group, however alike the names are.
+    alike = [one for one in known if one[0] == written[:1] and _NUMBERS.findall(one) == _NUMBERS.findall(written)]
+    guess = written if _NAME.fullmatch(written) else nearest(name, alike)
+    hint = f"; nearest: {guess!r}" if guess else ""
     return ConfigError(
         f"data.group = {name!r} is not the name of a group{hint}\n"
         "names: S<n>, A<n>, Z<n>, D<n>, products with _x_, then _only_swaps or _limit_to_<m>, then _<t>_tokens"

@@ -65,18 +65,20 @@ def begins_as_list(path: Path) -> bool:
     return False
 
 
-def list_files(inputs: Iterable[str | Path]) -> list[Path]:
+def list_files(inputs: Iterable[str | Path], written: Iterable[str] = ()) -> list[Path]:
     """The input files: folders are searched for everything that is not hidden, in sorted order.
 
     Raises:
-        DataError: an input does not exist or is of a kind that cannot be read, or a folder is empty.
+        DataError: an input does not exist or is of a kind that cannot be read, or a folder is empty, or what is
+            `written`, folders that need not be there yet, would lie in it.
     """
+    written = list(written)
     files = []
     for given in map(Path, inputs):
         if given.is_file():
             below = [given]
         elif given.is_dir():
-            below = _files_below(given)
+            below = _files_below(given, written)
         else:
             raise DataError(f"There is no file or folder {given}.\nCheck the path.")
         if not below:
@@ -116,7 +118,18 @@ def read_record(path: Path) -> dict | None:
         return json.loads(read_text(path))
 
 
-def _files_below(folder: Path) -> list[Path]:
+def refuse_inside(folder: str | Path, written: Iterable[str]) -> None:
+    """Raises DataError if one of the folders that are written would lie in a folder that is read, or be it."""
+    read = os.stat(folder)
+    for name in written:
+        place = Path(os.path.realpath(name))
+        for outer in (place, *place.parents):
+            with suppress(OSError):
+                if os.path.samestat(read, os.stat(outer)):
+                    raise DataError(f"{name} lies in its own input {folder}.\nChoose a folder outside of it.")
+
+
+def _files_below(folder: Path, written: list[str]) -> list[Path]:
     """The files of a folder; links to folders are followed, and each folder is read once, whatever leads to it."""
 
     def refuse(error: OSError) -> None:
@@ -130,6 +143,7 @@ def _files_below(folder: Path) -> list[Path]:
                 logger.warning("%s is a link to a folder that is read already: left out", root)
                 folders.clear()
                 continue
+            refuse_inside(root, written)
             seen.add((status.st_dev, status.st_ino))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             # What `os.walk` lists, but does not enter.

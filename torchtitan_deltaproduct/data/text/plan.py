@@ -18,7 +18,7 @@ from ..shards.manifest import WORK
 from ..shards.shards import token_dtype
 from .arrow import check_no_split, plan_dataset_units
 from .documents import Unit
-from .files import list_files
+from .files import list_files, refuse_inside
 from .sources import plan_units
 from .tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
 from .units import Preparation
@@ -44,6 +44,15 @@ class Settings:
     shard_mb: int = 0
     validation_input: list[str] = field(default_factory=list)
     """Files and folders that are held out, instead of a share of the input."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("train", "validation") if self.validation_fraction or self.validation_input else ("",)
+
+    @property
+    def written(self) -> list[str]:
+        """Folders that the result comes into."""
+        return [os.path.join(self.out, part) for part in self.parts]
 
     def __post_init__(self):
         if self.input and self.split != "train":
@@ -77,15 +86,11 @@ class Plan:
 
 def make_plan(settings: Settings) -> Plan:
     """Cuts the input into units and computes the checksum that identifies the result."""
-    inputs = [*settings.input, *settings.validation_input]
-    # `Path.resolve` raises where a link leads to itself.
-    above = Path(os.path.realpath(settings.out), "x").parents
-    inside = [path for path in inputs if Path(os.path.realpath(path)) in above]
-    if inside:
-        raise DataError(f"{settings.out} lies in its own input {inside[0]}.\nChoose a folder outside of it.")
     vocab_size = load_tokenizer(settings.tokenizer).vocab_size
     name, _, config = settings.dataset.partition(":")
     if name:
+        if os.path.isdir(name):
+            refuse_inside(name, settings.written)
         units = plan_dataset_units(name, config, settings.split, settings.text_field)
     else:
         units = units_of(settings, settings.input)
@@ -131,7 +136,7 @@ def how_to_split(settings: Settings, units: list[Unit]) -> str:
 
 def units_of(settings: Settings, inputs: list[str]) -> list[Unit]:
     """The units of some files, as large as was asked for, or as their size suggests."""
-    total = sum(unit.size for unit in plan_units(inputs, settings.text_field, 1 << 62))
+    total = sum(unit.size for unit in plan_units(inputs, settings.text_field, 1 << 62, settings.written))
     unit_bytes = (settings.shard_mb << 20) or min(max(total // UNITS, LEAST_UNIT_BYTES), MOST_UNIT_BYTES)
     return plan_units(inputs, settings.text_field, unit_bytes)
 

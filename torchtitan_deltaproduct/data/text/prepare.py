@@ -369,7 +369,6 @@ def main(arguments: list[str] | None = None) -> int:
         log("\ninterrupted; the same command continues from the finished shards")
         return 130
     if not (made and how["part"]):
-        parts = ("train", "validation") if settings.validation_fraction or settings.validation_input else ("",)
         print(f"{'prepared' if made else 'already prepared:'} {settings.out}")
-        print(summary(Path(settings.out), parts))
+        print(summary(Path(settings.out), settings.parts))
     return 0

@@ -40,12 +40,12 @@ UNIT_BYTES = 64 << 20
 """Of a unit of a local file: what a restart reads again at most."""
 
 
-def plan_units(inputs: Iterable[str | Path], field: str, unit_bytes: int) -> list[Unit]:
-    """Cuts files and folders into units of about `unit_bytes`, in the order of the inputs."""
+def plan_units(inputs: Iterable[str | Path], field: str, unit_bytes: int, written: Iterable[str] = ()) -> list[Unit]:
+    """Cuts files and folders into units of about `unit_bytes`, in the order of the inputs; see `list_files`."""
     units: list[Unit] = []
     texts: list[str] = []
     gathered = 0
-    for file in list_files(inputs):
+    for file in list_files(inputs, written):
         name, size = str(file), file.stat().st_size
         kind, packing = kind_of(file)
         if kind == "text":

@@ -41,7 +41,7 @@ def train_tokenizer(
 
 
 def _train(inputs: list[str], vocab_size: int, folder: Path, text_field: str, overwrite: bool) -> bool:
-    units = plan_units(inputs, text_field, unit_bytes=1 << 24)
+    units = plan_units(inputs, text_field, unit_bytes=1 << 24, written=[str(folder)])
     content = identity(units, {name for unit in units for name in unit.paths})
     record = {"inputs": inputs, "vocab_size": vocab_size, "text_field": text_field, "content": content}
     if (folder / "tokenizer.json").exists() and not overwrite:

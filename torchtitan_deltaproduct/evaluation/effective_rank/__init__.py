@@ -198,17 +198,14 @@ class EffectiveRank(LongEvaluation):
     def metrics(self, entry: dict) -> dict[str, float | None]:
         """Mean over layers at the training length and at the end, of the growth between them, and of the change in
         the tokens after a document start."""
-        layers, positions = entry["layers"], entry["positions"]
-        ranks = {
-            f"rank at {positions[name]:,}": mean([layer[f"at_{name}"]["mean"] for layer in layers])
-            for name in ("training_length", "end")
-            if name in positions
-        }
+        layers, positions, ranks = entry["layers"], entry["positions"], {}
+        for name in (name for name in ("training_length", "end") if name in positions):
+            # None of a layer whose states are not finite.
+            means = [layer[f"at_{name}"]["mean"] for layer in layers]
+            ranks[f"rank at {positions[name]:,}"] = None if None in means else mean(means)
         changes = [head["change_after_document_start"] for layer in layers for head in layer["heads"]]
-        return ranks | {
-            "growth": mean([layer["growth"] for layer in layers]),
-            "change at document starts": mean(changes),
-        }
+        growth = mean([layer["growth"] for layer in layers])
+        return ranks | {"growth": growth, "change at document starts": mean(changes)}
 
 
 def mean(values: list[float | None]) -> float | None:

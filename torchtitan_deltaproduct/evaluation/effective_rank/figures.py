@@ -58,7 +58,7 @@ def of_one(result: Result, stem: Path) -> None:
     sequence_figure(result, Path(f"{stem}_sequence.png"))
     beta_figure(result, Path(f"{stem}_beta.png"))
     spectrum_figure(result, Path(f"{stem}_spectrum.png"))
-    if len(result.change.of_each) >= LEAST_STARTS:
+    if (_starts(result) >= LEAST_STARTS).any():
         documents_figure(result, Path(f"{stem}_documents.png"))
 
 
@@ -77,12 +77,12 @@ def sequence_figure(result: Result, path: Path) -> None:
 def documents_figure(result: Result, path: Path) -> None:
     """Left: every head against the tokens since a document start, as colours. Right: the mean of each layer."""
     change, (layers, heads) = result.change, result.mean.shape[:2]
-    starts = np.isfinite(change.of_each[:, 0]).sum(0)
+    starts = _starts(result)
     shown = starts >= LEAST_STARTS
     starts, errors = starts[shown], np.nanstd(change.of_each[..., shown], 0, ddof=1)
     halves = errors * [student_t(int(count) - 1) / count**0.5 for count in starts]
     values = np.where(shown, change.mean, np.nan).reshape(layers * heads, -1)
-    top = np.nanmax(np.abs(values)) or 1
+    top = np.nan_to_num(np.abs(values), posinf=0).max() or 1
     title = f"{_of(result)}: effective rank less that of the last state before a document, mean of document starts"
     size = (11, min(9.5, max(4.0, 1.5 + 0.07 * len(values))))
     with picture(path, title, 1, 2, size, width_ratios=[1.25, 1]) as (figure, axes):
@@ -105,6 +105,11 @@ def documents_figure(result: Result, path: Path) -> None:
             mark = axis.axvline(0, **DOCUMENT | {"linewidth": 1.4, "alpha": 1, "zorder": 3})
             axis.set(xlabel="tokens since a document start", xlim=change.edges[np.flatnonzero(shown)[[0, -1]] + [0, 1]])
         legend(figure, handles | {"document start": mark}, columns=5)
+
+
+def _starts(result: Result) -> np.ndarray:
+    """Document starts that have states, finite ones, in each bin."""
+    return np.isfinite(result.change.of_each[:, 0]).sum(0)
 
 
 def beta_figure(result: Result, path: Path) -> None:

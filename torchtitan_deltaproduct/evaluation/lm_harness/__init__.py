@@ -161,7 +161,8 @@ def metrics(folder: Path) -> dict[str, float | None]:
 
 def _newest_results(folder: Path) -> dict:
     """What lm-eval wrote last; DataError if there is nothing."""
-    files = sorted(folder.rglob("results_*.json"))
+    # By the time in their names, whatever the folder of a model that lm-eval put them into.
+    files = sorted(folder.rglob("results_*.json"), key=lambda file: file.name)
     if not files:
         raise DataError(f"{folder} has no results_*.json of lm-eval\nmake it again: run the eval once more")
     return json.loads(files[-1].read_text(encoding="utf-8"))

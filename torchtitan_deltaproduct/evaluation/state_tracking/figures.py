@@ -48,7 +48,9 @@ def _panel(axis, settings: list[Setting], prefix: bool, handles: dict) -> None:
     """A line a setting: the mean of its seeds, which are thin lines; of one seed with its band; named at its end."""
     longest, ends = max(setting.problem.length for setting in settings), []
     for index, setting in enumerate(settings):
-        own, curves = _look(settings, index), [_curve(run, prefix) for run in setting.runs]
+        # Few rows of a formal language have not all lengths, and those of another seed have others.
+        at = np.flatnonzero(sum(run.counts.scored for run in setting.runs))
+        own, curves = _look(settings, index), [_curve(run, prefix, at) for run in setting.runs]
         x, middles = curves[0][0], [y for _, y, _, _ in curves]
         if len(curves) == 1:
             band(axis, x, *curves[0][2:], own["color"])
@@ -74,9 +76,12 @@ def _look(settings: list[Setting], index: int) -> dict:
     return look(index, len(settings)) | by_n | {"linestyle": lines[same.index(index) % 3]}
 
 
-def _curve(run: RunResult, prefix: bool) -> tuple[np.ndarray, ...]:
-    """Positions or row lengths, percentages right there (or up to there: `prefix`) and their intervals."""
-    counts, at = run.counts, np.flatnonzero(run.counts.scored)
+def _curve(run: RunResult, prefix: bool, at: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Positions or row lengths, percentages right there (or up to there: `prefix`) and their intervals.
+
+    `at` are the positions shown, from 0; where none of a bin has a label, there is NaN.
+    """
+    counts = run.counts
     right, total = counts.correct, counts.scored
     if prefix:
         right, total = counts.prefix, np.full(run.problem.length, counts.words)
@@ -85,7 +90,8 @@ def _curve(run: RunResult, prefix: bool) -> tuple[np.ndarray, ...]:
     # Neighbouring positions of one word are not independent: their mean is as uncertain as one of them.
     share = 1 if run.problem.formal else sizes
     low, high = wilson(right / share, total / share)
-    return x / sizes, 100 * right / total, 100 * low, 100 * high
+    middle = np.divide(right, total, out=np.full(len(total), np.nan), where=total > 0)
+    return x / sizes, 100 * middle, 100 * low, 100 * high
 
 
 def interpretation_figure(heads: list[dict], title: str, args, names: list[str], path: Path) -> None:

@@ -118,8 +118,9 @@ class RunResult:
 
     @property
     def at_length(self) -> Share:
-        """Token accuracy at the tested length (formal languages: of rows longer than in training)."""
-        first = self.problem.train_length + 1 if self.problem.formal else 1
+        """Token accuracy at the tested length (formal languages: of rows longer than in training, if there are any)."""
+        longer = self.problem.formal and self.problem.length > self.problem.train_length
+        first = self.problem.train_length + 1 if longer else 1
         return self.token_accuracy(first, self.problem.length)
 
     def prefix(self, position: int) -> Share:
