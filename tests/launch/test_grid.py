@@ -14,6 +14,7 @@ from tests.processes import Process
 from tests.unit.evaluation.words_toy import write_toml
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.events import last_stop, read_events
+from torchtitan_deltaproduct.history import read_metrics
 
 pytestmark = pytest.mark.usefixtures("forked_jobs")
 
@@ -57,8 +58,11 @@ def test_settings_are_products_of_lists_behind_named_tables(toml):
     ("[1, 2]", "1", r'paper.toml:5: \[vary\] "model.num_householder": expected a list of values'),
     ("[1, 2]", "[1, 0]", r"setting num_householder-0: .*num_householder 0"),
     ("num_householder", "num_householders", "nearest: --model.num_householder"),
-    ('"cpu"', '"gpu"', "device = 'gpu': expected 'auto' or 'cpu'"),
+    ('"cpu"', '"gpu"', "device = \"gpu\": expected \"auto\" or \"cpu\""),
     ('base = "s3.toml"', "seeds = [1.5]", "seeds: expected a list of whole numbers"),
+    ('base = "s3.toml"', "seeds = []", "seeds: expected a list of whole numbers, one at least"),
+    ("words = 20", "words = 20\n[settings.n1]\nseeds = []", r"\[settings.n1\] seeds: expected .*, one at least"),
+    ('base = "s3.toml"', 'base = "s3.toml"\nranks = true', "ranks: expected a whole number"),
     ("words = 20", "words = 20\n[settings.n1]\nseeds = 2", r"\[settings.n1\] seeds: expected a list of whole numbers"),
     ('base = "s3.toml"', "", r"\[settings.*expected a table, and a base"),
     ("s3.toml", "s4.toml", "s4.toml: no such file"),
