@@ -111,7 +111,8 @@ per-device batch size))
   x.toml:6: [training] steps = 10.5: expected a whole number (How many train steps to run)
   x.toml:7: [training] lr = 3: no such key; nearest: 'lr' in [optimizer] (Peak learning rate; \
 `[lr_scheduler]` multiplies it by a factor in [0, 1])
-  x.toml:8: [training] gc_debug = "yes": expected true or false; write true (Collect garbage at every step, to find cycles that hold CUDA tensors)
+  x.toml:8: [training] gc_debug = "yes": expected true or false; write true (Collect garbage at \
+every step, to find cycles that hold CUDA tensors)
   x.toml:9: [training] max_norm = nan: expected a finite number (Max norm for gradient clipping)
   x.toml:10: [trainning]: no such table; nearest: [training]
   x.toml:15: [data] paths = ["a", 3]: element 2, 3: expected a string; write "3" (Prepared folders to \
