@@ -60,22 +60,21 @@ def check(x, weight, positions, dy, head_dim):
 
 
 @pytest.mark.usefixtures("short_pieces")
-@pytest.mark.parametrize(("documents", "strided"), [(False, True), (True, False)])
-@pytest.mark.parametrize("head_dim", [None, 32, 64, 128])
+@pytest.mark.parametrize(("head_dim", "documents", "strided"), [
+    (None, False, True), (None, True, False), (32, True, True), (64, False, False), (128, True, False),
+])  # fmt: skip
 def test_parity(head_dim, documents, strided):
-    check(*make(2, 45, 3 * (head_dim or 64), 4, documents, strided), head_dim)
+    check(*make(2, 45, 2 * (head_dim or 64), 4, documents, strided), head_dim)
 
 
 @pytest.mark.usefixtures("short_pieces")
-@pytest.mark.parametrize(("width", "documents"), [(2, True), (3, False), (5, True), (8, False), (8, True)])
+@pytest.mark.parametrize(("width", "documents"), [(2, True), (3, False), (5, True), (8, True)])
 def test_widths(width, documents):
     check(*make(2, 37, 64, width, documents), 32)
 
 
 @pytest.mark.usefixtures("short_pieces")
-@pytest.mark.parametrize(
-    ("length", "head_dim"), [(1, 96), (2, None), (3, 96), (8, None), (31, 96), (33, None), (33, 96)]
-)
+@pytest.mark.parametrize(("length", "head_dim"), [(1, 96), (2, None), (3, 96), (8, None), (31, None), (33, 96)])
 def test_lengths_and_odd_channels(length, head_dim):
     """Shorter than the width, at the ends of pieces; a head that is no power of two, channels beyond a block."""
     check(*make(2, length, 288, 4, documents=length > 3, strided=True), head_dim)
@@ -145,8 +144,8 @@ def test_obstacles_are_named():
 @pytest.mark.usefixtures("short_pieces")
 def test_several_at_once_are_each_alone():
     """Also where one of them is not part of the loss."""
-    parts = [make(2, 20, channels, 4) for channels in (32, 64, 48)]
-    positions = make(2, 20, 32, 4, documents=True)[2]
+    parts = [make(2, 9, channels, 4) for channels in (32, 64, 48)]
+    positions = make(2, 9, 32, 4, documents=True)[2]
     dims = (16, None, 16)
     together = short_convs([(p[0], p[1], d) for p, d in zip(parts, dims, strict=True)], positions)
     for i, ((x, weight, _, dy), head_dim) in enumerate(zip(parts, dims, strict=True)):

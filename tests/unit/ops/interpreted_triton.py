@@ -43,8 +43,9 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize(
+    ("n", "gated"), [(1, False), (1, True), (2, False), (3, False), (3, True), (4, True), (5, False), (8, True)]
+)
 def test_householders(n, gated):
     found = errors(70, n, gated=gated)
     assert max(found.values()) < 1e-5, found
@@ -62,10 +63,12 @@ def test_head_dims(dim, dim_v):
     assert max(found.values()) < 1e-5, found
 
 
-@pytest.mark.parametrize(
-    ("n", "gated", "states"), [(1, False, True), (1, True, False), (3, False, False), (3, True, True)]
-)
-@pytest.mark.parametrize("bounds", [[0, 1, 20, 47, 64, 70], [0, 70], list(range(71)), [0, 21, 42, 63, 70]])
+@pytest.mark.parametrize(("bounds", "n", "gated", "states"), [
+    ([0, 1, 20, 47, 64, 70], 1, False, True), ([0, 1, 20, 47, 64, 70], 3, True, False),
+    (list(range(71)), 1, True, True), (list(range(71)), 3, False, False),
+    ([0, 21, 42, 63, 70], 1, True, False), ([0, 21, 42, 63, 70], 3, False, True),
+    ([0, 70], 3, True, True),
+])  # fmt: skip
 def test_documents(bounds, n, gated, states):
     found = errors(70, n, gated=gated, positions=positions_of(bounds), states=states)
     assert max(found.values()) < 1e-5, found
@@ -77,8 +80,10 @@ def test_rows_of_documents_that_begin_inside_one():
     assert max(found.values()) < 1e-5, found
 
 
-@pytest.mark.parametrize(("bounds", "states"), [(None, True), ([0, 5, 100, 130], False), ([0, 5, 100, 130], True)])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("gated", "states", "bounds"), [
+    (False, True, None), (True, True, [0, 5, 100, 130]),
+    (True, False, [0, 5, 100, 130]), (False, False, [0, 5, 100, 130]),
+])  # fmt: skip
 def test_segments(monkeypatch, gated, states, bounds):
     """Few heads and long sequences: the sequence in three parts, each an affine map of the state."""
     monkeypatch.setattr(triton_backend, "segments", lambda *_: 3)
@@ -97,7 +102,7 @@ def test_documents_with_a_state_each():
     assert torch.equal(states[1], args["initial_state"][1])
 
 
-@pytest.mark.parametrize("lowest", [-30.0, -1e4, float("-inf")])
+@pytest.mark.parametrize("lowest", [-30.0, float("-inf")])
 def test_hard_reset_by_the_gate(lowest):
     """Tokens that forget everything leave their neighbours' decays, and every gradient, as they are."""
     args = make(70, 2, dim=16, dim_v=16, dtype=torch.float64)
