@@ -25,6 +25,7 @@ a claim may be run in parts.
 import json
 import re
 import textwrap
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from typing import Any
 import numpy as np
 
 from torchtitan_deltaproduct.config import Environment
-from torchtitan_deltaproduct.config.values import nearest
+from torchtitan_deltaproduct.config.values import nearest, shorten
+from torchtitan_deltaproduct.config.values import show as toml
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.evaluation.figures import COLOURS, picture
 from torchtitan_deltaproduct.evaluation.files import finite
@@ -52,6 +54,13 @@ CLAIMS, RESULTS, PAGE, README = (
     ROOT / "README.md",
 )
 TEXTS = ("title", "expectation", "source", "budget")
+OF_CLAIM = dict.fromkeys(TEXTS, (str, "a text")) | {
+    "gpus": (int, "a whole number"), "readme": (list, "a list of sentences")}  # fmt: skip
+OF_EXPECTATION = {
+    "settings": (list, "a list of settings"), "metric": (str, "the name of a number"),
+    "at_least": (int | float, "a number"), "below": (int | float, "a number"), "under": (str, "a setting"),
+    "seeds": (str, '"all" or "most"')}  # fmt: skip
+"""Keys of [claim] and of [[expect]]: their types, and how to say so."""
 KEPT = ("run", "step", "steps_planned", "data_seed", "model_seed", "test_seed", "train_length", "length", "chance",
         "words", "scored", "correct", "prefix_correct")  # fmt: skip
 """Of a run's record of state tracking: what its curves are drawn from."""
@@ -183,12 +192,10 @@ def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overri
     """
     grid = read_grid(file, seeds or [], out, overrides or [], Environment())
     table, settings = grid.tree.get("claim", {}), {run.setting for run in grid.runs}
-    try:
-        texts = [" ".join(table[name].split()) for name in TEXTS]
-        expect = expectations(file, grid.tree.get("expect", []), settings)
-        claim = Claim(file.stem, grid, *texts, table.get("gpus", 0), table.get("readme", []), expect)
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{file}: [claim] needs {', '.join(TEXTS)}, and see launch/claims.py ({error!r})") from None
+    refuse_wrong(f"{file}: [claim]", table, OF_CLAIM, TEXTS)
+    texts = [" ".join(table[name].split()) for name in TEXTS]
+    expect = expectations(file, grid.tree.get("expect", []), settings)
+    claim = Claim(file.stem, grid, *texts, table.get("gpus", 0), table.get("readme", []), expect)
     if not grid.as_written:
         return claim
     recorded = {(result.setting, result.seed) for result in results_of(claim).summary.results}
@@ -196,31 +203,37 @@ def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overri
     return replace(claim, grid=replace(grid, runs=runs))
 
 
+def refuse_wrong(where: str, table: Any, kinds: dict[str, tuple[Any, str]], needed: Collection[str]) -> None:
+    """Raises ConfigError for a key that a table lacks, or that is none of `kinds`: its type, and that in words."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: expected a table")
+    for key, value in table.items():
+        if key not in kinds:
+            near = nearest(key, kinds)
+            raise ConfigError(f"{where}: {key}: no such key" + (f"; nearest: {near!r}" if near else ""))
+        kind, words = kinds[key]
+        texts = not isinstance(value, list) or all(isinstance(item, str) for item in value)
+        if not isinstance(value, kind) or isinstance(value, bool) or not texts:
+            raise ConfigError(f"{where}: {key} = {shorten(toml(value))}: expected {words}")
+    if missing := [key for key in needed if key not in table]:
+        raise ConfigError(f"{where}: it needs {' and '.join(missing)}")
+
+
 def expectations(file: Path, entries: Any, settings: set[str]) -> list[Expectation]:
     """The tables [[expect]] of a claim; ConfigError says what is wrong with one."""
     if not isinstance(entries, list):
         raise ConfigError(f"{file}: [expect]: expected [[expect]], one table an expectation")
-    kinds = {"settings": (list, "a list of settings"), "metric": (str, "the name of a number"),
-             "at_least": (int | float, "a number"), "below": (int | float, "a number"), "under": (str, "a setting"),
-             "seeds": (str, '"all" or "most"')}  # fmt: skip
     for number, entry in enumerate(entries, start=1):
         where = f"{file}: [[expect]] number {number}"
-        for key, value in entry.items():
-            if key not in kinds:
-                near = nearest(key, kinds)
-                raise ConfigError(f"{where}: {key}: no such key" + (f"; nearest: {near!r}" if near else ""))
-            if not isinstance(value, kinds[key][0]) or isinstance(value, bool):
-                raise ConfigError(f"{where}: {key} = {value!r}: expected {kinds[key][1]}")
-        if missing := {"settings", "metric"} - entry.keys():
-            raise ConfigError(f"{where}: it needs {' and '.join(sorted(missing))}")
+        refuse_wrong(where, entry, OF_EXPECTATION, ("settings", "metric"))
         if len(limits := {"at_least", "below", "under"} & entry.keys()) != 1:
             found = " and ".join(sorted(limits)) or "none"
             raise ConfigError(f"{where}: expected one of at_least, below and under, found {found}")
         if entry.get("seeds", "all") not in ("all", "most"):
-            raise ConfigError(f'{where}: seeds = {entry["seeds"]!r}: expected "all" or "most"')
+            raise ConfigError(f'{where}: seeds = {toml(entry["seeds"])}: expected "all" or "most"')
         for name in [*entry["settings"], *([entry["under"]] if "under" in entry else [])]:
             if name not in settings:
-                raise ConfigError(f"{where}: no setting {name!r}; there are: {', '.join(sorted(settings))}")
+                raise ConfigError(f"{where}: no setting {toml(name)}; there are: {', '.join(sorted(settings))}")
     return [Expectation(**entry) for entry in entries]
 
 
@@ -234,7 +247,7 @@ def verdict(claim: Claim, results: Results) -> Verdict:
         if one.metric not in known and not summary.missing:
             near = nearest(one.metric, known)
             raise ConfigError(
-                f"{claim.grid.file}: [[expect]] metric = {one.metric!r}: no run has a number of that name"
+                f"{claim.grid.file}: [[expect]] metric = {toml(one.metric)}: no run has a number of that name"
                 + (f"; nearest: {near!r}" if near else f"; there are: {', '.join(sorted(known))}")
             )
         for setting in one.settings:

@@ -43,8 +43,11 @@ from torchtitan_deltaproduct.arguments import path as path_of
 from torchtitan_deltaproduct.checkpoint import latest_complete
 from torchtitan_deltaproduct.config import Environment, JobConfig, load_config
 from torchtitan_deltaproduct.config.compare import UNKNOWN_TO_ONE, compare_configs, refuse_breaking
+from torchtitan_deltaproduct.config.load import parse_overrides
+from torchtitan_deltaproduct.config.problems import raise_if_any
 from torchtitan_deltaproduct.config.schema import schema
 from torchtitan_deltaproduct.config.snapshots import read_snapshot, snapshot
+from torchtitan_deltaproduct.config.values import show
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 from torchtitan_deltaproduct.evaluation.options import make_folder
 from torchtitan_deltaproduct.evaluation.sweep.collect import metrics_of, pictures
@@ -56,6 +59,7 @@ from torchtitan_deltaproduct.jobs import (
     chosen,
     listed_or_submitted,
     places_for,
+    refuse_unread,
     report_failures,
     run_jobs,
 )
@@ -207,22 +211,24 @@ def read_grid(
     Raises:
         ConfigError: what is wrong with it, or with the settings of a run.
     """
+    # What is wrong with the command line is not to be told of each setting of the file.
+    raise_if_any(parse_overrides(overrides)[1])
     tree, lines = read_toml(file, "a grid, such as train_configs/claims/S3.toml")
     reader = TableReader(file, lines, KEYS)
     for key, kind, form in FORMS:
-        if not isinstance(tree.get(key, kind()), kind) or (key == "seeds" and not all_whole_numbers(tree.get(key, []))):
+        if key in tree and (type(tree[key]) is not kind or (key == "seeds" and not are_seeds(tree[key]))):
             reader.wrong((key,), f"{key}: expected {form}")
     if tree.get("ranks", 1) < 1:
         reader.wrong(("ranks",), f"ranks = {tree['ranks']}: must be at least 1")
     if tree.get("device", "auto") not in ("auto", "cpu"):
-        reader.wrong(("device",), f"device = {tree['device']!r}: expected 'auto' or 'cpu'")
+        reader.wrong(("device",), f'device = {show(tree["device"])}: expected "auto" or "cpu"')
     reader.refuse()
     ranks = tree.get("ranks", 1)
     folder = Path(os.path.expanduser(out or tree.get("out") or f"outputs/{file.stem}"))
     settings = settings_of(tree, reader)
     reader.refuse()
     runs = []
-    shared = tree.get("seeds") or [1]
+    shared = tree.get("seeds", [1])
     of_setting = {name: dict.fromkeys(seeds or own or shared) for name, (_, own, _) in settings.items()}
     for seed in dict.fromkeys(itertools.chain.from_iterable(of_setting.values())):
         for setting, (base, _, values) in settings.items():
@@ -248,17 +254,19 @@ def read_grid(
     return Grid(file, tree, folder, runs, evaluations, not (seeds or out or overrides))
 
 
+SEEDS = "a list of whole numbers, one at least"
 FORMS = (
     ("base", str, "the path of a training TOML"), ("out", str, "the path of a folder"),
-    ("seeds", list, "a list of whole numbers"), ("ranks", int, "a whole number"),
+    ("seeds", list, SEEDS), ("ranks", int, "a whole number"),
     ("overrides", dict, 'a table of options, "section.key" = value'),
     ("vary", dict, 'a table of lists, "section.key" = [value, ...]'), ("settings", dict, "tables [settings.NAME]"),
 )  # fmt: skip
 """Keys of a grid, their types, and how to say so."""
 
 
-def all_whole_numbers(values: list) -> bool:
-    return all(type(value) is int for value in values)
+def are_seeds(values: Any) -> bool:
+    """Whether a value is a list of whole numbers, one at least."""
+    return isinstance(values, list) and bool(values) and all(type(value) is int for value in values)
 
 
 def settings_of(tree: dict[str, Any], reader: TableReader) -> dict[str, tuple[str, list[int], dict[str, Any]]]:
@@ -273,9 +281,8 @@ def settings_of(tree: dict[str, Any], reader: TableReader) -> dict[str, tuple[st
         if not isinstance(table, dict) or not isinstance(table.get("base", tree.get("base")), str):
             reader.wrong(("settings", name), f"[settings.{name}]: expected a table, and a base here or at the head")
             continue
-        seeds = table.get("seeds", [])
-        if not isinstance(seeds, list) or not all_whole_numbers(seeds):
-            reader.wrong(("settings", name), f"[settings.{name}] seeds: expected a list of whole numbers")
+        if "seeds" in table and not are_seeds(table["seeds"]):
+            reader.wrong(("settings", name, "seeds"), f"[settings.{name}] seeds: expected {SEEDS}")
             continue
         own = flatten({key: value for key, value in table.items() if key not in ("base", "seeds")})
         for values in itertools.product(*vary.values()):
@@ -287,7 +294,7 @@ def settings_of(tree: dict[str, Any], reader: TableReader) -> dict[str, tuple[st
                     ("settings", name), f"{label!r}: expected a name of letters, digits, '.', '_', '+' and '-'"
                 )
             values = flatten(tree.get("overrides", {})) | own | varied
-            settings[label] = (table.get("base", tree.get("base")), seeds, values)
+            settings[label] = (table.get("base", tree.get("base")), table.get("seeds", []), values)
     return settings
 
 
@@ -295,7 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser("launch.grid", __doc__, allow_abbrev=False)
     parser.add_argument("file", type=path_of, metavar="GRID.toml", help="the runs; shown at the head of launch/grid.py")
     add_grid_options(parser)
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_with_overrides(arguments)
+    refuse_unread(parser, options)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     return run_grid(read_grid(Path(options.file), options.seeds, options.out, overrides), options, console)
 

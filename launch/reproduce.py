@@ -32,7 +32,7 @@ from torchtitan_deltaproduct.evaluation.files import read_results
 from torchtitan_deltaproduct.evaluation.state_tracking.results import read_settings
 from torchtitan_deltaproduct.evaluation.sweep.plan import SweepJob
 from torchtitan_deltaproduct.files import read_text, write_atomically
-from torchtitan_deltaproduct.jobs import visible_gpus
+from torchtitan_deltaproduct.jobs import refuse_unread, visible_gpus
 
 from .claims import (
     PAGE,
@@ -63,7 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare page, pictures and README.md with results/")
     parser.add_argument("--write", action="store_true", help="write page and pictures from results/")
     add_grid_options(parser)
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_with_overrides(arguments)
+    given = [*parser.given(options), *overrides]
+    alone = [name for name in ("--list", "--check", "--write") if name in given]
+    if alone and len(given) > 1:
+        others = " ".join(word for word in given if word != alone[0])
+        raise ConfigError(f"{alone[0]} takes names of claims and no other option; found besides: {others}")
+    refuse_unread(parser, options)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     claims = read_claims(options.names)
     if options.list:

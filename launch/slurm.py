@@ -113,7 +113,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--snapshot", action=argparse.BooleanOptionalAction, default=True,
         help="run a copy of the code, kept in the launch's folder, and not the checkout")  # fmt: skip
     add("--dry-run", action="store_true", help="print the sbatch file and write nothing")
-    return parser.parse_known_args(words)
+    return parser.parse_with_overrides(words)
 
 
 def at_least(least: int):

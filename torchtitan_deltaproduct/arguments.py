@@ -10,6 +10,7 @@ import argparse
 import os
 import shutil
 import sys
+from difflib import get_close_matches
 
 from .errors import ConfigError
 
@@ -33,6 +34,26 @@ class Parser(argparse.ArgumentParser):
         # Lines that every help of argparse has, and that say nothing.
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         self._positionals.title = self._optionals.title = None
+
+    def given(self, options: argparse.Namespace) -> list[str]:
+        """The options, `--name` each, that have other values than their defaults."""
+        of = {action.option_strings[-1]: action for action in self._actions if action.option_strings}
+        return [name for name, action in of.items() if getattr(options, action.dest, action.default) != action.default]
+
+    def parse_with_overrides(self, words: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+        """Our options, and the rest: `--section.key value` words for the trainer.
+
+        Raises:
+            ConfigError: an option that is neither.
+        """
+        options, overrides = self.parse_known_args(words)
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in overrides:
+            name = word.partition("=")[0]
+            if name.startswith("--") and "." not in name:
+                near = get_close_matches(name, known, n=1)
+                raise ConfigError(f"{word}: no such option; {f'nearest: {near[0]}' if near else 'see --help'}")
+        return options, overrides
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

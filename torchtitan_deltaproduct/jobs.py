@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .arguments import path
+from .arguments import Parser, path
 from .devices import cores, threads
 from .errors import ConfigError
 from .processes import end_with
@@ -73,6 +73,10 @@ class Job:
         return f"not ready: {obstacle}" if obstacle else "done" if self.is_done() else "to run"
 
 
+OF_SLURM = ("--site", "--gpus", "--time", "--max-parallel")
+"""Options of --slurm alone."""
+
+
 def add_job_options(parser: argparse.ArgumentParser, jobs: int, jobs_default: str) -> None:
     """Adds --dry-run, --collect, --only, --jobs (0 or more) and all of --slurm to a command line."""
     add = parser.add_argument
@@ -85,6 +89,18 @@ def add_job_options(parser: argparse.ArgumentParser, jobs: int, jobs_default: st
     add("--gpus", type=int, default=0, help="of each task of --slurm (default: %(default)s)")
     add("--time", default="", help="limit of each task of --slurm (default: the site's)")
     add("--max-parallel", type=int, default=0, metavar="N", help="tasks of --slurm at a time (default: no limit)")
+
+
+def refuse_unread(parser: Parser, options: argparse.Namespace) -> None:
+    """Raises ConfigError for one of these options that would not be read beside, or without, another."""
+    given = parser.given(options)
+    both = [name for name in ("--collect", "--dry-run" if options.dry_run else "--slurm") if name in given]
+    if len(both) > 1:
+        raise ConfigError(f"{' and '.join(both)}: expected one of them")
+    if not options.slurm and (alone := [name for name in OF_SLURM if name in given]):
+        raise ConfigError(f"{', '.join(alone)}: only read with --slurm")
+    if options.slurm and "--jobs" in given:
+        raise ConfigError("--jobs: not read with --slurm, whose tasks at a time are --max-parallel")
 
 
 def chosen(jobs: Sequence[Job], only: list[str]) -> list[Job]:

@@ -187,13 +187,19 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
 
 
 def _largest_batch_row(config: JobConfig, world_size: int, parts: dict[str, int], room: float) -> tuple[str, ...]:
-    largest = largest_local_batch(config, world_size, parts, room)
-    remark = f"training.local_batch_size; it is {config.training.local_batch_size}"
-    if config.training.global_batch_size > 0:
-        remark += ", and divides a rank's share of the global batch"
+    largest, training = largest_local_batch(config, world_size, parts, room), config.training
     if not largest:
-        remark = "not even one sequence: activation_checkpoint, more shards or context parallelism need less"
-    return "largest that fits", f"{largest} sequences" if largest else "none", remark
+        one = copy.copy(config)
+        one.training = replace(training, local_batch_size=1)
+        memory = rank_memory(one, world_size, parts)
+        most = max(memory, key=memory.__getitem__)
+        whole, part = amount(SPARE * sum(memory.values()), "B"), amount(memory[most], "B")
+        return "largest that fits", "none", f"one sequence needs {whole}, the most of it {most} ({part})"
+    remark = f"training.local_batch_size; it is {training.local_batch_size:,}"
+    if training.global_batch_size > 0:
+        share = training.global_batch_size // config.data_ranks(world_size)
+        remark += f"; must divide {share:,}, a rank's share of the global batch"
+    return "largest that fits", f"{largest:,} sequence{'s' * (largest > 1)}", remark
 
 
 def scaling_rows(config: JobConfig, world_size: int, device: str, device_memory: float) -> Rows:
@@ -400,7 +406,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--device-memory", type=float, metavar="GB", help=f"default: --device's, or {DEVICE_MEMORY:g}")
     # The file comes first: argparse could not tell it from the value of an override.
     toml, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
-    options, overrides = parser.parse_known_args(rest)
+    options, overrides = parser.parse_with_overrides(rest)
     if toml is None:
         parser.error("the job's TOML file comes first")
     for name in ("world_size", "tokens_per_second", "mfu", "device_memory"):

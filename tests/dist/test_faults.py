@@ -406,3 +406,12 @@ def test_walltime(toy, unbroken, tmp_path):
     train(toy, run)
     assert learned(run) == learned(unbroken)
     assert_same_weights(weights(run, 8), weights(unbroken, 8))
+
+
+def test_a_rank_without_its_siblings_is_refused(toy, tmp_path):
+    """Some clusters set RANK for every process."""
+    alone = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"} | {"RANK": "0"}
+    words = ["-m", "torchtitan_deltaproduct.train", *arguments(toy, tmp_path / "run", ())]
+    assert start(words, f"{tmp_path}/run.log", env=alone).wait() == 2
+    assert "error: RANK is set, and LOCAL_RANK, WORLD_SIZE, " in log_of(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

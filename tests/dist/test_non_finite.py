@@ -69,6 +69,25 @@ def test_one_bad_rank_skips_the_step_everywhere(toy, tmp_path):
     assert steps[3]["loss"] != clean[(4, "loss")]
 
 
+def test_a_checkpoint_before_the_first_update_is_gone_on_from(toy, tmp_path, monkeypatch):
+    """`foreach` has no state until it has made an update; a checkpoint without it could not be read."""
+    from torchtitan_deltaproduct.titan import device
+
+    device.install("cpu")
+    from torchtitan_deltaproduct.titan import trainer
+
+    class Poisoned(trainer.Trainer):
+        def forward_backward_step(self, **given):
+            given["global_valid_tokens"] *= float("nan") if self.step <= 2 else 1
+            return super().forward_backward_step(**given)
+
+    monkeypatch.setattr(trainer, "Trainer", Poisoned)
+    options = ("--optimizer.implementation", "foreach")
+    train(toy, tmp_path / "run", *options, "--training.steps", "2")
+    train(toy, tmp_path / "run", *options, "--training.steps", "4")
+    assert [r["skipped_steps"] for r in records(tmp_path / "run") if "lr" in r] == [1, 2, 2, 2]
+
+
 def test_one_rank_disagrees_about_the_norm(toy, tmp_path):
     """Under Muon, which looks at the device's answer itself."""
     options = ("--checkpoint.no-enable", "--optimizer.name", "Muon")

@@ -88,21 +88,43 @@ def test_a_setting_without_runs_is_no_success(toy_claim):
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
-    ('source = "nobody"\n', "", r"\[claim\] needs title, expectation, source, budget"),
-    ('settings = ["n1"]', 'settings = ["n3"]', r"\[\[expect\]\] number 1: no setting 'n3'; there are: n1, n2"),
+    ('source = "nobody"\n', "", r"\[claim\]: it needs source"),
+    ('"nobody"', "5", r"\[claim\]: source = 5: expected a text"),
+    ('"nobody"', '"nobody"\ngpus = "8"', r'\[claim\]: gpus = "8": expected a whole number'),
+    ('["in [-1, 1] it does ({n2 | solved} seeds)"]', '"it does"', 'readme = "it does": expected a list of sentences'),
+    ('["in [-1, 1] it does ({n2 | solved} seeds)"]', "[true]", r"readme = \[true\]: expected a list of sentences"),
+    ("source =", "sorce =", r"\[claim\]: sorce: no such key; nearest: 'source'"),
+    ("[claim]", "[[claim]]", r"\[claim\]: expected a table"),
+    ('metric = "solved"', "metric = true", "metric = true: expected the name of a number"),
+    ('settings = ["n1"]', 'settings = ["n3"]', r"\[\[expect\]\] number 1: no setting \"n3\"; there are: n1, n2"),
     ("below = 0.7", "", "expected one of at_least, below and under, found none"),
     ("below = 0.7", "bellow = 0.7", r"number 1: bellow: no such key; nearest: 'below'"),
-    ("below = 0.7", 'below = "x"', "number 1: below = 'x': expected a number"),
+    ("below = 0.7", 'below = "x"', 'number 1: below = "x": expected a number'),
     ("below = 0.7", "below = 0.7\nat_least = 1", "found at_least and below"),
-    ('settings = ["n1"]', 'settings = "n1"', "number 1: settings = 'n1': expected a list of settings"),
+    ('settings = ["n1"]', 'settings = "n1"', 'number 1: settings = "n1": expected a list of settings'),
     ('metric = "solved"\n', "", "number 2: it needs metric"),
     ("[[expect]]\nsettings = [\"n1\"]", "[expect]\nsettings = [\"n1\"]", "expect"),
-    ('"most"', '"some"', "seeds = 'some': expected \"all\" or \"most\""),
+    ('"most"', '"some"', 'seeds = "some": expected "all" or "most"'),
 ])  # fmt: skip
 def test_wrong_claims(toy_claim, old, new, message):
     toy_claim.write_text(toy_claim.read_text().replace(old, new))
     with pytest.raises(ConfigError, match=message):
         read_claim(toy_claim)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--lst"], "^--lst: no such option; nearest: --list$"),
+    (["toy", "--training.stps", "5"], "^command line: --training.stps 5: no such option; nearest: --training.steps"),
+    (["--list", "--check"], "^--list takes names of claims and no other option; found besides: --check$"),
+    (["--check", "--out", "X"], "^--check takes names .*; found besides: --out$"),
+    (["--write", "--training.steps", "5"], "^--write takes names .*; found besides: --training.steps$"),
+    (["toy", "--collect", "--slurm"], "^--collect and --slurm: expected one of them$"),
+    (["toy", "--time", "1:00"], "^--time: only read with --slurm$"),
+    (["toy", "--slurm", "--jobs", "2"], "^--jobs: not read with --slurm"),
+])  # fmt: skip
+def test_a_wrong_command_line_is_told_as_such(toy_claim, words, message):
+    with pytest.raises(ConfigError, match=message):
+        reproduce.main(words)
 
 
 def test_run_keep_check(toy_claim, capsys):
@@ -170,14 +192,14 @@ def test_a_claim_on_text(toy_claim, toy, capsys):
     again = claims.together(claim, results_of(claim), Results(Summary([], 0), []))
     assert len(again.losses) == 2 and again.summary.planned == 2
     toy_claim.write_text(toy_claim.read_text().replace("under = 'n1'", "under = 'n3'"))
-    with pytest.raises(ConfigError, match="no setting 'n3'"):
+    with pytest.raises(ConfigError, match='no setting "n3"'):
         read_claim(toy_claim)
 
 
 def test_a_misspelled_metric_is_no_failed_expectation(toy_claim):
     claim = read_claim(toy_claim)
     claim = replace(claim, expect=[replace(claim.expect[0], metric="sovled")])
-    with pytest.raises(ConfigError, match=r"metric = 'sovled': no run has a number of that name; nearest: 'solved'"):
+    with pytest.raises(ConfigError, match=r"metric = \"sovled\": no run has a number of that name; nearest: 'solved'"):
         judged(claim, (1.0,), (0.3,))
 
 

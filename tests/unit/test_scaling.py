@@ -139,6 +139,20 @@ def test_largest_local_batch():
     assert largest_local_batch(config, 8, parts, 1e15) == 6
 
 
+@pytest.mark.parametrize(("options", "sequences", "remark"), [
+    ([], "8 sequences", "training.local_batch_size; it is 4; must divide 8, a rank's share of the global batch"),
+    (["--training.global_batch_size", "-1"], "5,150 sequences", "training.local_batch_size; it is 4"),
+    (["--device-memory", "0.09"], "1 sequence", "training.local_batch_size; it is 4; must divide 8"),
+    (["--device-memory", "0.01"], "none", "one sequence needs 89.9 MB, the most of it optimizer state (23 MB)"),
+    (["--device-memory", "0.2", "--training.seq_len", "4096"], "none", "the most of it activations (218 MB)"),
+])  # fmt: skip
+def test_the_largest_batch_that_fits_is_what_it_says(options, sequences, remark):
+    parsed, overrides = plan._parse([str(REPO / "train_configs/quickstart.toml"), *options])
+    config = load_config(["--job.config_file", parsed.toml, *overrides], Environment(1))
+    row = plan.memory_rows(config, 1, parsed.device_memory or 80.0)[-1]
+    assert row[:2] == ("largest that fits", sequences) and remark in row[2]
+
+
 def test_plan_says_it(capsys):
     plan.main([str(REPO / TOML), "--world-size", "1024", "--training.global_batch_size", "8192", "--device", "H200"])
     lines = {m[1]: line for line in capsys.readouterr().out.splitlines() if (m := re.match(r"  (\w+( \w+)*) ", line))}

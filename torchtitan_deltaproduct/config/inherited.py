@@ -122,6 +122,49 @@ HONOURED: dict[str, Option] = {key: option for keys, option in {
         reader=read_with("debug.deterministic", True, otherwise="does nothing without deterministic = true")),
 }.items() for key in keys.split()}  # fmt: skip
 
+WORDS = {
+    "lr_scheduler.warmup_steps": "Steps of the linear warm-up.",
+    "lr_scheduler.total_steps": "Steps of the schedule, if it is that of a longer run. Unset: `training.steps`.",
+    "lr_scheduler.decay_ratio":
+        "Share of the steps that decay, at the end. Unset: the decay follows the warm-up at once.",
+    "lr_scheduler.decay_type": "Shape of the decay. `linear`, `sqrt` (one minus the root) or `cosine`.",
+    "lr_scheduler.min_lr_factor": "Factor of the peak rate at the end of the decay.",
+    "training.mixed_precision_reduce": "Dtype in which gradients are summed over micro-batches and ranks.",
+    "training.gc_debug": "Collect garbage at every step, to find cycles that hold CUDA tensors.",
+    "parallelism.data_parallel_replicate_degree":
+        "Copies of the weights: with shards of one rank this is DDP, with larger ones HSDP.",
+    "parallelism.data_parallel_shard_degree":
+        "Ranks that share one copy of the weights (FSDP2). `-1`: all that the other degrees leave.",
+    "parallelism.fsdp_reshard_after_forward":
+        "Whether a block's weights are gathered again for its backward pass. `default`: where they take much memory.",
+    "checkpoint.initial_load_path":
+        "Run folder, or a step of one, to start from, as long as the run has no checkpoint of its own.",
+    "checkpoint.initial_load_model_only":
+        "Whether only the weights of `initial_load_path` are taken, and not optimizer, schedule and data position.",
+    "checkpoint.async_mode":
+        "Whether training waits for saves. `disabled` waits, `async` writes in a thread, `async_with_pinned_mem` in a "
+        "process (CUDA).",
+    "checkpoint.exclude_from_loading": "Parts of a checkpoint that start anew.",
+    "checkpoint.enable_first_step_checkpoint": "Save after the first step, too, to see whether saving works.",
+    "checkpoint.create_seed_checkpoint": "Save the initial weights as step 0 and end; by one process.",
+    "checkpoint.load_only": "Load a checkpoint, and save none.",
+    "activation_checkpoint.mode":
+        "What the backward pass computes again. Nothing (`none`), some (`selective`), all of each block (`full`), or "
+        "as torch.compile finds best in a memory (`memory_budget`).",
+    "activation_checkpoint.selective_ac_option":
+        "What mode = \"selective\" computes again: parts of each block, or whole blocks, one of so many.",
+    "activation_checkpoint.memory_budget":
+        "Memory of activations, from 0, as little as with `full`, to 1, all that is fastest.",
+    "activation_checkpoint.visualize_memory_budget_pareto":
+        "Draw run time against memory for budgets from 0 to 1, in the run folder's memory_budget_pareto.",
+    "activation_checkpoint.preserve_rng_state": "Restore the state of random numbers for what is computed again.",
+    "activation_checkpoint.determinism_check": "Whether what is computed again is compared with what it was.",
+    "activation_checkpoint.debug": "Record what is computed again, and compare; slow.",
+    "validation.enable": "Validate every `freq` steps, before the first and after the last.",
+    "validation.freq": "Steps between validations.",
+}  # fmt: skip
+"""Our doc strings for fields whose own in torchtitan are long, or not true here."""
+
 FSDP = "use parallelism.data_parallel_shard_degree (FSDP2)"
 DELETE = "delete the line"
 NO_TENSOR_PARALLEL = "tensor parallelism is not supported yet"

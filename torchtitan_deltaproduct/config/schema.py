@@ -21,7 +21,7 @@ from functools import cache
 from typing import Any
 
 from ..options import Option, Refusal, value_of
-from .inherited import record_of
+from .inherited import WORDS, record_of
 from .job import JobConfig
 from .problems import quoted
 from .values import nearest
@@ -60,7 +60,9 @@ class Field:
 
     @property
     def doc(self) -> str:
-        """The field's own doc string on one line; of the nearest base class that has one; or ""."""
+        """The field's own doc string on one line, or ours for it; of the nearest base class that has one; or ""."""
+        if self.key in WORDS:
+            return WORDS[self.key]
         for cls in self.table_class.__mro__:
             if text := _docs_of_module(cls.__module__).get((cls.__qualname__, self.name)):
                 return text

@@ -176,6 +176,11 @@ def single_process_defaults() -> None:
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # fmt: skip
     if "RANK" not in os.environ:
         os.environ.update(defaults)
+    elif missing := [name for name in defaults if not os.environ.get(name)]:
+        raise ConfigError(
+            f"RANK is set, and {', '.join(missing)} not: expected all of them, as torchrun sets them\n"
+            "start it with torchrun, or unset RANK to train alone"
+        )
 
 
 def resolve_precision(config: JobConfig, device_type: str) -> None:

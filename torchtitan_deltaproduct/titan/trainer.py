@@ -345,6 +345,8 @@ class Trainer(stock.Trainer):
         )  # fmt: skip
         if dist.get_rank() == 0:
             events.append(self.run_folder, "skipped_step", step=self.step, samples=[first, last])
+        # A save of an optimizer that has made no update yet makes its state up, but not where there are gradients.
+        self.optimizers.zero_grad()
         limit = self.job_config.training.max_skipped_steps
         if self.skipped_in_a_row >= limit:
             raise NonFiniteError(

@@ -111,14 +111,14 @@ per-device batch size))
   x.toml:6: [training] steps = 10.5: expected a whole number (How many train steps to run)
   x.toml:7: [training] lr = 3: no such key; nearest: 'lr' in [optimizer] (Peak learning rate; \
 `[lr_scheduler]` multiplies it by a factor in [0, 1])
-  x.toml:8: [training] gc_debug = "yes": expected true or false; write true (Enable GC debugging mode)
+  x.toml:8: [training] gc_debug = "yes": expected true or false; write true (Collect garbage at \
+every step, to find cycles that hold CUDA tensors)
   x.toml:9: [training] max_norm = nan: expected a finite number (Max norm for gradient clipping)
   x.toml:10: [trainning]: no such table; nearest: [training]
   x.toml:15: [data] paths = ["a", 3]: element 2, 3: expected a string; write "3" (Prepared folders to \
 train on; several make a mixture)
   x.toml:18: [parallelism] fsdp_reshard_after_forward = "alway": expected one of "default", "always", \
-"never"; nearest: "always" (`reshard_after_forward` specifies the policy for applying \
-`reshard_after_forward` within an FSDP setup)
+"never"; nearest: "always" (Whether a block's weights are gathered again for its backward pass)
   x.toml:19: [parallelism] tensor_parallel_degree = 2: tensor parallelism is not supported yet; use \
 parallelism.data_parallel_shard_degree (FSDP2)
   x.toml:21: [model] use_gate = true: no such key; nearest: 'use_output_gate' (Gate the normalised \

@@ -22,6 +22,7 @@ from torchtitan_deltaproduct.jobs import (
     chosen,
     listed_or_submitted,
     places_for,
+    refuse_unread,
     report_failures,
     run_jobs,
 )
@@ -61,4 +62,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("file", type=path, metavar="SWEEP.toml",
                         help="models, datasets and evals; see eval/example_sweep.toml")  # fmt: skip
     add_job_options(parser, jobs=1, jobs_default="1")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    refuse_unread(parser, options)
+    return options
