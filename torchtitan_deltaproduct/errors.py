@@ -63,8 +63,8 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
     A file that cannot be read or written, and an output that nobody reads on, end it with 1 and without a traceback;
     that of a rank of a launch stays, for the log.
 
-    Only rank 0 of a torchrun job prints, so that the message appears once. The others wait: torchrun ends all ranks
-    as soon as one of them is gone, and it must not be before rank 0 has spoken.
+    Of a torchrun job rank 0 prints first, and the others wait: torchrun ends all ranks as soon as one of them is gone,
+    so that a message of all appears once. What is still alive after that has an error of its own, and says so.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -81,10 +81,10 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         code = main()
         sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
             time.sleep(5)
+        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

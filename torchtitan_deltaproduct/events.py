@@ -114,7 +114,24 @@ def began(events: list[dict[str, Any]]) -> float | None:
 
 
 def whereabouts() -> dict[str, Any]:
-    """Host, SLURM job and command line of this process, for a `launch`."""
-    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")
+    """Host, SLURM job, torchrun and command line of this process, for a `launch`."""
+    # Without --rdzv-id the name of every torchrun is "none".
+    job, torchrun = os.environ.get("SLURM_JOB_ID"), os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    restart, again = os.environ.get("SLURM_RESTART_COUNT"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
     return {"host": socket.gethostname(), "slurm_job": job, "slurm_restart": int(restart) if restart else None,
+            "torchrun": None if torchrun == "none" else torchrun, "torchrun_restart": int(again) if again else None,
             "arguments": sys.argv[1:]}  # fmt: skip
+
+
+def began_before(events: list[dict[str, Any]], step: int) -> bool:
+    """Whether this process is one of a restart, by SLURM or torchrun, of a launch that went on from `step`."""
+    own = whereabouts()
+    for record in events:
+        if record["event"] != "launch" or record["step"] != step or record.get("arguments") != own["arguments"]:
+            continue
+        for name in ("slurm", "torchrun"):
+            job = "slurm_job" if name == "slurm" else name
+            counts = own[f"{name}_restart"] or 0, record.get(f"{name}_restart") or 0
+            if own[job] is not None and own[job] == record.get(job) and counts[0] > counts[1]:
+                return True
+    return False

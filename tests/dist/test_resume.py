@@ -218,6 +218,18 @@ def test_a_stable_phase_is_branched(toy, tmp_path, capsys):
     assert "step 6 was saved in its decay, at 33% of the peak rate, and goes on at 67%" in capsys.readouterr().out
 
 
+def test_a_step_to_load_is_loaded_once_a_launch(toy, tmp_path, monkeypatch, capsys):
+    """A requeued job goes on from what it saved; the same command in a job of its own begins at the step again."""
+    run, keep = tmp_path / "run", ("--checkpoint.keep_latest_k", "0")
+    train(toy, run, *keep)
+    for job, restart, first in (("7", "0", 2), ("7", "1", 8), ("8", "0", 2)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        train(toy, run, "--checkpoint.load_step", "2", *keep)
+        assert [event["step"] for event in read_events(run) if event["event"] == "launch"][-1] == first
+        assert ("load_step = 2 was obeyed before this restart" in capsys.readouterr().out) is (restart == "1")
+
+
 def test_changed_settings(toy, tmp_path, caplog):
     run = tmp_path / "run"
     train(toy, run, "--training.steps", "4")

@@ -44,6 +44,14 @@ def test_what_the_locale_cannot_write_is_escaped():
     assert done.returncode == 0 and done.stdout == b"\\u65e5\n\\udce9\n"
 
 
+@pytest.mark.parametrize(("rank", "waited", "first"), [("0", 0, "error: wrong"), ("3", 5, "error on rank 3: wrong")])
+def test_a_rank_with_an_error_of_its_own_says_so_after_rank_0(rank, waited, first):
+    done = run(["import time", "from torchtitan_deltaproduct.errors import ConfigError", "time.sleep = print",
+                "def main(): raise ConfigError('wrong')"], RANK=rank, HOME="/")  # fmt: skip
+    assert done.returncode == 2 and done.stderr.decode() == f"{first}\n"
+    assert done.stdout.decode() == (f"{waited}\n" if waited else "")
+
+
 @pytest.mark.parametrize("charmap", ["", "GBK", "ISO-8859-1"])
 def test_libraries_open_their_files_as_utf8(tmp_path, charmap):
     """torch's own sources, read by the encoding of the locale, ended `plan` and training under GBK."""

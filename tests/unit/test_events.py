@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchtitan_deltaproduct.events import NAME, append, began, last_stop, read_events, whereabouts
+from torchtitan_deltaproduct.events import NAME, append, began, began_before, last_stop, read_events, whereabouts
 
 
 def test_append_and_read(tmp_path):
@@ -53,6 +53,25 @@ def test_whereabouts(monkeypatch):
     assert whereabouts()["slurm_job"] == "17" and whereabouts()["slurm_restart"] == 2
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert whereabouts()["slurm_restart"] is None
+
+
+@pytest.mark.parametrize(("changed", "expected"), [
+    ({}, True),
+    ({"SLURM_RESTART_COUNT": "1"}, False),  # another launch in the allocation of the first
+    ({"SLURM_JOB_ID": "18"}, False),
+    ({"SLURM_JOB_ID": "18", "TORCHELASTIC_RESTART_COUNT": "1"}, True),
+    ({"SLURM_JOB_ID": "18", "TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "none"}, False),
+])  # fmt: skip
+def test_a_restart_is_no_launch_of_its_own(monkeypatch, changed, expected):
+    given = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "a",
+             "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    before = [{"event": "launch", "step": 4, **whereabouts()}]
+    for name, value in ({"SLURM_RESTART_COUNT": "2"} | changed).items():
+        monkeypatch.setenv(name, value)
+    assert began_before(before, 4) is expected
+    assert not began_before(before, 8) and not began_before([before[0] | {"arguments": ["other"]}], 4)
 
 
 def test_when_a_run_began():

@@ -403,7 +403,12 @@ class CheckpointManager(stock.CheckpointManager):
 
     def _purge(self, running: int | None) -> None:
         self.retention = self.retention or Retention(self.folder, self.keep_latest_k, self.keep_every, self.keep_best)
-        for info in self.retention.surplus():
+        try:
+            surplus = self.retention.surplus()
+        except OSError as error:
+            logger.warning("old checkpoints are not deleted, the folder cannot be read: %s", error)
+            return
+        for info in surplus:
             if info.step != running:
                 self._delete(info)
 
@@ -426,6 +431,9 @@ class CheckpointManager(stock.CheckpointManager):
             forget_checkpoint_process()
             self.deleter.shutdown()
         super().close()
+
+    def __del__(self) -> None:
+        """Nothing: the trainer closes it. At the interpreter's end `close` would fail, for want of modules."""
 
 
 def alone() -> bool:

@@ -99,7 +99,8 @@ def build(config: JobConfig, stopping: Stopping) -> "Trainer | None":
     current = snapshot(config, {"data_identity": identity, "eos_id": eos_id, "warmup_in_file": config.warmup_in_file})
     owns_group = not dist.is_initialized()
     with own_store() as store:
-        past, config.lr_scheduler.warmup_steps = from_rank_0(lambda: check_run_folder(config, current), store)
+        found = from_rank_0(lambda: check_run_folder(config, current), store)
+        past, config.lr_scheduler.warmup_steps, config.checkpoint.load_step = found
         if past is Past.FINISHED:
             return None
         device.install(device_type, config.metrics.peak_flops)
@@ -196,7 +197,7 @@ class Past(Enum):
     NOTHING, CHECKPOINT, FINISHED = "no checkpoint", "one to go on from", "the last step, with weights only"
 
 
-def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int]:
+def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int, int]:
     """Compares a launch with the checkpoint it would resume from, lists what changed, and keeps its settings; rank 0.
 
     Args:
@@ -204,7 +205,8 @@ def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int]:
         current: its snapshot, written to the run folder.
 
     Returns:
-        What is there, and the steps of the warm-up: those of the config, or of the run so far (`keep_warmup`).
+        What is there; the steps of the warm-up, those of the config, or of the run so far (`keep_warmup`); and the
+        step to load, that of the config, or -1 where the launch that this one restarts has loaded it already.
 
     Raises:
         ConfigError: a change that would make the run another run, or a folder that cannot be written.
@@ -212,7 +214,12 @@ def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int]:
     """
     past = Past.NOTHING
     if config.checkpoint.enable:
-        folder = Path(config.job.dump_folder, config.checkpoint.folder)
+        folder, asked = Path(config.job.dump_folder, config.checkpoint.folder), config.checkpoint.load_step
+        if asked != -1 and events.began_before(events.read_events(config.job.dump_folder), asked):
+            logger.info(
+                "checkpoint.load_step = %d was obeyed before this restart, which goes on from the newest", asked
+            )
+            config.checkpoint.load_step = -1
         complete = (i for i in newest_first(folder, config.checkpoint.load_step) if i.complete and has_settings(i))
         newest = next(complete, None)
         saved = read_snapshot(newest.path / "config.json") if newest else None
@@ -220,7 +227,7 @@ def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int]:
             past = Past.CHECKPOINT
             if finished_with_weights_only(config, newest, complete, saved):
                 logger.info("finished already: step %d of %d", newest.step, config.training.steps)
-                return Past.FINISHED, config.lr_scheduler.warmup_steps
+                return Past.FINISHED, config.lr_scheduler.warmup_steps, config.checkpoint.load_step
             keep_warmup(saved, config, current, newest.step)
             comparison = compare_configs(saved, current, consumed=consumes_samples(config, newest))
             refuse_breaking(comparison, newest.path, config.provenance)
@@ -236,7 +243,7 @@ def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int]:
             write_snapshot(path, current)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}\nmake room, or move away what is there") from None
-    return past, config.lr_scheduler.warmup_steps
+    return past, config.lr_scheduler.warmup_steps, config.checkpoint.load_step
 
 
 def will_load_weights(config: JobConfig, past: Past) -> bool:
