@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Installs the project with its test dependencies and lm-eval, and runs the suite (about 10 minutes on two cores).
+# Installs the project with its test dependencies and lm-eval, and runs the suite (about 9 minutes on two cores).
 #
 #   bash launch/test.sh [pytest arguments]        e.g.  bash launch/test.sh tests/unit -k order
 #   bash launch/test.sh -m slow                   the long checks
-#   WORKERS=1 bash launch/test.sh                 test files one after another, not two at a time
+#   WORKERS=1 bash launch/test.sh                 test files one after another, not three at a time
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/install.sh
 install_project test,lm-eval
 # Two ranks with one thread each: with more, OpenMP's threads fight over the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
-python -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"
+python -m pytest -n "${WORKERS:-3}" --dist loadfile "$@"

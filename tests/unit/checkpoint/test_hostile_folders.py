@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torchtitan_deltaproduct.checkpoint.from_hf import import_hf
 from torchtitan_deltaproduct.checkpoint.hf import make_unfinished, put_in_place, write_hf
 from torchtitan_deltaproduct.checkpoint.load import architecture
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
+from torchtitan_deltaproduct.data.text import plan
 from torchtitan_deltaproduct.data.text.files import read_record
 from torchtitan_deltaproduct.data.text.plan import Settings, make_plan
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
@@ -217,6 +219,7 @@ def test_names_that_no_folder_can_have_are_refused(folder, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError):
         read_manifest(name)
+    monkeypatch.setattr(plan, "load_tokenizer", lambda folder: SimpleNamespace(vocab_size=9))
     with pytest.raises((DataError, OSError), match=name[:9]):
         make_plan(Settings(name, "tokenizer", [name]))
     with pytest.raises(ConfigError, match="the run folder .* cannot be written"):
