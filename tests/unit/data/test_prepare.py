@@ -315,7 +315,7 @@ def test_damaged_gzip_and_parquet_are_reported(tmp_path, tokenizer):
     ("a.json", b'\n[\n{"text": "one"},\n', [], [("item 1", "line 4: all of the list is lost")]),
     ("a.json", b'[\n{"text": "\xff"}]', [], [("item 1", "invalid UTF-8 in line 2")]),
     ("a.json", b'{"text": "one"}\n[1]\n', ["one"], [("line 2", "found list")]),
-    ("a.json.gz", gzip.compress(b'[{"text": "one"}]')[:-9], [], [("line 1", "damaged gzip")]),
+    ("a.json.gz", gzip.compress(b'[{"text": "one"}]', mtime=0)[:-9], [], [("line 1", "damaged gzip")]),
     ("a.jsonl.zst", b"no zstd", [], [("line 1", "damaged zstd, the rest is lost")]),
     ("a.txt.zst", zstd(b"one" * 99)[:-2], [], [("line 1", "is lost (Truncated compressed stream)")]),
 ])  # fmt: skip
