@@ -47,7 +47,14 @@ MUTANTS = [
         ("jobs.py", "if code == 0 and self.job.is_done():", "if code == 0:", "tests/unit/test_jobs.py"),
         ("jobs.py", "gpus[place % len(gpus)]", "gpus[min(place, len(gpus) - 1)]", "tests/unit/test_jobs.py"),
         ("jobs.py", "if place not in running and waiting:", "if waiting:", "tests/unit/test_jobs.py"),
+        # launches
+        ("events.py", "and counts[0] > counts[1]:", "and counts[0] >= counts[1]:", "tests/unit/test_events.py"),
+        ("titan/run.py", "            config.checkpoint.load_step = -1\n", "            pass\n", "tests/dist/test_resume.py -k loaded_once"),
+        ("titan/trainer.py", "        self.optimizers.zero_grad()\n        limit", "        limit", "tests/dist/test_non_finite.py"),
+        ("errors.py", "error on rank {rank}: {error}", "{error}", "tests/unit/test_arguments.py"),
         # ops
+        ("ops/triton/local.py", 'mask=valid_t, other=float("-inf"))', "mask=valid_t, other=0.0)", OPS + "test_triton.py -k interpreted"),
+        ("ops/flops.py", "return 2 * _forward_flops(q, k, do)", "return 2 * _forward_flops(q, k, q)", STEP),
         ("ops/launch.py", "kinds += (x.dtype, x.data_ptr() & 15) if", "kinds += (x.dtype, 0) if", OPS + "test_launch.py"),
         ("ops/launch.py", "compiled[(*grid, 1, 1)](*arguments, *constants)", "compiled[(*grid, 1, 1)](*arguments, *constants[::-1])", OPS + "test_launch.py"),
         ("memory.py", "return (layers - 1) * _kept_products(config) + everything", "return layers * block_input + everything", "tests/unit/test_plan.py"),
@@ -158,7 +165,7 @@ MUTANTS = [
         ("titan/metrics.py", "self.tensorboard.log_settings(hyperparameters(self.job_config), step)", "pass", TITAN + "test_metrics.py"),
         ("checkpoint/model_card.py", "*([f\"license: {license}\"] if license else []),", "", CHECKPOINT + "test_hf.py"),
         ("evaluation/figures.py", "places.append(max(y, places[-1] + gap) if places else y)", "places.append(y)", "tests/unit/evaluation/test_pictures.py"),
-        ("__main__.py", "(name == near[0] or name.endswith(f\" {near[0]}\"))", "name == near[0]", "tests/unit/test_command.py"),
+        ("__main__.py", "(name == near or name.endswith(f\" {near}\"))", "name == near", "tests/unit/test_command.py"),
     ]
 ]
 # fmt: on
