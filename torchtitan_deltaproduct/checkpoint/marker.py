@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ..devices import cores
 from ..errors import CheckpointError
+from ..events import LATEST
 from ..files import is_plain_name, is_there, read_text, write_atomically
 
 MARKER, SAVING, INDEX = "complete.json", ".saving", ".metadata"
@@ -82,7 +83,10 @@ def read_marker(folder: Path) -> Marker:
         version = body["version"] if body["format"] == FORMAT else "of another format"
         loss = body.get("validation_loss")
         loss = float(loss) if loss is not None and math.isfinite(loss) else None
-        marker = Marker(int(body["step"]), float(body["time"]), int(body["ranks"]), str(body["reason"]), files, loss)
+        when = float(body["time"])
+        if not abs(when) < LATEST:
+            raise ValueError(f"time {when}")
+        marker = Marker(int(body["step"]), when, int(body["ranks"]), str(body["reason"]), files, loss)
     except FileNotFoundError:
         raise CheckpointError(_missing(folder)) from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError
 from ..ops.triton_geometry import ROWS
 from ..options import value_of
 from .job import GENERATED, GROUP_WORD, LANGUAGE, PREPARED, STREAMING, JobConfig
@@ -35,10 +36,14 @@ class Environment:
 
     @classmethod
     def detect(cls) -> "Environment":
-        """This process: `WORLD_SIZE` as torchrun sets it (1 without), and whether CUDA is present."""
+        """This process: `WORLD_SIZE` as torchrun sets it (1 without; ConfigError if it is no number), and whether CUDA
+        is present."""
         import torch
 
-        return cls(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available(), files=True)
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        if not ranks.isdecimal():
+            raise ConfigError(f"WORLD_SIZE = {ranks!r}: expected the number of ranks, as torchrun sets it; or unset it")
+        return cls(int(ranks), torch.cuda.is_available(), files=True)
 
 
 def check(

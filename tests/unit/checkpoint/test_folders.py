@@ -120,6 +120,7 @@ def test_a_flipped_bit_is_found(run, name):
         (lambda p: (p / MARKER).write_text((p / MARKER).read_text()[:-20]), "is damaged"),
         (lambda p: (p / MARKER).write_text("[]"), "is damaged"),
         (lambda p: (p / MARKER).write_text((p / MARKER).read_text().replace(": 1,", ": 9,")), "version 9"),
+        (lambda p: write_marker(p, Marker(200, 1e300, 1, "interval", {})), "is damaged"),
         (lambda p: data_file(p).unlink(), "is missing"),
         (lambda p: (p / ".metadata").unlink(), ".metadata is missing"),
         (lambda p: data_file(p).write_bytes(data_file(p).read_bytes()[:-1]), "bytes of"),

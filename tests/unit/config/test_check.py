@@ -7,6 +7,7 @@ import pytest
 from torchtitan_deltaproduct.config import Environment
 from torchtitan_deltaproduct.config.check import RULES
 from torchtitan_deltaproduct.config.schema import schema, supported_keys
+from torchtitan_deltaproduct.errors import ConfigError
 
 DATA = '[data]\npaths = ["a"]\n'
 
@@ -239,3 +240,11 @@ GROUP = "--data.kind=group_word --data.group=S3 --training.seq_len=40 "
 def test_where_a_contradiction_begins(problems, good, bad, reason):
     assert problems("", *good.split()) == ""
     assert reason in problems("", *bad.split())
+
+
+def test_a_number_of_ranks_that_is_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert Environment.detect().world_size == 8
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(ConfigError, match="WORLD_SIZE = 'abc': expected the number of ranks"):
+        Environment.detect()
