@@ -20,7 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arguments import Parser, path
+from .arguments import Parser
+from .arguments import path as path_of
 from .devices import cores
 from .errors import exit_on_user_error, first_line
 
@@ -255,7 +256,7 @@ def end_time() -> float | None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("torchtitan_deltaproduct.doctor", __doc__)
-    parser.add_argument("--out", type=path, default="outputs", help="where run folders go (default: %(default)s)")
+    parser.add_argument("--out", type=path_of, default="outputs", help="where run folders go (default: %(default)s)")
     options = parser.parse_args(arguments)
     checks: list[Callable[[], Finding]] = [python, versions, accelerator, operator, compiler, host, processes,
                                            lambda: output(Path(options.out)), shared_memory, slurm]  # fmt: skip
