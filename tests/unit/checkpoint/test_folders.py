@@ -92,6 +92,13 @@ def test_the_loss_in_a_marker(run, written, read):
     assert read_marker(run / "step-10").validation_loss == read
 
 
+def test_what_is_complete_is_not_being_saved(run):
+    path = run / "step-200"
+    (path / SAVING).touch()
+    write_marker(path, read_marker(path))
+    assert not (path / SAVING).exists()
+
+
 def data_file(path):
     return next(path.glob("*.distcp"))
 
@@ -124,6 +131,7 @@ def test_a_flipped_bit_is_found(run, name):
         (lambda p: data_file(p).unlink(), "is missing"),
         (lambda p: (p / ".metadata").unlink(), ".metadata is missing"),
         (lambda p: data_file(p).write_bytes(data_file(p).read_bytes()[:-1]), "bytes of"),
+        (lambda p: data_file(p).write_bytes(data_file(p).read_bytes() + b"x"), "bytes of"),
         (retire, "was cut short"),
         (lambda p: replace(p / MARKER, os.mkdir), "is damaged"),
         (lambda p: replace(p / MARKER, os.mkfifo), "is damaged"),

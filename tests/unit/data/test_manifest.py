@@ -252,6 +252,8 @@ def test_round_trip_and_content(folder, sets):
     copy = read_manifest(folder)
     assert copy == read_manifest(sets["a"])
     assert copy.content_sha256 != read_manifest(sets["b"]).content_sha256
+    for other in ({"eos_id": copy.eos_id + 1}, {"tokenizer_sha256": "0"}, {"dtype": "uint32"}):
+        assert replace(copy, **other).content_sha256 != copy.content_sha256
     assert json.loads((folder / "manifest.json").read_text())["tokens"] == copy.tokens
     assert [token_dtype(n) for n in (100, 65_536, 65_537)] == ["uint16", "uint16", "uint32"]
 

@@ -29,6 +29,14 @@ def test_too_few_losses_and_switched_off():
     assert spikes.observe(100.0) == "" and spikes.observe(100.0) != "" and off.observe(1e9) == off.observe(1e9) == ""
 
 
+def test_losses_that_hardly_differ():
+    """Their spread counts as a hundredth of a nat: neither nothing, nor much."""
+    spikes = LossSpikes(8.0)
+    for _ in range(LEAST):
+        spikes.observe(1.0)
+    assert spikes.observe(1.07) == "" and "is 20.0 deviations above 1.0000" in spikes.observe(1.2)
+
+
 def test_state_round_trip():
     one, two = LossSpikes(8.0), LossSpikes(8.0)
     for step in range(200):
