@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 
 from torchtitan_deltaproduct.config import Environment
-from torchtitan_deltaproduct.config.values import nearest, shorten
+from torchtitan_deltaproduct.config.values import shorten
 from torchtitan_deltaproduct.config.values import show as toml
-from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.errors import ConfigError, DataError, nearest
 from torchtitan_deltaproduct.evaluation.figures import COLOURS, picture
 from torchtitan_deltaproduct.evaluation.files import finite
 from torchtitan_deltaproduct.evaluation.length_extrapolation.figures import seeds_figure

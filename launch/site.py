@@ -19,8 +19,8 @@ from typing import Any, get_type_hints
 from torchtitan_deltaproduct.arguments import path as path_of
 from torchtitan_deltaproduct.config.locate import locate
 from torchtitan_deltaproduct.config.problems import Problem, Source, raise_if_any
-from torchtitan_deltaproduct.config.values import conform, nearest
-from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.config.values import conform
+from torchtitan_deltaproduct.errors import ConfigError, nearest
 from torchtitan_deltaproduct.files import control_characters, read_text
 
 VARIABLE = "DELTAPRODUCT_SITE"

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ def forked_jobs(monkeypatch):
             return getattr(subprocess, name)
 
     monkeypatch.setattr(jobs, "subprocess", Forking())
+
+
+@pytest.fixture(autouse=True)
+def checkpointing_is_as_in_a_new_process():
+    """torchtitan counts wrapped blocks, and sets the compiler's memory budget, for the whole process."""
+    yield
+    if ac := sys.modules.get("torchtitan.distributed.activation_checkpoint"):
+        ac._layer_sac_count, torch._functorch.config.activation_memory_budget = 0, 1.0
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ MUTANTS = [
         ("jobs.py", "gpus[place % len(gpus)]", "gpus[min(place, len(gpus) - 1)]", "tests/unit/test_jobs.py"),
         ("jobs.py", "if place not in running and waiting:", "if waiting:", "tests/unit/test_jobs.py"),
         # launches
-        ("events.py", "and counts[0] > counts[1]:", "and counts[0] >= counts[1]:", "tests/unit/test_events.py"),
+        ("events.py", "and own[restart] > (before", "and own[restart] >= (before", "tests/unit/test_events.py"),
         ("titan/run.py", "            config.checkpoint.load_step = -1\n", "            pass\n", "tests/dist/test_resume.py -k loaded_once"),
         ("titan/trainer.py", "        self.optimizers.zero_grad()\n        limit", "        limit", "tests/dist/test_non_finite.py"),
         ("errors.py", "error on rank {rank}: {error}", "{error}", "tests/unit/test_arguments.py"),

@@ -13,8 +13,7 @@ from importlib import import_module
 
 from . import __version__
 from .arguments import COMMAND
-from .config.values import nearest
-from .errors import UserError, begin_command, exit_on_user_error
+from .errors import UserError, begin_command, exit_on_user_error, nearest
 
 PACKAGE = "torchtitan_deltaproduct"
 COMMANDS: dict[str, tuple[str, str]] = {

@@ -10,9 +10,8 @@ import argparse
 import os
 import shutil
 import sys
-from difflib import get_close_matches
 
-from .errors import ConfigError
+from .errors import ConfigError, nearest
 
 COMMAND = "deltaproduct"
 """The one name of all commands, see `__main__`, which puts it and a subcommand into `sys.argv[0]`."""
@@ -51,8 +50,8 @@ class Parser(argparse.ArgumentParser):
         for word in overrides:
             name = word.partition("=")[0]
             if name.startswith("--") and "." not in name:
-                near = get_close_matches(name, known, n=1)
-                raise ConfigError(f"{word}: no such option; {f'nearest: {near[0]}' if near else 'see --help'}")
+                near = nearest(name, known)
+                raise ConfigError(f"{word}: no such option; {f'nearest: {near}' if near else 'see --help'}")
         return options, overrides
 
 

@@ -9,6 +9,7 @@ Each message has one to three lines: what was found, what was expected, how to f
 
 import atexit
 import contextlib
+import difflib
 import errno
 import locale
 import os
@@ -17,7 +18,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -43,6 +44,12 @@ class NonFiniteError(UserError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.66) -> str | None:
+    """The one of `names` most like `name`, if any is: two letters of three are common to both, in their order."""
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 def begin_command() -> None:

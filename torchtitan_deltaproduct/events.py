@@ -113,25 +113,36 @@ def began(events: list[dict[str, Any]]) -> float | None:
     return first
 
 
+def started_by() -> dict[str, str | int]:
+    """SLURM job and torchrun of this process, and how often each was started again; "" and 0 without them."""
+    return {
+        "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+        "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        # Without --rdzv-id the name of every torchrun is "none".
+        "torchrun": os.environ.get("TORCHELASTIC_RUN_ID", "").removeprefix("none"),
+        "torchrun_restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
+    }
+
+
+def is_restart(own: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether one process is of a restart of the launch of the other, by their `started_by`.
+
+    SLURM requeues a job when all of it has ended, and torchrun starts ranks again when all have: the other is gone.
+    """
+    for job, restart in (("slurm_job", "slurm_restart"), ("torchrun", "torchrun_restart")):
+        before = other.get(restart)
+        if own[job] and own[job] == other.get(job) and own[restart] > (before if isinstance(before, int) else 0):
+            return True
+    return False
+
+
 def whereabouts() -> dict[str, Any]:
-    """Host, SLURM job, torchrun and command line of this process, for a `launch`."""
-    # Without --rdzv-id the name of every torchrun is "none".
-    job, torchrun = os.environ.get("SLURM_JOB_ID"), os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    restart, again = os.environ.get("SLURM_RESTART_COUNT"), os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    return {"host": socket.gethostname(), "slurm_job": job, "slurm_restart": int(restart) if restart else None,
-            "torchrun": None if torchrun == "none" else torchrun, "torchrun_restart": int(again) if again else None,
-            "arguments": sys.argv[1:]}  # fmt: skip
+    """Host, what started this process, and its command line, for a `launch`; None where there is nothing to say."""
+    by = {name: value or None for name, value in started_by().items()}
+    return {"host": socket.gethostname(), **by, "arguments": sys.argv[1:]}
 
 
 def began_before(events: list[dict[str, Any]], step: int) -> bool:
-    """Whether this process is one of a restart, by SLURM or torchrun, of a launch that went on from `step`."""
-    own = whereabouts()
-    for record in events:
-        if record["event"] != "launch" or record["step"] != step or record.get("arguments") != own["arguments"]:
-            continue
-        for name in ("slurm", "torchrun"):
-            job = "slurm_job" if name == "slurm" else name
-            counts = own[f"{name}_restart"] or 0, record.get(f"{name}_restart") or 0
-            if own[job] is not None and own[job] == record.get(job) and counts[0] > counts[1]:
-                return True
-    return False
+    """Whether this process is of a restart, with the same command line, of a launch that went on from `step`."""
+    launches = [record for record in events if record["event"] == "launch" and record["step"] == step]
+    return any(is_restart(started_by(), one) for one in launches if one.get("arguments") == sys.argv[1:])

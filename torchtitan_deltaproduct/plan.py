@@ -24,10 +24,10 @@ from .checkpoint import retention
 from .config import Environment, JobConfig, load_config
 from .config.schedule import Schedule
 from .config.schema import schema
-from .config.values import nearest, shorten, show
+from .config.values import shorten, show
 from .data.planned import UNUSABLE, Rows, data_rows
 from .devices import PEAK_FLOPS, memory_gb, peak_flops
-from .errors import ConfigError, exit_on_user_error
+from .errors import ConfigError, exit_on_user_error, nearest
 from .formats import amount, duration, sparkline
 from .memory import (
     accumulates,

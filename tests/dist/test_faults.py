@@ -25,7 +25,7 @@ from tests.toy import (
     weights,
 )
 from torchtitan_deltaproduct.checkpoint import scan
-from torchtitan_deltaproduct.checkpoint.folders import retire
+from torchtitan_deltaproduct.checkpoint.folders import Retention, retire
 from torchtitan_deltaproduct.checkpoint.safe_dcp import read_index
 from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.errors import CheckpointError
@@ -415,3 +415,15 @@ def test_a_rank_without_its_siblings_is_refused(toy, tmp_path):
     assert start(words, f"{tmp_path}/run.log", env=alone).wait() == 2
     assert "error: RANK is set, and LOCAL_RANK, WORLD_SIZE, " in log_of(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_folder_that_cannot_be_listed_fails_no_run(toy, tmp_path, monkeypatch, capsys):
+    """Only what retention would delete stays; the last save waits for it."""
+
+    def stale(self):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Retention, "surplus", stale)
+    train(toy, tmp_path / "run")
+    assert last_stop(read_events(tmp_path / "run"))["reason"] == "finished"
+    assert "old checkpoints are not deleted, the folder cannot be read: [Errno 116]" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import nearest
 from ..files import read_text
 from ..options import value_of
 from .check import Environment, check
@@ -26,7 +27,7 @@ from .problems import Problem, Source, quoted, raise_if_any
 from .reference import asks_for_help, print_help
 from .schedule import Schedule
 from .schema import describe_key, describe_option, describe_table, schema, set_value, suggest_key, tables
-from .values import conform, nearest, parse_text
+from .values import conform, parse_text
 
 MOST_NAMED = 4
 """TOML files that a message lists."""

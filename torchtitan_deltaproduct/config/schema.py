@@ -20,11 +20,11 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any
 
+from ..errors import nearest
 from ..options import Option, Refusal, value_of
 from .inherited import WORDS, record_of
 from .job import JobConfig
 from .problems import quoted
-from .values import nearest
 
 _OURS = __name__.partition(".")[0]
 

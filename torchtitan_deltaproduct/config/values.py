@@ -8,13 +8,14 @@ expected. The reason of a refusal says what to write instead:
     ValueError: expected a whole number; write 1000
 """
 
-import difflib
 import json
 import math
 import tomllib
 import types
 import typing
 from typing import Any
+
+from ..errors import nearest
 
 _YES, _NO = {"yes", "true", "on", "1", "y"}, {"no", "false", "off", "0", "n"}
 _NONE = {"none", "null", "nil"}
@@ -68,12 +69,6 @@ def show(value: Any) -> str:
 def shorten(text: str, width: int = 60) -> str:
     """Cuts a long text."""
     return text if len(text) <= width else text[: width - 4] + " ..."
-
-
-def nearest(name: str, names: typing.Iterable[str], cutoff: float = 0.66) -> str | None:
-    """The one of `names` most like `name`, if any is: two letters of three are common to both, in their order."""
-    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
-    return matches[0] if matches else None
 
 
 def _conform_union(value: Any, arms: tuple[Any, ...]) -> Any:

@@ -87,10 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if find_files(options.folder) and not options.tokenizer:
         raise ConfigError(NO_TOKENIZER.format(options.folder, "--tokenizer"))
-    console, stream = (
-        Console(width=None if sys.stdout.isatty() else 120),
-        open_stream(options.folder, options.tokenizer),
-    )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    stream = open_stream(options.folder, options.tokenizer)
     console.print(table(stream))
     if stream.manifest.documents:
         tokens = stream.document(options.document)

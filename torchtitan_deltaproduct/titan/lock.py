@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..events import is_restart, started_by
 from ..files import is_there, read_text
 
 logger = logging.getLogger(__name__)
@@ -151,11 +152,7 @@ def is_gone(owner: dict, own: dict) -> bool | None:
         start = start_of(owner["pid"])
         if start is not None:
             return start != owner["start"]
-    for job, restart in (("slurm_job", "slurm_restart"), ("torchrun", "torchrun_restart")):
-        # SLURM requeues a job when all of it has ended, and torchrun starts ranks again when all have.
-        if own[job] and own[job] == owner.get(job) and own[restart] > owner[restart]:
-            return True
-    return None
+    return True if is_restart(own, owner) else None
 
 
 def falls_silent(path: Path) -> bool:
@@ -186,11 +183,7 @@ def identity() -> dict:
         "namespace": os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else "",
         "start": start_of(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
-        "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        # Without --rdzv-id the name of every torchrun is "none".
-        "torchrun": os.environ.get("TORCHELASTIC_RUN_ID", "").removeprefix("none"),
-        "torchrun_restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
+        **started_by(),
     }
 
 

@@ -99,8 +99,8 @@ def build(config: JobConfig, stopping: Stopping) -> "Trainer | None":
     current = snapshot(config, {"data_identity": identity, "eos_id": eos_id, "warmup_in_file": config.warmup_in_file})
     owns_group = not dist.is_initialized()
     with own_store() as store:
-        found = from_rank_0(lambda: check_run_folder(config, current), store)
-        past, config.lr_scheduler.warmup_steps, config.checkpoint.load_step = found
+        past, warmup_steps, load_step = from_rank_0(lambda: check_run_folder(config, current), store)
+        config.lr_scheduler.warmup_steps, config.checkpoint.load_step = warmup_steps, load_step
         if past is Past.FINISHED:
             return None
         device.install(device_type, config.metrics.peak_flops)

@@ -7,7 +7,6 @@ import sys
 from importlib import import_module
 
 import pytest
-from torch._functorch import config as functorch
 
 from tests import toy as toys
 from torchtitan_deltaproduct.config import Environment, load_config
@@ -105,9 +104,7 @@ def reads(toy, tmp_path_factory):
 
         return note
 
-    # A patch of pytest's would not give this option back: it would delete it.
-    kept = functorch.patch(activation_memory_budget=functorch.activation_memory_budget)
-    with kept, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toys, "load_config", load)
         patch.setattr(trainer, "clip_gradients", lambda *given: clip_gradients(*given) * float("nan"))
         for table, cls in [(key, type(getattr(JobConfig(), key))) for key in JobConfig().to_dict()]:

@@ -4,7 +4,8 @@ from typing import Literal
 
 import pytest
 
-from torchtitan_deltaproduct.config.values import conform, nearest, parse_text, show
+from torchtitan_deltaproduct.config.values import conform, parse_text, show
+from torchtitan_deltaproduct.errors import nearest
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,7 @@ from math import factorial
 
 import numpy as np
 
-from torchtitan_deltaproduct.config.values import nearest
-from torchtitan_deltaproduct.errors import ConfigError
+from torchtitan_deltaproduct.errors import ConfigError, nearest
 
 MAX_ORDER = 5040
 """Largest group: its table has 25 million entries (S7, A7)."""

@@ -72,13 +72,12 @@ def list_files(inputs: Iterable[str | Path], written: Iterable[str] = ()) -> lis
         DataError: an input does not exist or is of a kind that cannot be read, or a folder is empty, or what is
             `written`, folders that need not be there yet, would lie in it.
     """
-    written = list(written)
-    files = []
+    files, above = [], folders_above(written)
     for given in map(Path, inputs):
         if given.is_file():
             below = [given]
         elif given.is_dir():
-            below = _files_below(given, written)
+            below = _files_below(given, above)
         else:
             raise DataError(f"There is no file or folder {given}.\nCheck the path.")
         if not below:
@@ -118,18 +117,33 @@ def read_record(path: Path) -> dict | None:
         return json.loads(read_text(path))
 
 
-def refuse_inside(folder: str | Path, written: Iterable[str]) -> None:
-    """Raises DataError if one of the folders that are written would lie in a folder that is read, or be it."""
-    read = os.stat(folder)
+Places = dict[tuple[int, int], str]
+"""Folders by device and inode, which a link does not change: to each what is written in it."""
+
+
+def folders_above(written: Iterable[str]) -> Places:
+    """The folders that are written, which need not be there yet, and all that they lie in."""
+    above = {}
     for name in written:
         place = Path(os.path.realpath(name))
         for outer in (place, *place.parents):
             with suppress(OSError):
-                if os.path.samestat(read, os.stat(outer)):
-                    raise DataError(f"{name} lies in its own input {folder}.\nChoose a folder outside of it.")
+                above[place_of(outer)] = name
+    return above
 
 
-def _files_below(folder: Path, written: list[str]) -> list[Path]:
+def place_of(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def refuse_inside(folder: str | Path, above: Places) -> None:
+    """Raises DataError if a folder that is read is one that something is written in."""
+    if name := above.get(place_of(folder)):
+        raise DataError(f"{name} lies in its own input {folder}.\nChoose a folder outside of it.")
+
+
+def _files_below(folder: Path, above: Places) -> list[Path]:
     """The files of a folder; links to folders are followed, and each folder is read once, whatever leads to it."""
 
     def refuse(error: OSError) -> None:
@@ -138,13 +152,12 @@ def _files_below(folder: Path, written: list[str]) -> list[Path]:
     files, seen, todo = [], set(), [str(folder)]
     for start in todo:
         for root, folders, names in os.walk(start, onerror=refuse):
-            status = os.stat(root)
-            if (status.st_dev, status.st_ino) in seen:
+            if place_of(root) in seen:
                 logger.warning("%s is a link to a folder that is read already: left out", root)
                 folders.clear()
                 continue
-            refuse_inside(root, written)
-            seen.add((status.st_dev, status.st_ino))
+            refuse_inside(root, above)
+            seen.add(place_of(root))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             # What `os.walk` lists, but does not enter.
             todo += [inner for name in folders if os.path.islink(inner := os.path.join(root, name))]

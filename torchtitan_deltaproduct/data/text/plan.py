@@ -18,7 +18,7 @@ from ..shards.manifest import WORK
 from ..shards.shards import token_dtype
 from .arrow import check_no_split, plan_dataset_units
 from .documents import Unit
-from .files import list_files, refuse_inside
+from .files import folders_above, list_files, refuse_inside
 from .sources import plan_units
 from .tokenizer import find_eos_id, load_tokenizer, tokenizer_sha256
 from .units import Preparation
@@ -90,7 +90,7 @@ def make_plan(settings: Settings) -> Plan:
     name, _, config = settings.dataset.partition(":")
     if name:
         if os.path.isdir(name):
-            refuse_inside(name, settings.written)
+            refuse_inside(name, folders_above(settings.written))
         units = plan_dataset_units(name, config, settings.split, settings.text_field)
     else:
         units = units_of(settings, settings.input)

@@ -21,8 +21,7 @@ from typing import Any
 
 from torchtitan_deltaproduct import evaluation
 from torchtitan_deltaproduct.config.locate import locate
-from torchtitan_deltaproduct.config.values import nearest
-from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
+from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, nearest
 from torchtitan_deltaproduct.files import read_text
 from torchtitan_deltaproduct.jobs import Job
 
