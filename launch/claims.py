@@ -22,6 +22,7 @@ that is in it is not run again, on whatever machine, unless what it learns from 
 a claim may be run in parts.
 """
 
+import itertools
 import json
 import re
 import textwrap
@@ -120,13 +121,19 @@ class Claim:
         return list(dict.fromkeys(run.setting for run in self.grid.runs))
 
     def label(self, setting: str) -> str:
-        """`n_h = 2, [-1, 1]`, with the optimizer where they differ in it, or the setting's name where that does not
-        tell the settings apart."""
+        """`n_h = 2, [-1, 1]`, with optimizer and steps where the settings differ in them, or the setting's name where that
+        does not tell them apart."""
         configs = {run.setting: run.config for run in self.grid.runs}
-        optimizers = {config.optimizer.name for config in configs.values()}
+        others = {name: (config.optimizer.name, f"{config.training.steps:,} steps") for name, config in configs.items()}
+        varied = [len(set(values)) > 1 for values in zip(*others.values(), strict=True)]
         labels = {
-            name: f"n_h = {config.model.num_householder}, {'[-1, 1]' if config.model.allow_neg_eigval else '[0, 1]'}"
-            + (f", {config.optimizer.name}" if len(optimizers) > 1 else "")
+            name: ", ".join(
+                [
+                    f"n_h = {config.model.num_householder}",
+                    "[-1, 1]" if config.model.allow_neg_eigval else "[0, 1]",
+                    *itertools.compress(others[name], varied),
+                ]
+            )
             for name, config in configs.items()
         }
         return labels[setting] if len(set(labels.values())) == len(labels) else setting
@@ -254,13 +261,20 @@ def verdict(claim: Claim, results: Results) -> Verdict:
             runs = summary.of(setting)
             bad = [run for run in runs if not one.holds(run, summary)]
             holds &= 2 * len(bad) < len(runs) if one.seeds == "most" else bool(runs) and not bad
-            for run in bad:
-                value = run.metrics.get(one.metric)
-                shown = "none" if value is None else show(value, False)
-                lines.append(f"{claim.label(setting)}, seed {run.seed}: {one.metric} {shown}; expected: {one}")
+            if bad:
+                lines.append(
+                    f"{claim.label(setting)}: {one}; not in {', '.join(_seed(run, one.metric) for run in bad)}"
+                )
     if summary.missing:
         return Verdict("incomplete", [summary.note(), *lines])
     return Verdict("as expected" if holds else "not as expected", lines)
+
+
+def _seed(run: Result, metric: str) -> str:
+    """`seed 3`, with its number where that is more than yes or no."""
+    value = run.metrics.get(metric)
+    shown = "none" if value is None else "" if metric == "solved" else show(value, False)
+    return f"seed {run.seed}" + (f" ({shown})" if shown else "")
 
 
 def write_results(claim: Claim, results: Results, origin: dict) -> None:

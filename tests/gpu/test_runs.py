@@ -18,7 +18,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 # Documents packed, the operator on our kernels.
-MODEL = ("--model.hidden_size", "128", "--model.head_dim", "64", "--data.reset_state_at_documents")
+MODEL = ("--model.hidden_size", "128", "--model.head_dim", "64", "--data.reset_state_at_documents",
+         "--checkpoint.keep_latest_k", "0")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,14 @@ def test_killed_and_restarted(toy, run, tmp_path, mode):
     toys.kill(process)
     assert not (killed / "checkpoint/step-8").exists()
     toys.launch(toy, killed, *options)
-    ours, theirs = toys.learned(killed), toys.learned(run)
-    assert "resumed step" in toys.log_of(killed) and ours == theirs
-    weights, others = (load_model(folder).model.state_dict() for folder in (killed, run))
-    assert all(torch.equal(weights[name], other) for name, other in others.items())
+    resumed = [line for line in toys.log_of(killed).splitlines() if "resumed step" in line]
+    differing = {}
+    for step in (2, 4, 6, 8):
+        ours, theirs = toys.weights(killed, step), toys.weights(run, step)
+        names = [name for name, value in theirs.items() if isinstance(value, torch.Tensor)]
+        differing[step] = [name for name in names if not torch.equal(ours[name], theirs[name])]
+    assert resumed and not any(differing.values()), (resumed, differing)
+    assert toys.learned(killed) == toys.learned(run)
 
 
 def test_evals_agree_with_the_cpu(toy, run, tmp_path):

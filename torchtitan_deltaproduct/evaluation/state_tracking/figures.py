@@ -56,7 +56,8 @@ def _panel(axis, settings: list[Setting], prefix: bool, handles: dict) -> None:
             band(axis, x, *curves[0][2:], own["color"])
         for y in middles if len(curves) > 1 else ():
             axis.plot(x, y, linewidth=0.7, alpha=0.45, color=own["color"], linestyle=own["linestyle"])
-        mean, name = np.nanmean(middles, axis=0), setting.label.replace("n_h", "$n_h$")
+        name = ", ".join(filter(None, (setting.head, setting.short))).replace("n_h", "$n_h$")
+        mean = np.nanmean(middles, axis=0)
         (handles[name],) = axis.plot(x, mean, **own, markevery=(index, max(1, len(x) // 8)), markersize=5)
         ends.append((x[-1], mean[-1], name, own["color"]))
     where = "length of the row" if settings[0].problem.formal else "position t in the word"

@@ -31,6 +31,8 @@ _TRAINED = {
     "optimizer": ["name", "lr", "beta1", "beta2", "weight_decay"],
     "lr_scheduler": ["warmup_steps", "decay_type", "decay_ratio", "min_lr_factor", "total_steps"],
 }
+WORDS = {"optimizer.name": "{value}", "training.steps": "{value:,} steps"}
+"""How values are told that need no name."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,12 @@ class RunResult:
 
 @dataclass
 class Setting:
-    """Runs that differ in nothing but their seeds; `differs` says what sets it apart within its n_h and range."""
+    """Runs that differ in nothing but their seeds; `differs` says what sets it apart within its n_h and range, `short`
+    the least of it that does."""
 
     runs: list[RunResult]
     differs: str = ""
+    short: str = ""
 
     @property
     def problem(self) -> Problem:
@@ -177,8 +181,11 @@ class Setting:
 
     @property
     def label(self) -> str:
-        first = self.runs[0]
-        return f"n_h = {first.n_h}, {first.range}" + (f", {self.differs}" if self.differs else "")
+        return ", ".join([self.head, *([self.differs] if self.differs else [])])
+
+    @property
+    def head(self) -> str:
+        return f"n_h = {self.runs[0].n_h}, {self.runs[0].range}"
 
     @property
     def kind(self) -> tuple:
@@ -216,12 +223,31 @@ def by_setting(results: list[RunResult]) -> list[Setting]:
     settings = sorted(groups.values(), key=lambda setting: setting.kind)
     for setting in settings:
         own, same = setting.runs[0], [other.runs[0] for other in settings if other.kind == setting.kind]
-        differing = {key for other in same for key, value in own.settings.items() if other.settings.get(key) != value}
-        parts = [f"{key.split('.')[1]} {value}" for key, value in own.settings.items() if key in differing]
-        if any(other.problem.length != own.problem.length for other in same):
-            parts.append(f"to {own.problem.length} tokens")
-        setting.differs = ", ".join(parts)
+        keys = [key for key in own.settings if any(run.settings.get(key) != own.settings[key] for run in same)]
+        if "training.steps" in keys and all(run.step == run.steps for run in same):
+            keys.remove("checkpoint.step")
+        setting.differs, setting.short = _told(own, keys, same), _told(own, _least(keys, same), same)
     return settings
+
+
+def _told(own: RunResult, keys: list[str], same: list[RunResult]) -> str:
+    """`7,840 steps, Muon, decay_ratio 0.3`: values of one of some runs; and the tested length, if theirs are others."""
+    parts = [WORDS.get(key, "{name} {value}").format(name=key.split(".")[1], value=own.settings[key]) for key in keys]
+    if any(other.problem.length != own.problem.length for other in same):
+        parts.append(f"to {own.problem.length} tokens")
+    return ", ".join(parts)
+
+
+def _least(keys: list[str], runs: list[RunResult]) -> list[str]:
+    """As few of some keys as tell as many of the runs apart."""
+
+    def kinds(some: list[str]) -> int:
+        return len({str([run.settings.get(key) for key in some]) for run in runs})
+
+    for key in reversed(keys):
+        fewer = [other for other in keys if other != key]
+        keys = fewer if kinds(fewer) == kinds(keys) else keys
+    return keys
 
 
 def read_settings(paths: list[Path]) -> list[Setting]:
