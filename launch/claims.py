@@ -121,8 +121,8 @@ class Claim:
         return list(dict.fromkeys(run.setting for run in self.grid.runs))
 
     def label(self, setting: str) -> str:
-        """`n_h = 2, [-1, 1]`, with optimizer and steps where settings differ in them; the setting's name where that does not
-        tell them apart."""
+        """`n_h = 2, [-1, 1]`, with optimizer and steps where settings differ in them; the setting's name where that
+        does not tell them apart."""
         configs = {run.setting: run.config for run in self.grid.runs}
         others = {name: (config.optimizer.name, f"{config.training.steps:,} steps") for name, config in configs.items()}
         varied = [len(set(values)) > 1 for values in zip(*others.values(), strict=True)]

@@ -15,7 +15,7 @@ from torchtitan_deltaproduct.data.generated.group_words import GroupWordSource
 from torchtitan_deltaproduct.data.generated.languages import FormalSource
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.evaluation import state_tracking
-from torchtitan_deltaproduct.evaluation.state_tracking.problems import Problem, model_reader, problem_of
+from torchtitan_deltaproduct.evaluation.state_tracking.problems import Counts, Problem, model_reader, problem_of
 from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, Share, by_setting
 from torchtitan_deltaproduct.intervals import wilson
 from torchtitan_deltaproduct.models import DeltaProductLM
@@ -227,3 +227,25 @@ def test_errors(run, toy_lm_config, tmp_path):
 @pytest.fixture
 def toy_lm_config():
     return {"data": {"kind": "prepared", "seed": 0}, "training": {"seq_len": 8}}
+
+
+def test_labels_tell_settings_apart_in_few_words():
+    """The table says all that differs, a picture the least of it; a step that is the last of a run goes without."""
+
+    def run(steps, name, ratio, step=None):
+        settings = {"model.num_householder": 2, "model.allow_neg_eigval": True, "training.steps": steps,
+                    "optimizer.name": name, "lr_scheduler.decay_ratio": ratio, "checkpoint.step": step or steps}  # fmt: skip
+        problem = Problem("A5", False, 8, 16, 1 / 60, (), 0)
+        return RunResult("r", problem, Counts(1, *[np.ones(16)] * 3), settings, (1, 1), step or steps, steps)
+
+    runs = [run(4900, "AdamW", 0.5), run(4900, "Muon", 0.5), run(7840, "Muon", 0.3)]
+    found = [(setting.differs, setting.short) for setting in by_setting(runs)]
+    assert found == [
+        ("4,900 steps, AdamW, decay_ratio 0.5", "4,900 steps, AdamW"),
+        ("4,900 steps, Muon, decay_ratio 0.5", "4,900 steps, Muon"),
+        ("7,840 steps, Muon, decay_ratio 0.3", "7,840 steps, Muon"),
+    ]
+    (one, _) = by_setting([run(4900, "Muon", 0.5), run(4900, "Muon", 0.5, step=490)])
+    assert (one.differs, one.short) == ("step 4900", "step 4900") and one.label == "n_h = 2, [-1, 1], step 4900"
+    (one,) = by_setting([run(4900, "Muon", 0.5)])
+    assert (one.differs, one.label) == ("", "n_h = 2, [-1, 1]")

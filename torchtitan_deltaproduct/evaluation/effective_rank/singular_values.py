@@ -5,12 +5,15 @@
 
 The effective rank is exp(-sum_i p_i ln p_i) with p the singular values over their sum (Roy & Vetterli 2007): r equal
 ones and the rest zero give r. It needs no singular vectors, so they are the roots of the eigenvalues of S^T S (or
-S S^T, the smaller) in float64, by `torch.linalg.eigvalsh` on the device of the states.
+S S^T, the smaller) in float64, by LAPACK, a matrix a core: cores that share one matrix of this size are slower than one
+alone, and so is a GPU.
 
 Squaring costs precision where it does not matter: an eigenvalue is off by some 1e-15 of the largest, so a singular
 value s below the largest s_1 is off by 1e-15 s_1^2 / s. Those below sqrt(2.2e-16 max(K, V)) s_1, 1.7e-7 s_1 at 128,
 count as zero: they are rounding of a float32 state. Each such p adds less than 3e-6 to the entropy.
 """
+
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -43,7 +46,21 @@ def singular_values(states: Tensor) -> Tensor:
     size = tall.abs().amax((-2, -1))[..., None]
     size = torch.where(size > 0, size, 1.0)
     tall = tall / size[..., None]
-    squares = torch.linalg.eigvalsh(tall.mT @ tall)
+    squares = eigenvalues(tall.mT @ tall)
     largest = squares[..., -1:]
     squares = torch.where(squares < tall.shape[-2] * torch.finfo(torch.float64).eps * largest, 0.0, squares)
     return torch.where(finite, squares.sqrt() * size, torch.nan).flip(-1)
+
+
+def eigenvalues(matrices: Tensor) -> Tensor:
+    """Eigenvalues of symmetric matrices [..., N, N], ascending: [..., N] on their device."""
+    flat, threads = matrices.reshape(-1, *matrices.shape[-2:]).cpu(), torch.get_num_threads()
+    parts = flat.tensor_split(max(1, min(4 * threads, len(flat))))
+    # LAPACK's own threads would take part in every matrix.
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            values = torch.cat([*pool.map(torch.linalg.eigvalsh, parts)])
+    finally:
+        torch.set_num_threads(threads)
+    return values.view(matrices.shape[:-1]).to(matrices.device)
