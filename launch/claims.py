@@ -176,7 +176,8 @@ class Losses:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`as expected`, `not as expected`, `incomplete` or `not run yet`, and lines that say why."""
+    """`as expected`, `not as expected`, `measured` (nothing is expected), `incomplete` or `not run yet`, and lines that
+    say why."""
 
     word: str
     lines: list[str]
@@ -267,6 +268,8 @@ def verdict(claim: Claim, results: Results) -> Verdict:
                 )
     if summary.missing:
         return Verdict("incomplete", [summary.note(), *lines])
+    if not claim.expect:
+        return Verdict("measured", [])
     return Verdict("as expected" if holds else "not as expected", lines)
 
 

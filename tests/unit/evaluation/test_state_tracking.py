@@ -233,8 +233,8 @@ def test_labels_tell_settings_apart_in_few_words():
     """The table says all that differs, a picture the least of it; a step that is the last of a run goes without."""
 
     def run(steps, name, ratio, step=None):
-        settings = {"model.num_householder": 2, "model.allow_neg_eigval": True, "training.steps": steps,
-                    "optimizer.name": name, "lr_scheduler.decay_ratio": ratio, "checkpoint.step": step or steps}  # fmt: skip
+        settings = {"model.num_householder": 2, "model.allow_neg_eigval": True, "training.steps": steps}
+        settings |= {"optimizer.name": name, "lr_scheduler.decay_ratio": ratio, "checkpoint.step": step or steps}
         problem = Problem("A5", False, 8, 16, 1 / 60, (), 0)
         return RunResult("r", problem, Counts(1, *[np.ones(16)] * 3), settings, (1, 1), step or steps, steps)
 
