@@ -265,7 +265,7 @@ def test_the_shipped_claims_are_honest(capsys):
 
 
 def test_no_such_claim():
-    with pytest.raises(ConfigError, match="S6: no such claim; there are: A5, S3"):
+    with pytest.raises(ConfigError, match="S6: no such claim; there are: A5, A5_designs, S3"):
         reproduce.main(["S6"])
 
 
