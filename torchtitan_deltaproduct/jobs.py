@@ -29,7 +29,7 @@ from rich.table import Table
 
 from .arguments import Parser, path
 from .devices import cores, threads
-from .errors import ConfigError
+from .errors import ConfigError, UserError
 from .processes import end_with
 
 TAIL = 8
@@ -280,8 +280,11 @@ class Running:
     def failure(self) -> str:
         """Why it is not done, now that it has ended; "" if it is."""
         code = self.process.returncode
-        if code == 0 and self.job.is_done():
-            return ""
+        try:
+            if code == 0 and self.job.is_done():
+                return ""
+        except UserError as error:
+            return str(error)
         ending = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         lines = (self.lines() or ["it printed nothing"])[-LINES_OF_AN_ERROR:]
         begin = max((place for place, line in enumerate(lines) if line.startswith("error:")), default=len(lines) - 1)

@@ -1,6 +1,6 @@
 """The loss and the step on a CUDA device: python -m pytest -m gpu tests/gpu/test_step.py
 
-Not run yet where this was written: no device was free.
+test_a_step_has_the_same_bits_whatever_memory_held was not run yet.
 """
 
 import math
@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from tests import toy as toys
+from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
 from torchtitan_deltaproduct.models.loss import linear_cross_entropy, peak_bytes
+from torchtitan_deltaproduct.titan.parallelize import set_up_compiler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,3 +96,43 @@ def test_the_host_waits_once_a_step(toy, tmp_path, monkeypatch, accumulated):
     assert order[order.index(3) :] == [what for step in range(3, 9) for what in (step, "update", "wait")]
     losses = [r["loss"] for r in toys.records(tmp_path / "run") if "loss" in r]
     assert losses[-1] < losses[0] - 0.2
+
+
+def fill_free_memory(device: str, value: float) -> None:
+    """Fills what the allocator hands out next: blocks of many sizes, a few of each."""
+    blocks = [torch.full((1 << size,), value, device=device) for size in range(6, 23) for _ in range(8)]
+    del blocks
+
+
+def gradients(model: torch.nn.Module, device: str) -> list[torch.Tensor]:
+    """Of one batch of packed documents, the loss first."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randint(320, (2, 2, 192), generator=generator).to(device)
+    starts = (torch.rand(2, 192, generator=generator) < 0.03).to(device)
+    model.zero_grad()
+    loss = model(tokens, document_starts=starts, labels=labels)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_step_has_the_same_bits_whatever_memory_held(n, gated, device="cuda"):
+    """Nothing is read that was not written, and nothing depends on who is first."""
+    set_up_compiler()
+    args = DeltaProductArgs(
+        vocab_size=320, hidden_size=256, num_heads=2, head_dim=128, num_hidden_layers=2, num_householder=n,
+        allow_neg_eigval=True, use_forget_gate=gated,
+    )  # fmt: skip
+    model = DeltaProductLM(args)
+    model.init_weights()
+    model = model.to(device, torch.bfloat16)
+    for name, block in model.layers.items():
+        model.layers.register_module(name, torch.compile(block, fullgraph=True))
+    model.loss_backend = "inductor"
+    first = gradients(model, device)
+    assert all(gradient.isfinite().all() for gradient in first)
+    for value in [float("nan"), 1e30, 0.0, -3.0] * 25:
+        fill_free_memory(device, value)
+        again = gradients(model, device)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), value

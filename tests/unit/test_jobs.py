@@ -52,6 +52,21 @@ def run(given, places) -> tuple[dict[str, str], str]:
     return failed, console.file.getvalue()
 
 
+def test_a_job_that_cannot_be_judged_is_a_failed_job(tmp_path):
+    """Its folder was changed under it: the others go on."""
+
+    class Strange(Program):
+        def is_done(self):
+            if self.made.exists():
+                raise ConfigError(f"{self.name} was trained with other settings")
+            return False
+
+    made = f"import pathlib\npathlib.Path({str(tmp_path / 'strange/made')!r}).touch()"
+    given = [Strange("strange", tmp_path, made), program(tmp_path, "good")]
+    failed, printed = run(given, [{}])
+    assert failed == {"strange": "strange was trained with other settings"} and given[1].is_done()
+
+
 def test_what_is_missing_runs_and_what_fails_is_named(tmp_path):
     given = [
         program(tmp_path, "good", "print(os.environ['PLACE'])"),
