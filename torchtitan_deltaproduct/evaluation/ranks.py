@@ -18,10 +18,16 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from torchtitan_deltaproduct.errors import UserError
+from torchtitan_deltaproduct.errors import ConfigError, UserError
 
 PATIENCE = timedelta(days=30)
 T = TypeVar("T")
+
+
+def refuse_torchrun(command: str) -> None:
+    """Raises ConfigError where torchrun started several processes of an eval that shares nothing among them."""
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(f"{command} works in one process, found {world} (WORLD_SIZE): start it without torchrun")
 
 
 class Ranks:

@@ -14,7 +14,7 @@ from torchtitan_deltaproduct.checkpoint.load import load_model
 from torchtitan_deltaproduct.data.generated.group_words import GroupWordSource
 from torchtitan_deltaproduct.data.generated.languages import FormalSource
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
-from torchtitan_deltaproduct.evaluation import state_tracking
+from torchtitan_deltaproduct.evaluation import generate, state_tracking
 from torchtitan_deltaproduct.evaluation.state_tracking.problems import Counts, Problem, model_reader, problem_of
 from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, Share, by_setting
 from torchtitan_deltaproduct.intervals import wilson
@@ -213,7 +213,19 @@ def test_results_go_to_the_run_by_default(run):
     assert (run / "eval/state_tracking.json").exists()
 
 
+def test_torchrun_is_refused(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for main in (state_tracking.main, generate.main):
+        with pytest.raises(
+            ConfigError, match=r"works in one process, found 4 \(WORLD_SIZE\): start it without torchrun"
+        ):
+            main([str(run)])
+
+
 def test_errors(run, toy_lm_config, tmp_path):
+    language = {"kind": "formal_language", "language": "parity", "min_length": 3, "max_length": 8, "seed": 0}
+    with pytest.raises(ConfigError, match="^--length 2: rows of this run's parity have at least 3 tokens"):
+        problem_of(toy_lm_config | {"data": language}, length=2)
     with pytest.raises(ConfigError, match="at least 1"):
         state_tracking.main([str(run), "--words", "0"])
     with pytest.raises(ConfigError, match="numbered"):

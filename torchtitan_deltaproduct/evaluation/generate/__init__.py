@@ -25,6 +25,7 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError
 from torchtitan_deltaproduct.progress import Progress
 
 from ..options import add_model_options, at_least, load_models
+from ..ranks import refuse_torchrun
 from .decoding import SEGMENT, Settings, continue_prompts
 from .sampling import Sampling
 from .vocabulary import Vocabulary, open_vocabulary
@@ -90,6 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--tokenizer", type=path, metavar="FOLDER", help="with tokenizer.json (default: the model's)")
     add("--eos", default="", type=text, metavar="TOKEN", help="separator of documents (default: that of training)")
     options = parser.parse_args(arguments)
+    refuse_torchrun("eval.generate")
     at_least(options, 1, "tokens", "samples", "batch", "segment")
     at_least(options, 0, "seed")
     if options.seed + options.samples > MOST_SEEDS:

@@ -20,6 +20,7 @@ from torchtitan_deltaproduct.progress import Progress
 
 from ..files import read_results
 from ..options import add_model_options, at_least, load_models, output_folder
+from ..ranks import refuse_torchrun
 from ..swept import Swept, made_by
 from .problems import Problem, model_reader, problem_of
 from .results import Criterion, RunResult, Setting, by_setting, read_settings, table, write_csv, write_json
@@ -62,6 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--solved-beyond", type=float, default=limits.beyond, metavar="A",
         help="and at the tested length of at least this (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(arguments)
+    refuse_torchrun("eval.state_tracking")
     at_least(options, 1, "words", "batch", "segment")
     at_least(options, 0, "length")
     return options

@@ -133,10 +133,12 @@ def problem_of(config: dict, length: int = 0, seed: int | None = None) -> Proble
         source = GroupWordSource(data["group"], length, seed, "test")
         return Problem(data["group"], False, min(seq_len, length), length, source.chance, (source,), seed)
     if data["kind"] == "formal_language":
-        name, longest = data["language"], data["max_length"]
+        name, shortest, longest = data["language"], data["min_length"], data["max_length"]
         length = length or max(256, 4 * longest)
+        if length < shortest:
+            raise ConfigError(f"--length {length}: rows of this run's {name} have at least {shortest} tokens")
         trained = min(longest, length)
-        sources = (FormalSource(name, trained, data["min_length"], trained, seed, "test"),)
+        sources = (FormalSource(name, trained, shortest, trained, seed, "test"),)
         if length > longest:
             sources += (FormalSource(name, length, longest + 1, length, seed, "test"),)
         return Problem(name, True, trained, length, sources[0].chance, sources, seed)
