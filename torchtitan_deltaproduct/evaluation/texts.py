@@ -104,7 +104,7 @@ def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int
         source = {"prepared": stream.manifest.content_sha256}
         tokenizer_id, eos_id = stream.manifest.tokenizer_sha256, stream.manifest.eos_id
     else:
-        source = _source(wanted)
+        source = _source(wanted, folder)
         if tokenizer is None:
             raise DataError(
                 f"{wanted.data} is text, and the model's folder has no tokenizer.json to read it with\n"
@@ -137,7 +137,7 @@ def open_texts(wanted: Wanted, tokenizer: Path | None, folder: Path, eos_id: int
     return Texts(target, about)
 
 
-def _source(wanted: Wanted) -> dict:
+def _source(wanted: Wanted, folder: Path) -> dict:
     """What identifies text: files by name, size and time; a dataset by its name."""
     data, source = wanted.data, {"split": wanted.split, "field": wanted.text_field}
     if not Path(data).exists():
@@ -147,7 +147,7 @@ def _source(wanted: Wanted) -> dict:
                 "Expected a prepared folder, files of text (.txt, .jsonl, .parquet), or a dataset NAME[:CONFIGURATION]."
             )
         return source | {"dataset": data}
-    files = [(str(path), path.stat()) for path in list_files([data])] if not is_dataset(data) else []
+    files = [(str(path), path.stat()) for path in list_files([data], [str(folder)])] if not is_dataset(data) else []
     return source | {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files], "path": data}
 
 

@@ -29,6 +29,14 @@ def prepared(tmp_path, tokenizer):  # noqa: F811
     return tmp_path / "set", make_set(tmp_path / "set", tokenizer, shards)
 
 
+def test_results_inside_of_the_text_that_is_read(tmp_path):
+    """The next evaluation would read them."""
+    (tmp_path / "a.txt").write_text("a text")
+    with pytest.raises(DataError, match=f"^{tmp_path}/out lies in its own input {tmp_path}.\nChoose a folder outside"):
+        open_texts(Wanted(str(tmp_path), 50, 1), tmp_path, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_spread():
     assert spread(5, 9, 0).tolist() == [0, 1, 2, 3, 4] and spread(0, 4, 0).tolist() == []
     picks = spread(1000, 10, 3)
