@@ -362,6 +362,39 @@ def test_the_newest_results_count_whatever_their_folder(tmp_path):
     assert lm_harness.metrics(tmp_path) == {"task loss": 2.0}
 
 
+def test_both_conventions(here, toy_run, tmp_path, capsys, monkeypatch):
+    """One table of both; each is what `--bos no` and `--bos yes` alone come to; a half-done command is not done."""
+    words = [str(toy_run), "--tasks", "py_choice", *LOCAL, "--limit", "8", "--output_path"]
+    found = {}
+    for bos in ("both", "no", "yes"):
+        folder = tmp_path / bos
+        monkeypatch.setattr(sys, "argv", ["eval", *words, str(folder), "--bos", bos])
+        lm_harness.main()
+        found[bos] = lm_harness.metrics(folder)
+        assert lm_harness.SWEPT.made_by(folder)["arguments"] == sys.argv[1:]
+        if bos == "both":
+            printed = capsys.readouterr().out
+    assert found["both"] == found["no"] | found["yes"] and set(found["no"]).isdisjoint(found["yes"])
+    assert {"py_choice acc", "py_choice acc_norm"} <= set(found["no"]) and "py_choice acc, BOS" in found["yes"]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│ py_choice" in line]
+    plain, marked = found["no"]["py_choice acc"], found["yes"]["py_choice acc, BOS"]
+    assert ["py_choice acc", f"{plain:.4f}", f"{marked:.4f}"] in rows
+    max((tmp_path / "both").rglob("results_*.json"), key=lambda file: file.name).unlink()
+    assert lm_harness.SWEPT.made_by(tmp_path / "both") == {} and lm_harness.metrics(tmp_path / "both") == found["no"]
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["RUN", "--bos", "maybe"], "^--bos maybe: expected no, yes, both$"),
+    (["RUN", "--bos"], "^--bos : expected"),
+    (["ls", "tasks", "--bos=yes"], "--bos: not read by ls"),
+    (["--model", "hf", "--bos", "yes", "--model_args", "pretrained=x", "--tasks", "a"], "not read with --model hf"),
+    (["RUN", "--bos", "no", "--model_args", "add_bos_token=True", "--tasks", "a"], "add_bos_token say the same"),
+])  # fmt: skip
+def test_wrong_conventions(here, toy_run, words, said):
+    with pytest.raises(ConfigError, match=said):
+        lm_harness.main([str(toy_run) if word == "RUN" else word for word in words])
+
+
 def test_wrong_commands(here, toy_run, tmp_path):
     with pytest.raises(CheckpointError, match="complete steps there: 4, 6, 8"):
         lm_harness.main([str(toy_run), "--model_args", "step=5", "--tasks", "py_choice", *LOCAL])

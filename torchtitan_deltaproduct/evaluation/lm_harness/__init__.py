@@ -5,12 +5,17 @@
     python -m eval.lm_harness RUN_A RUN_B --tasks swde,squad_completion,fda         the recall tasks of the paper
     python -m eval.lm_harness --model_args pretrained=RUN,step=500,dtype=float32 --tasks lambada_openai --limit 100
     python -m eval.lm_harness RUN --tasks py_choice --include_path tests/lm_tasks   a task of your own, offline
+    python -m eval.lm_harness RUN --tasks arc_challenge --bos both                  in both published conventions
     torchrun --nproc_per_node 8 -m eval.lm_harness RUN --tasks hellaswag            documents shared among the ranks
 
 RUN is a run folder (its newest complete checkpoint, or `step=`), one `checkpoint/step-N`, or a Hugging Face folder.
 All other words are lm-eval's (`run --help`, `ls tasks`, `--num_fewshot`, `--log_samples`, ...); results
 go to RUN/eval/lm_harness unless `--output_path` says otherwise, and `--batch_size` is by the number of tokens unless
 given. Tasks on the hub need the network or its cache. Arguments of the model: `lm_harness.model`.
+
+Published tables differ in two things, which move single cells by many points: whether each context begins with the
+separator of documents (`--bos yes`; default: no; `both` runs one after the other and shows them in one table), and
+whether `acc` or `acc_norm`, by the length of the answers, is told. Say which.
 """
 
 import argparse
@@ -24,6 +29,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
 
 from torchtitan_deltaproduct.checkpoint.folders import is_hf_folder
 from torchtitan_deltaproduct.checkpoint.load import find_checkpoint, run_folder
@@ -35,6 +42,8 @@ from ..swept import Swept
 INSTALL = 'pip install -e ".[lm-eval]" -c constraints.txt'
 COMMANDS = ("run", "ls", "validate")
 """Of lm-eval's command line; without one it is `run`."""
+CONVENTIONS = {"no": [False], "yes": [True], "both": [False, True]}
+"""Of --bos: whether contexts begin with the separator, a pass each."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,11 +56,16 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError(f"the package lm-eval is not installed; it is an optional extra:\n{INSTALL}")
     from lm_eval.utils import setup_logging
 
-    setup_logging(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    first_rank = os.environ.get("RANK", "0") == "0"
+    setup_logging(logging.INFO if first_rank else logging.ERROR)
     command, models, words = split(words)
+    passes, words = conventions(words)
     try:
         for model in models or [None]:
-            execute(command, words, model)
+            for bos in passes:
+                folder = execute(command, words, model, bos)
+            if len(passes) > 1 and first_rank:
+                Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(side_by_side(folder))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -64,8 +78,22 @@ def split(words: list[str]) -> tuple[str, list[str], list[str]]:
     return (command, words[:first], words[first:]) if command == "run" else (command, [], words)
 
 
-def execute(command: str, words: list[str], model: str | None) -> None:
-    """Hands one command over to lm-eval, `run` with our model and defaults filled in."""
+def conventions(words: list[str]) -> tuple[list[bool | None], list[str]]:
+    """What `--bos` asks for, a pass each: whether contexts begin with the separator (None: it is not given); the other
+    words."""
+    rest, value = list(words), ""
+    for place, word in enumerate(words):
+        if word == "--bos" or word.startswith("--bos="):
+            value = word.partition("=")[2] if "=" in word else "".join(words[place + 1 : place + 2])
+            if value not in CONVENTIONS:
+                raise ConfigError(f"--bos {value}: expected {', '.join(CONVENTIONS)}")
+            del rest[place : place + (1 if "=" in word else 2)]
+            break
+    return (CONVENTIONS[value] if value else [None]), rest
+
+
+def execute(command: str, words: list[str], model: str | None, bos: bool | None = None) -> Path:
+    """Hands one command over to lm-eval, `run` with our model and defaults filled in; returns the folder of results."""
     from lm_eval._cli import HarnessCLI
 
     cli, saved = HarnessCLI(), sys.argv
@@ -76,16 +104,20 @@ def execute(command: str, words: list[str], model: str | None) -> None:
     finally:
         sys.argv = saved
     if command == "run":
-        fill(namespace, model)
+        fill(namespace, model, bos)
+    elif bos is not None:
+        raise ConfigError(f"--bos: not read by {command}; leave it out")
     try:
         cli.execute(namespace)
     except ValueError as error:
         if not str(error).startswith(("Tasks not found", "No tasks specified")):
             raise
         raise ConfigError(f"{error}\nlist them: python -m eval.lm_harness ls tasks [--include_path FOLDER]") from error
+    path = Path(getattr(namespace, "output_path", None) or ".")
+    return path.parent if path.suffix == ".json" else path
 
 
-def fill(namespace: argparse.Namespace, model: str | None) -> None:
+def fill(namespace: argparse.Namespace, model: str | None, bos: bool | None) -> None:
     """Sets what the command line and its `--config` leave open: our model, its device, batches, where results go.
 
     Raises:
@@ -101,6 +133,8 @@ def fill(namespace: argparse.Namespace, model: str | None) -> None:
     if given.setdefault("model", NAME) != NAME:
         if model:
             raise ConfigError(f"{model!r} is named and --model {given['model']} too: leave one of them out")
+        if bos is not None:
+            raise ConfigError(f"--bos: not read with --model {given['model']}; leave it out")
         return
     of_model = given.get("model_args") or {}
     of_model = simple_parse_args_string(of_model) if isinstance(of_model, str) else dict(of_model)
@@ -109,6 +143,10 @@ def fill(namespace: argparse.Namespace, model: str | None) -> None:
     if not model and "pretrained" not in of_model:
         raise ConfigError("no model is named: put a run, checkpoint/step-N or Hugging Face folder before the options")
     of_model["pretrained"] = os.path.expanduser(model or str(of_model["pretrained"]))
+    if bos is not None and "add_bos_token" in of_model:
+        raise ConfigError("--bos and --model_args add_bos_token say the same: leave one of them out")
+    if bos is not None:
+        of_model["add_bos_token"] = bos
     if given.get("apply_chat_template"):
         raise ConfigError(NO_TEMPLATE)
     namespace.model, namespace.model_args = NAME, of_model
@@ -149,23 +187,47 @@ def folder_of(model: str, step: int | None) -> Path:
 
 
 def metrics(folder: Path) -> dict[str, float | None]:
-    """Every metric of every task, as lm-eval names them."""
+    """Every metric of every task, as lm-eval names them; `..., BOS` where contexts begin with the separator."""
     values = {}
-    for task, numbers in _newest_results(folder)["results"].items():
-        for name, value in numbers.items():
-            metric, _, variant = name.partition(",")
-            if isinstance(value, int | float) and not metric.endswith("_stderr") and variant:
-                values[f"{task} {metric}" + ("" if variant == "none" else f" ({variant})")] = float(value)
+    for bos, results in sorted(_newest_results(folder).items()):
+        for task, numbers in results["results"].items():
+            for name, value in numbers.items():
+                metric, _, variant = name.partition(",")
+                if isinstance(value, int | float) and not metric.endswith("_stderr") and variant:
+                    metric += "" if variant == "none" else f" ({variant})"
+                    values[f"{task} {metric}{', BOS' * bos}"] = float(value)
     return values
 
 
-def _newest_results(folder: Path) -> dict:
-    """What lm-eval wrote last; DataError if there is nothing."""
+def side_by_side(folder: Path) -> Table:
+    """The metrics of both conventions, a row each."""
+    values = metrics(folder)
+    table = Table(title="contexts without and with the separator before them", title_justify="left")
+    for name in ("task and metric", "without", "with"):
+        table.add_column(name, justify="left" if name.startswith("task") else "right")
+    for name, value in values.items():
+        if f"{name}, BOS" in values:
+            table.add_row(name, f"{value:.4f}", f"{values[f'{name}, BOS']:.4f}")
+    return table
+
+
+def _newest_results(folder: Path) -> dict[bool, dict]:
+    """What the last command made lm-eval write, by whether contexts began with the separator; DataError for nothing."""
     # By the time in their names, whatever the folder of a model that lm-eval put them into.
-    files = sorted(folder.rglob("results_*.json"), key=lambda file: file.name)
+    files = sorted(folder.rglob("results_*.json"), key=lambda file: file.name, reverse=True)
     if not files:
         raise DataError(f"{folder} has no results_*.json of lm-eval\nmake it again: run the eval once more")
-    return json.loads(files[-1].read_text(encoding="utf-8"))
+    found, made_by = {}, None
+    for file in files:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        config = content.get("config", {})
+        made_by = made_by or config.get("made_by")
+        arguments = config.get("model_args") or {}
+        bos = isinstance(arguments, dict) and bool(arguments.get("add_bos_token"))
+        if found and (bos in found or config.get("made_by") != made_by):
+            break
+        found[bos] = content
+    return found
 
 
 class SweptHarness(Swept):
@@ -182,7 +244,9 @@ class SweptHarness(Swept):
 
     def made_by(self, folder: Path) -> dict:
         try:
-            return _newest_results(folder)["config"]["made_by"]
+            found = _newest_results(folder)
+            made_by = next(iter(found.values()))["config"]["made_by"]
+            return made_by if len(found) == len(conventions(made_by["arguments"])[0]) else {}
         except (OSError, ValueError, KeyError, DataError):
             return {}
 
