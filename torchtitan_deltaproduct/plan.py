@@ -228,9 +228,11 @@ def scaling_rows(config: JobConfig, world_size: int, device: str, device_memory:
     own_step = predict(inputs, own)
     tokens = config.training.samples_per_step(config.data_ranks(world_size)) * config.training.seq_len
     used = own_step.efficiency * measured_mfu(config.model)
+    whole = own_step.seconds * config.training.steps
     return [
         *rows,
         ("speed", f"{tokens / own_step.seconds:,.0f} tokens/s", f"as configured, MFU {used:.1%}"),
+        ("whole run", duration(whole), f"{whole * world_size / 3600:,.0f} GPU-hours, without validation and saves"),
         ("smallest batch", f"{smallest_tokens(inputs, best):,} tokens",
          f"a GPU and micro-batch, for {GOOD:.0%} efficiency with {best} shards"),
     ]  # fmt: skip

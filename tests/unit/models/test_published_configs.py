@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchtitan_deltaproduct import plan
 from torchtitan_deltaproduct.config.check import Environment
 from torchtitan_deltaproduct.config.load import load_config
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM, counts
@@ -69,3 +70,20 @@ def test_published_config(path):
     assert (config.optimizer.lr, config.optimizer.weight_decay, training.max_norm) == (3e-4, 0.01, 1.0)
     schedule = config.lr_scheduler
     assert (schedule.warmup_steps, schedule.decay_type, schedule.min_lr_factor) == (512, "cosine", 0.1)
+
+
+def test_the_row_that_no_delta_product_has(capsys):
+    """What the comment of the recipe says of its size, its tokens, its memory and its hours, is what `plan` says."""
+    path = FOLDER.parent / "fineweb_edu/gated_deltaproduct_1300M_n2_4k.toml"
+    comment = " ".join(path.read_text().partition("[job]")[0].replace("#", "").split())
+    config = load_config(["--job.config_file", str(path)], Environment())
+    args, training = config.model, config.training
+    assert f"Parameters: {counts.total_parameters(args):,}." in comment
+    tokens = training.global_batch_size * training.seq_len
+    assert f"Tokens: {tokens * training.steps:,} = {training.steps:,} steps of {tokens:,};" in comment
+    assert f"warm-up {config.lr_scheduler.warmup_steps:,} steps, 1 B tokens" in comment
+    assert config.lr_scheduler.warmup_steps * tokens == pytest.approx(1e9, rel=1e-3)
+    plan.main([str(path), "--world-size", "8", "--device", "H200"])
+    printed = capsys.readouterr().out
+    hours, memory = re.search(r"(\d+) GPU-hours", printed)[1], re.search(r"for work space: ([\d.]+) GB", printed)[1]
+    assert f"not run: {hours} H200-hours and {round(float(memory))} GB a GPU" in comment
