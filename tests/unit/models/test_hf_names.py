@@ -6,13 +6,16 @@ import inspect
 import pytest
 import torch
 
+from tests.toy import REPO
+from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.errors import CheckpointError
-from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
+from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM, counts
 from torchtitan_deltaproduct.models.hf_names import OWN_FIELDS, from_hf, from_hf_config, to_hf, to_hf_config
 
 from .conftest import SETTINGS, small_args, small_model
 
 fla = pytest.importorskip("fla.models.gated_deltaproduct")
+PUBLISHED = sorted((REPO / "train_configs/fineweb").glob("*.toml"))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -65,17 +68,36 @@ def test_a_tied_head_may_be_written_out_but_not_differ():
         from_hf(weights, model.args)
 
 
-def test_the_papers_layout():
-    model = small_model(num_householder=3)
+def papers_layout(state_dict, n):
+    """fla's state dict as the paper's code has it, a matrix each micro-step; of the query convolutions 0 is used."""
     old = {}
-    for name, value in to_hf(model.state_dict(), model.args).items():
+    for name, value in state_dict.items():
         head, _, kind = name.removesuffix(".weight").rpartition(".")
         if kind in ("k_proj", "v_proj", "b_proj", "k_conv1d", "v_conv1d"):
-            old |= {f"{head}.{kind}s.{j}.weight": part for j, part in enumerate(value.chunk(3))}
+            old |= {f"{head}.{kind}s.{j}.weight": part for j, part in enumerate(value.chunk(n))}
         elif kind == "q_conv1d":
-            old |= {f"{head}.q_conv1ds.{j}.weight": value if j == 0 else value + j for j in range(3)}
+            old |= {f"{head}.q_conv1ds.{j}.weight": value if j == 0 else value + j for j in range(n)}
         else:
             old[name] = value
+    return old
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+def test_the_papers_layout_in_every_published_size(file):
+    config = load_config(["--job.config_file", str(file)], Environment()).model
+    args = DeltaProductArgs(
+        **{field.name: getattr(config, field.name) for field in dataclasses.fields(DeltaProductArgs)}
+    )
+    with torch.device("meta"):
+        model = DeltaProductLM(args).state_dict()
+    old = papers_layout(to_hf(model, args), args.num_householder)
+    assert sum(value.numel() for value in old.values()) == counts.paper_parameters(args)
+    assert {k: v.shape for k, v in from_hf(old, args).items()} == {k: v.shape for k, v in model.items()}
+
+
+def test_the_papers_layout():
+    model = small_model(num_householder=3)
+    old = papers_layout(to_hf(model.state_dict(), model.args), 3)
     back = from_hf(old, model.args)
     assert all(torch.equal(value, back[name]) for name, value in model.state_dict().items())
     del old["model.layers.0.attn.k_projs.1.weight"]
