@@ -39,6 +39,12 @@ def part(holder: Any, name: str) -> Any:
     return getattr(holder, name)
 
 
+def constant_result(function: Callable) -> Callable:
+    """As `torch.compiler.assume_constant_result`, without loading the compiler, which takes a second."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 @contextlib.contextmanager
 def process_group_in(store: dist.Store, rank: int, world_size: int) -> Iterator[None]:
     """Within it, `torch.distributed.init_process_group` takes this store, whoever calls it."""

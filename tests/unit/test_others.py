@@ -1,5 +1,7 @@
 """What we rely on inside other people's packages: that it is there, and the versions we admit."""
 
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 
@@ -55,6 +57,28 @@ def test_the_private_parts_of_torch_are_there():
         torch_internals.part(_pin_memory_utils, name)
     with pytest.raises(RuntimeError, match=r"has no torch\.cuda\.nothing; torch_internals.py was written for"):
         torch_internals.part(torch.cuda, "nothing")
+
+
+def test_a_constant_result_is_marked_as_torch_marks_it():
+    ours, theirs = torch_internals.constant_result(lambda: 1), torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(ours) == vars(theirs)
+
+
+def test_what_nobody_asked_for_is_not_imported():
+    """Seconds of every start: torch's compiler, and what torchtitan imports for float8, attention and its own data."""
+    code = """
+import sys
+from torchtitan_deltaproduct.config.load import load_config
+print([name for name in ("torch._dynamo", "datasets", "pandas") if name in sys.modules])
+from torchtitan_deltaproduct.config.stand_ins import MODULES, stand_ins
+with stand_ins():
+    import torchtitan_deltaproduct.titan.trainer
+print([name for name in ("torch._inductor.compile_fx", "datasets", *MODULES) if name in sys.modules])
+from torchtitan.models.attention import FlexAttentionWrapper
+from torchtitan.components.quantization.float8 import Float8LinearConverter
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert (ended.returncode, ended.stdout.splitlines()) == (0, ["[]", "[]"]), ended.stderr
 
 
 def test_a_torchtitan_without_a_patched_part_is_named(monkeypatch):

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-from torchtitan.config import job_config as titan
-
 from ..models.args import DeltaProductArgs
 from ..optimizers import OPTIMIZERS
 from ..options import (
@@ -32,6 +30,10 @@ from ..options import (
     option,
     read_with,
 )  # fmt: skip
+from .stand_ins import stand_ins
+
+with stand_ins():
+    from torchtitan.config import job_config as titan
 
 PREPARED = read_with("data.kind", "prepared")
 STREAMING = read_with("data.kind", "streaming")

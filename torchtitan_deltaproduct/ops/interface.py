@@ -15,6 +15,7 @@ from torchtitan_deltaproduct.ops import custom_op, documents, fla_backend, shard
 from torchtitan_deltaproduct.ops.normalize import contractive_beta, normalise
 from torchtitan_deltaproduct.ops.ranks import SequenceRanks
 from torchtitan_deltaproduct.ops.recurrent import recurrent_gated_delta_product
+from torchtitan_deltaproduct.torch_internals import constant_result
 
 BACKENDS = ("auto", "recurrent", "chunk", "fla", "triton")
 
@@ -128,7 +129,7 @@ def gated_delta_product(
 
 
 # Under torch.compile this runs as plain Python while the graph is traced: it may log and look at the machine.
-@torch.compiler.assume_constant_result
+@constant_result
 def resolve_backend(
     backend: str,
     device_type: str,

@@ -26,6 +26,7 @@ from ..checkpoint.marker import checksum
 from ..config import JobConfig
 from ..config.compare import compare_configs, keep_warmup, rate_rises, refuse_breaking
 from ..config.snapshots import read_snapshot, snapshot, write_snapshot
+from ..config.stand_ins import stand_ins
 from ..data import separator_id
 from ..data.check import check_data
 from ..data.text.tokenizer import copy_tokenizer, same_tokenizer
@@ -103,9 +104,10 @@ def build(config: JobConfig, stopping: Stopping) -> "Trainer | None":
         config.lr_scheduler.warmup_steps, config.checkpoint.load_step = warmup_steps, load_step
         if past is Past.FINISHED:
             return None
-        device.install(device_type, config.metrics.peak_flops)
+        with stand_ins():
+            device.install(device_type, config.metrics.peak_flops)
 
-        from .trainer import Trainer  # after `install`: torchtitan's modules bind the device as they are imported
+            from .trainer import Trainer  # after `install`: torchtitan's modules bind the device as they are imported
 
         trainer = Trainer(config, current, stopping, draw=not will_load_weights(config, past))
     trainer.owns_group = owns_group
