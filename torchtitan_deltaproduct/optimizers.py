@@ -22,14 +22,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .torch_internals import muon_parts
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose class takes half a second to import."""
+    return hasattr(tensor, "to_local")
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 @torch.no_grad()
@@ -45,7 +49,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     parts = [local(gradient) for gradient in gradients]
     norms_by_layout = defaultdict(list)
     for gradient, norm in zip(gradients, torch._foreach_norm(parts), strict=True):
-        layout = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else (None, ())
+        layout = (gradient.device_mesh, gradient.placements) if is_dtensor(gradient) else (None, ())
         norms_by_layout[layout].append(norm)
     total = torch.zeros((), dtype=torch.float64, device=parts[0].device)
     for (mesh, placements), norms in norms_by_layout.items():
@@ -121,7 +125,7 @@ class Muon(_OnLocalParts, torch.optim.Muon):
             return torch.cat([newton_schulz(part, *settings) for part in matrix.chunk(group.get("stacked", 1))])
 
         ranks, device = row_group(whole[0]), updates[0].device
-        if isinstance(whole[0], DTensor):
+        if is_dtensor(whole[0]):
             # Weights that are offloaded to the host are orthogonalised on the device all the same.
             device = whole[0].device_mesh.device_type
         updates = [update.to(device, torch.bfloat16) for update in updates]
@@ -132,7 +136,7 @@ class Muon(_OnLocalParts, torch.optim.Muon):
 
 def row_group(tensor: Tensor) -> dist.ProcessGroup | None:
     """The ranks that share the rows of a matrix; None where each has all of them (one rank, or replicas)."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return None
     mesh = tensor.device_mesh
     sharded = [i for i, placement in enumerate(tensor.placements) if placement.is_shard(0) and mesh.size(i) > 1]

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .args import DeltaProductArgs
 
@@ -50,6 +49,9 @@ def init_parameters(model: nn.Module, args: DeltaProductArgs, seed: int) -> None
     Raises:
         ValueError: a parameter is still on the meta device.
     """
+    # Half a second, which a command that makes no weights need not spend.
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     for name, parameter in model.named_parameters():
         name = plain_name(name)
         if parameter.is_meta:
