@@ -10,6 +10,7 @@ train_configs/claims/NAME.toml is a grid (`launch.grid`) with these tables more:
     title = "S3: two reflections a token follow a triangle, one does not"
     expectation = "..."                                      # and its `source`, and a `budget`; `gpus` it needs
     readme = ["{laptop_S3_n2_pm1 | solved}"]                 # sentences of README.md with numbers of the results
+    columns = ["solved"]                                     # of the table (default: all, but for the horizon)
 
     [[expect]]
     settings = ["laptop_S3_n2_pm1"]
@@ -40,6 +41,7 @@ from torchtitan_deltaproduct.errors import ConfigError, DataError, nearest
 from torchtitan_deltaproduct.evaluation.figures import COLOURS, picture
 from torchtitan_deltaproduct.evaluation.files import finite
 from torchtitan_deltaproduct.evaluation.length_extrapolation.figures import seeds_figure
+from torchtitan_deltaproduct.evaluation.state_tracking import HORIZON
 from torchtitan_deltaproduct.evaluation.state_tracking.figures import accuracy_figure
 from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, Setting, by_setting
 from torchtitan_deltaproduct.files import read_text, write_atomically
@@ -56,7 +58,8 @@ CLAIMS, RESULTS, PAGE, README = (
 )
 TEXTS = ("title", "expectation", "source", "budget")
 OF_CLAIM = dict.fromkeys(TEXTS, (str, "a text")) | {
-    "gpus": (int, "a whole number"), "readme": (list, "a list of sentences")}  # fmt: skip
+    "gpus": (int, "a whole number"), "readme": (list, "a list of sentences"),
+    "columns": (list, "a list of names of metrics")}  # fmt: skip
 OF_EXPECTATION = {
     "settings": (list, "a list of settings"), "metric": (str, "the name of a number"),
     "at_least": (int | float, "a number"), "below": (int | float, "a number"), "under": (str, "a setting"),
@@ -115,6 +118,7 @@ class Claim:
     gpus: int
     readme: list[str]
     expect: list[Expectation]
+    columns: list[str]
 
     @property
     def settings(self) -> list[str]:
@@ -203,7 +207,8 @@ def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overri
     refuse_wrong(f"{file}: [claim]", table, OF_CLAIM, TEXTS)
     texts = [" ".join(table[name].split()) for name in TEXTS]
     expect = expectations(file, grid.tree.get("expect", []), settings)
-    claim = Claim(file.stem, grid, *texts, table.get("gpus", 0), table.get("readme", []), expect)
+    lists = table.get("readme", []), expect, table.get("columns", [])
+    claim = Claim(file.stem, grid, *texts, table.get("gpus", 0), *lists)
     if not grid.as_written:
         return claim
     recorded = {(result.setting, result.seed) for result in results_of(claim).summary.results}
@@ -392,7 +397,11 @@ Verdict: **{judged.word}**{":" if lines else ""}{lines}
 
 def table(claim: Claim, summary: Summary) -> str:
     """The table of a claim as Markdown: evaluations where there are any, and a row for what was not run, too."""
-    header, lines = summary.without(FINAL if claim.grid.evaluations else ()).cells()
+    known = dict.fromkeys(name for result in summary.results for name in result.metrics)
+    hidden = {*HORIZON, *(FINAL if claim.grid.evaluations else ())}
+    header, lines = summary.without(
+        [name for name in known if name not in (claim.columns or known.keys() - hidden)]
+    ).cells()
     rows = {line[0]: line for line in lines}
     blank = ["not run yet", *[""] * (len(header) - 2)]
     lines = [[claim.label(setting), *rows.get(setting, ["", *blank])[1:]] for setting in claim.settings]

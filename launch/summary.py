@@ -117,4 +117,4 @@ def cell(name: str, values: list[float | None]) -> str:
 def show(value: float, percent: bool) -> str:
     if percent:
         return f"{100 * value:.1f}"
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -25,6 +25,9 @@ from ..swept import Swept, made_by
 from .problems import Problem, model_reader, problem_of
 from .results import Criterion, RunResult, Setting, by_setting, read_settings, table, write_csv, write_json
 
+HORIZON = ("horizon", "predicted horizon", "predicted over measured horizon")
+"""Names of metrics: tokens, tokens, and their ratio, of those runs that have them."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
@@ -105,13 +108,17 @@ def write(settings: list[Setting], criterion: Criterion, stem: Path, origin: dic
 
 
 def metrics(folder: Path) -> dict[str, float | None]:
-    """Accuracy at the training length and at the tested one, and whether it counts as solved."""
+    """Accuracy at the training length and at the tested one, whether it counts as solved, and up to where half of the
+    words are right (`horizon`)."""
     (setting,) = read_results(folder / "state_tracking.json", "settings")
-    return {
+    values = {
         "accuracy at the training length": setting["accuracy_at_training_length"]["mean"],
         "accuracy at the tested length": setting["accuracy_at_length"]["mean"],
         "solved": float(setting["solved"]),
     }
+    measured, predicted = (setting["runs"][0].get(name) for name in ("horizon", "predicted_horizon"))
+    values |= {name: value for name, value in zip(HORIZON, (measured, predicted), strict=False) if value is not None}
+    return values | ({HORIZON[2]: predicted / measured} if measured and predicted else {})
 
 
 def compare(files: list[Path], names: list[str], stem: Path) -> None:

@@ -9,7 +9,7 @@ themselves take 8 bytes each. No position before the first element is counted: t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from torchtitan_deltaproduct.data.packing import IGNORE
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.models.decode import init_cache, prefill
+
+from .horizon import REACH
 
 MAX_TOKENS = 2**22
 """Tokens of a batch of words that are held at once; a single longer word is its own batch."""
@@ -41,6 +43,8 @@ class Counts:
     """[L] int64, those of them whose label is predicted (arg max over the whole vocabulary)."""
     prefix: np.ndarray
     """[L] int64, words that are right at every labelled position up to this one."""
+    least_margin: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """[up to 2 training lengths] float64, median over words of the least margin so far (`horizon`); [0] if unknown."""
 
     def accuracy(self) -> np.ndarray:
         """[L] float64: share of right answers at each position; NaN where no word has a label."""
@@ -59,6 +63,13 @@ def model_reader(model: DeltaProductLM) -> Reader:
         return prefill(model, tokens.to(device), init_cache(model, len(tokens)) if cache is None else cache)
 
     return read
+
+
+def margins_of(logits: Tensor, answers: Tensor, scored: Tensor) -> Tensor:
+    """[B, T] float32: the logit of the right answer less the largest other, infinite where nothing is asked."""
+    index = answers.clamp(min=0).unsqueeze(-1)
+    others = logits.float().scatter(-1, index, -torch.inf).amax(-1)
+    return torch.where(scored, logits.float().gather(-1, index).squeeze(-1) - others, torch.inf)
 
 
 @dataclass(frozen=True)
@@ -89,12 +100,13 @@ class Problem:
         That many `rows` are read at a time, by segments, which change the results by rounding alone; `progress` is
         called with the number of tokens after each.
         """
-        totals = np.zeros((3, self.length), dtype=np.int64)
+        totals, least = np.zeros((3, self.length), dtype=np.int64), []
+        reach = 0 if self.formal else min(self.length, REACH * self.train_length)
         for source in self.sources:
             step = max(1, min(rows, MAX_TOKENS // source.seq_len))
             for first in range(0, words, step):
                 inputs, labels = source.batch(np.arange(first, min(first + step, words)))
-                cache, intact = None, True
+                cache, intact, margins = None, True, []
                 for start in range(0, source.seq_len, segment):
                     piece = slice(start, min(start + segment, source.seq_len))
                     logits, cache = read(inputs["input"][:, piece], cache)
@@ -102,9 +114,14 @@ class Problem:
                     scored, right = answers != IGNORE, logits.argmax(-1) == answers
                     prefix = (right | ~scored).cumprod(1).bool() & intact
                     intact = prefix[:, -1:]
+                    if start < reach:
+                        margins.append(margins_of(logits, answers, scored)[:, : reach - start])
                     totals[:, piece] += torch.stack([scored, right, prefix]).sum(1).cpu().numpy()
                     progress(answers.numel())
-        return Counts(words * len(self.sources), *totals)
+                if margins:
+                    least.append(torch.cat(margins, 1).cummin(1).values.cpu().numpy())
+        medians = [np.median(np.concatenate(least), 0)] if least else []
+        return Counts(words * len(self.sources), *totals, *medians)
 
     def tokens(self, words: int) -> int:
         """Tokens that `count` reads."""

@@ -21,6 +21,7 @@ from torchtitan_deltaproduct.intervals import wilson
 from torchtitan_deltaproduct.models.args import DeltaProductArgs
 
 from .. import files
+from .horizon import horizon, predicted_horizon
 from .problems import Counts, Problem
 
 # What tells settings apart, beside the problem: the whole model and how it was trained, but for its seeds.
@@ -87,6 +88,7 @@ class RunResult:
         problem = Problem(setting["problem"], formal, record["train_length"], record["length"], record["chance"], (),
                           record["test_seed"])  # fmt: skip
         counts = [record["scored"], record["correct"], record.get("prefix_correct", [0] * record["length"])]
+        counts.append(record.get("least_margin", []))
         seeds = (record["data_seed"], record["model_seed"])
         return cls(record["run"], problem, Counts(record["words"], *map(np.array, counts)), setting["settings"], seeds,
                    record["step"], record["steps_planned"])  # fmt: skip
@@ -129,6 +131,15 @@ class RunResult:
         """Share of words that are right at every position up to this one."""
         return Share.of(int(self.counts.prefix[position - 1]), self.counts.words)
 
+    @property
+    def horizon(self) -> int | None:
+        """The last position up to which half of the words are right; None: beyond the tested length."""
+        return horizon(self.counts.prefix, self.counts.words)
+
+    @property
+    def predicted_horizon(self) -> float | None:
+        return predicted_horizon(self.counts.least_margin, self.problem.train_length)
+
     def scaled(self, accuracy: float) -> float:
         """(accuracy - chance) / (1 - chance)."""
         return (accuracy - self.problem.chance) / (1 - self.problem.chance)
@@ -163,6 +174,8 @@ class RunResult:
             record["prefix_accuracy_at_training_length"] = vars(self.prefix(problem.train_length))
             record["prefix_accuracy_at_length"] = vars(self.prefix(problem.length))
             record["prefix_correct"] = counts.prefix.tolist()
+            record |= {"horizon": self.horizon, "predicted_horizon": self.predicted_horizon}
+            record["least_margin"] = counts.least_margin.tolist()
         return record
 
 
@@ -261,7 +274,7 @@ def table(settings: list[Setting], criterion: Criterion) -> Table:
     out = Table(title="State tracking: token accuracy on held-out words", title_justify="left")
     for name in ("problem", "setting", "seed"):
         out.add_column(name)
-    for name in ("training length", "tested length", "whole words", "solved"):
+    for name in ("training length", "tested length", "whole words", "half right to", "solved"):
         out.add_column(name, justify="right")
     for setting in settings:
         names, seeds = (setting.problem.name, setting.label), len(setting.runs)
@@ -269,7 +282,7 @@ def table(settings: list[Setting], criterion: Criterion) -> Table:
             lengths = {"at_training": setting.problem.train_length, "at_length": setting.problem.length}
             means = [f"{setting.spread(name)['mean']:.1%} @ {length:,}" for name, length in lengths.items()]
             solved = f"{setting.solved(criterion)} of {seeds}"
-            out.add_row(*names, f"mean of {seeds}", *means, "", solved, style="bold")
+            out.add_row(*names, f"mean of {seeds}", *means, "", "", solved, style="bold")
             names = ("", "")
         for run in setting.runs:
             unfinished = f" (step {run.step:,} of {run.steps:,})" if run.step < run.steps else ""
@@ -284,7 +297,11 @@ def _numbers(run: RunResult) -> list[str]:
     for share, length in ((run.at_training, run.problem.train_length), (run.at_length, run.problem.length)):
         scaled = f", scaled {run.scaled(share.value):.2f}" if run.problem.formal else ""
         cells.append(f"{share.value:.1%} @ {length:,}{scaled}\n[dim]{share.low:.1%} to {share.high:.1%}[/]")
-    return [*cells, "" if run.problem.formal else f"{run.prefix(run.problem.length).value:.1%}"]
+    if run.problem.formal:
+        return [*cells, "", ""]
+    reached = f"over {run.problem.length:,}" if run.horizon is None else f"{run.horizon:,}"
+    predicted = "" if run.predicted_horizon is None else f"\n[dim]predicted {run.predicted_horizon:,.0f}[/]"
+    return [*cells, f"{run.prefix(run.problem.length).value:.1%}", reached + predicted]
 
 
 def write_json(path: Path, settings: list[Setting], criterion: Criterion, made_by: dict) -> None:

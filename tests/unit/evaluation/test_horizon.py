@@ -1,0 +1,80 @@
+"""The horizon of a solved model, measured and predicted."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.evaluation.test_state_tracking import small_model
+from tests.unit.evaluation.words_toy import fake
+from torchtitan_deltaproduct.data.generated.group_words import GroupWordSource
+from torchtitan_deltaproduct.data.packing import IGNORE
+from torchtitan_deltaproduct.evaluation.state_tracking.horizon import horizon, predicted_horizon
+from torchtitan_deltaproduct.evaluation.state_tracking.problems import Counts, Problem, margins_of, model_reader
+from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, by_setting
+
+
+def losing(margin: float, grows: float, begin: float, length: int = 64) -> np.ndarray:
+    """What is left of a margin that has lost `begin` at first and e^(1 / `grows`) times that at each position more."""
+    left = margin - begin * np.exp(np.arange(length) / grows)
+    left[0] = margin
+    return left
+
+
+@pytest.mark.parametrize(("margin", "grows", "begin"), [(12.0, 30.0, 0.1), (8.0, 100.0, 0.5), (12.0, 25.0, 0.01)])
+def test_a_loss_that_grows_by_a_constant_factor(margin, grows, begin):
+    """margin = begin e^((t - 1) / grows) at the horizon t."""
+    expected = 1 + grows * np.log(margin / begin)
+    assert predicted_horizon(losing(margin, grows, begin), 32) == pytest.approx(expected, rel=1e-6)
+    # Positions without a label, and those beyond twice the training length, are not looked at.
+    gaps = losing(margin, grows, begin, 80)
+    gaps[64:], gaps[:3], gaps[20:24] = -100.0, [np.inf, np.inf, margin], np.inf
+    assert predicted_horizon(gaps, 32) == pytest.approx(expected, rel=1e-6)
+
+
+def test_where_there_is_nothing_to_predict():
+    assert predicted_horizon(losing(12.0, 30.0, 0.1, 63), 32) is None, "not read far enough"
+    assert predicted_horizon(losing(12.0, 10.0, 0.1), 32) is None, "it has erred already"
+    assert predicted_horizon(np.full(64, 12.0), 32) is None, "it loses nothing"
+    assert predicted_horizon(np.full(64, np.inf), 32) is None, "nothing was asked"
+    assert predicted_horizon(np.empty(0), 32) is None
+
+
+def test_measured():
+    assert horizon(np.array([10, 10, 6, 5, 4, 0]), 10) == 4 and horizon(np.array([10, 7]), 10) is None
+    assert horizon(np.array([0, 0]), 10) == 0
+
+
+def test_margins():
+    logits = torch.tensor([[[3.0, 1.0, -2.0], [0.5, 2.0, 0.0], [1.0, 1.0, 1.0]]])
+    labels = torch.tensor([[0, 2, IGNORE]])
+    assert margins_of(logits, labels, labels != IGNORE).tolist() == [[2.0, -2.0, torch.inf]]
+
+
+def test_the_least_margins_of_a_model():
+    """One word, one position at a time, and the median; segments and batches change nothing."""
+    model, source = small_model(), GroupWordSource("S3", 20, split="test")
+    inputs, labels = source.batch(np.arange(11))
+    logits = model(inputs["input"]).detach()
+    margins = np.empty((11, 16))
+    for word in range(11):
+        for t in range(16):
+            right = logits[word, t, labels[word, t]].item()
+            margins[word, t] = right - max(x for i, x in enumerate(logits[word, t].tolist()) if i != labels[word, t])
+    expected = [np.median([min(row[: t + 1]) for row in margins]) for t in range(16)]
+    problem = Problem("S3", False, 8, 20, 1 / 6, (source,), 0)
+    for rows, segment in ((11, 20), (4, 3)):
+        counts = problem.count(model_reader(model), 11, rows, segment)
+        np.testing.assert_allclose(counts.least_margin, expected, rtol=1e-5)
+
+
+def test_it_is_in_the_record_and_comes_back():
+    problem = Problem("S3", False, 32, 128, 1 / 6, (), 0)
+    prefix = np.r_[np.full(100, 10), np.full(28, 2)]
+    run = fake(problem, Counts(10, np.full(128, 10), prefix, prefix, losing(12.0, 30.0, 0.1)))
+    assert (run.horizon, round(run.predicted_horizon)) == (100, 145)
+    (setting,) = by_setting([run])
+    record = setting.to_dict(Criterion())
+    back = RunResult.from_dict(record["runs"][0], record)
+    assert (back.horizon, back.predicted_horizon) == (run.horizon, run.predicted_horizon)
+    del record["runs"][0]["least_margin"]
+    assert RunResult.from_dict(record["runs"][0], record).predicted_horizon is None, "of an earlier version"
