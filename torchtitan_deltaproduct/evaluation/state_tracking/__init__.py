@@ -4,7 +4,8 @@
     python -m eval.state_tracking outputs/state_tracking/*/seed-* --length 512    a table and a picture of all
     python -m eval.state_tracking RUN --interpret                                 beta and keys of each head
 
-RUN is a run on generated words, or an export of it by `to_hf`. Runs that differ in their seeds alone are averaged.
+RUN is a run on generated words, or an export of it by `to_hf`. Runs that differ in their seeds alone are averaged. Of a
+group the table also says up to where half of the words are right throughout, and what `horizon` predicts of that.
 Results go to `--out`, by default RUN/eval: state_tracking.json, .csv and .png.
 """
 
