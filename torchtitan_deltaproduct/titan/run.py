@@ -64,7 +64,7 @@ def run(config: JobConfig, stopping: Stopping | None = None) -> None:
                     record_stop(config, config.training.steps, "finished", True)
             elif config.checkpoint.create_seed_checkpoint:
                 trainer.checkpointer.save(0, last_step=True)
-                logger.info("seed checkpoint written to %s", trainer.checkpointer.folder)
+                logger.info("the seed checkpoint is in %s", trainer.checkpointer.folder)
             else:
                 ended = trainer.train()
                 if os.environ["RANK"] == "0":
