@@ -125,21 +125,22 @@ class Claim:
         return list(dict.fromkeys(run.setting for run in self.grid.runs))
 
     def label(self, setting: str) -> str:
-        """`n_h = 2, [-1, 1]`, with optimizer and steps where settings differ in them; the setting's name where that
-        does not tell them apart."""
-        configs = {run.setting: run.config for run in self.grid.runs}
-        others = {name: (config.optimizer.name, f"{config.training.steps:,} steps") for name, config in configs.items()}
-        varied = [len(set(values)) > 1 for values in zip(*others.values(), strict=True)]
-        labels = {
-            name: ", ".join(
-                [
-                    f"n_h = {config.model.num_householder}",
-                    "[-1, 1]" if config.model.allow_neg_eigval else "[0, 1]",
-                    *itertools.compress(others[name], varied),
-                ]
+        """`n_h = 2, [-1, 1]`, with group, optimizer and steps where settings differ in them; the setting's name where
+        that does not tell them apart."""
+        parts = {
+            run.setting: (
+                run.config.data.group,
+                f"n_h = {run.config.model.num_householder}",
+                "[-1, 1]" if run.config.model.allow_neg_eigval else "[0, 1]",
+                run.config.optimizer.name,
+                f"{run.config.training.steps:,} steps",
             )
-            for name, config in configs.items()
+            for run in self.grid.runs
         }
+        varied = [
+            place in (1, 2) or len(set(values)) > 1 for place, values in enumerate(zip(*parts.values(), strict=True))
+        ]
+        labels = {name: ", ".join(itertools.compress(values, varied)) for name, values in parts.items()}
         return labels[setting] if len(set(labels.values())) == len(labels) else setting
 
     @property
