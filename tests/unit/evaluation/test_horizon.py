@@ -31,6 +31,15 @@ def test_a_loss_that_grows_as_the_rule_says(margin, grows, begin):
     assert predicted_horizon(gaps, 32) == pytest.approx(expected, rel=1e-6)
 
 
+def test_half_to_twice_the_training_length_is_looked_at():
+    given = losing(12.0, 30.0, 0.1)
+    expected = predicted_horizon(given, 32)
+    for place, counts in ((14, False), (15, True), (25, True), (63, True)):
+        changed = given.copy()
+        changed[place] -= 1.0
+        assert (predicted_horizon(changed, 32) != expected) is counts, place
+
+
 def test_where_there_is_nothing_to_predict():
     assert predicted_horizon(losing(12.0, 30.0, 0.1, 63), 32) is None, "not read far enough"
     assert predicted_horizon(losing(12.0, 5.0, 0.1), 32) is None, "it has erred already"
