@@ -164,7 +164,7 @@ MUTANTS = [
         ("config/load.py", "whole = schema()[key].record.is_prose and", "whole = False and", "tests/unit/config/test_load.py"),
         ("titan/metrics.py", "self.tensorboard.log_settings(hyperparameters(self.job_config), step)", "pass", TITAN + "test_metrics.py"),
         ("checkpoint/model_card.py", "*([f\"license: {license}\"] if license else []),", "", CHECKPOINT + "test_hf.py"),
-        ("evaluation/state_tracking/horizon.py", "reach, begin = REACH * train_length, train_length // 2", "reach, begin = REACH * train_length, train_length", "tests/unit/evaluation/test_horizon.py"),
+        ("evaluation/state_tracking/horizon.py", "fitted = (positions >= reach // 4) & (positions <= reach) & (lost > 0)", "fitted = (positions <= reach) & (lost > 0)", "tests/unit/evaluation/test_horizon.py"),
         ("evaluation/state_tracking/problems.py", "least.append(torch.cat(margins, 1).cummin(1).values.cpu().numpy())", "least.append(torch.cat(margins, 1).cpu().numpy())", "tests/unit/evaluation/test_horizon.py"),
         ("evaluation/lm_harness/__init__.py", "return made_by if len(found) == len(conventions(made_by[\"arguments\"])[0]) else {}", "return made_by", "tests/unit/evaluation/test_lm_harness.py"),
         ("config/stand_ins.py", "del sys.modules[name]", "pass", "tests/unit/test_others.py"),

@@ -23,7 +23,7 @@ from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.models.decode import init_cache, prefill
 
-from .horizon import REACH
+from .horizon import MOST_LENGTHS
 
 MAX_TOKENS = 2**22
 """Tokens of a batch of words that are held at once; a single longer word is its own batch."""
@@ -44,7 +44,7 @@ class Counts:
     prefix: np.ndarray
     """[L] int64, words that are right at every labelled position up to this one."""
     least_margin: np.ndarray = field(default_factory=lambda: np.empty(0))
-    """[up to 2 training lengths] float64, median over words of the least margin so far (`horizon`); [0] if unknown."""
+    """[up to 16 training lengths] float64, median over words of the least margin so far (`horizon`); [0]: unknown."""
 
     def accuracy(self) -> np.ndarray:
         """[L] float64: share of right answers at each position; NaN where no word has a label."""
@@ -101,7 +101,7 @@ class Problem:
         called with the number of tokens after each.
         """
         totals, least = np.zeros((3, self.length), dtype=np.int64), []
-        reach = 0 if self.formal else min(self.length, REACH * self.train_length)
+        reach = 0 if self.formal else min(self.length, MOST_LENGTHS * self.train_length)
         for source in self.sources:
             step = max(1, min(rows, MAX_TOKENS // source.seq_len))
             for first in range(0, words, step):

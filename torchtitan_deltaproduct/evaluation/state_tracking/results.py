@@ -138,7 +138,7 @@ class RunResult:
 
     @property
     def predicted_horizon(self) -> float | None:
-        return predicted_horizon(self.counts.least_margin, self.problem.train_length)
+        return predicted_horizon(self.counts.least_margin)
 
     def scaled(self, accuracy: float) -> float:
         """(accuracy - chance) / (1 - chance)."""
@@ -175,7 +175,7 @@ class RunResult:
             record["prefix_accuracy_at_length"] = vars(self.prefix(problem.length))
             record["prefix_correct"] = counts.prefix.tolist()
             record |= {"horizon": self.horizon, "predicted_horizon": self.predicted_horizon}
-            record["least_margin"] = counts.least_margin.tolist()
+            record["least_margin"] = counts.least_margin.round(4).tolist()
         return record
 
 
