@@ -110,11 +110,14 @@ def cell(name: str, values: list[float | None]) -> str:
         low, high = wilson(sum(known), len(known))
         return f"{sum(known):.0f} of {len(known)} ({100 * low:.0f} to {100 * high:.0f} %)"
     percent = "accuracy" in name
-    mean, low, high = (show(value, percent) for value in (sum(known) / len(known), min(known), max(known)))
+    shown = sum(known) / len(known), min(known), max(known)
+    mean, low, high = (show(value, percent, max(map(abs, shown))) for value in shown)
     return mean + (" %" if percent else "") + ("" if len(known) == 1 else f" ({low} to {high})")
 
 
-def show(value: float, percent: bool) -> str:
+def show(value: float, percent: bool, largest: float = 0.0) -> str:
+    """A number, with as few digits as a larger one beside it."""
     if percent:
         return f"{100 * value:.1f}"
-    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+    size = max(abs(value), largest)
+    return f"{value:.4f}" if size < 100 else f"{value:,.1f}" if size < 1000 else f"{value:,.0f}"
