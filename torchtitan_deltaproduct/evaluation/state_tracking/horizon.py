@@ -12,7 +12,7 @@ at the horizon, about twice as far.
 An observation, not a theorem. The rule was found on thirteen models of S3 (train_configs/claims/S3.toml, horizons of 3
 to 9 training lengths of 32 tokens): in twelve it is off by a factor of 1.5 at most, by 1.75 in the other, on average
 by 2 %. Read up to twice the training length alone, the same models give 8 of 13. The claim `horizon` holds it to models
-that it was not found on.
+that it was not found on (docs/science.md).
 """
 
 import numpy as np
