@@ -2,7 +2,7 @@
 
     python -m benchmarks.effective_rank                            # heads of 32, 64 and 128; one thread, then two
     python -m benchmarks.effective_rank --head-dims 128 --threads 2
-    python -m benchmarks.effective_rank --device cuda              # ours on the GPU, NumPy on the CPU
+    python -m benchmarks.effective_rank --device cuda              # states on the GPU, eigenvalues on the CPU
 
 The first table is the function alone, `evaluation.effective_rank.singular_values` on float32 states of a random
 recurrence, beside a Python loop of `np.linalg.svd(S)`, as scripts usually have it, the same with `compute_uv=False`,

@@ -125,15 +125,15 @@ class Claim:
         return list(dict.fromkeys(run.setting for run in self.grid.runs))
 
     def label(self, setting: str) -> str:
-        """`n_h = 2, [-1, 1]`, with group, optimizer and steps where settings differ in them; the setting's name where
+        """`n_h = 2, [-1, 1]`, with group, steps and optimizer where settings differ in them; the setting's name where
         that does not tell them apart."""
         parts = {
             run.setting: (
                 run.config.data.group,
                 f"n_h = {run.config.model.num_householder}",
                 "[-1, 1]" if run.config.model.allow_neg_eigval else "[0, 1]",
-                run.config.optimizer.name,
                 f"{run.config.training.steps:,} steps",
+                run.config.optimizer.name,
             )
             for run in self.grid.runs
         }

@@ -27,7 +27,7 @@ from .torch_internals import muon_parts
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, whose class takes half a second to import."""
+    """Whether it is a DTensor, whose class is slow to import."""
     return hasattr(tensor, "to_local")
 
 

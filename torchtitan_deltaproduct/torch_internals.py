@@ -40,7 +40,7 @@ def part(holder: Any, name: str) -> Any:
 
 
 def constant_result(function: Callable) -> Callable:
-    """As `torch.compiler.assume_constant_result`, without loading the compiler, which takes a second."""
+    """As `torch.compiler.assume_constant_result`, without loading the compiler, which is slow."""
     function._dynamo_marked_constant = True
     return function
 

@@ -54,6 +54,18 @@ def test_killed_and_restarted(toy, run, tmp_path, mode):
     assert toys.learned(killed) == toys.learned(run)
 
 
+def test_pinned_saves_hold_the_same_bits(toy, tmp_path):
+    """Of every step, while training goes on."""
+    steps = ("--training.steps", "24", "--lr_scheduler.total_steps", "24", "--checkpoint.interval", "1")
+    runs = {mode: tmp_path / mode for mode in ("disabled", "async_with_pinned_mem")}
+    for mode, folder in runs.items():
+        toys.launch(toy, folder, *MODEL, "--compile.enable", *steps, "--checkpoint.async_mode", mode)
+    plain, pinned = runs.values()
+    assert toys.learned(plain) == toys.learned(pinned)
+    for step in range(1, 25):
+        toys.assert_same_weights(toys.weights(pinned, step), toys.weights(plain, step))
+
+
 def test_evals_agree_with_the_cpu(toy, run, tmp_path):
     from torchtitan_deltaproduct.evaluation import effective_rank, length_extrapolation
     from torchtitan_deltaproduct.evaluation.files import read_results

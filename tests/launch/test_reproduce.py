@@ -80,6 +80,30 @@ def test_verdict(toy_claim, solving, others, word, line):
     assert verdict.word == word and line in "\n".join(verdict.lines) and bool(line) is bool(verdict.lines)
 
 
+def test_a_claim_that_expects_nothing_is_measured(toy_claim):
+    toy_claim.write_text(toy_claim.read_text().partition("[[expect]]")[0])
+    assert judged(read_claim(toy_claim), (1.0,), (0.3,)) == claims.Verdict("measured", [])
+
+
+def test_the_horizon_is_a_column_where_it_is_asked_for(toy_claim):
+    metrics = {"solved": 1.0, "loss": 0.5, "horizon": 63.0}
+    summary = Summary([Result("n2", 1, metrics), Result("n2", 2, metrics | {"horizon": 591.0})], planned=2)
+    assert claims.table(read_claim(toy_claim), summary).startswith("| setting | seeds | solved |\n")
+    toy_claim.write_text(toy_claim.read_text().replace("[claim]", '[claim]\ncolumns = ["horizon"]'))
+    shown = claims.table(read_claim(toy_claim), summary)
+    assert shown.startswith("| setting | seeds | horizon |\n") and "| 327.0 (63.0 to 591.0) |" in shown
+
+
+def test_labels_say_what_settings_differ_in(toy_claim):
+    content = toy_claim.read_text()
+    n1, n2 = '{ "model.num_householder" = 1 }', '{ "model.num_householder" = 2 }'
+    toy_claim.write_text(content.replace(n1, n2.replace("}", ', "training.steps" = 1, "data.group" = "Z6" }')))
+    labels = [read_claim(toy_claim).label(name) for name in ("n1", "n2")]
+    assert labels == ["Z6, n_h = 2, [-1, 1], 1 steps", "S3, n_h = 2, [-1, 1], 2 steps"]
+    toy_claim.write_text(content.replace(n1, n2.replace("}", ', "optimizer.lr" = 1e-4 }')))
+    assert [read_claim(toy_claim).label(name) for name in ("n1", "n2")] == ["n1", "n2"]
+
+
 def test_a_setting_without_runs_is_no_success(toy_claim):
     claim = read_claim(toy_claim)
     assert judged(claim, (1.0,), ()).word == "not as expected" and "n1" in claim.settings

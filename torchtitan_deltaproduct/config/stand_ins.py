@@ -3,8 +3,8 @@
     with stand_ins():
         from torchtitan import train
 
-Converters to float8, kernels of attention and Hugging Face datasets are nothing of ours, and took more than half of the
-time until a wrong TOML is told, or a run begins: they load torch's compiler and code generators, pyarrow and pandas.
+Converters to float8, kernels of attention and Hugging Face datasets are nothing of ours, and load torch's compiler and
+code generators, pyarrow and pandas: seconds, until a wrong TOML is told or a run begins.
 Whoever imports them later gets the real ones.
 """
 

@@ -49,7 +49,7 @@ def init_parameters(model: nn.Module, args: DeltaProductArgs, seed: int) -> None
     Raises:
         ValueError: a parameter is still on the meta device.
     """
-    # Half a second, which a command that makes no weights need not spend.
+    # Slow to import: a command that makes no weights need not wait for it.
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Everything that is changed inside torchtitan, in one place.
+"""Everything that is changed inside torchtitan, in one place; what it is imported without: `config.stand_ins`.
 
 Written for torchtitan 0.2.2, which pyproject.toml pins. Each patch first looks for the part that it replaces; where
 that is missing, the run ends at its start with an error that names this file.

@@ -112,3 +112,16 @@ def test_layouts_and_dtypes():
     torch.testing.assert_close(effective_rank(narrow), effective_rank(narrow.float()), rtol=0, atol=0)
     assert effective_rank(states[:0]).shape == (0, 2, 3)
     assert effective_rank(states[0, 0, 0]).shape == ()
+
+
+def test_a_core_a_matrix_leaves_torch_its_threads(monkeypatch):
+    """They are cut in parts, four a core."""
+    before, seen = torch.get_num_threads(), []
+    original = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda part: seen.append(torch.get_num_threads()) or original(part))
+    torch.set_num_threads(2)
+    try:
+        effective_rank(torch.randn(9, 4, 4))
+        assert len(seen) == 8 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -6,7 +6,7 @@
 The effective rank is exp(-sum_i p_i ln p_i) with p the singular values over their sum (Roy & Vetterli 2007): r equal
 ones and the rest zero give r. It needs no singular vectors, so they are the roots of the eigenvalues of S^T S (or
 S S^T, the smaller) in float64, by LAPACK, a matrix a core: cores that share one matrix of this size are slower than one
-alone, and so is a GPU.
+alone (`python -m benchmarks.effective_rank`).
 
 Squaring costs precision where it does not matter: an eigenvalue is off by some 1e-15 of the largest, so a singular
 value s below the largest s_1 is off by 1e-15 s_1^2 / s. Those below sqrt(2.2e-16 max(K, V)) s_1, 1.7e-7 s_1 at 128,

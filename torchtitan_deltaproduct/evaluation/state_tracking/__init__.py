@@ -118,7 +118,7 @@ def metrics(folder: Path) -> dict[str, float | None]:
         "solved": float(setting["solved"]),
     }
     measured, predicted = (setting["runs"][0].get(name) for name in ("horizon", "predicted_horizon"))
-    values |= {name: value for name, value in zip(HORIZON, (measured, predicted), strict=False) if value is not None}
+    values |= {name: value for name, value in zip(HORIZON[:2], (measured, predicted), strict=True) if value is not None}
     return values | ({HORIZON[2]: predicted / measured} if measured and predicted else {})
 
 

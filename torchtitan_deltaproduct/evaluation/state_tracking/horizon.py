@@ -7,12 +7,10 @@ The horizon is the last position up to which half of the words are right through
 logit of the right answer less the largest of the others. A solved model starts with a margin m, and a word loses of it
 as errors of the state are carried on. The logarithm of the loss, ln(m - median over words of the least margin up to
 t), is close to a line in t^(3/4); fitted from a quarter of the way up to where a third of m is lost, it reaches ln(m)
-at the horizon, about twice as far.
+at the horizon.
 
-An observation, not a theorem. The rule was found on thirteen models of S3 (train_configs/claims/S3.toml, horizons of 3
-to 9 training lengths of 32 tokens): in twelve it is off by a factor of 1.5 at most, by 1.75 in the other, on average
-by 2 %. Read up to twice the training length alone, the same models give 8 of 13. The claim `horizon` holds it to models
-that it was not found on (docs/science.md).
+An observation, not a theorem: the rule was found on models of S3, and the claim `horizon` (docs/science.md) holds it to
+models that it was not found on.
 """
 
 import numpy as np
