@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -87,6 +88,22 @@ def muon_parts() -> tuple[Callable, Callable]:
     """torch.optim.Muon's orthogonalisation, and its learning rate of a matrix by its shape."""
     module = import_module("torch.optim._muon")
     return part(module, "_zeropower_via_newtonschulz"), part(module, "_adjust_lr")
+
+
+def force_compiler_settings(config: ModuleType, settings: dict[str, Any]) -> None:
+    """Sets what `config` (`torch._dynamo.config`, `torch._inductor.config`) names, for good and for all threads.
+
+    An assignment is not enough. Whenever Dynamo has compiled a function it calls `torch.use_deterministic_algorithms`
+    with what that was before, which sets Inductor's `deterministic` to False; and in torch 2.13 an assignment holds in
+    the thread that made it, while autograd compiles the backward pass of a GPU in its own. What an environment variable
+    forces yields to neither, so the settings are put where such a variable would put them.
+    """
+    for name, value in settings.items():
+        entry = part(config, "_config")[name]
+        part(entry, "env_value_force")
+        # The assignment makes the compiler's caches forget what they know of the settings.
+        setattr(config, name, value)
+        entry.env_value_force = value
 
 
 def start_compile_workers() -> None:

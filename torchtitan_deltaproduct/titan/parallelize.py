@@ -26,7 +26,7 @@ from torchtitan.tools import utils
 from ..config.job import JobConfig
 from ..memory import reshard_after_forward
 from ..ops import SAVE_FOR_SELECTIVE_AC, SequenceRanks
-from ..torch_internals import checkpointed
+from ..torch_internals import checkpointed, force_compiler_settings
 from .stopping import shield_compile_workers
 
 logger = logging.getLogger(__name__)
@@ -113,11 +113,10 @@ def set_up_compiler() -> None:
     from torch._inductor import config as inductor
 
     shield_compile_workers()
-    inductor.deterministic = True
-    inductor.triton.autotune_pointwise = False
-    dynamo.automatic_dynamic_shapes = False
-    dynamo.automatic_dynamic_local_pgo = False
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    force_compiler_settings(inductor, {"deterministic": True, "triton.autotune_pointwise": False})
+    limit = max(dynamo.recompile_limit, 64)
+    lengths = {"automatic_dynamic_shapes": False, "automatic_dynamic_local_pgo": False}
+    force_compiler_settings(dynamo, lengths | {"recompile_limit": limit})
 
 
 def data_parallel_mesh(parallel_dims: ParallelDims, job_config: JobConfig) -> tuple[DeviceMesh | None, str]:

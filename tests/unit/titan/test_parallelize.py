@@ -1,5 +1,7 @@
 """What torch.compile is told, for the code that a shape gets to be a function of that shape; who keeps states."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch._dynamo import config as dynamo
@@ -11,17 +13,19 @@ from torchtitan_deltaproduct.config import load_config
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.titan import parallelize
 
+LENGTHS = "automatic_dynamic_shapes", "automatic_dynamic_local_pgo", "recompile_limit"
+CHOICES = {"deterministic": False, "triton.autotune_pointwise": True}
+
 
 @pytest.fixture
 def compiler_settings(monkeypatch):
     """Those that `set_up_compiler` may change are given back."""
     monkeypatch.setattr(parallelize, "shield_compile_workers", lambda: None)
-    names = "automatic_dynamic_shapes", "automatic_dynamic_local_pgo", "recompile_limit"
     torch._dynamo.reset()
-    with (
-        dynamo.patch({name: getattr(dynamo, name) for name in names}),
-        inductor.patch({"deterministic": False, "triton.autotune_pointwise": True}),
-    ):
+    for config, names in (dynamo, LENGTHS), (inductor, CHOICES):
+        for name in names:
+            monkeypatch.setattr(config._config[name], "env_value_force", config._config[name].env_value_force)
+    with dynamo.patch({name: getattr(dynamo, name) for name in LENGTHS}), inductor.patch(CHOICES):
         yield
     torch._dynamo.reset()
 
@@ -42,9 +46,19 @@ def test_a_length_has_a_graph_of_its_own(compiler_settings):
 
 
 def test_no_kernel_is_chosen_by_timing(compiler_settings):
+    """Not the second function either, nor in autograd's thread: torch takes back what is only assigned."""
+
+    def chosen_by_timing() -> list[str]:
+        names = "max_autotune", "max_autotune_pointwise", "coordinate_descent_tuning", "triton.autotune_pointwise"
+        return [name for name in names if inductor._get_dict()[name]] + ["reductions"] * (not inductor.deterministic)
+
     parallelize.set_up_compiler()
-    assert inductor.deterministic and not inductor.triton.autotune_pointwise
-    assert not (inductor.max_autotune or inductor.max_autotune_pointwise or inductor.coordinate_descent_tuning)
+    x = torch.ones(8, requires_grad=True)
+    torch.compile(lambda x: x.sin().sum())(x).backward()
+    assert chosen_by_timing() == []
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(chosen_by_timing).result() == []
+        assert thread.submit(lambda: dynamo.recompile_limit).result() >= 64
 
 
 @pytest.mark.parametrize(
