@@ -37,7 +37,10 @@ def test_it_runs_on_our_kernels_and_learns(run):
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
-def test_killed_and_restarted(toy, run, tmp_path, mode):
+def test_killed_and_restarted(toy, run, tmp_path, mode, monkeypatch):
+    """As on another node, where nothing is compiled yet."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     killed, options = tmp_path / "run", (*MODEL, "--compile.enable", "--checkpoint.async_mode", mode)
     process = toys.launch(toy, killed, *options, wait=False)
     toys.wait_for(killed, "step 5/8", 300)
@@ -52,6 +55,22 @@ def test_killed_and_restarted(toy, run, tmp_path, mode):
         differing[step] = [name for name in names if not torch.equal(ours[name], theirs[name])]
     assert resumed and not any(differing.values()), (resumed, differing)
     assert toys.learned(killed) == toys.learned(run)
+    # Where Inductor keeps which of several variants of a kernel was fastest.
+    assert [*tmp_path.rglob("*.py")] and not [*tmp_path.rglob("*.best_config")]
+
+
+def test_runs_that_compile_at_the_same_time_agree(toy, tmp_path, monkeypatch):
+    """Each with empty caches and on a GPU that others keep busy, where a choice by timing is a matter of luck."""
+    runs = [tmp_path / str(i) for i in range(6)]
+    processes = []
+    for folder in runs:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{folder}-inductor")
+        monkeypatch.setenv("TRITON_CACHE_DIR", f"{folder}-triton")
+        processes.append(toys.launch(toy, folder, *MODEL, "--compile.enable", wait=False))
+    assert [process.wait(timeout=300) for process in processes] == [0] * len(runs)
+    for folder in runs[1:]:
+        assert toys.learned(folder) == toys.learned(runs[0])
+        toys.assert_same_weights(toys.weights(folder, 8), toys.weights(runs[0], 8))
 
 
 def test_pinned_saves_hold_the_same_bits(toy, tmp_path):
