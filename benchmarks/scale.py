@@ -148,7 +148,7 @@ def of_records(run: Path, lines: int, runs: int = 50) -> dict[str, float]:
     """
     from torchtitan_deltaproduct.events import append, read_events
     from torchtitan_deltaproduct.history import ends, overview
-    from torchtitan_deltaproduct.titan.metrics import restore_history
+    from torchtitan_deltaproduct.titan.records import restore_history
 
     run.mkdir()
     path = run / "metrics.jsonl"

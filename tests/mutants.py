@@ -137,7 +137,7 @@ MUTANTS = [
         ("titan/optimizer.py", "group.update(values)", "pass", TITAN + "test_optimizer.py tests/dist/test_optimizers.py"),
         ("titan/samples.py", "ids += [token] * goes_on", "ids += [token]", TITAN + "test_samples.py"),
         ("titan/samples.py", "scores[1::2].softmax(1), 1, generator=generator", "scores[1::2].softmax(1), 1", TITAN + "test_samples.py"),
-        ("titan/metrics.py", "set_repeated_aside(path, step - redone)", "set_repeated_aside(path, step)", TITAN + "test_samples.py"),
+        ("titan/records.py", "set_repeated_aside(path, step - redone)", "set_repeated_aside(path, step)", TITAN + "test_samples.py"),
         ("titan/spikes.py", "spread = max(1.4826 * statistics.median(abs(x - median) for x in self.losses), SMALLEST)", "spread = 1.4826 * statistics.median(abs(x - median) for x in self.losses) or 1.0", TITAN + "test_spikes.py"),
         ("titan/stopping.py", "return time.time() + 2 * step_seconds + 2 * save_seconds + self.margin >= self.deadline", "return time.time() + self.margin >= self.deadline", TITAN + "test_stopping.py"),
         ("titan/validator.py", "\"bits_per_byte\": loss_sum / math.log(2) / n_bytes,", "\"bits_per_byte\": loss_sum / math.log(2) / tokens,", TITAN + "test_validator.py"),

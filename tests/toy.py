@@ -65,6 +65,10 @@ mode = "none"
 log_freq = 1
 """
 
+TIMINGS = {"time", "tokens_per_second", "mfu", "memory_gib", "data_seconds", "seconds", "failed_saves", "lost_records",
+           "goodput"}  # fmt: skip
+"""Fields of a record that describe the machine, not the training."""
+
 
 def make_data(folder: Path) -> Path:
     """Prepares folder/data/{train,validation} from sources of the standard library."""
@@ -147,9 +151,7 @@ def records(run: Path) -> list[dict]:
 
 def learned(run: Path) -> dict:
     """What a run computed, without timings: {(step, name): value}."""
-    from torchtitan_deltaproduct.titan.metrics import TIMING_FIELDS
-
-    skip = TIMING_FIELDS | {"step", "validation_seconds"}
+    skip = TIMINGS | {"step", "validation_seconds"}
     return {(r["step"], name): value for r in records(run) for name, value in r.items() if name not in skip}
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from torchtitan_deltaproduct import history, status
 from torchtitan_deltaproduct.history import blocks_from_the_end, ends, of_a_step, open_records, overview, read_jsonl
-from torchtitan_deltaproduct.titan.metrics import restore_history
+from torchtitan_deltaproduct.titan.records import restore_history
 
 
 def write(path, steps, every=1000):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.distributed import ParallelDims
 
 from ..config.job import LRScheduler, Optimizer
 from ..config.schedule import Schedule
@@ -103,7 +102,16 @@ class GroupedOptimizers(OptimizersContainer):
 
 
 class Schedules(LRSchedulersContainer):
-    """torchtitan's container, whose only state is the step: the rate of a step is a function of config and step."""
+    """torchtitan's container, whose only state is the step: the rate of a step is a function of config and step.
+
+    Args:
+        optimizers: whose rate it sets.
+        table: warm-up, perhaps a stable phase, then cosine, linear or square-root decay: see `config.schedule`.
+        steps: of the training.
+    """
+
+    def __init__(self, optimizers: GroupedOptimizers, table: LRScheduler, steps: int) -> None:
+        super().__init__(optimizers, Schedule.of(table, steps))
 
     def state_dict(self) -> dict[str, int]:
         return {"version": 1, "last_epoch": self.schedulers[0].last_epoch}
@@ -115,13 +123,3 @@ class Schedules(LRSchedulersContainer):
             for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             scheduler._last_lr = rates
-
-
-def build_lr_schedulers(optimizers: GroupedOptimizers, config: LRScheduler, training_steps: int) -> Schedules:
-    """Warm-up, perhaps a stable phase, then cosine, linear or square-root decay: see `config.schedule`."""
-    return Schedules(optimizers, Schedule.of(config, training_steps))
-
-
-def build_optimizers(model_parts: list[nn.Module], config: Optimizer, parallel_dims: ParallelDims) -> GroupedOptimizers:
-    """The optimizers `config` names, over the parameters of `model_parts`."""
-    return GroupedOptimizers(model_parts, config)

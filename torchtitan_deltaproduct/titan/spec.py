@@ -14,8 +14,8 @@ from ..config.job import JobConfig
 from ..data import GENERATED, build_loader
 from ..models import DeltaProductLM, counts
 from ..models.args import DeltaProductArgs
-from .metrics import build_metrics_processor
-from .optimizer import build_lr_schedulers, build_optimizers
+from .metrics import MetricsProcessor
+from .optimizer import GroupedOptimizers, Schedules
 from .parallelize import parallelize
 from .patches import add_train_spec
 from .validator import HeldOutValidator, Validator
@@ -38,10 +38,6 @@ class ModelArgs(BaseModelArgs):
         """Parameters, and FLOPs per token of a training step (forward and backward), by formulas that fit `model`."""
         counts.check_formulas(model, self.architecture)
         return counts.total_parameters(self.architecture), counts.training_flops_per_token(self.architecture)
-
-
-def build_model(args: ModelArgs) -> DeltaProductLM:
-    return DeltaProductLM(args.architecture, seed=args.seed)
 
 
 def build_training_loader(dp_world_size: int, dp_rank: int, tokenizer, job_config: JobConfig):
@@ -67,17 +63,17 @@ def build_validator(job_config: JobConfig, **given) -> HeldOutValidator:
 def register(job_config: JobConfig) -> None:
     """Makes `job_config.model` the model torchtitan builds."""
     spec = TrainSpec(
-        model_cls=build_model,
+        model_cls=lambda args: DeltaProductLM(args.architecture, seed=args.seed),
         model_args={job_config.model.flavor: ModelArgs()},
         parallelize_fn=parallelize,
         pipelining_fn=None,
-        build_optimizers_fn=build_optimizers,
-        build_lr_schedulers_fn=build_lr_schedulers,
+        build_optimizers_fn=lambda model_parts, config, _dims: GroupedOptimizers(model_parts, config),
+        build_lr_schedulers_fn=Schedules,
         build_dataloader_fn=build_training_loader,
         build_tokenizer_fn=None,
         # The model computes its loss itself, and torchtitan only hands on what this returns.
         build_loss_fn=lambda job_config, **given: None,
         build_validator_fn=build_validator,
-        build_metrics_processor_fn=build_metrics_processor,
+        build_metrics_processor_fn=lambda job_config, parallel_dims, *_: MetricsProcessor(job_config, parallel_dims),
     )
     add_train_spec(job_config.model.name, spec)

@@ -13,7 +13,8 @@ from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.events import read_events
 from torchtitan_deltaproduct.history import read_jsonl
 from torchtitan_deltaproduct.titan import metrics
-from torchtitan_deltaproduct.titan.metrics import RecordFile, TensorBoard, restore_history, set_repeated_aside
+from torchtitan_deltaproduct.titan.metrics import TensorBoard
+from torchtitan_deltaproduct.titan.records import RecordFile, restore_history, set_repeated_aside
 
 
 def write(path, steps, tail="", time=100.0):

@@ -8,7 +8,7 @@ from torchtitan_deltaproduct.config.schedule import Schedule
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
 from torchtitan_deltaproduct.models.counts import hidden_matrices
 from torchtitan_deltaproduct.titan import device
-from torchtitan_deltaproduct.titan.optimizer import build_lr_schedulers, build_optimizers
+from torchtitan_deltaproduct.titan.optimizer import GroupedOptimizers, Schedules
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 8}
 
@@ -20,8 +20,8 @@ def build(lr=1e-2, **options):
     args = DeltaProductArgs(**SMALL, use_forget_gate=True, use_output_gate=True, tie_word_embeddings=False)
     model = DeltaProductLM(args)
     model.init_weights()
-    optimizers = build_optimizers([model], Optimizer(lr=lr, **options), None)
-    return model, optimizers, build_lr_schedulers(optimizers, LRScheduler(warmup_steps=2, decay_type="cosine"), 10)
+    optimizers = GroupedOptimizers([model], Optimizer(lr=lr, **options))
+    return model, optimizers, Schedules(optimizers, LRScheduler(warmup_steps=2, decay_type="cosine"), 10)
 
 
 def test_only_matrices_decay():
