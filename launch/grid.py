@@ -47,7 +47,7 @@ from torchtitan_deltaproduct.config.load import parse_overrides
 from torchtitan_deltaproduct.config.problems import raise_if_any
 from torchtitan_deltaproduct.config.schema import schema
 from torchtitan_deltaproduct.config.snapshots import read_snapshot, snapshot
-from torchtitan_deltaproduct.config.values import show
+from torchtitan_deltaproduct.config.values import flatten, show
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 from torchtitan_deltaproduct.evaluation.options import make_folder
 from torchtitan_deltaproduct.evaluation.sweep.collect import metrics_of, pictures
@@ -63,7 +63,6 @@ from torchtitan_deltaproduct.jobs import (
     report_failures,
     run_jobs,
 )
-from torchtitan_deltaproduct.runs import flatten
 
 from .node import TRAIN
 from .sbatch import submit_jobs

@@ -18,7 +18,7 @@ from typing import Any
 
 from . import arguments
 from .config.snapshots import read_snapshot
-from .config.values import shorten, show
+from .config.values import flatten, shorten, show
 from .errors import CheckpointError, UserError
 from .events import began, read_events
 from .files import read_bytes
@@ -29,8 +29,6 @@ from .models.counts import training_flops_per_token
 
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 """Characters that steer a terminal, turn the direction of writing or are none; not tabs and ends of lines."""
-DEPTH = 8
-"""Tables within tables of a config; deeper ones are no settings."""
 
 
 @dataclass
@@ -179,15 +177,6 @@ def damage(path: Path, records: list | None) -> str:
     if records is None or complete <= len(records):
         return "" if path.stat().st_size else "empty"
     return f"{complete - len(records)} of {complete} lines damaged, left out"
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"model": {"head_dim": 64}}` -> `{"model.head_dim": 64}`."""
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        deeper = isinstance(value, Mapping) and prefix.count(".") < DEPTH
-        flat |= flatten(value, f"{prefix}{name}.") if deeper else {f"{prefix}{name}": value}
-    return flat
 
 
 def short_names(runs: list[Path]) -> list[str]:

@@ -12,8 +12,8 @@ from tests.toy import REPO
 
 PACKAGE = "torchtitan_deltaproduct"
 LAYERS = [
-    {"errors", "files", "history", "events", "arguments", "devices", "flops", "formats", "intervals", "jobs",
-     "options", "optimizers", "processes", "progress", "torch_internals"},
+    {"agreement", "errors", "files", "history", "events", "arguments", "devices", "flops", "formats", "intervals",
+     "jobs", "options", "optimizers", "processes", "progress", "torch_internals"},
     {"ops"},
     {"models"},
     {"config"},

@@ -19,7 +19,7 @@ from ..options import OTHER_MODEL, Resume, breaking, harmless, notable
 from .job import OTHER_DATA, OTHER_ROUNDING, JobConfig, LRScheduler
 from .schedule import Schedule
 from .schema import schema
-from .values import shorten, show
+from .values import flatten, shorten, show
 
 VERSION = notable("results may differ in rounding")
 UNKNOWN_TO_ONE = "only one of the two versions has it"
@@ -175,19 +175,9 @@ def rate_rises(saved: Mapping[str, Any], config: JobConfig, step: int) -> str:
 
 def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys: those of the config without a prefix, the other parts under their name."""
-    flat: dict[str, Any] = {}
-
-    def walk(tree: Mapping[str, Any], prefix: str) -> None:
-        for name, value in tree.items():
-            if isinstance(value, Mapping):
-                walk(value, f"{prefix}{name}.")
-            else:
-                flat[f"{prefix}{name}"] = value
-
-    walk(content.get("config", {}), "")
-    walk(content.get("derived", {}), "derived.")
-    walk(content.get("versions", {}), "versions.")
     identity = content.get("extra", {}).get("data_identity")
-    if identity is not None:
-        flat["extra.data_identity"] = identity
-    return flat
+    return {
+        **flatten(content.get("config", {})),
+        **flatten({name: content.get(name, {}) for name in ("derived", "versions")}),
+        **({} if identity is None else {"extra.data_identity": identity}),
+    }

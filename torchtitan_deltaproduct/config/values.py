@@ -13,12 +13,15 @@ import math
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import nearest
 
 _YES, _NO = {"yes", "true", "on", "1", "y"}, {"no", "false", "off", "0", "n"}
 _NONE = {"none", "null", "nil"}
+DEPTH = 8
+"""Tables within tables of a config; deeper ones are no settings."""
 
 
 def conform(value: Any, hint: Any) -> Any:
@@ -158,3 +161,12 @@ def _parse_list(text: str, element: Any) -> Any:
         except tomllib.TOMLDecodeError:
             return text
     return [parse_text(item.strip(), element) for item in text.split(",")] if text.strip() else []
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"model": {"head_dim": 64}}` -> `{"model.head_dim": 64}`."""
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        deeper = isinstance(value, Mapping) and prefix.count(".") < DEPTH
+        flat |= flatten(value, f"{prefix}{name}.") if deeper else {f"{prefix}{name}": value}
+    return flat

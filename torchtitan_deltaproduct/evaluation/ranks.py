@@ -13,15 +13,14 @@ What is done need not take equally long: nobody gives up waiting.
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from torchtitan_deltaproduct.errors import ConfigError, UserError
+from torchtitan_deltaproduct.agreement import T, from_rank_0
+from torchtitan_deltaproduct.errors import ConfigError
 
 PATIENCE = timedelta(days=30)
-T = TypeVar("T")
 
 
 def refuse_torchrun(command: str) -> None:
@@ -49,19 +48,7 @@ class Ranks:
 
     def first(self, do: Callable[[], T]) -> T:
         """What `do` returns on rank 0, where alone it is called; a UserError it raises is raised on all ranks."""
-        if self.world == 1:
-            return do()
-        outcome: list = [None, None]
-        if self.rank == 0:
-            try:
-                outcome[0] = do()
-            except UserError as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0)
-        result, error = outcome
-        if error is not None:
-            raise error
-        return result
+        return from_rank_0(do)
 
     def wait(self) -> None:
         """Returns when all ranks have come here."""

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components import checkpoint as stock
 
 from .. import events
+from ..agreement import from_rank_0
 from ..checkpoint.folders import (
     CheckpointInfo,
     Retention,
@@ -46,6 +47,7 @@ from ..checkpoint.marker import SAVING, ours, write_marker, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from ..checkpoint.staging import Stager
 from ..checkpoint.writer import About, MarkedWriter, planner_for
+from ..config.job import Checkpoint
 from ..errors import CheckpointError, first_line
 from ..torch_internals import forget_checkpoint_process
 from .stopping import deaf_children
@@ -62,20 +64,15 @@ class CheckpointManager(stock.CheckpointManager):
     Attributes:
         snapshot: settings to store beside each save.
         run: the run folder, for events.
-        keep_every: steps divisible by it are kept for good; 0: none.
-        keep_best: so many of the best by validation are kept.
-        verify_on_load: whether to compare checksums before resuming.
         failed_saves: number of saves of this launch that failed.
     """
 
     snapshot: dict | None = None
     run: Path = Path()
-    keep_every: int = 0
-    keep_best: int = 0
-    verify_on_load: bool = True
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, checkpoint_config: Checkpoint, **kwargs) -> None:
+        super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
+        self.verify_on_load = checkpoint_config.verify_on_load
         self.failed_saves = 0
         self.retry_at: int | None = None
         self.saving_step: int | None = None
@@ -83,8 +80,10 @@ class CheckpointManager(stock.CheckpointManager):
         self.writer_lost = False
         self.durations: list[float] = []
         self.staging = False
-        self.retention: Retention | None = None
         self.deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-deleter")
+        if self.enable:
+            kept = checkpoint_config.keep_every, checkpoint_config.keep_best
+            self.retention = Retention(self.folder, self.keep_latest_k, *kept)
         if self.enable and self.async_mode != stock.AsyncMode.DISABLED:
             self.stager = Stager(shared=self.async_mode == stock.AsyncMode.ASYNC_WITH_PINNED_MEM)
 
@@ -274,9 +273,7 @@ class CheckpointManager(stock.CheckpointManager):
 
     def _is_saved(self, step: int) -> bool:
         """Whether this very step is complete already (rank 0 looks for all)."""
-        complete = [inspect(Path(self._create_checkpoint_id(step)), step).complete if dist.get_rank() == 0 else False]
-        dist.broadcast_object_list(complete, src=0)
-        return complete[0]
+        return from_rank_0(lambda: inspect(Path(self._create_checkpoint_id(step)), step).complete)
 
     @torch.no_grad()
     def load(self, step: int = -1) -> CheckpointInfo | None:
@@ -332,23 +329,16 @@ class CheckpointManager(stock.CheckpointManager):
 
     def _next(self, folders: Iterator[CheckpointInfo]) -> tuple[CheckpointInfo, bool] | None:
         """The next of rank 0's `folders` and whether it was complete once, on all ranks; None after the last."""
-        info = next(folders, None)
-        seen = [None if info is None else (info, info.complete or was_complete(info.path))]
-        dist.broadcast_object_list(seen, src=0)
-        return seen[0]
+
+        def look() -> tuple[CheckpointInfo, bool] | None:
+            info = next(folders, None)
+            return None if info is None else (info, info.complete or was_complete(info.path))
+
+        return from_rank_0(look)
 
     def _initial(self) -> CheckpointInfo:
         """What `initial_load_path` names, as rank 0 sees it: it may be a run that is still saving."""
-        outcome: list[CheckpointInfo | CheckpointError | None] = [None]
-        if dist.get_rank() == 0:
-            try:
-                outcome = [initial_checkpoint(Path(self.initial_load_path))]
-            except CheckpointError as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, src=0)
-        if isinstance(outcome[0], CheckpointError):
-            raise outcome[0]
-        return outcome[0]
+        return from_rank_0(lambda: initial_checkpoint(Path(self.initial_load_path)))
 
     def _set_newer_aside(self, step: int) -> None:
         """After `load_step`: later steps belong to a past that is being written anew, and must not be resumed from."""
@@ -372,12 +362,11 @@ class CheckpointManager(stock.CheckpointManager):
         return [problem for problems in by_rank for problem in problems]
 
     def _no_such_step(self, asked: int, reason: str) -> str:
-        have = [", ".join(str(i.step) for i in scan(self.folder) if i.complete) if dist.get_rank() == 0 else ""]
-        dist.broadcast_object_list(have, src=0)
+        have = from_rank_0(lambda: ", ".join(str(i.step) for i in scan(self.folder) if i.complete))
         why = f": {reason}" if reason else ""
         return (
             f"checkpoint.load_step = {asked}, but {self.folder} has no complete step {asked}{why}\n"
-            f"complete steps there: {have[0] or 'none'}; name one of them, or leave load_step out for the newest"
+            f"complete steps there: {have or 'none'}; name one of them, or leave load_step out for the newest"
         )
 
     def _load_from(self, info: CheckpointInfo, model_only: bool) -> None:
@@ -402,21 +391,18 @@ class CheckpointManager(stock.CheckpointManager):
                 done.result()
 
     def _purge(self, running: int | None) -> None:
-        self.retention = self.retention or Retention(self.folder, self.keep_latest_k, self.keep_every, self.keep_best)
         try:
             surplus = self.retention.surplus()
         except OSError as error:
             logger.warning("old checkpoints are not deleted, the folder cannot be read: %s", error)
             return
         for info in surplus:
-            if info.step != running:
-                self._delete(info)
-
-    def _delete(self, info: CheckpointInfo) -> None:
-        try:
-            delete(info.path)
-        except OSError as error:
-            logger.warning("checkpoint step %d could not be deleted: %s", info.step, error)
+            if info.step == running:
+                continue
+            try:
+                delete(info.path)
+            except OSError as error:
+                logger.warning("checkpoint step %d could not be deleted: %s", info.step, error)
 
     def _newest(self) -> str:
         complete = [info.step for info in scan(self.folder) if info.complete]

@@ -48,15 +48,6 @@ def resumed(
     """The line at a restart: from what, why the run had stopped, and where in the data it is.
 
     `resumed step 12,000 of 66,758 (saved 14:02 on SIGUSR1, 16 -> 8 ranks); data at token 6.29 B`
-
-    Args:
-        info: the checkpoint it resumed from.
-        past: events of the launches before.
-        ranks: of this launch.
-        step: optimizer steps taken.
-        steps: of the whole run.
-        tokens: training tokens consumed.
-        now: seconds since 1970; None: by the clock.
     """
     saved, today = time.localtime(info.marker.time), time.localtime(now)
     when = time.strftime("%H:%M" if saved[:3] == today[:3] else "%Y-%m-%d %H:%M", saved)

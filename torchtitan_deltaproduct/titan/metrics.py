@@ -27,11 +27,10 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 
 from ..config.job import JobConfig
-from ..config.values import shorten
+from ..config.values import flatten, shorten
 from ..files import utf8_path
 from ..formats import clock
 from ..history import ends, of_a_step
-from ..runs import flatten
 from .records import RecordFile, restore_history
 
 logger = logging.getLogger(__name__)

@@ -6,30 +6,24 @@ or a dead NCCL identifier, and the restart is lost. So ranks first agree on a na
 process group lives under it.
 
     with own_store() as store:
-        settings = from_rank_0(look_at_the_run_folder, store)
+        settings = from_rank_0(look_at_the_run_folder, store)          # agreement.py
         torch.distributed.init_process_group("gloo")
 """
 
 import os
-import pickle
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
 
 import torch.distributed as dist
 
-from ..errors import UserError
 from ..torch_internals import process_group_in
 
-T = TypeVar("T")
 FIRST_POLL, LAST_POLL = 0.02, 0.5
 """Seconds between looks at the store, at first and in the end: a thousand ranks that wait must not keep it busy."""
-LONGEST_LOOK = timedelta(minutes=30)
-"""What rank 0 may take for what it does for all."""
 _store: dist.Store | None = None
 """Of this start, once ranks have agreed on it."""
 
@@ -61,40 +55,6 @@ def own_store(timeout: timedelta = timedelta(minutes=5)) -> Iterator[dist.Store 
     _store = named
     with process_group_in(named, rank, ranks):
         yield named
-
-
-def from_rank_0(function: Callable[[], T], store: dist.Store | None) -> T:
-    """What `function` returns on rank 0, on all ranks; a `UserError` that it raises there is raised on all.
-
-    Args:
-        function: without collectives; what it returns or raises is pickled.
-        store: of this start. None: the process group, if there is one; if not, every rank calls `function`.
-    """
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if ranks == 1 or (store is None and not dist.is_initialized()):
-        return function()
-    answers = [answer(function) if rank == 0 else None]
-    if store is None:
-        dist.broadcast_object_list(answers, src=0)
-    elif rank == 0:
-        store.set("from rank 0", pickle.dumps(answers))
-    else:
-        store.wait(["from rank 0"], LONGEST_LOOK)
-        answers = pickle.loads(store.get("from rank 0"))
-    value, error = answers[0]
-    if error is not None:
-        raise error
-    return value
-
-
-def answer(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """What a function returns, or what it raises: a `UserError` as it is, any other as its text."""
-    try:
-        return function(), None
-    except UserError as error:
-        return None, error
-    except Exception as error:
-        return None, RuntimeError(f"on rank 0: {type(error).__name__}: {error}")
 
 
 def first_of_node(what: str) -> bool:

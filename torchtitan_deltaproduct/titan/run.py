@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from .. import events
+from ..agreement import from_rank_0
 from ..checkpoint.folders import CheckpointInfo, newest_first
 from ..checkpoint.marker import checksum
 from ..config import JobConfig
@@ -34,7 +35,7 @@ from ..errors import CheckpointError, ConfigError, UserError
 from ..processes import end_with
 from . import device
 from .lock import RunLock
-from .rendezvous import first_of_node, from_rank_0, own_store
+from .rendezvous import first_of_node, own_store
 from .stopping import Stopping
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
 
 from .. import events
+from ..agreement import from_rank_0
 from ..config.job import JobConfig
 from ..errors import NonFiniteError
 from ..models.init import left_undrawn
@@ -86,9 +87,6 @@ class Trainer(stock.Trainer):
         self.stopping = stopping or Stopping()
         self.watchdog = Watchdog(self.run_folder, dist.get_rank(), guard.hang_seconds)
         self.checkpointer.snapshot, self.checkpointer.run = snapshot, self.run_folder
-        self.checkpointer.keep_every = job_config.checkpoint.keep_every
-        self.checkpointer.keep_best = job_config.checkpoint.keep_best
-        self.checkpointer.verify_on_load = job_config.checkpoint.verify_on_load
         if job_config.validation.enable:
             self.validator.after_batch = self.after_validation_batch
 
@@ -170,9 +168,8 @@ class Trainer(stock.Trainer):
         past = events.read_events(self.run_folder) if dist.get_rank() == 0 else []
         began = events.began([*past, {"event": "launch", "step": self.step, "time": time.time()}])
         self.metrics_processor.open(self.step, loaded.marker.time if loaded else math.inf, began)
-        validated = [self.metrics_processor.has_validation(self.step)]
-        dist.broadcast_object_list(validated, src=0)
-        self.validated_step = self.step if validated[0] else -1
+        validated = from_rank_0(lambda: self.metrics_processor.has_validation(self.step))
+        self.validated_step = self.step if validated else -1
         if loaded is not None and self.step:
             logger.info(resumed(loaded, past, ranks, self.step, config.training.steps, self.tokens_seen))
         elif loaded is not None:
@@ -235,11 +232,7 @@ class Trainer(stock.Trainer):
         return to_device(torch.tensor(values, dtype=torch.float64), self.device)
 
     def stop_flags(self) -> list[float]:
-        return self.stopping.flags(max(self.step_seconds, default=0.0), self.checkpointer_seconds)
-
-    @property
-    def checkpointer_seconds(self) -> float:
-        return self.checkpointer.save_seconds if self.saves else 0.0
+        return self.stopping.flags(max(self.step_seconds, default=0.0), self.checkpointer.save_seconds)
 
     def train_step(self, feed: Feed) -> str | None:
         """One optimizer step over one global batch; returns why to stop after it, the same on all ranks."""
@@ -277,7 +270,7 @@ class Trainer(stock.Trainer):
                 "tokens": self.tokens_seen,
                 "epoch": round(max(feed.epochs().values()), 4),
                 "skipped_steps": self.skipped_steps,
-                "failed_saves": self.checkpointer.failed_saves if self.saves else 0,
+                "failed_saves": self.checkpointer.failed_saves,
             },
         )
         return Stopping.reason(flags)

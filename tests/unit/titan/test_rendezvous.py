@@ -11,9 +11,10 @@ import pytest
 import torch.distributed as dist
 
 from tests.toy import REPO
+from torchtitan_deltaproduct.agreement import from_rank_0
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.titan import rendezvous
-from torchtitan_deltaproduct.titan.rendezvous import agree, from_rank_0
+from torchtitan_deltaproduct.titan.rendezvous import agree
 
 SECONDS = timedelta(seconds=30)
 
