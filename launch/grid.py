@@ -139,8 +139,6 @@ class Run(Job):
         saved = read_snapshot(newest.path / "config.json") or {}
         comparison = compare_configs(saved, snapshot(self.config, {"world_size": self.ranks}))
         refuse_breaking(comparison, newest.path, self.config.provenance)
-        if newest.step < self.config.training.steps:
-            return False
         # "auto" was replaced by what it came to when the run began; a new version's option had no effect before it.
         changed = [
             change
@@ -149,10 +147,10 @@ class Run(Job):
         ]
         if changed:
             raise ConfigError(
-                f"{self.folder} was trained to its end with other settings: {'; '.join(map(str, changed))}\n"
-                "delete it to train it anew, or choose another folder with --out"
+                f"{self.folder} was trained to step {newest.step:,} with other settings: "
+                f"{'; '.join(map(str, changed))}\ndelete it to train it anew, or choose another folder with --out"
             )
-        return True
+        return newest.step >= self.config.training.steps
 
     def progress(self) -> tuple[int, int, str]:
         newest = self.newest

@@ -307,6 +307,36 @@ def test_a_seed_checkpoint_serves_any_number_of_ranks(toy, tmp_path):
     assert "resumed" not in log_of(run) and [r["tokens"] for r in records(run) if "loss" in r] == [2 * 2 * 64]
 
 
+def test_a_seed_checkpoint_is_the_first_of_a_run(toy, tmp_path):
+    run, seed = tmp_path / "run", "--checkpoint.create_seed_checkpoint"
+    for _ in range(2):
+        train(toy, run, seed)
+        assert last_stop(read_events(run)) | {"time": 0, "rank": 0} == {
+            "event": "stop", "time": 0, "rank": 0, "step": 0, "reason": "finished", "detail": "seed checkpoint saved",
+            "saved": True,
+        }  # fmt: skip
+    train(toy, run, "--training.steps", "4")
+    with pytest.raises(ConfigError, match="(?s)holds the checkpoints of a run, up to step 4.*a new folder"):
+        train(toy, run, seed)
+
+
+def test_a_step_that_is_not_there_changes_nothing(toy, tmp_path):
+    run = tmp_path / "run"
+    train(toy, run, "--training.steps", "4")
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"(?s)no complete step 3\n.*there: 2, 4; name"):
+        train(toy, run, "--checkpoint.load_step", "3", "--optimizer.lr", "0.5")
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_without_its_step_a_run_has_a_new_schedule(toy, tmp_path):
+    run = tmp_path / "run"
+    train(toy, run)
+    first = [r["lr"] for r in records(run) if "lr" in r]
+    train(toy, run, "--checkpoint.exclude_from_loading", "train_state", "--training.steps", "6")
+    assert [r["lr"] for r in records(run) if "lr" in r] == first[:6]
+
+
 def test_without_its_data_a_run_goes_on_with_any_batch(toy, tmp_path):
     """Where the position in the data is left out, no sample is missed or seen twice by another batch."""
     run = tmp_path / "run"

@@ -76,6 +76,15 @@ def newest_first(folder: str | Path, step: int = -1) -> Iterator[CheckpointInfo]
     return (inspect(path, number) for number, path in step_folders(folder) if step in (-1, number))
 
 
+def no_such_step(folder: str | Path, asked: int, reason: str = "") -> str:
+    """Says that `checkpoint.load_step` names no complete step of `folder`, for which reason, and which there are."""
+    have = ", ".join(str(info.step) for info in scan(folder) if info.complete)
+    return (
+        f"checkpoint.load_step = {asked}, but {folder} has no complete step {asked}{': ' if reason else ''}{reason}\n"
+        f"complete steps there: {have or 'none'}; name one of them, or leave load_step out for the newest"
+    )
+
+
 def inspect(path: Path, step: int | None = None) -> CheckpointInfo:
     """Compares a folder with its marker; reads no data.
 

@@ -144,7 +144,8 @@ WORDS = {
     "checkpoint.async_mode":
         "Whether training waits for saves. `disabled` waits, `async` writes in a thread, `async_with_pinned_mem` in a "
         "process (CUDA).",
-    "checkpoint.exclude_from_loading": "Parts of a checkpoint that start anew.",
+    "checkpoint.exclude_from_loading":
+        "Parts of a checkpoint that start anew; with train_state, the step, so does the schedule.",
     "checkpoint.enable_first_step_checkpoint": "Save after the first step, too, to see whether saving works.",
     "checkpoint.create_seed_checkpoint": "Save the initial weights as step 0 and end; by one process.",
     "checkpoint.load_only": "Load a checkpoint, and save none.",

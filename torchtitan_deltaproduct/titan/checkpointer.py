@@ -37,6 +37,7 @@ from ..checkpoint.folders import (
     inspect,
     is_hf_folder,
     newest_first,
+    no_such_step,
     scan,
     set_aside,
     step_folders,
@@ -73,6 +74,9 @@ class CheckpointManager(stock.CheckpointManager):
     def __init__(self, *args, checkpoint_config: Checkpoint, **kwargs) -> None:
         super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
         self.verify_on_load = checkpoint_config.verify_on_load
+        if self.enable and "train_state" in self.exclude_from_loading:
+            # The schedule is a function of the step, which begins at 0.
+            self.exclude_from_loading = [*{*self.exclude_from_loading, "lr_scheduler"}]
         self.failed_saves = 0
         self.retry_at: int | None = None
         self.saving_step: int | None = None
@@ -306,7 +310,9 @@ class CheckpointManager(stock.CheckpointManager):
             if not info.complete:
                 spoiled += [info.step] * once_complete
                 if asked != -1:
-                    raise CheckpointError(self._no_such_step(asked, info.reason))
+                    raise CheckpointError(
+                        from_rank_0(lambda reason=info.reason: no_such_step(self.folder, asked, reason))
+                    )
                 logger.warning("checkpoint step %d is left out: %s", info.step, info.reason)
                 continue
             problems = self._damage(info)
@@ -324,7 +330,7 @@ class CheckpointManager(stock.CheckpointManager):
                 "restore one from a copy, or start over with another job.dump_folder"
             )
         if asked != -1:
-            raise CheckpointError(self._no_such_step(asked, ""))
+            raise CheckpointError(self._no_such_step(asked))
         return None
 
     def _next(self, folders: Iterator[CheckpointInfo]) -> tuple[CheckpointInfo, bool] | None:
@@ -361,13 +367,8 @@ class CheckpointManager(stock.CheckpointManager):
         dist.all_gather_object(by_rank, mine)
         return [problem for problems in by_rank for problem in problems]
 
-    def _no_such_step(self, asked: int, reason: str) -> str:
-        have = from_rank_0(lambda: ", ".join(str(i.step) for i in scan(self.folder) if i.complete))
-        why = f": {reason}" if reason else ""
-        return (
-            f"checkpoint.load_step = {asked}, but {self.folder} has no complete step {asked}{why}\n"
-            f"complete steps there: {have or 'none'}; name one of them, or leave load_step out for the newest"
-        )
+    def _no_such_step(self, asked: int, reason: str = "") -> str:
+        return from_rank_0(lambda: no_such_step(self.folder, asked, reason))
 
     def _load_from(self, info: CheckpointInfo, model_only: bool) -> None:
         states = self._states_to_load(model_only)

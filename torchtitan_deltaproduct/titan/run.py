@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from .. import events
 from ..agreement import from_rank_0
-from ..checkpoint.folders import CheckpointInfo, newest_first
+from ..checkpoint.folders import CheckpointInfo, newest_first, no_such_step
 from ..checkpoint.marker import checksum
 from ..config import JobConfig
 from ..config.compare import compare_configs, keep_warmup, rate_rises, refuse_breaking
@@ -66,6 +66,8 @@ def run(config: JobConfig, stopping: Stopping | None = None) -> None:
             elif config.checkpoint.create_seed_checkpoint:
                 trainer.checkpointer.save(0, last_step=True)
                 logger.info("the seed checkpoint is in %s", trainer.checkpointer.folder)
+                if os.environ["RANK"] == "0":
+                    record_stop(config, 0, "finished", True, "seed checkpoint saved")
             else:
                 ended = trainer.train()
                 if os.environ["RANK"] == "0":
@@ -213,7 +215,7 @@ def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int, int]:
 
     Raises:
         ConfigError: a change that would make the run another run, or a folder that cannot be written.
-        CheckpointError: the newest checkpoint holds weights only.
+        CheckpointError: the newest checkpoint holds weights only, or the step to load is not there.
     """
     past = Past.NOTHING
     if config.checkpoint.enable:
@@ -223,11 +225,20 @@ def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int, int]:
                 "checkpoint.load_step = %d was obeyed before this restart, which goes on from the newest", asked
             )
             config.checkpoint.load_step = -1
-        complete = (i for i in newest_first(folder, config.checkpoint.load_step) if i.complete and has_settings(i))
+        asked = config.checkpoint.load_step
+        there = next(newest_first(folder, asked), None) if asked != -1 else None
+        if asked != -1 and not (there and there.complete):
+            raise CheckpointError(no_such_step(folder, asked, there.reason if there else ""))
+        complete = (i for i in newest_first(folder, asked) if i.complete and has_settings(i))
         newest = next(complete, None)
         saved = read_snapshot(newest.path / "config.json") if newest else None
         if saved is not None:
             past = Past.CHECKPOINT
+            if config.checkpoint.create_seed_checkpoint and newest.step:
+                raise ConfigError(
+                    f"{folder} holds the checkpoints of a run, up to step {newest.step:,}\n"
+                    "a seed checkpoint is the first of a run: set job.dump_folder to a new folder"
+                )
             if finished_with_weights_only(config, newest, complete, saved):
                 logger.info("finished already: step %d of %d", newest.step, config.training.steps)
                 return Past.FINISHED, config.lr_scheduler.warmup_steps, config.checkpoint.load_step

@@ -224,8 +224,8 @@ def test_torchrun_is_refused(run, monkeypatch):
 
 def test_errors(run, toy_lm_config, tmp_path):
     language = {"kind": "formal_language", "language": "parity", "min_length": 3, "max_length": 8, "seed": 0}
-    with pytest.raises(ConfigError, match="^--length 2: rows of this run's parity have at least 3 tokens"):
-        problem_of(toy_lm_config | {"data": language}, length=2)
+    with pytest.raises(ConfigError, match="^--length 7: the run was trained on up to 8 tokens; give at least as many"):
+        problem_of(toy_lm_config | {"data": language}, length=7)
     with pytest.raises(ConfigError, match="at least 1"):
         state_tracking.main([str(run), "--words", "0"])
     with pytest.raises(ConfigError, match="numbered"):

@@ -10,6 +10,7 @@ Results go to `--out`, by default RUN/eval: state_tracking.json, .csv and .png.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def report(
     )
     for setting in settings:
         for run in setting.runs if setting.problem.formal else ():
-            cells = [f"{b['first']}-{b['last']}: {b['value']:.1%} ({b['scaled']:.2f})" for b in run.buckets()]
+            buckets = [b for b in run.buckets() if not math.isnan(b["value"])]
+            cells = [f"{b['first']}-{b['last']}: {b['value']:.1%} ({b['scaled']:.2f})" for b in buckets]
             console.print(f"{setting.problem.name}, {setting.label}, seed {run.seed_name}, accuracy (scaled) by length")
             console.print("  " + "  ".join(cells))
     write(settings, criterion, stem, origin or {})

@@ -128,6 +128,13 @@ class Problem:
         return words * sum(source.seq_len for source in self.sources)
 
 
+def at_least_trained(length: int, trained: int) -> int:
+    """`length`, unless it is given and below the longest words of the training, by which a run is judged."""
+    if 0 < length < trained:
+        raise ConfigError(f"--length {length}: the run was trained on up to {trained:,} tokens; give at least as many")
+    return length
+
+
 def problem_of(config: dict, length: int = 0, seed: int | None = None) -> Problem:
     """The held-out words of the problem that a run was trained on.
 
@@ -146,19 +153,16 @@ def problem_of(config: dict, length: int = 0, seed: int | None = None) -> Proble
     if length >= 1 << POSITION_BITS:
         raise ConfigError(f"words of {length:,} tokens: their elements are numbered up to {1 << POSITION_BITS:,}")
     if data["kind"] == "group_word":
-        length = length or 4 * seq_len
+        length = at_least_trained(length, seq_len) or 4 * seq_len
         source = GroupWordSource(data["group"], length, seed, "test")
-        return Problem(data["group"], False, min(seq_len, length), length, source.chance, (source,), seed)
+        return Problem(data["group"], False, seq_len, length, source.chance, (source,), seed)
     if data["kind"] == "formal_language":
         name, shortest, longest = data["language"], data["min_length"], data["max_length"]
-        length = length or max(256, 4 * longest)
-        if length < shortest:
-            raise ConfigError(f"--length {length}: rows of this run's {name} have at least {shortest} tokens")
-        trained = min(longest, length)
-        sources = (FormalSource(name, trained, shortest, trained, seed, "test"),)
+        length = at_least_trained(length, longest) or max(256, 4 * longest)
+        sources = (FormalSource(name, longest, shortest, longest, seed, "test"),)
         if length > longest:
             sources += (FormalSource(name, length, longest + 1, length, seed, "test"),)
-        return Problem(name, True, trained, length, sources[0].chance, sources, seed)
+        return Problem(name, True, longest, length, sources[0].chance, sources, seed)
     raise CheckpointError(
         f"data.kind is {data['kind']!r}: state tracking needs a run on group_word or formal_language, see "
         "train_configs/state_tracking"
