@@ -42,8 +42,9 @@ from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.arguments import path as path_of
 from torchtitan_deltaproduct.checkpoint import latest_complete
 from torchtitan_deltaproduct.config import Environment, JobConfig, load_config
-from torchtitan_deltaproduct.config.compare import UNKNOWN_TO_ONE, compare_configs, refuse_breaking
+from torchtitan_deltaproduct.config.compare import UNKNOWN_TO_ONE, compare_configs, refuse_breaking, same_rates
 from torchtitan_deltaproduct.config.load import parse_overrides
+from torchtitan_deltaproduct.config.locate import read_toml
 from torchtitan_deltaproduct.config.problems import raise_if_any
 from torchtitan_deltaproduct.config.schema import schema
 from torchtitan_deltaproduct.config.snapshots import read_snapshot, snapshot
@@ -51,7 +52,7 @@ from torchtitan_deltaproduct.config.values import flatten, show
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 from torchtitan_deltaproduct.evaluation.options import make_folder
 from torchtitan_deltaproduct.evaluation.sweep.collect import metrics_of, pictures
-from torchtitan_deltaproduct.evaluation.sweep.plan import NAME, Model, SweepJob, TableReader, read_toml
+from torchtitan_deltaproduct.evaluation.sweep.plan import NAME, Model, SweepJob, TableReader
 from torchtitan_deltaproduct.history import ends, of_a_step
 from torchtitan_deltaproduct.jobs import (
     Job,
@@ -139,18 +140,23 @@ class Run(Job):
         saved = read_snapshot(newest.path / "config.json") or {}
         comparison = compare_configs(saved, snapshot(self.config, {"world_size": self.ranks}))
         refuse_breaking(comparison, newest.path, self.config.provenance)
+        steps = self.config.training.steps
+        extended = newest.step <= steps and same_rates(saved, self.config, newest.step)
         # "auto" was replaced by what it came to when the run began; a new version's option had no effect before it.
         changed = [
             change
             for change in comparison.notable
-            if change.key.startswith(LEARNED) and change.new != "auto" and change.why != UNKNOWN_TO_ONE
+            if change.key.startswith(LEARNED)
+            and change.new != "auto"
+            and change.why != UNKNOWN_TO_ONE
+            and not (change.key == "training.steps" and extended)
         ]
         if changed:
             raise ConfigError(
                 f"{self.folder} was trained to step {newest.step:,} with other settings: "
                 f"{'; '.join(map(str, changed))}\ndelete it to train it anew, or choose another folder with --out"
             )
-        return newest.step >= self.config.training.steps
+        return newest.step >= steps
 
     def progress(self) -> tuple[int, int, str]:
         newest = self.newest

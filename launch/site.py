@@ -10,18 +10,17 @@ as the training TOML is: an unknown key or a value of the wrong type is an error
 import os
 import re
 import shlex
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from torchtitan_deltaproduct.arguments import path as path_of
-from torchtitan_deltaproduct.config.locate import locate
+from torchtitan_deltaproduct.config.locate import read_toml
 from torchtitan_deltaproduct.config.problems import Problem, Source, raise_if_any
 from torchtitan_deltaproduct.config.values import conform
 from torchtitan_deltaproduct.errors import ConfigError, nearest
-from torchtitan_deltaproduct.files import control_characters, read_text
+from torchtitan_deltaproduct.files import control_characters
 
 VARIABLE = "DELTAPRODUCT_SITE"
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
@@ -79,12 +78,8 @@ def load_site(given: str | None) -> tuple[Site, Path | None]:
 
 def read_site(path: Path) -> Site:
     """Reads one site TOML; raises ConfigError."""
-    try:
-        text = read_text(path)
-        tree = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
-    hints, lines = get_type_hints(Site), locate(text)
+    tree, lines = read_toml(path, "a site, such as launch/site_example.toml")
+    hints = get_type_hints(Site)
     values, problems = {}, []
     for name, value in tree.items():
         source = Source(str(path), lines.get((name,), 1))

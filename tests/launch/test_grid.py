@@ -91,7 +91,7 @@ def test_trains_evaluates_tells_and_reuses(toml, capsys):
     assert [len(setting["runs"]) for setting in compared["settings"]] == [2, 2]
     assert (out / "eval/state_tracking/compared/state_tracking.png").stat().st_size > 10_000
     kept = (out / "results.jsonl").read_bytes()
-    assert grid.main([str(toml), "--collect", "--training.steps", "1000"]) == 1
+    assert grid.main([str(toml), "--collect", "--seeds", "7"]) == 1
     assert "no run is finished under these settings" in capsys.readouterr().out
     assert (out / "results.jsonl").read_bytes() == kept
     assert grid.main([str(toml), "--only", "num_householder-1"]) == 0
@@ -100,8 +100,10 @@ def test_trains_evaluates_tells_and_reuses(toml, capsys):
     for file in out.glob("num_householder-1/seed-1/checkpoint/*/config.json"):
         file.write_text(file.read_text().replace('"beta1"', '"betaX"'))
     assert grid.read_grid(toml, [], "", []).runs[0].is_done()
-    with pytest.raises(ConfigError, match="other settings: optimizer.lr: 0.0003 -> 0.1"):
-        grid.main([str(toml), "--optimizer.lr", "0.1"])
+    # Nor does a run that is longer begin with one of other settings, or of another schedule.
+    for longer in [], ["--training.steps", "1000", "--lr_scheduler.total_steps", "1000"]:
+        with pytest.raises(ConfigError, match="trained to step .* with other settings: .*optimizer.lr: 0.0003 -> 0.1"):
+            grid.main([str(toml), "--optimizer.lr", "0.1", *longer])
     with pytest.raises(ConfigError, match="another model"):
         grid.main([str(toml), "--model.head_dim", "4"])
 
@@ -133,7 +135,8 @@ def until(condition, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-LONG = ("--training.steps", "100000", "--metrics.log_freq", "1")
+SCHEDULE = ("--lr_scheduler.total_steps", "100000")
+LONG = (*SCHEDULE, "--training.steps", "100000", "--metrics.log_freq", "1")
 
 
 @pytest.mark.parametrize("number", [
@@ -154,7 +157,7 @@ def test_stopped_runs_save_and_go_on(toml, number):
     for stop in (last_stop(read_events(run)) for run in runs):
         assert (stop["reason"], stop["saved"]) == ("signal", True) and stop["step"] > 0
     steps = [last_stop(read_events(run))["step"] for run in runs]
-    assert grid.main([str(toml), "--jobs", "2", "--training.steps", str(max(steps) + 1)]) == 0
+    assert grid.main([str(toml), "--jobs", "2", *SCHEDULE, "--training.steps", str(max(steps) + 1)]) == 0
     launches = [[event for event in read_events(run) if event["event"] == "launch"] for run in runs]
     assert [events[-1]["step"] for events in launches] == steps
 

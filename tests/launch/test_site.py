@@ -49,7 +49,7 @@ def test_the_example_shows_every_key():
     ('extra = ["--partition=x"]', 'use the key "partition"'),
     ('extra = ["--mem=1"]', 'use the key "mem"'),
     ('extra = ["--x=1\\n#SBATCH -N 3"]', "expected an option of sbatch"),
-    ("time = ", "not a readable TOML file"),
+    ("time = ", "site.toml: not valid TOML: Invalid value"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(tmp_path, text, message):
     (tmp_path / "site.toml").write_text(text)

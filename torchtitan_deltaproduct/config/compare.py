@@ -156,13 +156,10 @@ def rate_rises(saved: Mapping[str, Any], config: JobConfig, step: int) -> str:
         config: of this launch.
         step: optimizer steps taken.
     """
-    known = {field.name for field in fields(LRScheduler)}
-    try:
-        table = LRScheduler(**{k: v for k, v in saved["config"]["lr_scheduler"].items() if k in known})
-        before = Schedule.of(table, saved["config"]["training"]["steps"])
-        reached = before(step - 1)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    before = schedule_of(saved)
+    if before is None:
         return ""
+    reached = before(step - 1)
     after = Schedule.of(config.lr_scheduler, config.training.steps)
     if not before.last_at_peak < step < after.total_steps or after(step) <= reached:
         return ""
@@ -171,6 +168,24 @@ def rate_rises(saved: Mapping[str, Any], config: JobConfig, step: int) -> str:
         way = f"to extend the stable phase, go back to a step up to {before.last_at_peak:,} with checkpoint.load_step"
     rise = f"at {reached:.0%} of the peak rate, and goes on at {after(step):.0%}"
     return f"step {step:,} was saved in its decay, {rise}; {way}"
+
+
+def same_rates(saved: Mapping[str, Any], config: JobConfig, step: int) -> bool:
+    """Whether the learning rates of the first `step` steps are those of `config`, for a checkpoint's snapshot."""
+    before, now = schedule_of(saved), Schedule.of(config.lr_scheduler, config.training.steps)
+    return before is not None and all(before(done) == now(done) for done in range(step))
+
+
+def schedule_of(saved: Mapping[str, Any]) -> Schedule | None:
+    """The schedule that a snapshot describes; None: it does not."""
+    known = {field.name for field in fields(LRScheduler)}
+    try:
+        table = LRScheduler(**{k: v for k, v in saved["config"]["lr_scheduler"].items() if k in known})
+        schedule = Schedule.of(table, saved["config"]["training"]["steps"])
+        schedule(0)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return schedule
 
 
 def _flatten(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,14 @@ on what a text means. Parse with `tomllib` first; on a text it refuses, the scan
     {('training',): 1, ('training', 'steps'): 2}
 """
 
+import os
 import re
 import tomllib
 from bisect import bisect_left
+from typing import Any
+
+from ..errors import ConfigError
+from ..files import read_text
 
 Path = tuple[str | int, ...]
 
@@ -130,3 +135,16 @@ class _Scanner:
 
     def mark(self, path: Path, position: int) -> None:
         self.lines.setdefault(path, bisect_left(self.newlines, position) + 1)
+
+
+def read_toml(file: os.PathLike, expected: str) -> tuple[dict[str, Any], dict[Path, int]]:
+    """The content of a TOML, and the line of each of its keys; raises ConfigError, which names what was expected."""
+    try:
+        text = read_text(file)
+        return tomllib.loads(text), locate(text)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; expected {expected}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start:,}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import ConfigError
+from ..files import replacing
 from ..history import blocks_from_the_end, ends, open_records, parse_line
 
 logger = logging.getLogger(__name__)
@@ -104,14 +105,11 @@ def set_repeated_aside(path: Path, last_step: int) -> str:
             file.truncate(start + sum(map(len, kept)))
             sync(file)
     else:
-        unfinished = path.with_suffix(".tmp")
-        with open(path, "rb") as old, open(unfinished, "wb") as file:
+        with open(path, "rb") as old, replacing(path) as file:
             shutil.copyfileobj(old, file)
             file.truncate(start)
             file.seek(start)
             file.write(b"".join(kept))
-            sync(file)
-        unfinished.replace(path)
     damaged = sum(not isinstance((parse_line(line) or {}).get("step"), int) for line in moved)
     what = f"{len(moved)} records past step {last_step}" + (f" ({damaged} lines damaged)" if damaged else "")
     return f"{what}, which this run repeats, are kept in {aside}"

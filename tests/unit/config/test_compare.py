@@ -1,7 +1,9 @@
 """Which changes a resumed run may have, and the snapshot they are read from."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +15,8 @@ from torchtitan_deltaproduct.config import (
     snapshot,
     write_snapshot,
 )
-from torchtitan_deltaproduct.config.compare import keep_warmup, rate_rises
+from torchtitan_deltaproduct.config.compare import keep_warmup, rate_rises, same_rates
+from torchtitan_deltaproduct.config.job import LRScheduler
 from torchtitan_deltaproduct.config.schema import schema
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 
@@ -233,3 +236,17 @@ def test_snapshot_round_trip(load, tmp_path):
     path.write_text(path.read_text()[:50])
     with pytest.raises(CheckpointError, match="not a config snapshot"):
         read_snapshot(path)
+
+
+def test_a_longer_run_may_begin_with_a_shorter_one_of_the_same_rates():
+    def of(steps: int, **table) -> SimpleNamespace:
+        return SimpleNamespace(lr_scheduler=LRScheduler(warmup_steps=2, **table), training=SimpleNamespace(steps=steps))
+
+    def saved(config: SimpleNamespace) -> dict:
+        tables = {"lr_scheduler": asdict(config.lr_scheduler), "training": {"steps": config.training.steps}}
+        return {"config": tables}
+
+    assert same_rates(saved(of(10)), of(20), 2) and not same_rates(saved(of(10)), of(20), 4)
+    assert same_rates(saved(of(10, total_steps=20)), of(20), 10)
+    assert same_rates(saved(of(10, schedule="wsd")), of(20, schedule="wsd"), 9)
+    assert not same_rates({}, of(20), 2)

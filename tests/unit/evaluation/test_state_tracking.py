@@ -7,6 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from tests import toy
 from tests.unit.evaluation.words_toy import PARITY, fake, flat, write_toml
@@ -155,6 +156,17 @@ def test_parity_by_length():
     assert problem_of(config).length == 256
     own = FormalSource("parity", 40, 11, 40, 1, "test").batch(np.arange(500))[1]
     assert counts.scored[10:].tolist() == (own[:, 10:] >= 0).sum(0).tolist()
+
+
+def test_lengths_of_which_there_is_no_row_are_left_out(tmp_path, capsys):
+    config = {"data": {"kind": "formal_language", "language": "parity", "min_length": 3, "max_length": 10, "seed": 1},
+              "training": {"seq_len": 16}}  # fmt: skip
+    problem = problem_of(config, 40)
+    counts = problem.count(lambda tokens, cache: (torch.zeros(*tokens.shape, 3), cache), 1)
+    assert any(np.isnan(bucket["value"]) for bucket in fake(problem, counts).buckets())
+    state_tracking.report(by_setting([fake(problem, counts)]), Criterion(), tmp_path / "few", Console())
+    printed = capsys.readouterr().out
+    assert "accuracy (scaled) by length\n  1-10: " in printed and "nan" not in printed
 
 
 def test_settings_and_seeds():

@@ -13,16 +13,14 @@ import os
 import pkgutil
 import re
 import sys
-import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torchtitan_deltaproduct import evaluation
-from torchtitan_deltaproduct.config.locate import locate
+from torchtitan_deltaproduct.config.locate import read_toml
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, nearest
-from torchtitan_deltaproduct.files import read_text
 from torchtitan_deltaproduct.jobs import Job
 
 from ..swept import Swept, checkpoint_of
@@ -119,19 +117,6 @@ def read_sweep(file: Path) -> Sweep:
         reader.wrong((), f"nothing to do: add a table for an eval: {', '.join(f'[{name}]' for name in evals())}")
     reader.refuse()
     return Sweep(file, out, jobs)
-
-
-def read_toml(file: Path, expected: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The content of a TOML, and the line of each of its keys; raises ConfigError, which names what was expected."""
-    try:
-        text = read_text(file)
-        return tomllib.loads(text), locate(text)
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}; expected {expected}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start:,}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: not valid TOML: {error}") from None
 
 
 class TableReader:
