@@ -137,6 +137,7 @@ MUTANTS = [
         ("titan/optimizer.py", "group.update(values)", "pass", TITAN + "test_optimizer.py tests/dist/test_optimizers.py"),
         ("titan/samples.py", "ids += [token] * goes_on", "ids += [token]", TITAN + "test_samples.py"),
         ("titan/samples.py", "scores[1::2].softmax(1), 1, generator=generator", "scores[1::2].softmax(1), 1", TITAN + "test_samples.py"),
+        ("torch_internals.py", "entry.env_value_force = value", "pass", TITAN + "test_parallelize.py"),
         ("titan/records.py", "set_repeated_aside(path, step - redone)", "set_repeated_aside(path, step)", TITAN + "test_samples.py"),
         ("titan/spikes.py", "spread = max(1.4826 * statistics.median(abs(x - median) for x in self.losses), SMALLEST)", "spread = 1.4826 * statistics.median(abs(x - median) for x in self.losses) or 1.0", TITAN + "test_spikes.py"),
         ("titan/stopping.py", "return time.time() + 2 * step_seconds + 2 * save_seconds + self.margin >= self.deadline", "return time.time() + self.margin >= self.deadline", TITAN + "test_stopping.py"),
