@@ -4,8 +4,7 @@
     python -m launch.reproduce S3                 runs what is missing of it; --jobs, --slurm, ... as of launch.grid
     python -m launch.reproduce                    all that this machine has the GPUs for
     python -m launch.reproduce --check            makes page, pictures and numbers again from results/, runs nothing
-    python -m launch.reproduce S3 --seeds 1       a part of it: shown, not kept
-    python -m launch.reproduce S3 --training.steps 50 --out outputs/try        a variant, in a folder of its own
+    python -m launch.reproduce S3 --seeds 1       a part of it, or (--training.steps 50 --out try) a variant: not kept
 
 A claim is a TOML in train_configs/claims/ (see `launch.claims`); docs/science.md shows all of them. The same command
 goes on where it was; what results/NAME.json records is not run again. Exit code 0: as expected, no differences; 1: not.
