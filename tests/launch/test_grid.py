@@ -108,6 +108,16 @@ def test_trains_evaluates_tells_and_reuses(toml, capsys):
         grid.main([str(toml), "--model.head_dim", "4"])
 
 
+def test_a_run_of_another_schedule_is_not_gone_on_from(toml):
+    """A try-out of few steps has decayed; of the same rates it is the beginning of the longer run."""
+    constant = ("--only", "num_householder-1", "--lr_scheduler.warmup_steps", "0", "--lr_scheduler.decay_ratio")
+    assert grid.main([str(toml), *constant, "1.0", "--training.steps", "2"]) == 0
+    with pytest.raises(ConfigError, match=r"trained to step 2 with other settings: training.steps: 2 -> 4 \("):
+        grid.main([str(toml), *constant, "1.0", "--training.steps", "4"])
+    assert grid.main([str(toml), "--out", str(toml.parent / "flat"), *constant, "0.0", "--training.steps", "2"]) == 0
+    assert grid.main([str(toml), "--out", str(toml.parent / "flat"), *constant, "0.0", "--training.steps", "4"]) == 0
+
+
 @pytest.mark.slow  # With stand-ins for the runs: tests/unit/test_jobs.py.
 def test_a_failed_run_is_named_and_the_others_are_trained(toml, capsys):
     """The folder of the first run is a file."""

@@ -182,7 +182,8 @@ def schedule_of(saved: Mapping[str, Any]) -> Schedule | None:
     try:
         table = LRScheduler(**{k: v for k, v in saved["config"]["lr_scheduler"].items() if k in known})
         schedule = Schedule.of(table, saved["config"]["training"]["steps"])
-        schedule(0)
+        # Its last step shows whether this version knows the kind of decay.
+        schedule(schedule.total_steps - 1)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
     return schedule

@@ -249,4 +249,6 @@ def test_a_longer_run_may_begin_with_a_shorter_one_of_the_same_rates():
     assert same_rates(saved(of(10)), of(20), 2) and not same_rates(saved(of(10)), of(20), 4)
     assert same_rates(saved(of(10, total_steps=20)), of(20), 10)
     assert same_rates(saved(of(10, schedule="wsd")), of(20, schedule="wsd"), 9)
-    assert not same_rates({}, of(20), 2)
+    unknown = saved(of(10))
+    unknown["config"]["lr_scheduler"]["decay_type"] = "of a later version"
+    assert not same_rates({}, of(20), 2) and not same_rates(unknown, of(20), 2)

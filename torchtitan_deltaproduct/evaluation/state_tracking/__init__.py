@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_model_options(parser, dtype="float32")
     add = parser.add_argument
     add("--length", type=int, default=0,
-        help="tokens of the tested words (default: 4 times the training length; formal languages 256)")  # fmt: skip
+        help="tokens of tested words, no fewer than in training (default: 4 times; formal languages 256)")  # fmt: skip
     add("--words", type=int, default=1024, help="words tested (default: %(default)s)")
     add("--seed", type=int, help="of the test words (default: data.seed of the run; the stream is another)")
     add("--batch", type=int, default=64, help="words read at a time (default: %(default)s)")
