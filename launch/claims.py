@@ -74,7 +74,8 @@ HEAD = """\
 Written by `python -m launch.reproduce`, of the claims in `train_configs/claims/` and the results in `results/`;
 `--check` makes this page, its pictures and its numbers in README.md again and fails if anything differs. A cell is the
 mean over the seeds (and the least and the greatest of them); of `solved` the number of seeds, and the 95 % interval of
-their share.
+their share. What a run costs is said for several at once on a GPU that NVIDIA's MPS shares out
+(`nvidia-cuda-mps-control -d` before the command, which then takes `--jobs 12`).
 """
 
 
@@ -125,8 +126,8 @@ class Claim:
         return list(dict.fromkeys(run.setting for run in self.grid.runs))
 
     def label(self, setting: str) -> str:
-        """`n_h = 2, [-1, 1]`, with group, steps and optimizer where settings differ in them; the setting's name where
-        that does not tell them apart."""
+        """`n_h = 2, [-1, 1]`, with group, steps, optimizer and `whole words` (no curriculum) where settings differ in
+        them; the setting's name where that does not tell them apart."""
         parts = {
             run.setting: (
                 run.config.data.group,
@@ -134,13 +135,14 @@ class Claim:
                 "[-1, 1]" if run.config.model.allow_neg_eigval else "[0, 1]",
                 f"{run.config.training.steps:,} steps",
                 run.config.optimizer.name,
+                "" if run.config.data.curriculum_steps else "whole words",
             )
             for run in self.grid.runs
         }
         varied = [
             place in (1, 2) or len(set(values)) > 1 for place, values in enumerate(zip(*parts.values(), strict=True))
         ]
-        labels = {name: ", ".join(itertools.compress(values, varied)) for name, values in parts.items()}
+        labels = {name: ", ".join(filter(None, itertools.compress(values, varied))) for name, values in parts.items()}
         return labels[setting] if len(set(labels.values())) == len(labels) else setting
 
     @property
@@ -397,7 +399,12 @@ Verdict: **{judged.word}**{":" if lines else ""}{lines}
 
 
 def table(claim: Claim, summary: Summary) -> str:
-    """The table of a claim as Markdown: evaluations where there are any, and a row for what was not run, too."""
+    """The table of a claim as Markdown: evaluations where there are any, and a row for what was not run, too.
+
+    Of a claim without any results its settings in words.
+    """
+    if not summary.results:
+        return textwrap.fill(f"Settings: {'; '.join(map(claim.label, claim.settings))}.", 120)
     known = dict.fromkeys(name for result in summary.results for name in result.metrics)
     hidden = {*HORIZON, *(FINAL if claim.grid.evaluations else ())}
     header, lines = summary.without(

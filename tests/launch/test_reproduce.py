@@ -100,6 +100,11 @@ def test_labels_say_what_settings_differ_in(toy_claim):
     toy_claim.write_text(content.replace(n1, n2.replace("}", ', "training.steps" = 1, "data.group" = "Z6" }')))
     labels = [read_claim(toy_claim).label(name) for name in ("n1", "n2")]
     assert labels == ["Z6, n_h = 2, [-1, 1], 1 steps", "S3, n_h = 2, [-1, 1], 2 steps"]
+    toy_claim.write_text(
+        content.replace(n1, n2.replace("}", ', "data.curriculum_start" = 2, "data.curriculum_steps" = 1 }'))
+    )
+    labels = [read_claim(toy_claim).label(name) for name in ("n1", "n2")]
+    assert labels == ["n_h = 2, [-1, 1]", "n_h = 2, [-1, 1], whole words"]
     toy_claim.write_text(content.replace(n1, n2.replace("}", ', "optimizer.lr" = 1e-4 }')))
     assert [read_claim(toy_claim).label(name) for name in ("n1", "n2")] == ["n1", "n2"]
 

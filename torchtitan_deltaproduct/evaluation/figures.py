@@ -6,6 +6,7 @@
 Without pyplot, whose figures are global, need a choice of backend and take time to import.
 """
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from matplotlib.patches import Patch
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vPX"
+NAME_WIDTH, NAME_LINES = 44, 3
+"""Characters of a line of a name, and how many lines it may have."""
 WIDEST, NARROWEST = 2.8, 1.3
 STYLE = {
     "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -78,8 +81,19 @@ def legend(figure, handles: dict[str, Any], columns: int) -> None:
     """A legend below all panels, of handles by name: lines, then what they are drawn on."""
     marks = ("band", "thin", "guessing", "document start", "trained to")
     names = sorted(handles, key=lambda name: name.startswith(marks))
-    columns = min(len(names), columns)
-    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns, fontsize=9)
+    # A character is about 0.07 inches wide, the line beside a name half an inch.
+    widest = 0.07 * max(min(len(name), NAME_WIDTH) for name in names) + 0.5
+    columns = min(len(names), columns, max(1, int(figure.get_figwidth() / widest)))
+    shown = [in_lines(name) for name in names]
+    figure.legend([handles[name] for name in names], shown, loc="outside lower center", ncols=columns, fontsize=9)
+
+
+def in_lines(name: str, most: int = NAME_LINES) -> str:
+    """A name in at most so many short lines; of one that needs more the middle is left out, with one line the end."""
+    lines = textwrap.wrap(name, NAME_WIDTH, break_on_hyphens=False) or [name]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"... {lines[-1]}"] if most > 1 else [f"{lines[0]} ..."]
+    return "\n".join(lines)
 
 
 def mark_trained(axis, length: int, place: float) -> None:
@@ -98,9 +112,13 @@ def name_ends(axis, ends: list[tuple[float, float, str, Any]]) -> None:
     No name is on another; a thin line leads to it from its end.
     """
     low, high = axis.get_ylim()
-    gap, places, ends = 0.075 * (high - low), [], sorted(ends, key=lambda end: end[1])
-    for _, y, _, _ in ends:
+    most = min(NAME_LINES, max(1, 13 // max(1, len(ends))))
+    ends = sorted(((x, y, in_lines(name, most), colour) for x, y, name, colour in ends), key=lambda end: end[1])
+    places: list[float] = []
+    lines = [1 + name.count("\n") for _, _, name, _ in ends]
+    for number, (_, y, _, _) in enumerate(ends):
         y = min(max(y, low), high)
+        gap = 0.0375 * (high - low) * (lines[number - 1] + lines[number])
         places.append(max(y, places[-1] + gap) if places else y)
     shift = max(0, places[-1] - high) if places else 0
     for place, (x, y, name, colour) in zip(places, ends, strict=True):

@@ -126,6 +126,25 @@ def test_names_at_the_ends_of_lines_are_apart():
     assert texts["c"] == (pytest.approx(0.2, abs=0.25), "blue") and texts["d"] == (heights[-1], "black")
 
 
+def test_names_of_any_length_leave_room_for_the_lines(drawn, tmp_path):
+    """Names are broken into lines and the legend into rows: the panels keep half of the picture, which shows all."""
+    settings = by_setting([flat(0.1 * n, n=n) for n in range(1, 9)])
+    for number, setting in enumerate(settings):
+        setting.short = f"a setting of a name {'that goes on and on ' * number}"
+    accuracy_figure(settings, tmp_path / "long.png")
+    figure = drawn["long.png"]
+    width, height = figure.canvas.get_width_height()
+    assert sum(axis.get_position().width for axis in figure.axes) > 0.5
+    assert min(axis.get_position().height for axis in figure.axes) > 0.3
+    names = figure.legends[0].get_texts()
+    for text in [*names, *(text for axis in figure.axes for text in axis.texts)]:
+        box = text.get_window_extent()
+        assert box.x0 > -1 and box.x1 < width + 1 and -1 < box.y0 < height, text.get_text()
+    assert all(line.get_text().count("\n") < figures.NAME_LINES for line in names)
+    boxes = [text.get_window_extent() for text in names]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
 def test_states_that_are_not_finite_are_drawn_too(drawn, states, tmp_path):
     """A model that diverged has its pictures, but for that of document starts, and no mean rank in a sweep."""
     ((piece, arrays),) = states.case.pieces

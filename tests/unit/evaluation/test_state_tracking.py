@@ -269,6 +269,8 @@ def test_labels_tell_settings_apart_in_few_words():
         ("4,900 steps, Muon, decay_ratio 0.5", "4,900 steps, Muon"),
         ("7,840 steps, Muon, decay_ratio 0.3", "7,840 steps, Muon"),
     ]
+    designs = [run(4900, "Muon", 0.5), run(4900, "AdamW", 0.5), run(4900, "Muon", 0.0), run(7840, "Muon", 0.5)]
+    assert [setting.short for setting in by_setting(designs)] == ["", "AdamW", "decay_ratio 0.0", "7,840 steps"]
     (one, _) = by_setting([run(4900, "Muon", 0.5), run(4900, "Muon", 0.5, step=490)])
     assert (one.differs, one.short) == ("step 4900", "step 4900") and one.label == "n_h = 2, [-1, 1], step 4900"
     (one,) = by_setting([run(4900, "Muon", 0.5)])

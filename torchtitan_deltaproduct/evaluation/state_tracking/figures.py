@@ -69,12 +69,21 @@ def _panel(axis, settings: list[Setting], prefix: bool, handles: dict) -> None:
 
 
 def _look(settings: list[Setting], index: int) -> dict:
-    """Colour and marker by n_h; solid for [-1, 1], dashed for [0, 1]; a further setting of the same two has dots."""
+    """Colour and marker by n_h; solid for [-1, 1], dashed for [0, 1]; further settings of the same two have dots.
+
+    Where several all have the same two, each has its own colour and marker.
+    """
     own = settings[index].runs[0]
     same = [i for i, s in enumerate(settings) if (s.runs[0].n_h, s.runs[0].range) == (own.n_h, own.range)]
-    lines = ("-", "-.", ":") if own.range == "[-1, 1]" else ("--", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
+    if 1 < len(same) == len(settings):
+        return look(index, len(settings)) | {"marker": MARKERS[index % len(MARKERS)]}
+    lines = (
+        ("-", "-.", ":", (0, (8, 2, 1, 2, 1, 2)))
+        if own.range == "[-1, 1]"
+        else ("--", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
+    )
     by_n = {"color": COLOURS[(own.n_h - 1) % len(COLOURS)], "marker": MARKERS[(own.n_h - 1) % len(MARKERS)]}
-    return look(index, len(settings)) | by_n | {"linestyle": lines[same.index(index) % 3]}
+    return look(index, len(settings)) | by_n | {"linestyle": lines[same.index(index) % len(lines)]}
 
 
 def _curve(run: RunResult, prefix: bool, at: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -28,11 +28,11 @@ from .problems import Counts, Problem
 _TRAINED = {
     "model": [f.name for f in fields(DeltaProductArgs) if f.name != "op_backend"],
     "data": ["min_length", "max_length", "curriculum_start", "curriculum_steps"],
-    "training": ["seq_len", "steps", "max_norm"],
+    "training": ["seq_len", "steps", "max_norm", "mixed_precision_param"],
     "optimizer": ["name", "lr", "beta1", "beta2", "weight_decay"],
     "lr_scheduler": ["warmup_steps", "decay_type", "decay_ratio", "min_lr_factor", "total_steps"],
 }
-WORDS = {"optimizer.name": "{value}", "training.steps": "{value:,} steps"}
+WORDS = {"optimizer.name": "{value}", "training.steps": "{value:,} steps", "training.mixed_precision_param": "{value}"}
 """How values are told that need no name."""
 
 
@@ -182,7 +182,7 @@ class RunResult:
 @dataclass
 class Setting:
     """Runs that differ in nothing but their seeds; `differs` says what sets it apart within its n_h and range, `short`
-    the least of it that does."""
+    the least of it that does, and where that is much, only what is not as in most."""
 
     runs: list[RunResult]
     differs: str = ""
@@ -239,7 +239,10 @@ def by_setting(results: list[RunResult]) -> list[Setting]:
         keys = [key for key in own.settings if any(run.settings.get(key) != own.settings[key] for run in same)]
         if "training.steps" in keys and all(run.step == run.steps for run in same):
             keys.remove("checkpoint.step")
-        setting.differs, setting.short = _told(own, keys, same), _told(own, _least(keys, same), same)
+        setting.differs, setting.short = (
+            _told(own, keys, same),
+            _told(own, _unusual(own, _least(keys, same), same), same),
+        )
     return settings
 
 
@@ -261,6 +264,15 @@ def _least(keys: list[str], runs: list[RunResult]) -> list[str]:
         fewer = [other for other in keys if other != key]
         keys = fewer if kinds(fewer) == kinds(keys) else keys
     return keys
+
+
+def _unusual(own: RunResult, keys: list[str], runs: list[RunResult]) -> list[str]:
+    """Of more than two keys those in which a run is not like most of the runs."""
+
+    def usual(key: str) -> bool:
+        return 2 * sum(run.settings.get(key) == own.settings[key] for run in runs) > len(runs)
+
+    return [key for key in keys if not usual(key)] if len(keys) > 2 else keys
 
 
 def read_settings(paths: list[Path]) -> list[Setting]:
