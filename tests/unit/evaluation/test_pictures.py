@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -133,6 +134,7 @@ def test_names_of_any_length_leave_room_for_the_lines(drawn, tmp_path):
         setting.short = f"a setting of a name {'that goes on and on ' * number}"
     accuracy_figure(settings, tmp_path / "long.png")
     figure = drawn["long.png"]
+    FigureCanvasAgg(figure).draw()
     width, height = figure.canvas.get_width_height()
     assert sum(axis.get_position().width for axis in figure.axes) > 0.5
     assert min(axis.get_position().height for axis in figure.axes) > 0.3
