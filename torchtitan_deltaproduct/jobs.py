@@ -17,11 +17,11 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -294,11 +294,21 @@ class Running:
 
 @contextlib.contextmanager
 def ending_together(running: dict[int, Running], console: Console) -> Iterator[None]:
-    """Ends the running jobs, and waits for them, when the block is left early; SIGTERM and SIGHUP leave it."""
-    handled = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    # Under nohup SIGHUP stays ignored.
-    for number in [number for number, handler in handled.items() if handler != signal.SIG_IGN]:
-        signal.signal(number, lambda received, frame: sys.exit(128 + received))
+    """Ends the running jobs, and waits for them, when the block is left early; SIGINT, SIGTERM and SIGHUP leave it.
+
+    Once: `timeout` sends its signal twice, people press Ctrl-C twice, and the jobs still have to save.
+    """
+    # Under nohup SIGHUP stays ignored, in the background of a shell SIGINT.
+    handled = {number: handler for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+               if (handler := signal.getsignal(number)) != signal.SIG_IGN}  # fmt: skip
+
+    def leave(received: int, frame: FrameType | None) -> None:
+        for number in handled:
+            signal.signal(number, lambda received, frame: None)
+        raise KeyboardInterrupt if received == signal.SIGINT else SystemExit(128 + received)
+
+    for number in handled:
+        signal.signal(number, leave)
     try:
         yield
     finally:

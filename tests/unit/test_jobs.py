@@ -1,6 +1,8 @@
 """Jobs: where they run, which are run, and what is said of those that fail."""
 
 import io
+import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +119,44 @@ def test_bars_on_a_terminal(tmp_path, monkeypatch):
     printed = console.file.getvalue()
     assert list(failed) == ["bad"] and "3/7" in printed and "half way" in printed
     assert "1/2 good: done in" in printed and "2/2 bad: failed with exit code 3" in printed
+
+
+PATIENT = '''
+import io, os, signal, sys, threading, time
+from pathlib import Path
+from rich.console import Console
+from tests.unit.test_jobs import program
+from torchtitan_deltaproduct import jobs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A suite run in the background has it ignored.
+folder, number = Path(sys.argv[1]), int(sys.argv[2])
+code = f"""import signal, time
+def save(*_):
+    time.sleep(1)
+    pathlib.Path({str(folder / "saved")!r}).touch()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({str(folder / "started")!r}).touch()
+time.sleep(60)"""
+def send():
+    while not (folder / "started").exists():
+        time.sleep(0.01)
+    for _ in range(200):
+        os.kill(os.getpid(), number)
+        time.sleep(0.002)
+threading.Thread(target=send, daemon=True).start()
+try:
+    jobs.run_jobs([program(folder, "patient", code)], [{}], Console(file=io.StringIO()))
+except (KeyboardInterrupt, SystemExit) as end:
+    print(type(end).__name__, (folder / "saved").exists())
+'''
+
+
+@pytest.mark.parametrize(("number", "leaves"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "SystemExit")])
+def test_a_signal_that_comes_again_and_again_waits_for_the_jobs(tmp_path, number, leaves):
+    """Each used to break off the waiting for jobs that save."""
+    command = [sys.executable, "-c", PATIENT, str(tmp_path), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == [leaves, "True"], done.stderr
 
 
 def test_each_place_has_one_job_at_a_time(tmp_path):

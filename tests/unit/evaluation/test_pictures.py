@@ -128,7 +128,7 @@ def test_names_at_the_ends_of_lines_are_apart():
 
 
 def test_names_of_any_length_leave_room_for_the_lines(drawn, tmp_path):
-    """Names are broken into lines and the legend into rows: the panels keep a good part of the picture, which shows all."""
+    """Names are broken into lines and the legend into rows: the panels keep a good part of the picture."""
     settings = by_setting([flat(0.1 * n, n=n) for n in range(1, 9)])
     for number, setting in enumerate(settings):
         setting.short = f"a setting of a name {'that goes on and on ' * number}"
