@@ -262,11 +262,11 @@ def test_initial_weights(toy, tmp_path):
 
 def another_view(rank: int, argv: list[str]) -> None:
     """Rank 1 does not see the newest step yet, as on a network file system."""
-    from torchtitan_deltaproduct.titan import checkpointer
+    from torchtitan_deltaproduct.checkpoint import load
     from torchtitan_deltaproduct.titan.run import run
 
-    original = checkpointer.find_checkpoint
-    checkpointer.find_checkpoint = lambda path: original(path, 2 if rank else None)
+    original = load.find_checkpoint
+    load.find_checkpoint = lambda path: original(path, 2 if rank else None)
     run(load_config(argv))
 
 
@@ -329,23 +329,32 @@ def test_a_step_that_is_not_there_changes_nothing(toy, tmp_path):
     assert (run / "config.json").read_bytes() == before
 
 
-def test_without_its_step_a_run_has_a_new_schedule(toy, tmp_path):
-    run = tmp_path / "run"
-    train(toy, run)
-    first = [r["lr"] for r in records(run) if "lr" in r]
-    train(toy, run, "--checkpoint.exclude_from_loading", "train_state", "--training.steps", "6")
-    assert [r["lr"] for r in records(run) if "lr" in r] == first[:6]
-
-
-def test_without_its_data_a_run_goes_on_with_any_batch(toy, tmp_path):
-    """Where the position in the data is left out, no sample is missed or seen twice by another batch."""
-    run = tmp_path / "run"
+def test_what_a_branch_begins_anew_it_does_not_begin_again(toy, tmp_path):
+    """Without the step or the place in the data a new run takes both, and the schedule, from the start; it keeps what
+    it has learned, and all of its own checkpoints when it is started again."""
+    run, branch = tmp_path / "run", tmp_path / "branch"
     train(toy, run, "--training.steps", "4")
-    bigger = ("--training.global_batch_size", "8", "--training.steps", "5")
-    with pytest.raises(ConfigError, match="global_batch_size was 4, is 8"):
-        train(toy, run, *bigger)
-    train(toy, run, *bigger, "--checkpoint.exclude_from_loading", "dataloader")
-    assert [r["step"] for r in records(run) if "loss" in r] == [1, 2, 3, 4, 5]
+    whole = ("--checkpoint.initial_load_path", str(run), "--checkpoint.initial_load_model_only", "false")
+    anew = (*whole, "--checkpoint.exclude_from_loading", "dataloader", "--training.global_batch_size", "8")
+    with pytest.raises(ConfigError, match="(?s)step-4 belongs to another run:.*global_batch_size was 4, is 8"):
+        train(toy, branch, *whole, "--training.global_batch_size", "8")
+    assert not (branch / "config.json").exists()
+    train(toy, branch, *anew, "--training.steps", "4")
+    train(toy, branch, *anew)
+    train(toy, tmp_path / "unbroken", *anew)
+    assert learned(branch) == learned(tmp_path / "unbroken")
+    first = [r for r in records(branch) if "loss" in r]
+    assert [r["step"] for r in first] == [*range(1, 9)] and [r["tokens"] for r in first] == [
+        8 * 64 * n for n in range(1, 9)
+    ]
+    scratch = tmp_path / "scratch"
+    train(toy, scratch, "--training.global_batch_size", "8")
+    assert [r["lr"] for r in first] == [r["lr"] for r in records(scratch) if "lr" in r]
+    assert first[0]["loss"] < [r["loss"] for r in records(scratch) if "loss" in r][0]
+    with pytest.raises(ConfigError, match="exclude_from_loading.*: nothing but weights is loaded"):
+        train(toy, run, "--checkpoint.exclude_from_loading", "optimizer")
+    with pytest.raises(ConfigError, match="initial_load_model_only.*: the whole state of what"):
+        train(toy, run, "--checkpoint.initial_load_model_only", "false")
 
 
 def test_a_run_that_ended_with_weights_alone(toy, tmp_path, capsys):

@@ -161,6 +161,23 @@ def find_checkpoint(path: str | Path, step: int | None = None) -> CheckpointInfo
     return named
 
 
+def initial_checkpoint(path: Path) -> CheckpointInfo:
+    """The checkpoint that `checkpoint.initial_load_path` names: a run folder (its newest complete step) or a step.
+
+    Raises:
+        CheckpointError: there is no complete one, or it is a Hugging Face folder, which has to be imported first.
+    """
+    if path.is_dir() and is_hf_folder(path):
+        raise CheckpointError(
+            f"checkpoint.initial_load_path = {str(path)!r} is a Hugging Face folder; import it first:\n"
+            f"  python -m torchtitan_deltaproduct.checkpoint.from_hf {path} IMPORTED"
+        )
+    try:
+        return find_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint.initial_load_path: {error}") from None
+
+
 def _one_step(path: Path, number: int | None, step: int | None) -> CheckpointInfo:
     info = inspect(path, number)
     if step not in (None, info.step):

@@ -283,6 +283,12 @@ RULES: list[tuple[str, Judge]] = [
     ("checkpoint.initial_load_path",
      lambda c, e: e.files and c.checkpoint.initial_load_path and not os.path.isdir(c.checkpoint.initial_load_path)
      and f"no such folder (looked from {os.getcwd()})"),
+    ("checkpoint.initial_load_model_only checkpoint.initial_load_path",
+     lambda c, e: not c.checkpoint.initial_load_model_only and not c.checkpoint.initial_load_path
+     and "the whole state of what? set initial_load_path; a run's own checkpoints are always loaded whole"),
+    ("checkpoint.exclude_from_loading checkpoint.initial_load_model_only",
+     lambda c, e: c.checkpoint.exclude_from_loading and c.checkpoint.initial_load_model_only
+     and "nothing but weights is loaded; parts of a whole state are left out with initial_load_model_only = false"),
     ("job.dump_folder", _run_folder),
     ("metrics.enable_wandb", lambda c, e: e.files and c.metrics.enable_wandb and find_spec("wandb") is None
      and "wandb is not installed: pip install wandb, or leave it out"),

@@ -138,9 +138,8 @@ def keep_warmup(saved: Mapping[str, Any], config: JobConfig, current: dict[str, 
     key, table, in_file = "lr_scheduler.warmup_steps", config.lr_scheduler, saved.get("extra", {}).get("warmup_in_file")
     if in_file is None or in_file != (config.warmup_in_file or table.warmup_steps):
         return
-    anew = not {"lr_scheduler", "train_state"}.isdisjoint(config.checkpoint.exclude_from_loading)
     warmup = saved["config"]["lr_scheduler"]["warmup_steps"]
-    if anew or warmup > step or config.provenance[key] == "command line":
+    if warmup > step or config.provenance[key] == "command line":
         return
     if warmup != table.warmup_steps:
         config.provenance[key] = f"stays {warmup}, not {table.warmup_steps}: the warm-up of this run is over"

@@ -91,7 +91,7 @@ HONOURED: dict[str, Option] = {key: option for keys, option in {
     "checkpoint.async_mode": record(SAVING),
     "checkpoint.load_step": record(THIS_START, at_least_or(-1, 0, "the newest complete one"), reader=SAVED),
     "checkpoint.exclude_from_loading": record(
-        notable("what is excluded starts anew"), only("optimizer", "lr_scheduler", "dataloader", "train_state")),
+        FIRST_START, only("optimizer", "lr_scheduler", "dataloader", "train_state")),
     "checkpoint.enable_first_step_checkpoint": record(SAVING, reader=SAVED),
     "checkpoint.create_seed_checkpoint checkpoint.load_only": record(THIS_START, reader=SAVED),
     "training.enable_cpu_offload activation_checkpoint.early_stop activation_checkpoint.preserve_rng_state "
@@ -145,7 +145,8 @@ WORDS = {
         "Whether training waits for saves. `disabled` waits, `async` writes in a thread, `async_with_pinned_mem` in a "
         "process (CUDA).",
     "checkpoint.exclude_from_loading":
-        "Parts of a checkpoint that start anew; with train_state, the step, so does the schedule.",
+        "Parts of `initial_load_path` that start anew: `optimizer`, `lr_scheduler`; `train_state` or `dataloader`: the "
+        "step, the schedule and the place in the data together. A run's own checkpoints are always loaded whole.",
     "checkpoint.enable_first_step_checkpoint": "Save after the first step, too, to see whether saving works.",
     "checkpoint.create_seed_checkpoint": "Save the initial weights as step 0 and end; by one process.",
     "checkpoint.load_only": "Load a checkpoint, and save none.",

@@ -250,6 +250,18 @@ class Checkpoint(titan.Checkpoint):
     verify_on_load: bool = option(True, harmless("whether checksums are compared"))
     """Compare the checksum of every file before resuming; a damaged checkpoint gives way to the one before."""
 
+    @property
+    def excluded(self) -> list[str]:
+        """What is not taken of the whole state of `initial_load_path`.
+
+        The step, the place in the data and the schedule go together: the step counts batches of those data, and the
+        schedule counts steps.
+        """
+        names = set(self.exclude_from_loading)
+        if names & {"dataloader", "train_state"}:
+            names |= {"dataloader", "train_state", "lr_scheduler"}
+        return sorted(names)
+
 
 @dataclass
 class Guard:

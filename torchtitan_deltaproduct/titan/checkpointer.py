@@ -35,7 +35,6 @@ from ..checkpoint.folders import (
     Retention,
     delete,
     inspect,
-    is_hf_folder,
     newest_first,
     no_such_step,
     scan,
@@ -43,7 +42,7 @@ from ..checkpoint.folders import (
     step_folders,
     was_complete,
 )
-from ..checkpoint.load import find_checkpoint
+from ..checkpoint.load import initial_checkpoint
 from ..checkpoint.marker import SAVING, ours, write_marker, wrong_checksums
 from ..checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from ..checkpoint.staging import Stager
@@ -74,9 +73,7 @@ class CheckpointManager(stock.CheckpointManager):
     def __init__(self, *args, checkpoint_config: Checkpoint, **kwargs) -> None:
         super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
         self.verify_on_load = checkpoint_config.verify_on_load
-        if self.enable and "train_state" in self.exclude_from_loading:
-            # The schedule is a function of the step, which begins at 0.
-            self.exclude_from_loading = [*{*self.exclude_from_loading, "lr_scheduler"}]
+        self.excluded = checkpoint_config.excluded
         self.failed_saves = 0
         self.retry_at: int | None = None
         self.saving_step: int | None = None
@@ -290,13 +287,17 @@ class CheckpointManager(stock.CheckpointManager):
             return None
         info = self._choose(step)
         if info is not None:
-            # A seed checkpoint (step 0) holds weights only.
+            # A seed checkpoint (step 0) holds weights only. A run's own checkpoint is loaded whole: what begins anew
+            # would do so again at every restart.
+            self.exclude_from_loading = []
             self._load_from(info, model_only=info.step == 0)
             self._set_newer_aside(info.step)
         elif self.initial_load_path:
-            info = self._initial()
+            # Rank 0 looks for all: it may be a run that is still saving.
+            info = from_rank_0(lambda: initial_checkpoint(Path(self.initial_load_path)))
             if problems := self._damage(info):
                 raise CheckpointError(f"checkpoint.initial_load_path: {info.path}: {'; '.join(problems)}")
+            self.exclude_from_loading = self.excluded
             self._load_from(info, model_only=self.initial_load_model_only)
         return info
 
@@ -310,9 +311,7 @@ class CheckpointManager(stock.CheckpointManager):
             if not info.complete:
                 spoiled += [info.step] * once_complete
                 if asked != -1:
-                    raise CheckpointError(
-                        from_rank_0(lambda reason=info.reason: no_such_step(self.folder, asked, reason))
-                    )
+                    raise CheckpointError(self._no_such_step(asked, info.reason))
                 logger.warning("checkpoint step %d is left out: %s", info.step, info.reason)
                 continue
             problems = self._damage(info)
@@ -341,10 +340,6 @@ class CheckpointManager(stock.CheckpointManager):
             return None if info is None else (info, info.complete or was_complete(info.path))
 
         return from_rank_0(look)
-
-    def _initial(self) -> CheckpointInfo:
-        """What `initial_load_path` names, as rank 0 sees it: it may be a run that is still saving."""
-        return from_rank_0(lambda: initial_checkpoint(Path(self.initial_load_path)))
 
     def _set_newer_aside(self, step: int) -> None:
         """After `load_step`: later steps belong to a past that is being written anew, and must not be resumed from."""
@@ -381,8 +376,7 @@ class CheckpointManager(stock.CheckpointManager):
                 f"{info.path} does not fit this run: {first_line(cause)}\n"
                 "expected the same [model] and optimizer as when it was saved (see its config.json)"
             ) from error
-        if stock.MODEL in self.states:
-            self.states[stock.MODEL].load_state_dict(states)
+        self.states[stock.MODEL].load_state_dict(states)
 
     def _purge_stale_checkpoints(self, wait: bool = False) -> None:
         """Deletes what retention does not keep, in a thread."""
@@ -431,20 +425,3 @@ def alone() -> bool:
     and every later training step takes 1.8 times as long.
     """
     return dist.get_world_size() == 1
-
-
-def initial_checkpoint(path: Path) -> CheckpointInfo:
-    """The checkpoint that `checkpoint.initial_load_path` names: a run folder (its newest complete step) or a step.
-
-    Raises:
-        CheckpointError: there is no complete one, or it is a Hugging Face folder, which has to be imported first.
-    """
-    if path.is_dir() and is_hf_folder(path):
-        raise CheckpointError(
-            f"checkpoint.initial_load_path = {str(path)!r} is a Hugging Face folder; import it first:\n"
-            f"  python -m torchtitan_deltaproduct.checkpoint.from_hf {path} IMPORTED"
-        )
-    try:
-        return find_checkpoint(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"checkpoint.initial_load_path: {error}") from None

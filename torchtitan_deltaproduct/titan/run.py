@@ -23,6 +23,7 @@ import torch.distributed as dist
 from .. import events
 from ..agreement import from_rank_0
 from ..checkpoint.folders import CheckpointInfo, newest_first, no_such_step
+from ..checkpoint.load import initial_checkpoint
 from ..checkpoint.marker import checksum
 from ..config import JobConfig
 from ..config.compare import compare_configs, keep_warmup, rate_rises, refuse_breaking
@@ -243,12 +244,14 @@ def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int, int]:
                 logger.info("finished already: step %d of %d", newest.step, config.training.steps)
                 return Past.FINISHED, config.lr_scheduler.warmup_steps, config.checkpoint.load_step
             keep_warmup(saved, config, current, newest.step)
-            comparison = compare_configs(saved, current, consumed=consumes_samples(config, newest))
+            comparison = compare_configs(saved, current, consumed=newest.step > 0)
             refuse_breaking(comparison, newest.path, config.provenance)
             for change in comparison.notable + comparison.harmless:
                 logger.info("changed since step %d was saved: %s", newest.step, change)
             if note := rate_rises(saved, config, newest.step):
                 logger.warning("%s", note)
+        elif config.checkpoint.initial_load_path and not config.checkpoint.initial_load_model_only:
+            check_branch(config, current)
     if config.warmup_in_file is not None:
         logger.warning("lr_scheduler.warmup_steps: %s", config.provenance["lr_scheduler.warmup_steps"])
     path = Path(config.job.dump_folder, "config.json")
@@ -260,10 +263,18 @@ def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int, int]:
     return past, config.lr_scheduler.warmup_steps, config.checkpoint.load_step
 
 
+def check_branch(config: JobConfig, current: dict) -> None:
+    """Whether a run can go on from another one's whole state: as from its own, unless step and data begin anew."""
+    source = initial_checkpoint(Path(config.checkpoint.initial_load_path))
+    if saved := read_snapshot(source.path / "config.json"):
+        consumed = source.step > 0 and "train_state" not in config.checkpoint.excluded
+        refuse_breaking(compare_configs(saved, current, consumed), source.path, config.provenance)
+
+
 def will_load_weights(config: JobConfig, past: Past) -> bool:
     """Whether all weights come from a checkpoint: none needs to be drawn. A run that cannot read it does not start."""
     settings = config.checkpoint
-    loads = settings.enable and not settings.create_seed_checkpoint and "model" not in settings.exclude_from_loading
+    loads = settings.enable and not settings.create_seed_checkpoint
     return loads and (past is Past.CHECKPOINT or bool(settings.initial_load_path))
 
 
@@ -302,11 +313,6 @@ def finished_with_weights_only(
         f"cannot go on from it\n{way}, or start a new run from its weights with\n"
         f"  --job.dump_folder NEW_FOLDER --checkpoint.initial_load_path {newest.path}"
     )
-
-
-def consumes_samples(config: JobConfig, info: CheckpointInfo) -> bool:
-    """Whether going on from a checkpoint means going on in its data: not from step 0, nor where that is left out."""
-    return info.step > 0 and "dataloader" not in config.checkpoint.exclude_from_loading
 
 
 def keep_tokenizer(config: JobConfig, source: str, eos_id: int | None) -> None:

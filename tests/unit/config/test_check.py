@@ -26,7 +26,7 @@ DATA = '[data]\npaths = ["a"]\n'
         ("model.num_householder", ["1", "8"], ["0", "9"]),
         ("model.conv_size", ["2"], ["1"]),
         ("checkpoint.keep_latest_k", ["0", "2"], ["1", "-1"]),
-        ("checkpoint.exclude_from_loading", ["optimizer,dataloader", ""], ["model"]),
+        ("checkpoint.exclude_from_loading", [""], ["model"]),
         ("activation_checkpoint.selective_ac_option", ["op", "products", "3"], ["0", "ops", "-2", "²"]),
         ("compile.components", ["model", "loss"], ["optimizer"]),
         ("validation.steps", ["-1", "1"], ["0", "-2"]),
@@ -179,6 +179,13 @@ def test_sequences_that_cannot_be_cut(problems, options, reason):
     four = CONTEXT.format(4)
     assert problems(DATA + four) == ""
     assert reason in problems(DATA + four, *options)
+
+
+def test_parts_are_left_out_of_the_whole_state_of_another_run(problems):
+    out, whole = "--checkpoint.exclude_from_loading=optimizer,dataloader", "--checkpoint.initial_load_model_only=false"
+    assert "nothing but weights is loaded" in problems(DATA, out)
+    assert "set initial_load_path" in problems(DATA, out, whole)
+    assert problems(DATA, out, whole, "--checkpoint.initial_load_path=old") == ""
 
 
 def test_initial_load_path(problems, tmp_path):

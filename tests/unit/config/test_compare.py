@@ -92,10 +92,9 @@ CUT = DATA + "[training]\nsteps = 300\n[lr_scheduler]\nwarmup_steps = 30\n"
     # Shortened as well, and the file's run ended with its own: both as the run so far, or nothing to keep.
     (CUT, ["--training.steps=25"], 20, 2),
     (CUT, ["--training.steps=40"], 1, 30),
-    # Asked for: in the file, on the command line, or by beginning the schedule again.
+    # Asked for: in the file, or on the command line.
     (CUT.replace("steps = 30\n", "steps = 35\n"), ["--training.steps=40"], 20, 35),
     (CUT, ["--training.steps=40", "--lr_scheduler.warmup_steps=30"], 20, 30),
-    (CUT, ["--training.steps=40", "--checkpoint.exclude_from_loading=lr_scheduler"], 20, 30),
 ])  # fmt: skip
 def test_a_warm_up_that_is_over_is_not_run_again(load, text, options, step, warmup):
     """A run of a file of 300 steps that was cut to 20, its warm-up from 30 to 2, goes on to another end, twice."""
