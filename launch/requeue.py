@@ -4,8 +4,8 @@
 
     run's last stop      requeued?   why
     signal, walltime     yes         preempted or out of time, and saved; SIGINT is a person's wish and ends it
-    hung, lost_peer,     yes         the next start may have better luck; not after three kills without progress
-    killed
+    hung, lost_peer,     yes         the next start may have better luck; not after three launches without progress
+    machine, killed
     finished             no          there is nothing left to do
     failed               no          it would fail again
 
@@ -25,7 +25,7 @@ from torchtitan_deltaproduct.errors import exit_on_user_error
 from torchtitan_deltaproduct.events import last_stop, read_events
 
 REQUEUE, FINISHED, END = 75, 0, 1
-KILLS_WITHOUT_PROGRESS = 3
+LAUNCHES_WITHOUT_PROGRESS = 3
 
 
 def decide(
@@ -45,6 +45,10 @@ def decide(
     requeue, why = judge_stop(stop) if stop else judge_silence(events, code)
     if ended_by_slurm and reason not in ("finished", "failed"):
         return False, f"{why}; SLURM ends the job (cancelled or preempted) and decides what follows"
+    newest = [event["step"] for event in events if event["event"] == "launch"][-LAUNCHES_WITHOUT_PROGRESS:]
+    stuck = len(newest) == LAUNCHES_WITHOUT_PROGRESS and len(set(newest)) == 1
+    if requeue and stuck and reason not in ("signal", "walltime"):
+        return False, f"{why}; {LAUNCHES_WITHOUT_PROGRESS} launches in a row came no further"
     if requeue and restarts >= maximum:
         return False, f"{why}; but it was requeued {restarts} times already, of at most {maximum}"
     return requeue, why
@@ -72,7 +76,7 @@ def judge_stop(stop: dict[str, Any]) -> tuple[bool, str]:
         ending += ", without a new checkpoint"
     if detail == "SIGINT":
         return False, f"{ending}; a person stopped it"
-    return reason in ("signal", "walltime", "hung", "lost_peer"), ending
+    return reason in ("signal", "walltime", "hung", "lost_peer", "machine"), ending
 
 
 def judge_silence(events: list[dict[str, Any]], code: int) -> tuple[bool, str]:
@@ -85,12 +89,7 @@ def judge_silence(events: list[dict[str, Any]], code: int) -> tuple[bool, str]:
     if not launches:
         return code > 128, f"{how} before training began"
     ending = f"{how} after step {launches[-1]:,}, without a word"
-    if code == 0:
-        return False, ending
-    newest = launches[-KILLS_WITHOUT_PROGRESS:]
-    if len(newest) == KILLS_WITHOUT_PROGRESS and len(set(newest)) == 1:
-        return False, f"{ending}; {KILLS_WITHOUT_PROGRESS} launches in a row came no further"
-    return True, ending
+    return code != 0, ending
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,9 +17,11 @@ import os
 import signal
 import socket
 import sys
+import time
 from types import FrameType
 
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
+from torchtitan_deltaproduct.events import LAUNCHED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REFUSED = 2
@@ -61,6 +63,7 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     repair(shutdown)
+    os.environ[LAUNCHED] = str(time.time())
     words = sys.argv[1:]
     if "--standalone" in words:
         stay_on_this_machine()

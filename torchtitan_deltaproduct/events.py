@@ -1,15 +1,16 @@
 """RUN/events.jsonl: what happened to a run, one JSON line an event, over all its launches.
 
     {"event": "launch", "time": 1764000000.0, "step": 12000, "ranks": 8, "host": "n1", "slurm_job": "123",
-     "slurm_restart": 2, "arguments": ["--job.config_file", "x.toml"], "resumed_from": 12000}
+     "slurm_restart": 2, "arguments": ["--job.config_file", "x.toml"]}
     {"event": "stop", "time": 1764003600.0, "step": 12345, "reason": "signal", "detail": "SIGUSR1", "saved": true}
 
     append(run, "launch", step=0, ranks=8)
     last_stop(read_events(run))            # None after a hard kill: a launch without a stop
 
-Reasons of a stop: `finished`, `signal`, `walltime`, `failed` (an error of the run's own), `hung`, `lost_peer` (another
-rank is gone). Other events: `save`, `save_failed`, `skipped_step`, `loss_spike`, `bad_checkpoint`. A launcher decides
-by this file whether to start the run again, and `status` tells its story from it. Needs only the standard library.
+Reasons of a stop: `finished`, `signal`, `walltime`, `failed` (an error of the run's own), `machine` (a device or a file
+system failed), `hung`, `lost_peer` (another rank is gone). Other events: `save`, `save_failed`, `skipped_step`,
+`loss_spike`, `bad_checkpoint`. A launcher decides by this file whether to start the run again, and `status` tells its
+story from it. Needs only the standard library.
 """
 
 import json
@@ -26,12 +27,14 @@ from .history import ends
 NAME = "events.jsonl"
 LIMIT = 1 << 22
 """Bytes of it that are read: some 40,000 events, the newest."""
+LAUNCHED = "TORCHTITAN_DELTAPRODUCT_LAUNCHED"
+"""The environment variable by which `launch.torchrun` tells its ranks when it began, in seconds since 1970."""
 LATEST = 1e11
 """Seconds since 1970 that are no time any more; nor are NaN and infinity."""
 
 
-def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
-    """Adds an event, by one write: a kill leaves a line or none, and ranks do not mix theirs.
+def append(run: str | Path, event: str, **fields: Any) -> None:
+    """Adds an event, by one write: a kill leaves a line or none, and ranks of one node do not mix theirs.
 
     A folder that is not there or cannot be written (a full disk, a pipe in the file's place) is no reason to stop
     training: the event is lost.
@@ -53,7 +56,6 @@ def append(run: str | Path, event: str, **fields: Any) -> dict[str, Any]:
             os.close(handle)
     except OSError:
         pass
-    return record
 
 
 def read_events(run: str | Path) -> list[dict[str, Any]]:
@@ -143,6 +145,12 @@ def whereabouts() -> dict[str, Any]:
 
 
 def began_before(events: list[dict[str, Any]], step: int) -> bool:
-    """Whether this process is of a restart, with the same command line, of a launch that went on from `step`."""
+    """Whether this process is of a restart, with the same command line, of a launch that went on from `step`.
+
+    That a launch of the same torchrun is on record is enough: this process has not written its own yet, and where ranks
+    of one node were lost, torchrun raises the restart count on that node alone.
+    """
+    own = started_by()
     launches = [record for record in events if record["event"] == "launch" and record["step"] == step]
-    return any(is_restart(started_by(), one) for one in launches if one.get("arguments") == sys.argv[1:])
+    launches = [record for record in launches if record.get("arguments") == sys.argv[1:]]
+    return any(is_restart(own, one) or (own["torchrun"] and own["torchrun"] == one.get("torchrun")) for one in launches)

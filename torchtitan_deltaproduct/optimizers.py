@@ -220,10 +220,10 @@ def dealt_out(costs: list[int], ranks: int) -> list[list[int]]:
     return owned
 
 
-def orthogonalization_flops(rows: int, columns: int, steps: int = 5) -> int:
-    """FLOPs of Newton-Schulz on one matrix: per step X X^T, its square, and their product with X."""
+def orthogonalization_flops(rows: int, columns: int) -> int:
+    """FLOPs of five steps of Newton-Schulz on one matrix: in each X X^T, its square, and their product with X."""
     short, long = sorted((rows, columns))
-    return steps * (4 * short**2 * long + 2 * short**3)
+    return 5 * (4 * short**2 * long + 2 * short**3)
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def state(events: list[dict], beat: dict, now: float) -> str:
     word = {"signal": f"stopped on {escape(stop['detail'])}", "walltime": "stopped at its walltime"}.get(stop["reason"])
     if word:
         return f"[yellow]{word}[/] {when} ago, {'everything saved' if stop['saved'] else 'not saved'}"
-    how = {"lost_peer": "lost a rank"}.get(stop["reason"], stop["reason"])
+    how = {"lost_peer": "lost a rank", "machine": "failed by its machine"}.get(stop["reason"], stop["reason"])
     return f"[red]{escape(how)}[/] {when} ago: {escape(stop['detail'])}"
 
 

@@ -28,6 +28,9 @@ def stop(reason, detail="", saved=True, step=1234):
     ([LAUNCH, stop("hung"), stop("failed", "connection closed")], 1, True, "hung"),
     ([LAUNCH, stop("lost_peer", "RuntimeError: Connection closed by peer", saved=False)], 1, True, "lost_peer at"),
     ([LAUNCH, stop("lost_peer"), stop("failed", "ValueError: x")], 1, False, "ValueError"),
+    ([LAUNCH, stop("machine", "AcceleratorError: CUDA error: uncorrectable ECC error", saved=False)], 1, True, "ECC"),
+    ([LAUNCH, LAUNCH, LAUNCH, stop("machine", saved=False)], 1, False, "3 launches in a row came no further"),
+    ([LAUNCH, LAUNCH, LAUNCH, stop("signal", "SIGTERM")], 143, True, "SIGTERM"),
     # torchrun started the ranks again.
     ([LAUNCH, stop("failed", "a bad moment"), LAUNCH, stop("signal", "SIGTERM")], 143, True, "signal"),
     ([LAUNCH, stop("signal", "SIGTERM"), LAUNCH], 137, True, "killed by SIGKILL after step 12"),

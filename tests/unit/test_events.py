@@ -57,8 +57,11 @@ def test_whereabouts(monkeypatch):
 
 @pytest.mark.parametrize(("changed", "expected"), [
     ({}, True),
-    ({"SLURM_RESTART_COUNT": "1"}, False),  # another launch in the allocation of the first
-    ({"SLURM_JOB_ID": "18"}, False),
+    # Another launch in the allocation of the first.
+    ({"SLURM_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "b"}, False),
+    ({"SLURM_JOB_ID": "18", "TORCHELASTIC_RUN_ID": "b"}, False),
+    # torchrun counts restarts on the node that lost a rank, and rank 0 may be of another.
+    ({"SLURM_JOB_ID": "18"}, True),
     ({"SLURM_JOB_ID": "18", "TORCHELASTIC_RESTART_COUNT": "1"}, True),
     ({"SLURM_JOB_ID": "18", "TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "none"}, False),
 ])  # fmt: skip

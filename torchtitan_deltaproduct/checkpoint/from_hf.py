@@ -69,7 +69,8 @@ def import_hf(source: str | Path, out: str | Path, eos: str = "") -> HfModel:
 def _snapshot(model: HfModel, eos_id: int | None) -> dict:
     """What evals and a later training run look up: the architecture, the training length, separator and origin."""
     length = model.config.get("max_position_embeddings")
-    config = dict(model.training.get("config", {}))
+    # The folder of its checkpoints is ours.
+    config = {name: table for name, table in model.training.get("config", {}).items() if name != "checkpoint"}
     config |= {"model": asdict(model.args), "job": {"description": f"weights of {model.folder}"}}
     if length:
         config.setdefault("training", {"seq_len": length})

@@ -103,11 +103,12 @@ def _training_rows(loaded: LoadedModel) -> dict[str, str]:
 def _results(loaded: LoadedModel) -> dict[str, str]:
     """The validation record of this very step in the run's metrics.jsonl, and of what it is; {} if there is none."""
     validation, training = (loaded.config.get(name, {}) for name in ("validation", "training"))
+    length = validation.get("seq_len") or training.get("seq_len")
     for record in read_metrics(loaded.run):
         if loaded.step is not None and record.get("step") == loaded.step and "validation_loss" in record:
             conditions = {
                 "of": ", ".join(map(str, validation.get("paths") or [])),
-                "sequences of": f"{training['seq_len']:,} tokens, nats a token" if "seq_len" in training else "",
+                "sequences of": f"{length:,} tokens, nats a token" if length else "",
             }
             return {name: text for name, text in conditions.items() if text} | {
                 name.removeprefix("validation_").replace("_", " "): f"{value:,.4g}"

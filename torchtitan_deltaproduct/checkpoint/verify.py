@@ -22,7 +22,10 @@ from .marker import MARKER, wrong_checksums
 def chosen(run: Path, step: int | None) -> list[CheckpointInfo]:
     """The folders to read, newest first; CheckpointError if there are none, or not the step asked for."""
     if (run / MARKER).exists():
-        return [inspect(run)]
+        info = inspect(run)
+        if step not in (None, info.step):
+            raise CheckpointError(f"{run} is step {info.step}, and step {step} was asked for: give its run folder")
+        return [info]
     folder, _ = open_run(run)
     checkpoints = scan(folder)
     asked = [info for info in checkpoints if step in (None, info.step)]

@@ -72,7 +72,7 @@ class CheckpointManager(stock.CheckpointManager):
 
     def __init__(self, *args, checkpoint_config: Checkpoint, **kwargs) -> None:
         super().__init__(*args, checkpoint_config=checkpoint_config, **kwargs)
-        self.verify_on_load = checkpoint_config.verify_on_load
+        self.verify_on_load, self.seed = checkpoint_config.verify_on_load, checkpoint_config.create_seed_checkpoint
         self.excluded = checkpoint_config.excluded
         self.failed_saves = 0
         self.retry_at: int | None = None
@@ -177,13 +177,17 @@ class CheckpointManager(stock.CheckpointManager):
         return True
 
     def _states_to_save(self, last_step: bool) -> dict:
-        if not (last_step and self.last_save_model_only):
+        if not self._is_model_only(last_step):
             return self._flattened_model_states_sd()
         states = self.states[stock.MODEL].state_dict()
         return {name: tensor.to(self.export_dtype) for name, tensor in states.items()}
 
+    def _is_model_only(self, last_step: bool) -> bool:
+        """Whether weights alone are saved: at the end, where that is asked for, and as a seed checkpoint."""
+        return last_step and (self.last_save_model_only or self.seed)
+
     def _planner(self, last_step: bool = False) -> DefaultSavePlanner:
-        what = "weights" if last_step and self.last_save_model_only else "state"
+        what = "weights" if self._is_model_only(last_step) else "state"
         return planner_for(f"{what} of {self.folder}, {dist.get_world_size()} ranks, {self.failed_saves} failed")
 
     def _start_async(self, states: dict, writer: MarkedWriter, step: int, why: str, start: float) -> None:

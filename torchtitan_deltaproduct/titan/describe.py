@@ -60,8 +60,8 @@ def resumed(
     stop = last_stop(past)
     if stop is None:
         parts += ["the last launch was killed"] if launched else []
-    elif stop["reason"] in ("failed", "hung", "lost_peer"):
-        how = {"lost_peer": "lost a rank"}.get(stop["reason"], stop["reason"])
+    elif stop["reason"] in ("failed", "machine", "hung", "lost_peer"):
+        how = {"lost_peer": "lost a rank", "machine": "was failed by its machine"}.get(stop["reason"], stop["reason"])
         parts.append(f"the last launch {how}: {stop['detail']}")
     return f"resumed step {step:,} of {steps:,} ({', '.join(parts)}); data at token {count(tokens)}"
 

@@ -136,6 +136,7 @@ class MetricsProcessor(stock.MetricsProcessor):
         self.is_writer = torch.distributed.get_rank() == 0
         self.records = self.samples = self.tensorboard = None
         self.eta_rate = None
+        self.retries = 0
         self.began = time.time()
         self.best_speed: float | None = None
 
@@ -186,6 +187,9 @@ class MetricsProcessor(stock.MetricsProcessor):
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """Adds speed and memory to one step's `values` and writes the record; the console line when it is due."""
+        if not self.is_writer:
+            self.restart_clock()
+            return
         seconds = max(time.perf_counter() - self.time_last_log, 1e-9)
         # The loader counts this rank's tokens; every rank has as many.
         ranks = self.parallel_dims.world_size
@@ -194,24 +198,32 @@ class MetricsProcessor(stock.MetricsProcessor):
             "tokens_per_second": round(speed, 1),
             "seconds": round(seconds, 4),
             "data_seconds": round(sum(self.data_loading_times), 4),
-            "memory_gib": round(self.device_memory_monitor.get_peak_stats().max_reserved_gib, 3),
+            "memory_gib": round(self.peak_memory(step) / 2**30, 3),
         }
         if self.gpu_peak_flops:
-            world = self.parallel_dims.world_size
-            values["mfu"] = self.num_flops_per_token * speed / (world * self.gpu_peak_flops)
+            values["mfu"] = self.num_flops_per_token * speed / (ranks * self.gpu_peak_flops)
         if self.best_speed is not None:
             self.best_speed = max(self.best_speed, speed)
             values["goodput"] = round(values["tokens"] / self.best_speed / max(time.time() - self.began, 1e-9), 4)
+            # A slow average, for the ETA.
+            self.eta_rate = seconds if self.eta_rate is None else 0.95 * self.eta_rate + 0.05 * seconds
         else:
             # The first step of a launch compiles: it does not show what this machine can do.
             self.best_speed = 0.0
         self.write(step, values)
-        # A slow average for the ETA that leaves out the first step, which compiles and warms up.
-        if step > 1:
-            self.eta_rate = seconds if self.eta_rate is None else 0.95 * self.eta_rate + 0.05 * seconds
         if self.should_log(step):
             logger.info(self.step_line(step, values))
         self.restart_clock()
+
+    def peak_memory(self, step: int) -> int:
+        """The most memory that the allocator had reserved, in bytes; with a console line it says whether that was
+        short."""
+        stats = stock.device_module.memory_stats(self.device_memory_monitor.device)
+        retries = stats.get("num_alloc_retries", 0)
+        if self.should_log(step) and retries > self.retries:
+            logger.warning("memory is short: %d allocations so far had to wait until the cache was freed", retries)
+            self.retries = retries
+        return stats.get("reserved_bytes.all.peak", 0)
 
     def step_line(self, step: int, values: dict[str, float]) -> str:
         """The console line of one step."""

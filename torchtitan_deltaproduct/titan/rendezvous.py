@@ -57,8 +57,8 @@ def own_store(timeout: timedelta = timedelta(minutes=5)) -> Iterator[dist.Store 
         yield named
 
 
-def first_of_node(what: str) -> bool:
-    """Whether no other process of this node and start has asked the same; where that is not known, local rank 0.
+def first_of_node() -> bool:
+    """Whether no other process of this node and start has asked this; where that is not known, local rank 0.
 
     The store may be gone with the node that held it: a look at it takes some seconds at most.
     """
@@ -68,7 +68,7 @@ def first_of_node(what: str) -> bool:
         if _store is None:
             raise RuntimeError("without torchrun there is no store that outlives a rank")
         _store.set_timeout(timedelta(seconds=5))
-        return _store.add(f"{what}/{os.environ.get('GROUP_RANK', '0')}", 1) == 1
+        return _store.add(f"first/{os.environ.get('GROUP_RANK', '0')}", 1) == 1
     except RuntimeError:
         return os.environ.get("LOCAL_RANK", "0") == "0"
 

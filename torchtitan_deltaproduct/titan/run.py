@@ -8,6 +8,7 @@ already in the run folder.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from .. import events
@@ -79,8 +81,8 @@ def run(config: JobConfig, stopping: Stopping | None = None) -> None:
             detail = first_line if isinstance(error, UserError) else f"{type(error).__name__}: {first_line}"
             # The ranks that a failing one leaves behind all say the same: one of a node is enough.
             if not is_lost_peer(error):
-                record_stop(config, step, "failed", False, detail)
-            elif first_of_node("lost_peer"):
+                record_stop(config, step, "machine" if is_machine_fault(error) else "failed", False, detail)
+            elif first_of_node():
                 record_stop(config, step, "lost_peer", False, detail)
             raise
         finally:
@@ -128,13 +130,21 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(re.search(signs, str(error)))
 
 
+def is_machine_fault(error: BaseException) -> bool:
+    """Whether a device or a file system failed a rank, which another start may be spared: no want of memory, and no
+    assertion in a kernel, which are the run's own."""
+    if isinstance(error, torch.AcceleratorError):
+        return "out of memory" not in str(error) and "device-side assert" not in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE)
+
+
 def record_stop(config: JobConfig, step: int | None, ended: str, saved: bool, detail: str = "") -> None:
     """The event that launchers and `status` go by.
 
     Args:
         config: of the run.
         step: optimizer steps taken; None if it did not come so far.
-        ended: `finished`, `failed`, `lost_peer`, `walltime`, or the name of a signal.
+        ended: `finished`, `failed`, `machine`, `lost_peer`, `walltime`, or the name of a signal.
         saved: whether all that was learned is in a complete checkpoint.
         detail: the error's first line.
     """

@@ -20,6 +20,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+from ..events import LAUNCHED
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -54,13 +56,15 @@ class Stopping:
         """Sets when the run's time is over, and returns the line that says so ("" if nothing limits it).
 
         Args:
-            minutes: from now on; 0: the end of the SLURM job this process is in, if it is in one.
+            minutes: from the launch on, whose ranks torchrun may have started again; 0: the end of the SLURM job this
+                process is in, if it is in one.
             margin_seconds: kept free beyond a step and a save.
         """
         self.margin = margin_seconds
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         if minutes > 0:
-            self.deadline, why = time.time() + 60 * minutes, "guard.walltime_minutes"
+            begun = float(os.environ.get(LAUNCHED) or time.time())
+            self.deadline, why = begun + 60 * minutes, "guard.walltime_minutes"
         elif end.isdigit():
             self.deadline, why = float(end), "SLURM_JOB_END_TIME"
         else:

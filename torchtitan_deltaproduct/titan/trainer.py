@@ -167,7 +167,9 @@ class Trainer(stock.Trainer):
         # Only rank 0 writes, and only it reads what was written.
         past = events.read_events(self.run_folder) if dist.get_rank() == 0 else []
         began = events.began([*past, {"event": "launch", "step": self.step, "time": time.time()}])
-        self.metrics_processor.open(self.step, loaded.marker.time if loaded else math.inf, began)
+        # The records of a launch that saves nothing are of a try-out: those of the run are put aside until it goes on.
+        saved_at = loaded.marker.time if loaded and self.saves else -math.inf if loaded else math.inf
+        self.metrics_processor.open(self.step, saved_at, began)
         validated = from_rank_0(lambda: self.metrics_processor.has_validation(self.step))
         self.validated_step = self.step if validated else -1
         if loaded is not None and self.step:
@@ -324,13 +326,9 @@ class Trainer(stock.Trainer):
         """Counts a step without an update, names the first bad gradient, and stops after too many in a row."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        bad = [
-            name
-            for model in self.model_parts
-            for name, p in model.named_parameters()
-            if p.grad is not None and not local(p.grad).isfinite().all()
-        ]
-        where = f"; first non-finite gradient on rank {dist.get_rank()}: {bad[0]}" if bad else ""
+        named = (pair for model in self.model_parts for pair in model.named_parameters())
+        bad = next((name for name, p in named if p.grad is not None and not local(p.grad).isfinite().all()), None)
+        where = f"; first non-finite gradient on rank {dist.get_rank()}: {bad}" if bad else ""
         first, last = self.samples
         logger.warning(
             "step %d skipped on all ranks: loss %g, gradient norm %g, samples %d to %d (%d in a row, %d in all)%s",

@@ -107,10 +107,10 @@ def test_one_process_of_a_node_speaks(monkeypatch):
     for node, rank in ((0, 1), (0, 0), (1, 1), (1, 0)):
         monkeypatch.setenv("GROUP_RANK", str(node))
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        spoke.append(rendezvous.first_of_node("lost_peer"))
+        spoke.append(rendezvous.first_of_node())
     assert spoke == [True, False, True, False]
     # Where the store is gone with its node.
     monkeypatch.setattr(rendezvous, "_store", None)
     for rank, speaks in ((0, True), (1, False)):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert rendezvous.first_of_node("lost_peer") is speaks
+        assert rendezvous.first_of_node() is speaks

@@ -1,14 +1,16 @@
 """What is refused before anything starts, the command itself, and the order of things in a step."""
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.toy import REPO, arguments, log_of, records, train
 from torchtitan_deltaproduct.errors import ConfigError, DataError
-from torchtitan_deltaproduct.titan.run import is_lost_peer
+from torchtitan_deltaproduct.titan.run import is_lost_peer, is_machine_fault
 
 
 def test_missing_data(toy, tmp_path):
@@ -32,6 +34,17 @@ def test_vocabulary_too_small(toy, tmp_path):
 ])  # fmt: skip
 def test_a_lost_peer(error, lost):
     assert is_lost_peer(error) is lost
+
+
+@pytest.mark.parametrize(("error", "fault"), [
+    (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), True),
+    (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
+    (torch.OutOfMemoryError("CUDA out of memory."), False),
+    (OSError(errno.ESTALE, "Stale file handle"), True), (OSError(errno.ENOSPC, "No space left on device"), False),
+    (RuntimeError("The size of tensor a (3) must match"), False),
+])  # fmt: skip
+def test_a_fault_of_the_machine(error, fault):
+    assert is_machine_fault(error) is fault
 
 
 def test_the_command(toy, tmp_path):
