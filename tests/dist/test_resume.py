@@ -23,6 +23,7 @@ from tests.toy import (
 )
 from torchtitan_deltaproduct import status
 from torchtitan_deltaproduct.checkpoint import scan
+from torchtitan_deltaproduct.checkpoint.safe_dcp import read_index
 from torchtitan_deltaproduct.config import Schedule, load_config
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.events import last_stop, read_events
@@ -311,6 +312,7 @@ def test_a_seed_checkpoint_is_the_first_of_a_run(toy, tmp_path):
     run, seed = tmp_path / "run", "--checkpoint.create_seed_checkpoint"
     for _ in range(2):
         train(toy, run, seed)
+        assert not [name for name in read_index(run / "checkpoint/step-0").state_dict_metadata if "exp_avg" in name]
         assert last_stop(read_events(run)) | {"time": 0, "rank": 0} == {
             "event": "stop", "time": 0, "rank": 0, "step": 0, "reason": "finished", "detail": "seed checkpoint saved",
             "saved": True,
@@ -379,6 +381,10 @@ def test_a_try_out_in_the_folder_of_a_run(toy, tmp_path, capsys):
     train(toy, run, "--checkpoint.enable", "false", "--training.steps", "6", "--model.num_householder", "1")
     (aside,) = run.glob("metrics.until-*.jsonl")
     assert aside.read_bytes() == before and f"is kept as {aside}" in capsys.readouterr().out
+    train(toy, run)
+    assert (run / "metrics.jsonl").read_bytes().startswith(before)
+    before = (run / "metrics.jsonl").read_bytes()
+    train(toy, run, "--checkpoint.load_only", "--checkpoint.load_step", "4", "--optimizer.lr", "0.1")
     train(toy, run)
     assert (run / "metrics.jsonl").read_bytes().startswith(before)
     train(toy, tmp_path / "unbroken")

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,12 +50,14 @@ def restore_history(path: Path, step: int, saved_at: float, redone: bool = False
         moved = ""
         if saved_at < began(path) < math.inf:
             # The file of a try-out in the folder of a run that goes on now: began after the run's checkpoint was saved.
-            earlier = [other for other in path.parent.glob(f"{path.stem}.until-*.jsonl") if began(other) <= saved_at]
+            others = path.parent.glob(f"{path.stem}.until-*.jsonl")
+            earlier = {other: latest for other in others if (latest := last_before(other, saved_at)) > -math.inf}
             moved = set_aside(path)
             if earlier:
-                newest = max(earlier, key=began)
-                newest.rename(path)
-                moved += f"; {newest.name} is {path.name} again"
+                # That of the run: its last record before the save is the last of all.
+                own = max(earlier, key=earlier.__getitem__)
+                own.rename(path)
+                moved += f"; {own.name} is {path.name} again"
         return "; ".join(filter(None, (moved, set_repeated_aside(path, step - redone))))
     except OSError as error:
         raise ConfigError(f"{path} cannot be brought to step {step}: {error}; make room, and start again") from None
@@ -74,7 +77,16 @@ def set_aside(path: Path) -> str:
 def began(path: Path) -> float:
     """Time of a file's earliest record, in seconds since 1970; never, for one without records."""
     # Not of its first line alone, in which a bit may have flipped.
-    return min((r["time"] for r in ends(path, tail=0) if isinstance(r.get("time"), int | float)), default=math.inf)
+    return min(times(ends(path, tail=0)), default=math.inf)
+
+
+def last_before(path: Path, limit: float) -> float:
+    """Time of a file's last record up to `limit`; -infinity, for one without such."""
+    return max((when for when in times(ends(path)) if when <= limit), default=-math.inf)
+
+
+def times(records: Iterable[dict]) -> list[float]:
+    return [record["time"] for record in records if isinstance(record.get("time"), int | float)]
 
 
 def set_repeated_aside(path: Path, last_step: int) -> str:

@@ -61,6 +61,8 @@ def test_verify(run, capsys):
     assert "step 30: NOT USABLE: __0_0.distcp is not what was written" in said
     assert "step 50: NOT USABLE" in said and "step 20: 3 files" in said
     assert verify.main([str(run / "checkpoint/step-20")]) == 0
+    with pytest.raises(CheckpointError, match="step-20 is step 20, and step 40 was asked for"):
+        verify.main([str(run / "checkpoint/step-20"), "--step", "40"])
 
 
 def test_verify_shows_its_progress_on_a_terminal(run, monkeypatch):

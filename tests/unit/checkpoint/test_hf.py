@@ -160,6 +160,13 @@ def test_import_and_train_from_it(run, exported, toy, tmp_path, capsys):
         toys.train(toy, tmp_path / "other", "--checkpoint.initial_load_path", str(exported))
 
 
+def test_import_of_a_run_that_kept_its_checkpoints_elsewhere(toy, tmp_path):
+    toys.train(toy, tmp_path / "run", "--checkpoint.folder", "ckpt", "--training.steps", "2")
+    to_hf.main([str(tmp_path / "run"), str(tmp_path / "hf")])
+    from_hf.main([str(tmp_path / "hf"), str(tmp_path / "imported")])
+    assert load_model(tmp_path / "imported").step == 0
+
+
 def test_import_of_the_papers_layout(tmp_path):
     """One projection a micro-step, and `use_gate` for the output gate."""
     model = small_model(torch.float32, num_householder=2, use_output_gate=True)

@@ -14,6 +14,7 @@ import torch
 from tests.toy import REPO
 from torchtitan_deltaproduct.data.generated.group_words import GroupWordSource
 from torchtitan_deltaproduct.data.loader import Geometry, Loader
+from torchtitan_deltaproduct.events import LAUNCHED
 from torchtitan_deltaproduct.titan.stopping import FLAGS, SIGNALS, Stopping
 
 
@@ -43,6 +44,10 @@ def test_walltime(monkeypatch):
     assert Stopping.reason(stopping.flags(200, 300)) == "walltime"
     assert "guard.walltime_minutes" in stopping.set_walltime(1, 10)
     assert not stopping.out_of_time(20, 4) and stopping.out_of_time(20, 6)
+    # torchrun started the ranks again half an hour after the launch.
+    monkeypatch.setenv(LAUNCHED, str(time.time() - 1800))
+    stopping.set_walltime(60, 0)
+    assert 1700 < stopping.deadline - time.time() < 1801
 
 
 def test_without_a_limit(monkeypatch):
