@@ -273,6 +273,7 @@ def lost_saver(rank: int, argv: list[str]) -> None:
     run(config)
 
 
+@pytest.mark.slow
 def test_the_process_of_an_asynchronous_save_dies(toy, unbroken, tmp_path):
     """On one rank: that save is lost, and the next has new processes on all ranks."""
     run = tmp_path / "run"
