@@ -13,6 +13,7 @@ from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.events import read_events
 from torchtitan_deltaproduct.history import read_jsonl
 from torchtitan_deltaproduct.titan import metrics
+from torchtitan_deltaproduct.titan.device import CpuModule
 from torchtitan_deltaproduct.titan.metrics import TensorBoard
 from torchtitan_deltaproduct.titan.records import RecordFile, restore_history, set_repeated_aside
 
@@ -207,3 +208,14 @@ def test_wandb_has_one_run_a_folder_named_after_it(tmp_path, monkeypatch):
     first, second = opened
     assert first["WANDB_RUN_NAME"] == "outputs/s3" and first["WANDB_PROJECT"] == "torchtitan-deltaproduct"
     assert first["WANDB_RUN_ID"] == second["WANDB_RUN_ID"] == (tmp_path / "outputs/s3/wandb_id").read_text()
+
+
+def test_memory_that_is_short_is_told_when_it_grows(toy, tmp_path, monkeypatch, capsys):
+    """Once for a line on the console, and not again while nothing is added."""
+    retries = iter([0, 1, 1, 1, 3, 3, 3, 3])
+    stats = CpuModule.memory_stats
+    monkeypatch.setattr(CpuModule, "memory_stats", lambda *_: stats(None) | {"num_alloc_retries": next(retries, 3)})
+    train(toy, tmp_path / "run", "--metrics.log_freq", "2")
+    said = [line.split("memory is short: ")[1] for line in capsys.readouterr().out.splitlines() if "is short" in line]
+    assert [line.split()[0] for line in said] == ["1", "3"]
+    assert all(r["memory_gib"] > 0 for r in records(tmp_path / "run") if "loss" in r)
