@@ -86,7 +86,7 @@ class Run(Job):
         words: `--section.key value` words for the trainer.
         config: what they come to.
         ranks: of the run.
-        recorded: its results are known: there is nothing to run.
+        recorded: its results, where they are known: there is nothing to run.
     """
 
     setting: str
@@ -94,7 +94,7 @@ class Run(Job):
     words: list[str]
     config: JobConfig
     ranks: int
-    recorded: bool = False
+    recorded: Result | None = None
 
     @property
     def name(self) -> str:
@@ -130,7 +130,7 @@ class Run(Job):
         Raises:
             ConfigError: the folder holds a run with other settings.
         """
-        return self.recorded or self.is_trained()
+        return self.recorded is not None or self.is_trained()
 
     def is_trained(self) -> bool:
         """The same, by its folder alone."""
@@ -356,17 +356,19 @@ def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: s
 
 
 def summarise(grid: Grid) -> Summary:
-    """What the finished runs that are not recorded came to: the newest numbers of their training, and of their
-    evaluations."""
-    runs, results = [run for run in grid.runs if not run.recorded], []
-    for run in filter(Run.is_trained, runs):
+    """What the finished runs came to: what is recorded, or the newest numbers of training and those of evaluations."""
+    results = []
+    for run in filter(Run.is_done, grid.runs):
+        if run.recorded:
+            results.append(run.recorded)
+            continue
         newest = run.newest
         metrics = {name: newest[key] for name in FINAL if (key := name.replace(" ", "_")) in newest}
         for job in grid.evaluations_after(run):
             if job.is_done():
                 metrics |= {" ".join(filter(None, (name, job.data))): value for name, value in metrics_of(job).items()}
         results.append(Result(run.setting, run.seed, metrics, run.recipe))
-    return Summary(results, len(runs))
+    return Summary(results, len(grid.runs))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from .claims import (
     sentences,
     together,
     verdict,
+    with_recorded,
     write_results,
 )
 from .grid import Run, add_grid_options, run_grid, summarise
@@ -132,8 +133,11 @@ def reproduce(claim: Claim, options: argparse.Namespace, overrides: list[str], c
 def keep(claim: Claim, console: Console) -> Results:
     """Writes the results of a claim that is run as it is written, its picture and the page, if there are new ones;
     returns all."""
+    if claim.grid.as_written:
+        # Another command may have recorded some of its runs since this one began.
+        claim = with_recorded(claim)
     results = collected(claim)
-    if claim.grid.as_written and len(results.summary.results) > sum(run.recorded for run in claim.grid.runs):
+    if claim.grid.as_written and len(results.summary.results) > sum(bool(run.recorded) for run in claim.grid.runs):
         write_results(claim, results, origin(claim))
         console.print(f"written: {claim.file}", soft_wrap=True)
         write([claim], console)

@@ -254,6 +254,25 @@ def test_an_interrupted_claim_keeps_what_is_finished(toy_claim, monkeypatch):
     assert [run.name for run in read_claim(toy_claim).grid.runs if run.recorded] == ["n1/seed-1"]
 
 
+def test_two_commands_at_once_record_each_run_once(toy_claim, monkeypatch):
+    """The other records a run while this one trains another: both are kept, with the origins of both."""
+
+    def beside_another(claim_grid, options, *more):
+        monkeypatch.setattr(reproduce, "run_grid", grid.run_grid)
+        reproduce.main(["toy", "--only", "n2"])
+        return grid.run_grid(claim_grid, options, *more)
+
+    monkeypatch.setattr(reproduce, "run_grid", beside_another)
+    reproduce.main(["toy", "--only", "n1"])
+    content = json.loads(read_claim(toy_claim).file.read_text())
+    assert [run["setting"] for run in content["runs"]] == ["n1", "n2"] and len(content["earlier"]) == 1
+    assert [len(setting["runs"]) for setting in content["state_tracking"]] == [1, 1]
+    content["runs"].append(content["runs"][0])
+    read_claim(toy_claim).file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"toy.json is damaged \(several results of one run\)"):
+        read_claim(toy_claim)
+
+
 def test_what_is_recorded_is_not_run_again(toy_claim, capsys):
     """A claim is run in parts, on machines that know results/ of each other; another recipe is another run."""
     folder = toy_claim.parents[1]
@@ -271,6 +290,12 @@ def test_what_is_recorded_is_not_run_again(toy_claim, capsys):
     assert [origin["command"] for origin in content["earlier"]] == [content["origin"]["command"]]
     written = (folder / "results/toy.json").read_bytes()
     assert reproduce.main(["toy"]) == 1 and (folder / "results/toy.json").read_bytes() == written
+    # All is recorded: the table shows it, and nothing is said of missing runs.
+    shutil.rmtree(folder / "out")
+    capsys.readouterr()
+    assert reproduce.main(["toy"]) == 1
+    printed = capsys.readouterr().out
+    assert "│ n2      │     2 │" in printed and "not done" not in printed and "no run is finished" not in printed
     assert content["runs"][2] == recorded[0] and [len(one["runs"]) for one in content["state_tracking"]] == [1, 2]
     # With another rate the runs are others, with another folder or interval between logs they are not.
     claim = read_claim(toy_claim)
