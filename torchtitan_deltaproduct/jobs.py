@@ -111,8 +111,9 @@ def chosen(jobs: Sequence[Job], only: list[str]) -> list[Job]:
     return [job for job in jobs if not only or any(f"{job.name}/".startswith(f"{name}/") for name in only)]
 
 
-Submit = Callable[[list[list[str]], Path, str, argparse.Namespace], str]
-"""Hands commands to SLURM as one array, given its folder, its name and the options above; returns its job id."""
+Submit = Callable[[list[list[str]], Path, str, argparse.Namespace], tuple[str, Path]]
+"""Hands commands to SLURM as one array, given the folder of its own folder, its name and the options above; returns its
+job id, and its own folder."""
 
 
 def listed_or_submitted(
@@ -133,7 +134,7 @@ def listed_or_submitted(
         commands: by the name of a job, what a task of an array runs.
         options: of `add_job_options`.
         console: for what is told.
-        folder: of the array.
+        folder: of the arrays' folders.
         name: of the array.
         submit: to SLURM; None: it cannot be done from here, ConfigError.
         again: the command for when the array is done.
@@ -154,7 +155,7 @@ def listed_or_submitted(
     if not todo:
         console.print("nothing to submit: every job is done, or its model is not ready")
         return True
-    array = submit(todo, folder, name, options)
+    array, folder = submit(todo, folder, name, options)
     # More tasks than the cluster takes at once are several arrays, `12,13`.
     first = array.partition(",")[0]
     console.print(f"job {array}: {len(todo)} tasks; tail -f {folder}/{first}_0.out", soft_wrap=True, markup=False)

@@ -177,6 +177,6 @@ def test_as_an_array(toml, stand_in, capsys, monkeypatch):
     monkeypatch.chdir(toml.parent)
     assert grid.main([str(toml), "--slurm", "--gpus", "1", "--time", "1:00:00"]) == 0
     assert "job 42: 2 tasks" in capsys.readouterr().out
-    tasks = [json.loads(line) for line in (toml.parent / "out/slurm/tasks.jsonl").read_text().splitlines()]
+    tasks = [json.loads(line) for line in (toml.parent / "out/slurm/001/tasks.jsonl").read_text().splitlines()]
     assert tasks == [run.command for run in grid.read_grid(toml, [], "", []).runs]
-    assert "--array=0-1" in (toml.parent / "out/slurm/job.sbatch").read_text()
+    assert "--array=0-1" in (toml.parent / "out/slurm/001/job.sbatch").read_text()
