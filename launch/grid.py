@@ -73,7 +73,7 @@ KEYS = ("base", "out", "seeds", "device", "ranks", "overrides", "vary", "setting
 LEARNED = ("training.", "optimizer.", "lr_scheduler.", "debug.")
 """Options that decide what a run learned, beside those that make it another run."""
 FINAL = ("loss", "validation loss", "validation bits per byte", "validation token accuracy")
-"""The newest numbers of metrics.jsonl that are results; in tables, where there are no evaluations."""
+"""The numbers of metrics.jsonl that are results, of the last step; in tables, where there are no evaluations."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Run(Job):
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def is_done(self) -> bool:
-        """Whether its folder holds the last step, or its results are recorded.
+        """Whether its folder holds the last step, validated if it is to be, or its results are recorded.
 
         Raises:
             ConfigError: the folder holds a run with other settings.
@@ -156,20 +156,26 @@ class Run(Job):
                 f"{self.folder} was trained to step {newest.step:,} with other settings: "
                 f"{'; '.join(map(str, changed))}\ndelete it to train it anew, or choose another folder with --out"
             )
-        return newest.step >= steps
+        return newest.step >= steps and (not self.config.validation.enable or "validation_loss" in self.final)
 
     def progress(self) -> tuple[int, int, str]:
-        newest = self.newest
+        newest = {name: value for record in self.records for name, value in record.items() if value is not None}
         note = f"loss {newest['loss']:.4f}" if newest.get("loss") is not None else "starting"
         if "validation_token_accuracy" in newest:
             note += f", validation accuracy {newest['validation_token_accuracy']:.1%}"
         return newest.get("step", 0), self.config.training.steps, note
 
     @property
-    def newest(self) -> dict[str, float]:
-        """The newest value of each number in metrics.jsonl."""
-        records = filter(of_a_step, ends(self.folder / "metrics.jsonl", head=0))
-        return {name: value for record in records for name, value in record.items() if value is not None}
+    def records(self) -> list[dict[str, float | None]]:
+        """The newest of metrics.jsonl."""
+        return list(filter(of_a_step, ends(self.folder / "metrics.jsonl", head=0)))
+
+    @property
+    def final(self) -> dict[str, float | None]:
+        """The numbers of its last step. A validation that a signal broke off is not among them: its restart makes up
+        for it."""
+        last = [record for record in self.records if record["step"] == self.config.training.steps]
+        return {name: value for record in last for name, value in record.items()}
 
 
 @dataclass(frozen=True)
@@ -356,14 +362,14 @@ def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: s
 
 
 def summarise(grid: Grid) -> Summary:
-    """What the finished runs came to: what is recorded, or the newest numbers of training and those of evaluations."""
+    """What the finished runs came to: what is recorded, or the numbers of the last step and of evaluations."""
     results = []
     for run in filter(Run.is_done, grid.runs):
         if run.recorded:
             results.append(run.recorded)
             continue
-        newest = run.newest
-        metrics = {name: newest[key] for name in FINAL if (key := name.replace(" ", "_")) in newest}
+        final = run.final
+        metrics = {name: final[key] for name in FINAL if (key := name.replace(" ", "_")) in final}
         for job in grid.evaluations_after(run):
             if job.is_done():
                 metrics |= {" ".join(filter(None, (name, job.data))): value for name, value in metrics_of(job).items()}

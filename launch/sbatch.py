@@ -181,7 +181,7 @@ def torchrun(job: TrainingJob, site: Site, seconds: int) -> str:
 def submit_array(
     commands: list[list[str]], launches: Path, site: Site, *, max_parallel: int = 0, **asked: str | int
 ) -> tuple[str, Path]:
-    """Writes tasks.jsonl and job.sbatch to a new folder and submits an array, or several of too many for one.
+    """Writes tasks.jsonl and job.sbatch to a new folder and submits them, as several arrays where one is too small.
 
     Args:
         commands: words of each task; relative paths count from the current folder.

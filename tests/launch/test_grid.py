@@ -118,6 +118,23 @@ def test_a_run_of_another_schedule_is_not_gone_on_from(toml):
     assert grid.main([str(toml), "--out", str(toml.parent / "flat"), *constant, "0.0", "--training.steps", "4"]) == 0
 
 
+def test_a_run_is_done_when_its_last_step_is_validated(toml):
+    """A signal had broken the validation off, after the checkpoint: the restart makes up for it."""
+    words = [str(toml), "--only", "num_householder-1", "--validation.enable", "--validation.freq", "1"]
+    assert grid.main(words) == 0
+    run = grid.read_grid(toml, [], "", words[3:]).runs[0]
+    metrics = run.folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    assert '"step": 2, "validation_loss"' in lines[-1] and '"step": 1, "validation_loss"' in lines[-3]
+    metrics.write_text("".join(lines[:-1]))
+    assert not run.is_done() and "validation_loss" not in run.final
+    assert grid.main(words) == 0 and run.is_done()
+    # A number that is none is none, not that of the step before.
+    metrics.write_text("".join(lines[:-1]) + '{"step": 2, "validation_loss": null}\n')
+    (result,) = grid.summarise(grid.read_grid(toml, [], "", words[3:])).results
+    assert result.metrics["validation loss"] is None and result.metrics["loss"] > 0
+
+
 @pytest.mark.slow  # With stand-ins for the runs: tests/unit/test_jobs.py.
 def test_a_failed_run_is_named_and_the_others_are_trained(toml, capsys):
     """The folder of the first run is a file."""
