@@ -23,7 +23,8 @@
     words = 1024
 
 The same command again goes on where it was: runs continue from their newest checkpoint, and a run is finished when its
-own folder says so. Failed runs are named at the end. Exit code 0: all is done; 1: something is not.
+own folder says so. Failed runs are named at the end. OUT/results.* keep what was collected there of other seeds under
+the same settings. Exit code 0: all is done, evaluations too; 1: something is not.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import itertools
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 from torchtitan_deltaproduct.evaluation.options import make_folder
 from torchtitan_deltaproduct.evaluation.sweep.collect import metrics_of, pictures
 from torchtitan_deltaproduct.evaluation.sweep.plan import NAME, Model, SweepJob, TableReader
-from torchtitan_deltaproduct.history import ends, of_a_step
+from torchtitan_deltaproduct.history import ends, of_a_step, read_jsonl
 from torchtitan_deltaproduct.jobs import (
     Job,
     add_job_options,
@@ -123,6 +124,11 @@ class Run(Job):
             if key in schema() and schema()[key].record.resume.kind != "harmless" and value != schema()[key].default
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def of_seed(self, seed: int) -> "Run":
+        """The same of another seed, but for its words and its folder."""
+        data, debug = replace(self.config.data, seed=seed), replace(self.config.debug, seed=seed)
+        return replace(self, seed=seed, config=replace(self.config, data=data, debug=debug))
 
     def is_done(self) -> bool:
         """Whether its folder holds the last step, validated if it is to be, or its results are recorded.
@@ -334,18 +340,20 @@ def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: s
         again: the command that goes on with it, where that is not `launch.grid`.
     """
     runs = chosen(grid.runs, options.only)
+    jobs = [job for run in runs for job in (run, *grid.evaluations_after(run))]
     if not options.dry_run:
         make_folder(grid.out)
     again = again or f"python -m launch.grid {grid.file}"
     array = {"folder": grid.out / "slurm", "name": grid.file.stem, "submit": submit_jobs, "again": again}
-    if listed_or_submitted(runs, {run.name: run.command for run in runs}, options, console, **array):
+    commands = {run.name: run.command for run in runs}
+    if listed_or_submitted(jobs if options.dry_run else runs, commands, options, console, **array):
         return 0
     failed: dict[str, str] = {}
     if not options.collect:
         places = places_for(options.jobs, grid.tree.get("device", "auto"), len(runs), grid.tree.get("ranks", 1))
         console.print(f"{grid.out}: training and evaluating, at most {len(places)} at a time")
         failed = run_jobs(runs, places, console, grid.evaluations_after)
-    summary = summarise(grid)
+    summary = beside_other_seeds(grid, summarise(grid))
     if not summary.results and (grid.out / "results.jsonl").exists():
         console.print(
             f"no run is finished under these settings: results.* in {grid.out}, of other ones, are left as they are",
@@ -358,12 +366,12 @@ def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: s
     pictures(grid.out / "eval", [job for job in grid.evaluations if job.is_done()], console)
     console.print(f"written: {grid.out}/results.jsonl, results.csv, results.md", soft_wrap=True)
     report_failures(failed, console)
-    return 1 if failed or (summary.missing and not options.only) else 0
+    return 0 if all(job.is_done() for job in jobs) else 1
 
 
 def summarise(grid: Grid) -> Summary:
     """What the finished runs came to: what is recorded, or the numbers of the last step and of evaluations."""
-    results = []
+    results, left = [], 0
     for run in filter(Run.is_done, grid.runs):
         if run.recorded:
             results.append(run.recorded)
@@ -373,8 +381,25 @@ def summarise(grid: Grid) -> Summary:
         for job in grid.evaluations_after(run):
             if job.is_done():
                 metrics |= {" ".join(filter(None, (name, job.data))): value for name, value in metrics_of(job).items()}
+            else:
+                left += 1
         results.append(Result(run.setting, run.seed, metrics, run.recipe))
-    return Summary(results, len(grid.runs))
+    return Summary(results, len(grid.runs), left)
+
+
+def beside_other_seeds(grid: Grid, summary: Summary) -> Summary:
+    """The same with the results of other seeds that results.jsonl holds of the grid's settings as they are."""
+    planned, settings = {(run.setting, run.seed) for run in grid.runs}, {run.setting: run for run in grid.runs}
+    names = {field.name for field in fields(Result)}
+    before = [Result(**record) for record in read_jsonl(grid.out / "results.jsonl") if record.keys() == names]
+    others = [
+        result
+        for result in before
+        if (result.setting, result.seed) not in planned
+        and result.setting in settings
+        and result.recipe == settings[result.setting].of_seed(result.seed).recipe
+    ]
+    return replace(summary, results=others + summary.results, planned=len(others) + summary.planned)
 
 
 if __name__ == "__main__":

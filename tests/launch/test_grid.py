@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -91,9 +92,24 @@ def test_trains_evaluates_tells_and_reuses(toml, capsys):
     assert [len(setting["runs"]) for setting in compared["settings"]] == [2, 2]
     assert (out / "eval/state_tracking/compared/state_tracking.png").stat().st_size > 10_000
     kept = (out / "results.jsonl").read_bytes()
+    # Of other seeds results are kept, under other settings nothing is overwritten by nothing.
     assert grid.main([str(toml), "--collect", "--seeds", "7"]) == 1
+    assert (out / "results.jsonl").read_bytes() == kept and "2 of 6 runs are not done" in capsys.readouterr().out
+    assert grid.main([str(toml), "--collect", "--seeds", "2"]) == 0
+    assert sorted((out / "results.jsonl").read_text().splitlines()) == sorted(kept.decode().splitlines())
+    assert grid.main([str(toml), "--collect", "--seeds", "7", "--optimizer.lr", "0.1"]) == 1
     assert "no run is finished under these settings" in capsys.readouterr().out
-    assert (out / "results.jsonl").read_bytes() == kept
+    # In a copy the evaluations are those of another folder.
+    shutil.copytree(out, out.parent / "copy")
+    assert grid.main([str(toml), "--collect", "--seeds", "1", "2", "--out", str(out.parent / "copy")]) == 1
+    note = "4 evaluations of finished runs (--dry-run says which) are not done."
+    assert note in " ".join(capsys.readouterr().out.split())
+    assert grid.main([str(toml), "--dry-run", "--out", str(out.parent / "copy")]) == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert printed.count("to run again: its results are of another command or of other weights") == 2
+    # Without its evaluations a grid is not done.
+    shutil.rmtree(out.parent / "copy/eval")
+    assert grid.main([str(toml), "--collect", "--only", "num_householder-1", "--out", str(out.parent / "copy")]) == 1
     assert grid.main([str(toml), "--only", "num_householder-1"]) == 0
     assert "2 jobs, 2 done already" in capsys.readouterr().out
     # By a version that did not have an option of this one, and had another.
