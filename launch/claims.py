@@ -65,6 +65,8 @@ OF_EXPECTATION = {
     "at_least": (int | float, "a number"), "below": (int | float, "a number"), "under": (str, "a setting"),
     "seeds": (str, '"all" or "most"')}  # fmt: skip
 """Keys of [claim] and of [[expect]]: their types, and how to say so."""
+DRAWN = ("state_tracking", "length_extrapolation")
+"""Evaluations whose curves are a claim's picture."""
 KEPT = ("run", "step", "steps_planned", "data_seed", "model_seed", "test_seed", "train_length", "length", "chance",
         "words", "scored", "correct", "prefix_correct")  # fmt: skip
 """Of a run's record of state tracking: what its curves are drawn from."""
@@ -211,6 +213,8 @@ def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overri
     texts = [" ".join(table[name].split()) for name in TEXTS]
     expect = expectations(file, grid.tree.get("expect", []), settings)
     lists = table.get("readme", []), expect, table.get("columns", [])
+    if not expect and not any(job.eval in DRAWN for job in grid.evaluations):
+        raise ConfigError(f"{file}: nothing to draw: it needs an [[expect]], or a table of {' or '.join(DRAWN)}")
     claim = Claim(file.stem, grid, *texts, table.get("gpus", 0), *lists)
     if not grid.as_written:
         return claim

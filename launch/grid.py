@@ -64,6 +64,7 @@ from torchtitan_deltaproduct.jobs import (
     refuse_unread,
     report_failures,
     run_jobs,
+    without_slurm,
 )
 
 from .node import TRAIN
@@ -320,7 +321,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, overrides = parser.parse_with_overrides(arguments)
     refuse_unread(parser, options)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    return run_grid(read_grid(Path(options.file), options.seeds, options.out, overrides), options, console)
+    again = without_slurm("launch.grid", sys.argv[1:] if arguments is None else arguments)
+    return run_grid(read_grid(Path(options.file), options.seeds, options.out, overrides), options, console, again)
 
 
 def add_grid_options(parser: argparse.ArgumentParser) -> None:
@@ -330,20 +332,19 @@ def add_grid_options(parser: argparse.ArgumentParser) -> None:
     add_job_options(parser, jobs=0, jobs_default="one a GPU, or one a core without any")
 
 
-def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: str = "") -> int:
+def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: str) -> int:
     """Does what the options of `add_grid_options` ask for; returns the exit code.
 
     Args:
         grid: to be run.
         options: of the command line.
         console: for everything it prints.
-        again: the command that goes on with it, where that is not `launch.grid`.
+        again: the command that goes on with it when an array is done.
     """
     runs = chosen(grid.runs, options.only)
     jobs = [job for run in runs for job in (run, *grid.evaluations_after(run))]
     if not options.dry_run:
         make_folder(grid.out)
-    again = again or f"python -m launch.grid {grid.file}"
     array = {"folder": grid.out / "slurm", "name": grid.file.stem, "submit": submit_jobs, "again": again}
     commands = {run.name: run.command for run in runs}
     if listed_or_submitted(jobs if options.dry_run else runs, commands, options, console, **array):

@@ -33,7 +33,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from torchtitan_deltaproduct.arguments import Parser
+from torchtitan_deltaproduct.arguments import Parser, at_least
 from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.config.snapshots import versions
 from torchtitan_deltaproduct.data.check import check_data
@@ -114,17 +114,6 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="run a copy of the code, kept in the launch's folder, and not the checkout")  # fmt: skip
     add("--dry-run", action="store_true", help="print the sbatch file and write nothing")
     return parser.parse_with_overrides(words)
-
-
-def at_least(least: int):
-    """An argparse type: a whole number from `least` on."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least {least}")
-        return int(text)
-
-    return number
 
 
 def per_node(options: argparse.Namespace, site: Site) -> tuple[int, int]:

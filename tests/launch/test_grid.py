@@ -208,8 +208,11 @@ def test_stopped_runs_save_and_go_on(toml, number):
 def test_as_an_array(toml, stand_in, capsys, monkeypatch):
     stand_in(sbatch="echo 42")
     monkeypatch.chdir(toml.parent)
-    assert grid.main([str(toml), "--slurm", "--gpus", "1", "--time", "1:00:00"]) == 0
-    assert "job 42: 2 tasks" in capsys.readouterr().out
+    seeds = ["--seeds", "1", "--training.steps", "3"]
+    assert grid.main([str(toml), "--slurm", "--gpus", "1", "--time=1:00:00", *seeds]) == 0
+    printed = capsys.readouterr().out
+    assert f"job 42: 2 tasks; tail -f {toml.parent}/out/slurm/001/42_0.out\n" in printed
+    assert f"when they are done: python -m launch.grid {toml} --seeds 1 --training.steps 3\n" in printed
     tasks = [json.loads(line) for line in (toml.parent / "out/slurm/001/tasks.jsonl").read_text().splitlines()]
-    assert tasks == [run.command for run in grid.read_grid(toml, [], "", []).runs]
+    assert tasks == [run.command for run in grid.read_grid(toml, [], "", seeds[2:]).runs]
     assert "--array=0-1" in (toml.parent / "out/slurm/001/job.sbatch").read_text()

@@ -83,6 +83,10 @@ def test_verdict(toy_claim, solving, others, word, line):
 def test_a_claim_that_expects_nothing_is_measured(toy_claim):
     toy_claim.write_text(toy_claim.read_text().partition("[[expect]]")[0])
     assert judged(read_claim(toy_claim), (1.0,), (0.3,)) == claims.Verdict("measured", [])
+    assert reproduce.main(["toy", "--training.steps", "1"]) == 0
+    toy_claim.write_text(toy_claim.read_text().partition("[state_tracking]")[0])
+    with pytest.raises(ConfigError, match=r"nothing to draw: it needs an \[\[expect\]\], or a table of state_tracking"):
+        read_claim(toy_claim)
 
 
 def test_the_horizon_is_a_column_where_it_is_asked_for(toy_claim):
@@ -329,3 +333,13 @@ def test_without_a_name_what_the_machine_can(tmp_path, monkeypatch, capsys):
     assert reproduce.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "S5: left out, needs 1 GPUs and here are 0" in printed and "laptop_S3_n2_pm1/seed-1" in printed
+
+
+def test_without_a_name_what_tasks_of_a_cluster_can(toy_claim, stand_in, capsys):
+    stand_in(sbatch="echo 42")
+    toy_claim.write_text(toy_claim.read_text().replace("[claim]", "[claim]\ngpus = 2"))
+    assert reproduce.main(["--slurm"]) == 0
+    assert "toy: left out, needs 2 GPUs and a task has 0; --gpus N, or name it" in capsys.readouterr().out
+    assert reproduce.main(["--slurm", "--gpus", "2", "--seeds", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "job 42: 2 tasks" in printed and "when they are done: python -m launch.reproduce --seeds 4\n" in printed
