@@ -85,9 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
         claims = affordable(claims, options, console)
     if (options.out or options.only) and len(claims) > 1:
         raise ConfigError("--out and --only are of one claim; name it")
-    again = without_slurm("launch.reproduce", sys.argv[1:] if arguments is None else arguments)
-    codes = [reproduce(claim, options, overrides, console, again) for claim in claims]
-    return max(codes, default=0)
+    words, codes = sys.argv[1:] if arguments is None else arguments, [0]
+    for claim in claims:
+        # With its name: a machine with too few GPUs leaves out a claim that is not named.
+        again = without_slurm("launch.reproduce", words if options.names else [claim.name, *words])
+        codes.append(reproduce(claim, options, overrides, console, again))
+    return max(codes)
 
 
 def listing(claims: list[Claim]) -> Table:

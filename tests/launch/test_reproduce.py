@@ -342,4 +342,4 @@ def test_without_a_name_what_tasks_of_a_cluster_can(toy_claim, stand_in, capsys)
     assert "toy: left out, needs 2 GPUs and a task has 0; --gpus N, or name it" in capsys.readouterr().out
     assert reproduce.main(["--slurm", "--gpus", "2", "--seeds", "4"]) == 0
     printed = capsys.readouterr().out
-    assert "job 42: 2 tasks" in printed and "when they are done: python -m launch.reproduce --seeds 4\n" in printed
+    assert "job 42: 2 tasks" in printed and "when they are done: python -m launch.reproduce toy --seeds 4\n" in printed
