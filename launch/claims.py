@@ -65,6 +65,8 @@ OF_EXPECTATION = {
     "at_least": (int | float, "a number"), "below": (int | float, "a number"), "under": (str, "a setting"),
     "seeds": (str, '"all" or "most"')}  # fmt: skip
 """Keys of [claim] and of [[expect]]: their types, and how to say so."""
+DRAWN = ("state_tracking", "length_extrapolation")
+"""Evaluations whose curves are a claim's picture."""
 KEPT = ("run", "step", "steps_planned", "data_seed", "model_seed", "test_seed", "train_length", "length", "chance",
         "words", "scored", "correct", "prefix_correct")  # fmt: skip
 """Of a run's record of state tracking: what its curves are drawn from."""
@@ -211,12 +213,19 @@ def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overri
     texts = [" ".join(table[name].split()) for name in TEXTS]
     expect = expectations(file, grid.tree.get("expect", []), settings)
     lists = table.get("readme", []), expect, table.get("columns", [])
+    if not expect and not any(job.eval in DRAWN for job in grid.evaluations):
+        raise ConfigError(f"{file}: nothing to draw: it needs an [[expect]], or a table of {' or '.join(DRAWN)}")
     claim = Claim(file.stem, grid, *texts, table.get("gpus", 0), *lists)
     if not grid.as_written:
         return claim
-    recorded = {(result.setting, result.seed) for result in results_of(claim).summary.results}
-    runs = [replace(run, recorded=(run.setting, run.seed) in recorded) for run in grid.runs]
-    return replace(claim, grid=replace(grid, runs=runs))
+    return with_recorded(claim)
+
+
+def with_recorded(claim: Claim) -> Claim:
+    """The same with the results of its runs as results/NAME.json holds them now."""
+    recorded = {(result.setting, result.seed): result for result in results_of(claim).summary.results}
+    runs = [replace(run, recorded=recorded.get((run.setting, run.seed))) for run in claim.grid.runs]
+    return replace(claim, grid=replace(claim.grid, runs=runs))
 
 
 def refuse_wrong(where: str, table: Any, kinds: dict[str, tuple[Any, str]], needed: Collection[str]) -> None:
@@ -328,6 +337,8 @@ def results_of(claim: Claim) -> Results:
         losses = [Losses(**record) for record in content.get("losses", [])]
         for run in runs:
             sum(value for value in run.metrics.values() if value is not None)
+        if len({(run.setting, run.seed) for run in runs}) < len(runs):
+            raise ValueError("several results of one run")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"{claim.file} is damaged ({error})\n"

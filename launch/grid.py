@@ -23,7 +23,8 @@
     words = 1024
 
 The same command again goes on where it was: runs continue from their newest checkpoint, and a run is finished when its
-own folder says so. Failed runs are named at the end. Exit code 0: all is done; 1: something is not.
+own folder says so. Failed runs are named at the end. OUT/results.* keep what was collected there of other seeds under
+the same settings. Exit code 0: all is done, evaluations too; 1: something is not.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import itertools
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 from torchtitan_deltaproduct.evaluation.options import make_folder
 from torchtitan_deltaproduct.evaluation.sweep.collect import metrics_of, pictures
 from torchtitan_deltaproduct.evaluation.sweep.plan import NAME, Model, SweepJob, TableReader
-from torchtitan_deltaproduct.history import ends, of_a_step
+from torchtitan_deltaproduct.history import ends, of_a_step, read_jsonl
 from torchtitan_deltaproduct.jobs import (
     Job,
     add_job_options,
@@ -63,6 +64,7 @@ from torchtitan_deltaproduct.jobs import (
     refuse_unread,
     report_failures,
     run_jobs,
+    without_slurm,
 )
 
 from .node import TRAIN
@@ -73,7 +75,7 @@ KEYS = ("base", "out", "seeds", "device", "ranks", "overrides", "vary", "setting
 LEARNED = ("training.", "optimizer.", "lr_scheduler.", "debug.")
 """Options that decide what a run learned, beside those that make it another run."""
 FINAL = ("loss", "validation loss", "validation bits per byte", "validation token accuracy")
-"""The newest numbers of metrics.jsonl that are results; in tables, where there are no evaluations."""
+"""The numbers of metrics.jsonl that are results, of the last step; in tables, where there are no evaluations."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Run(Job):
         words: `--section.key value` words for the trainer.
         config: what they come to.
         ranks: of the run.
-        recorded: its results are known: there is nothing to run.
+        recorded: its results, where they are known: there is nothing to run.
     """
 
     setting: str
@@ -94,7 +96,7 @@ class Run(Job):
     words: list[str]
     config: JobConfig
     ranks: int
-    recorded: bool = False
+    recorded: Result | None = None
 
     @property
     def name(self) -> str:
@@ -124,13 +126,18 @@ class Run(Job):
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
+    def of_seed(self, seed: int) -> "Run":
+        """The same of another seed, but for its words and its folder."""
+        data, debug = replace(self.config.data, seed=seed), replace(self.config.debug, seed=seed)
+        return replace(self, seed=seed, config=replace(self.config, data=data, debug=debug))
+
     def is_done(self) -> bool:
-        """Whether its folder holds the last step, or its results are recorded.
+        """Whether its folder holds the last step, validated if it is to be, or its results are recorded.
 
         Raises:
             ConfigError: the folder holds a run with other settings.
         """
-        return self.recorded or self.is_trained()
+        return self.recorded is not None or self.is_trained()
 
     def is_trained(self) -> bool:
         """The same, by its folder alone."""
@@ -156,20 +163,26 @@ class Run(Job):
                 f"{self.folder} was trained to step {newest.step:,} with other settings: "
                 f"{'; '.join(map(str, changed))}\ndelete it to train it anew, or choose another folder with --out"
             )
-        return newest.step >= steps
+        return newest.step >= steps and (not self.config.validation.enable or "validation_loss" in self.final)
 
     def progress(self) -> tuple[int, int, str]:
-        newest = self.newest
+        newest = {name: value for record in self.records for name, value in record.items() if value is not None}
         note = f"loss {newest['loss']:.4f}" if newest.get("loss") is not None else "starting"
         if "validation_token_accuracy" in newest:
             note += f", validation accuracy {newest['validation_token_accuracy']:.1%}"
         return newest.get("step", 0), self.config.training.steps, note
 
     @property
-    def newest(self) -> dict[str, float]:
-        """The newest value of each number in metrics.jsonl."""
-        records = filter(of_a_step, ends(self.folder / "metrics.jsonl", head=0))
-        return {name: value for record in records for name, value in record.items() if value is not None}
+    def records(self) -> list[dict[str, float | None]]:
+        """The newest of metrics.jsonl."""
+        return list(filter(of_a_step, ends(self.folder / "metrics.jsonl", head=0)))
+
+    @property
+    def final(self) -> dict[str, float | None]:
+        """The numbers of its last step. A validation that a signal broke off is not among them: its restart makes up
+        for it."""
+        last = [record for record in self.records if record["step"] == self.config.training.steps]
+        return {name: value for record in last for name, value in record.items()}
 
 
 @dataclass(frozen=True)
@@ -308,7 +321,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, overrides = parser.parse_with_overrides(arguments)
     refuse_unread(parser, options)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    return run_grid(read_grid(Path(options.file), options.seeds, options.out, overrides), options, console)
+    again = without_slurm("launch.grid", sys.argv[1:] if arguments is None else arguments)
+    return run_grid(read_grid(Path(options.file), options.seeds, options.out, overrides), options, console, again)
 
 
 def add_grid_options(parser: argparse.ArgumentParser) -> None:
@@ -318,28 +332,29 @@ def add_grid_options(parser: argparse.ArgumentParser) -> None:
     add_job_options(parser, jobs=0, jobs_default="one a GPU, or one a core without any")
 
 
-def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: str = "") -> int:
+def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: str) -> int:
     """Does what the options of `add_grid_options` ask for; returns the exit code.
 
     Args:
         grid: to be run.
         options: of the command line.
         console: for everything it prints.
-        again: the command that goes on with it, where that is not `launch.grid`.
+        again: the command that goes on with it when an array is done.
     """
     runs = chosen(grid.runs, options.only)
+    jobs = [job for run in runs for job in (run, *grid.evaluations_after(run))]
     if not options.dry_run:
         make_folder(grid.out)
-    again = again or f"python -m launch.grid {grid.file}"
     array = {"folder": grid.out / "slurm", "name": grid.file.stem, "submit": submit_jobs, "again": again}
-    if listed_or_submitted(runs, {run.name: run.command for run in runs}, options, console, **array):
+    commands = {run.name: run.command for run in runs}
+    if listed_or_submitted(jobs if options.dry_run else runs, commands, options, console, **array):
         return 0
     failed: dict[str, str] = {}
     if not options.collect:
         places = places_for(options.jobs, grid.tree.get("device", "auto"), len(runs), grid.tree.get("ranks", 1))
         console.print(f"{grid.out}: training and evaluating, at most {len(places)} at a time")
         failed = run_jobs(runs, places, console, grid.evaluations_after)
-    summary = summarise(grid)
+    summary = beside_other_seeds(grid, summarise(grid))
     if not summary.results and (grid.out / "results.jsonl").exists():
         console.print(
             f"no run is finished under these settings: results.* in {grid.out}, of other ones, are left as they are",
@@ -352,21 +367,40 @@ def run_grid(grid: Grid, options: argparse.Namespace, console: Console, again: s
     pictures(grid.out / "eval", [job for job in grid.evaluations if job.is_done()], console)
     console.print(f"written: {grid.out}/results.jsonl, results.csv, results.md", soft_wrap=True)
     report_failures(failed, console)
-    return 1 if failed or (summary.missing and not options.only) else 0
+    return 0 if all(job.is_done() for job in jobs) else 1
 
 
 def summarise(grid: Grid) -> Summary:
-    """What the finished runs that are not recorded came to: the newest numbers of their training, and of their
-    evaluations."""
-    runs, results = [run for run in grid.runs if not run.recorded], []
-    for run in filter(Run.is_trained, runs):
-        newest = run.newest
-        metrics = {name: newest[key] for name in FINAL if (key := name.replace(" ", "_")) in newest}
+    """What the finished runs came to: what is recorded, or the numbers of the last step and of evaluations."""
+    results, left = [], 0
+    for run in filter(Run.is_done, grid.runs):
+        if run.recorded:
+            results.append(run.recorded)
+            continue
+        final = run.final
+        metrics = {name: final[key] for name in FINAL if (key := name.replace(" ", "_")) in final}
         for job in grid.evaluations_after(run):
             if job.is_done():
                 metrics |= {" ".join(filter(None, (name, job.data))): value for name, value in metrics_of(job).items()}
+            else:
+                left += 1
         results.append(Result(run.setting, run.seed, metrics, run.recipe))
-    return Summary(results, len(runs))
+    return Summary(results, len(grid.runs), left)
+
+
+def beside_other_seeds(grid: Grid, summary: Summary) -> Summary:
+    """The same with the results of other seeds that results.jsonl holds of the grid's settings as they are."""
+    planned, settings = {(run.setting, run.seed) for run in grid.runs}, {run.setting: run for run in grid.runs}
+    names = {field.name for field in fields(Result)}
+    before = [Result(**record) for record in read_jsonl(grid.out / "results.jsonl") if record.keys() == names]
+    others = [
+        result
+        for result in before
+        if (result.setting, result.seed) not in planned
+        and result.setting in settings
+        and result.recipe == settings[result.setting].of_seed(result.seed).recipe
+    ]
+    return replace(summary, results=others + summary.results, planned=len(others) + summary.planned)
 
 
 if __name__ == "__main__":

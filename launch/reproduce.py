@@ -7,7 +7,7 @@
     python -m launch.reproduce S3 --seeds 1       a part of it, or (--training.steps 50 --out try) a variant: not kept
 
 A claim is a TOML in train_configs/claims/ (see `launch.claims`); docs/science.md shows all of them. The same command
-goes on where it was; what results/NAME.json records is not run again. Exit code 0: as expected, no differences; 1: not.
+goes on where it was; what is recorded is not run again. Exit code 0: as expected or measured, no differences; 1: not.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from torchtitan_deltaproduct.evaluation.files import read_results
 from torchtitan_deltaproduct.evaluation.state_tracking.results import read_settings
 from torchtitan_deltaproduct.evaluation.sweep.plan import SweepJob
 from torchtitan_deltaproduct.files import read_text, write_atomically
-from torchtitan_deltaproduct.jobs import refuse_unread, visible_gpus
+from torchtitan_deltaproduct.jobs import refuse_unread, visible_gpus, without_slurm
 
 from .claims import (
     PAGE,
@@ -48,6 +48,7 @@ from .claims import (
     sentences,
     together,
     verdict,
+    with_recorded,
     write_results,
 )
 from .grid import Run, add_grid_options, run_grid, summarise
@@ -81,11 +82,15 @@ def main(arguments: list[str] | None = None) -> int:
         write(claims, console)
         return 0
     if not options.names:
-        claims = affordable(claims, console)
+        claims = affordable(claims, options, console)
     if (options.out or options.only) and len(claims) > 1:
         raise ConfigError("--out and --only are of one claim; name it")
-    codes = [reproduce(claim, options, overrides, console) for claim in claims]
-    return max(codes, default=0)
+    words, codes = sys.argv[1:] if arguments is None else arguments, [0]
+    for claim in claims:
+        # With its name: a machine with too few GPUs leaves out a claim that is not named.
+        again = without_slurm("launch.reproduce", words if options.names else [claim.name, *words])
+        codes.append(reproduce(claim, options, overrides, console, again))
+    return max(codes)
 
 
 def listing(claims: list[Claim]) -> Table:
@@ -99,21 +104,22 @@ def listing(claims: list[Claim]) -> Table:
     return table
 
 
-def affordable(claims: list[Claim], console: Console) -> list[Claim]:
-    """The claims that this machine has the GPUs for."""
-    gpus = len(visible_gpus())
+def affordable(claims: list[Claim], options: argparse.Namespace, console: Console) -> list[Claim]:
+    """The claims that this machine, or each task of --slurm, has the GPUs for."""
+    gpus = options.gpus if options.slurm else len(visible_gpus())
+    place, way = ("a task has", "--gpus N") if options.slurm else ("here are", "--slurm --gpus N")
     for claim in claims:
         if claim.gpus > gpus:
-            console.print(f"{claim.name}: left out, needs {claim.gpus} GPUs and here are {gpus}; --slurm, or name it")
+            console.print(f"{claim.name}: left out, needs {claim.gpus} GPUs and {place} {gpus}; {way}, or name it")
     return [claim for claim in claims if claim.gpus <= gpus]
 
 
-def reproduce(claim: Claim, options: argparse.Namespace, overrides: list[str], console: Console) -> int:
+def reproduce(claim: Claim, options: argparse.Namespace, overrides: list[str], console: Console, again: str) -> int:
     """Runs what is missing of a claim, tells the verdict, and keeps the results of one that is run as it is written."""
     console.print(f"[bold]{escape(claim.title)}[/]")
     claim = read_claim(claim.grid.file, options.seeds, options.out, overrides)
     try:
-        run_grid(claim.grid, options, console, f"python -m launch.reproduce {claim.name}")
+        run_grid(claim.grid, options, console, again)
     except (KeyboardInterrupt, SystemExit):
         # Stopped: what is finished need not be run again, here or elsewhere.
         keep(claim, console)
@@ -126,14 +132,17 @@ def reproduce(claim: Claim, options: argparse.Namespace, overrides: list[str], c
         console.print(line, soft_wrap=True, markup=False)
     colour = {"as expected": "green", "not as expected": "red"}.get(judged.word, "yellow")
     console.print(f"[bold {colour}]{judged.word}[/]: {escape(claim.expectation)}", soft_wrap=True)
-    return 0 if judged.word == "as expected" else 1
+    return 0 if judged.word in ("as expected", "measured") else 1
 
 
 def keep(claim: Claim, console: Console) -> Results:
     """Writes the results of a claim that is run as it is written, its picture and the page, if there are new ones;
     returns all."""
+    if claim.grid.as_written:
+        # Another command may have recorded some of its runs since this one began.
+        claim = with_recorded(claim)
     results = collected(claim)
-    if claim.grid.as_written and len(results.summary.results) > sum(run.recorded for run in claim.grid.runs):
+    if claim.grid.as_written and len(results.summary.results) > sum(bool(run.recorded) for run in claim.grid.runs):
         write_results(claim, results, origin(claim))
         console.print(f"written: {claim.file}", soft_wrap=True)
         write([claim], console)

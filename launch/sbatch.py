@@ -2,12 +2,13 @@
 
     text = render(TrainingJob(...), site)          # tests/launch/job.sbatch is one
     job = submit(folder / "job.sbatch")            # "12345"
-    jobs = submit_array([["python", "-m", "eval.x", step] for step in steps], folder, site, name="eval", gpus=1)
+    jobs, folder = submit_array([["python", "-m", "eval.x", step] for step in steps], launches, site, gpus=1)
 
 A training job is one torchrun a node; they find the others at the first node, hand signals on to their ranks and wait
-for them to save; then `launch.requeue` decides whether the job goes back into the queue. The commands of an array are
-written to FOLDER/tasks.jsonl, a list of words a line, and the bounds of the array are the number of lines, so that the
-two cannot disagree. Task 3 prints to FOLDER/JOB_3.out, names its command and, if that fails, names it again:
+for them to save; then `launch.requeue` decides whether the job goes back into the queue. Each array has a FOLDER of its
+own, LAUNCHES/001, 002, ... Its commands are written to FOLDER/tasks.jsonl, a list of words a line, and the bounds of
+the array are the number of lines, so that the two cannot disagree. Task 3 prints to FOLDER/JOB_3.out, names its command
+and, if that fails, names it again:
 
     python -m launch.sbatch FOLDER/tasks.jsonl 3
 """
@@ -178,36 +179,33 @@ def torchrun(job: TrainingJob, site: Site, seconds: int) -> str:
 
 
 def submit_array(
-    commands: list[list[str]], folder: Path, site: Site, *, name: str = "eval", gpus: int = 0, time: str = "",
-    max_parallel: int = 0,
-) -> str:  # fmt: skip
-    """Writes tasks.jsonl and job.sbatch to `folder` and submits the array, or several where the cluster takes no more.
+    commands: list[list[str]], launches: Path, site: Site, *, max_parallel: int = 0, **asked: str | int
+) -> tuple[str, Path]:
+    """Writes tasks.jsonl and job.sbatch to a new folder and submits them, as several arrays where one is too small.
 
     Args:
         commands: words of each task; relative paths count from the current folder.
-        folder: for the files, the code and the output of the tasks; made if need be.
+        launches: holds the new folder, which gets the files, the code and the output of the tasks.
         site: what the cluster wants to hear.
-        name: the job's name.
-        gpus: GPUs of a task.
-        time: limit of a task; empty: the site's.
         max_parallel: tasks that run at a time; 0: as many as there is room for.
+        asked: `name`, `gpus` and `time` of `render_array`.
 
     Returns:
-        The job id; task i is `ID_i`. Of several arrays, their ids with commas between.
+        The job id, and the folder; task i is `ID_i`. Of several arrays, their ids with commas between.
 
     Raises:
         ConfigError: there are no commands. UserError: there is no sbatch, or it refused.
     """
     require_sbatch()
-    folder, largest = Path(folder).absolute(), max_array_size()
-    firsts = range(0, len(commands), largest) if commands else [0]
+    if not commands:
+        raise ConfigError("an array of no tasks: there is nothing to run")
+    folder, largest = new_folder(Path(launches).absolute()), max_array_size()
+    firsts = range(0, len(commands), largest)
     at_a_time = max(1, max_parallel // len(firsts)) if max_parallel else 0
     texts = [
-        render_array(commands, folder, site, name=name, gpus=gpus, time=time, max_parallel=at_a_time,
-                     tasks=range(first, min(first + largest, len(commands))))
+        render_array(range(len(commands))[first : first + largest], folder, site, max_parallel=at_a_time, **asked)
         for first in firsts
-    ]  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
+    ]
     copy_code(folder / "code")
     lines = "".join(json.dumps(words) + "\n" for words in commands)
     (folder / "tasks.jsonl").write_text(lines, encoding="utf-8")
@@ -222,17 +220,24 @@ def submit_array(
             limit = f"{largest:,}" if largest < sys.maxsize else "not known here"
             reason = f"tasks of an array, by MaxArraySize of scontrol show config: at most {limit}"
             raise UserError(f"{error}\n{reason}{before}") from None
-    return ",".join(jobs)
+    return ",".join(jobs), folder
 
 
 def render_array(
-    commands: list[list[str]], folder: Path, site: Site, *, name: str = "eval", gpus: int = 0, time: str = "",
-    max_parallel: int = 0, tasks: range | None = None,
-) -> str:  # fmt: skip
-    """The sbatch file of an array over tasks.jsonl in `folder`; of those in `tasks` where they are too many for one."""
-    if not commands:
-        raise ConfigError(f"an array of no tasks: there is nothing to run for {name}")
-    here, tasks = Path.cwd(), tasks or range(len(commands))
+    tasks: range, folder: Path, site: Site, *, name: str = "eval", gpus: int = 0, time: str = "", max_parallel: int = 0
+) -> str:
+    """The sbatch file of an array.
+
+    Args:
+        tasks: lines of tasks.jsonl in `folder`, from 0.
+        folder: of the array.
+        site: what the cluster wants to hear.
+        name: the job's name.
+        gpus: GPUs of a task.
+        time: limit of a task; empty: the site's.
+        max_parallel: tasks that run at a time; 0: as many as there is room for.
+    """
+    here = Path.cwd()
     refuse_control_characters(
         site, {"the array's name": name, "its folder": folder, "the current folder": here, "--time": time}
     )
@@ -256,10 +261,10 @@ exec {container}{python(site)} -m launch.sbatch {shlex.quote(file)} "{number}"
 """
 
 
-def submit_jobs(commands: list[list[str]], folder: Path, name: str, options: argparse.Namespace) -> str:
-    """An array with the options of `jobs.add_job_options`, for `jobs.hand_over`."""
-    return submit_array(commands, folder, load_site(options.site)[0], name=name, gpus=options.gpus, time=options.time,
-                        max_parallel=options.max_parallel)  # fmt: skip
+def submit_jobs(commands: list[list[str]], launches: Path, name: str, options: argparse.Namespace) -> tuple[str, Path]:
+    """An array with the options of `jobs.add_job_options`, for `jobs.listed_or_submitted`."""
+    return submit_array(commands, launches, load_site(options.site)[0], name=name, gpus=options.gpus,
+                        time=options.time, max_parallel=options.max_parallel)  # fmt: skip
 
 
 def max_array_size() -> int:
@@ -350,9 +355,27 @@ def literal(path: str | Path) -> str:
     return str(path).replace("%", "%%")
 
 
+def next_folder(launches: Path) -> Path:
+    """The folder that the next launch will get, of those in a folder of launches: 001, 002, ..."""
+    taken = [int(path.name) for path in launches.glob("[0-9]*") if path.name.isdecimal()]
+    return launches / f"{max(taken, default=0) + 1:03d}"
+
+
+def new_folder(launches: Path) -> Path:
+    """Makes the folder of a launch; two launches at once get two."""
+    while True:
+        folder = next_folder(launches)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be made: {error.strerror}; choose another folder of results") from None
+
+
 def copy_code(folder: Path) -> None:
     """Copies this project's packages, with changes that are not committed, and notes the revision."""
-    shutil.rmtree(folder, ignore_errors=True)
     for name in PACKAGES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))

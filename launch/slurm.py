@@ -33,14 +33,14 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from torchtitan_deltaproduct.arguments import Parser
+from torchtitan_deltaproduct.arguments import Parser, at_least
 from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.config.snapshots import versions
 from torchtitan_deltaproduct.data.check import check_data
 from torchtitan_deltaproduct.errors import ConfigError, DataError, UserError, exit_on_user_error
 from torchtitan_deltaproduct.files import write_json
 
-from .sbatch import ROOT, TrainingJob, ask, copy_code, render, require_sbatch, submit
+from .sbatch import ROOT, TrainingJob, ask, copy_code, new_folder, next_folder, render, require_sbatch, submit
 from .site import Site, load_site, seconds_of
 
 
@@ -70,13 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
             options.max_requeues, options.max_restarts,
         )  # fmt: skip
 
-    job = job_in(next_folder(run))
+    job = job_in(next_folder(run / "launch"))
     text = render(job, site)
     if not options.dry_run:
         require_sbatch()
         if not options.dependency:
             refuse_second_job(run)
-        job = job_in(new_folder(run))
+        job = job_in(new_folder(run / "launch"))
         text = render(job, site)
         record(job.folder, toml, overrides, ["python", "-m", "launch.slurm", *words])
     shown = site_file or "none, so the cluster's defaults; see launch/site_example.toml"
@@ -114,17 +114,6 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="run a copy of the code, kept in the launch's folder, and not the checkout")  # fmt: skip
     add("--dry-run", action="store_true", help="print the sbatch file and write nothing")
     return parser.parse_with_overrides(words)
-
-
-def at_least(least: int):
-    """An argparse type: a whole number from `least` on."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least {least}")
-        return int(text)
-
-    return number
 
 
 def per_node(options: argparse.Namespace, site: Site) -> tuple[int, int]:
@@ -167,25 +156,6 @@ def refuse_second_job(run: Path) -> None:
             f"job {alive[0]} is {alive[1]} in {run} already\n"
             f"scancel {alive[0]}, or start after it with --dependency afterany:{alive[0]}"
         )
-
-
-def next_folder(run: Path) -> Path:
-    """The folder that the next launch of a run will get."""
-    taken = [int(path.name) for path in run.glob("launch/[0-9]*") if path.name.isdecimal()]
-    return run / "launch" / f"{max(taken, default=0) + 1:03d}"
-
-
-def new_folder(run: Path) -> Path:
-    """Makes the folder of a launch; two launches at once get two."""
-    while True:
-        folder = next_folder(run)
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ConfigError(f"{folder} cannot be made: {error.strerror}; choose another job.dump_folder") from None
 
 
 def record(folder: Path, config: Path, overrides: list[str], command: list[str]) -> None:

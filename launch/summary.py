@@ -32,10 +32,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Summary:
-    """Results of the finished ones of `planned` runs."""
+    """Results of the finished ones of `planned` runs, of whose evaluations some may be left to do."""
 
     results: list[Result]
     planned: int
+    left: int = 0
 
     @property
     def missing(self) -> int:
@@ -51,7 +52,7 @@ class Summary:
             replace(result, metrics={k: v for k, v in result.metrics.items() if k not in names})
             for result in self.results
         ]
-        return Summary(kept, self.planned)
+        return replace(self, results=kept)
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """The header of the table, and a line a setting."""
@@ -65,7 +66,9 @@ class Summary:
 
     def note(self) -> str:
         """What is missing, in words, or ""."""
-        return f"{self.missing} of {self.planned} runs are not done." if self.missing else ""
+        runs = f"{self.missing} of {self.planned} runs" if self.missing else ""
+        evaluations = f"{self.left} evaluations of finished runs (--dry-run says which)" if self.left else ""
+        return " and ".join(filter(None, (runs, evaluations))) + " are not done." if runs or evaluations else ""
 
     def table(self) -> Table:
         """The table for a terminal."""
@@ -80,7 +83,7 @@ class Summary:
     def markdown(self) -> str:
         """The same as Markdown."""
         header, lines = self.cells()
-        return (markdown_table(header, lines) if lines else "") + (f"\n{self.note()}\n" if self.missing else "")
+        return (markdown_table(header, lines) if lines else "") + (f"\n{self.note()}\n" if self.note() else "")
 
     def write(self, folder: Path) -> None:
         """Writes results.jsonl (a line a run), results.csv (a line a number of a run) and results.md."""

@@ -10,6 +10,7 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Callable
 
 from .errors import ConfigError, nearest
 
@@ -89,6 +90,17 @@ def text(word: str) -> str:
         return os.fsencode(word).decode()
     except UnicodeError:
         raise ConfigError(f"{word!a} is not UTF-8 text") from None
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse's `type`: a whole number from `least` on."""
+
+    def number(word: str) -> int:
+        if not word.isdecimal() or int(word) < least:
+            raise argparse.ArgumentTypeError(f"{word}: expected a whole number of at least {least}")
+        return int(word)
+
+    return number
 
 
 def seconds(word: str) -> float:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .arguments import Parser, path
+from .arguments import Parser, at_least, path
 from .devices import cores, threads
 from .errors import ConfigError, UserError
 from .processes import end_with
@@ -83,12 +83,25 @@ def add_job_options(parser: argparse.ArgumentParser, jobs: int, jobs_default: st
     add("--dry-run", action="store_true", help="print the jobs and their commands, run nothing")
     add("--collect", action="store_true", help="collect what is there, run nothing")
     add("--only", nargs="+", default=[], metavar="JOB", help="only jobs of these names, or whose names begin so")
-    add("--jobs", type=int, default=jobs, metavar="N", help=f"jobs at a time (default: {jobs_default})")
+    add("--jobs", type=at_least(0), default=jobs, metavar="N", help=f"jobs at a time (default: {jobs_default})")
+    add_slurm_options(parser)
+
+
+def add_slurm_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --slurm and what is read beside it alone."""
+    add, count = parser.add_argument, {"type": at_least(0), "default": 0, "metavar": "N"}
     add("--slurm", action="store_true", help="submit what is missing as a SLURM array")
     add("--site", type=path, metavar="FILE", help="site TOML of --slurm (see launch/site_example.toml)")
-    add("--gpus", type=int, default=0, help="of each task of --slurm (default: %(default)s)")
+    add("--gpus", **count, help="of each task of --slurm (default: %(default)s)")
     add("--time", default="", help="limit of each task of --slurm (default: the site's)")
-    add("--max-parallel", type=int, default=0, metavar="N", help="tasks of --slurm at a time (default: no limit)")
+    add("--max-parallel", **count, help="tasks of --slurm at a time (default: no limit)")
+
+
+def without_slurm(module: str, words: list[str]) -> str:
+    """The command of a module, without --slurm and what is read beside it alone."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_slurm_options(parser)
+    return shlex.join(["python", "-m", module, *parser.parse_known_args(words)[1]])
 
 
 def refuse_unread(parser: Parser, options: argparse.Namespace) -> None:
@@ -111,8 +124,9 @@ def chosen(jobs: Sequence[Job], only: list[str]) -> list[Job]:
     return [job for job in jobs if not only or any(f"{job.name}/".startswith(f"{name}/") for name in only)]
 
 
-Submit = Callable[[list[list[str]], Path, str, argparse.Namespace], str]
-"""Hands commands to SLURM as one array, given its folder, its name and the options above; returns its job id."""
+Submit = Callable[[list[list[str]], Path, str, argparse.Namespace], tuple[str, Path]]
+"""Hands commands to SLURM as one array, given the folder of its own folder, its name and the options above; returns its
+job id, and its own folder."""
 
 
 def listed_or_submitted(
@@ -133,7 +147,7 @@ def listed_or_submitted(
         commands: by the name of a job, what a task of an array runs.
         options: of `add_job_options`.
         console: for what is told.
-        folder: of the array.
+        folder: of the arrays' folders.
         name: of the array.
         submit: to SLURM; None: it cannot be done from here, ConfigError.
         again: the command for when the array is done.
@@ -154,7 +168,7 @@ def listed_or_submitted(
     if not todo:
         console.print("nothing to submit: every job is done, or its model is not ready")
         return True
-    array = submit(todo, folder, name, options)
+    array, folder = submit(todo, folder, name, options)
     # More tasks than the cluster takes at once are several arrays, `12,13`.
     first = array.partition(",")[0]
     console.print(f"job {array}: {len(todo)} tasks; tail -f {folder}/{first}_0.out", soft_wrap=True, markup=False)
@@ -211,7 +225,8 @@ def run_jobs(
         then: the jobs that follow one as soon as it is done; of a failed one they are left out.
 
     Returns:
-        By name, why a job is not done: the exit code and the last line of its log, or its obstacle.
+        By name, why a job is not done: the exit code and the last line of its log, its obstacle, or why it did not
+        start.
     """
     everything = [one for job in jobs for one in (job, *then(job))]
     total = sum(not job.is_done() for job in everything)
@@ -239,7 +254,13 @@ def run_jobs(
             for place in range(len(places)):
                 if place not in running and waiting:
                     job = waiting.popleft()
-                    running[place] = Running(job, f"{next(started)}/{total} {job.name}", places[place])
+                    label = f"{next(started)}/{total} {job.name}"
+                    try:
+                        running[place] = Running(job, label, places[place])
+                    except OSError as error:
+                        failed[job.name] = f"it cannot be started: {error}"
+                        console.print(f"{label}: {failed[job.name]}", soft_wrap=True, markup=False)
+                        continue
                     display.starts(running[place])
             time.sleep(0.1)
             display.update(list(running.values()))
@@ -349,8 +370,8 @@ class Display:
             self.console.print(f"{one.label} ...", soft_wrap=True, markup=False)
 
     def update(self, running: list[Running]) -> None:
-        """Shows where the running jobs are."""
-        if not self.bars and time.monotonic() - self.last_lines < SECONDS_BETWEEN_LINES:
+        """Shows where the running jobs are, which they read from their files."""
+        if time.monotonic() - self.last_lines < (1.0 if self.bars else SECONDS_BETWEEN_LINES):
             return
         self.last_lines = time.monotonic()
         for one in running:

@@ -142,13 +142,13 @@ def test_array(cluster, tmp_path, monkeypatch):
         monkeypatch.setenv(name, cluster.environment[name])
     (tmp_path / "site.toml").write_text('time = "5"\n')
     commands = [["bash", "-c", f"echo result {number}; exit {3 * (number == 4)}"] for number in range(6)]
-    job = submit_array(commands, tmp_path / "evals", read_site(tmp_path / "site.toml"), max_parallel=2)
+    job, folder = submit_array(commands, tmp_path / "evals", read_site(tmp_path / "site.toml"), max_parallel=2)
     for number in range(6):
         cluster.wait_for(f"{job}_{number}", "FAILED" if number == 4 else "COMPLETED", 60)
-        printed = (tmp_path / f"evals/{job}_{number}.out").read_text()
+        printed = (folder / f"{job}_{number}.out").read_text()
         assert printed.startswith(f"task {number} of 0-5: ") and f"\nresult {number}\n" in printed
         assert ("task 4 of 0-5 failed with exit code 3" in printed) is (number == 4)
-    assert not (tmp_path / f"evals/{job}_6.out").exists()
+    assert not (folder / f"{job}_6.out").exists()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -91,9 +92,24 @@ def test_trains_evaluates_tells_and_reuses(toml, capsys):
     assert [len(setting["runs"]) for setting in compared["settings"]] == [2, 2]
     assert (out / "eval/state_tracking/compared/state_tracking.png").stat().st_size > 10_000
     kept = (out / "results.jsonl").read_bytes()
+    # Of other seeds results are kept, under other settings nothing is overwritten by nothing.
     assert grid.main([str(toml), "--collect", "--seeds", "7"]) == 1
+    assert (out / "results.jsonl").read_bytes() == kept and "2 of 6 runs are not done" in capsys.readouterr().out
+    assert grid.main([str(toml), "--collect", "--seeds", "2"]) == 0
+    assert sorted((out / "results.jsonl").read_text().splitlines()) == sorted(kept.decode().splitlines())
+    assert grid.main([str(toml), "--collect", "--seeds", "7", "--optimizer.lr", "0.1"]) == 1
     assert "no run is finished under these settings" in capsys.readouterr().out
-    assert (out / "results.jsonl").read_bytes() == kept
+    # In a copy the evaluations are those of another folder.
+    shutil.copytree(out, out.parent / "copy")
+    assert grid.main([str(toml), "--collect", "--seeds", "1", "2", "--out", str(out.parent / "copy")]) == 1
+    note = "4 evaluations of finished runs (--dry-run says which) are not done."
+    assert note in " ".join(capsys.readouterr().out.split())
+    assert grid.main([str(toml), "--dry-run", "--out", str(out.parent / "copy")]) == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert printed.count("to run again: its results are of another command or of other weights") == 2
+    # Without its evaluations a grid is not done.
+    shutil.rmtree(out.parent / "copy/eval")
+    assert grid.main([str(toml), "--collect", "--only", "num_householder-1", "--out", str(out.parent / "copy")]) == 1
     assert grid.main([str(toml), "--only", "num_householder-1"]) == 0
     assert "2 jobs, 2 done already" in capsys.readouterr().out
     # By a version that did not have an option of this one, and had another.
@@ -116,6 +132,23 @@ def test_a_run_of_another_schedule_is_not_gone_on_from(toml):
         grid.main([str(toml), *constant, "1.0", "--training.steps", "4"])
     assert grid.main([str(toml), "--out", str(toml.parent / "flat"), *constant, "0.0", "--training.steps", "2"]) == 0
     assert grid.main([str(toml), "--out", str(toml.parent / "flat"), *constant, "0.0", "--training.steps", "4"]) == 0
+
+
+def test_a_run_is_done_when_its_last_step_is_validated(toml):
+    """A signal had broken the validation off, after the checkpoint: the restart makes up for it."""
+    words = [str(toml), "--only", "num_householder-1", "--validation.enable", "--validation.freq", "1"]
+    assert grid.main(words) == 0
+    run = grid.read_grid(toml, [], "", words[3:]).runs[0]
+    metrics = run.folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    assert '"step": 2, "validation_loss"' in lines[-1] and '"step": 1, "validation_loss"' in lines[-3]
+    metrics.write_text("".join(lines[:-1]))
+    assert not run.is_done() and "validation_loss" not in run.final
+    assert grid.main(words) == 0 and run.is_done()
+    # A number that is none is none, not that of the step before.
+    metrics.write_text("".join(lines[:-1]) + '{"step": 2, "validation_loss": null}\n')
+    (result,) = grid.summarise(grid.read_grid(toml, [], "", words[3:])).results
+    assert result.metrics["validation loss"] is None and result.metrics["loss"] > 0
 
 
 @pytest.mark.slow  # With stand-ins for the runs: tests/unit/test_jobs.py.
@@ -175,8 +208,11 @@ def test_stopped_runs_save_and_go_on(toml, number):
 def test_as_an_array(toml, stand_in, capsys, monkeypatch):
     stand_in(sbatch="echo 42")
     monkeypatch.chdir(toml.parent)
-    assert grid.main([str(toml), "--slurm", "--gpus", "1", "--time", "1:00:00"]) == 0
-    assert "job 42: 2 tasks" in capsys.readouterr().out
-    tasks = [json.loads(line) for line in (toml.parent / "out/slurm/tasks.jsonl").read_text().splitlines()]
-    assert tasks == [run.command for run in grid.read_grid(toml, [], "", []).runs]
-    assert "--array=0-1" in (toml.parent / "out/slurm/job.sbatch").read_text()
+    seeds = ["--seeds", "1", "--training.steps", "3"]
+    assert grid.main([str(toml), "--slurm", "--gpus", "1", "--time=1:00:00", *seeds]) == 0
+    printed = capsys.readouterr().out
+    assert f"job 42: 2 tasks; tail -f {toml.parent}/out/slurm/001/42_0.out\n" in printed
+    assert f"when they are done: python -m launch.grid {toml} --seeds 1 --training.steps 3\n" in printed
+    tasks = [json.loads(line) for line in (toml.parent / "out/slurm/001/tasks.jsonl").read_text().splitlines()]
+    assert tasks == [run.command for run in grid.read_grid(toml, [], "", seeds[2:]).runs]
+    assert "--array=0-1" in (toml.parent / "out/slurm/001/job.sbatch").read_text()

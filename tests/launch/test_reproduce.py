@@ -83,6 +83,10 @@ def test_verdict(toy_claim, solving, others, word, line):
 def test_a_claim_that_expects_nothing_is_measured(toy_claim):
     toy_claim.write_text(toy_claim.read_text().partition("[[expect]]")[0])
     assert judged(read_claim(toy_claim), (1.0,), (0.3,)) == claims.Verdict("measured", [])
+    assert reproduce.main(["toy", "--training.steps", "1"]) == 0
+    toy_claim.write_text(toy_claim.read_text().partition("[state_tracking]")[0])
+    with pytest.raises(ConfigError, match=r"nothing to draw: it needs an \[\[expect\]\], or a table of state_tracking"):
+        read_claim(toy_claim)
 
 
 def test_the_horizon_is_a_column_where_it_is_asked_for(toy_claim):
@@ -254,6 +258,25 @@ def test_an_interrupted_claim_keeps_what_is_finished(toy_claim, monkeypatch):
     assert [run.name for run in read_claim(toy_claim).grid.runs if run.recorded] == ["n1/seed-1"]
 
 
+def test_two_commands_at_once_record_each_run_once(toy_claim, monkeypatch):
+    """The other records a run while this one trains another: both are kept, with the origins of both."""
+
+    def beside_another(claim_grid, options, *more):
+        monkeypatch.setattr(reproduce, "run_grid", grid.run_grid)
+        reproduce.main(["toy", "--only", "n2"])
+        return grid.run_grid(claim_grid, options, *more)
+
+    monkeypatch.setattr(reproduce, "run_grid", beside_another)
+    reproduce.main(["toy", "--only", "n1"])
+    content = json.loads(read_claim(toy_claim).file.read_text())
+    assert [run["setting"] for run in content["runs"]] == ["n1", "n2"] and len(content["earlier"]) == 1
+    assert [len(setting["runs"]) for setting in content["state_tracking"]] == [1, 1]
+    content["runs"].append(content["runs"][0])
+    read_claim(toy_claim).file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"toy.json is damaged \(several results of one run\)"):
+        read_claim(toy_claim)
+
+
 def test_what_is_recorded_is_not_run_again(toy_claim, capsys):
     """A claim is run in parts, on machines that know results/ of each other; another recipe is another run."""
     folder = toy_claim.parents[1]
@@ -271,6 +294,12 @@ def test_what_is_recorded_is_not_run_again(toy_claim, capsys):
     assert [origin["command"] for origin in content["earlier"]] == [content["origin"]["command"]]
     written = (folder / "results/toy.json").read_bytes()
     assert reproduce.main(["toy"]) == 1 and (folder / "results/toy.json").read_bytes() == written
+    # All is recorded: the table shows it, and nothing is said of missing runs.
+    shutil.rmtree(folder / "out")
+    capsys.readouterr()
+    assert reproduce.main(["toy"]) == 1
+    printed = capsys.readouterr().out
+    assert "│ n2      │     2 │" in printed and "not done" not in printed and "no run is finished" not in printed
     assert content["runs"][2] == recorded[0] and [len(one["runs"]) for one in content["state_tracking"]] == [1, 2]
     # With another rate the runs are others, with another folder or interval between logs they are not.
     claim = read_claim(toy_claim)
@@ -304,3 +333,13 @@ def test_without_a_name_what_the_machine_can(tmp_path, monkeypatch, capsys):
     assert reproduce.main(["--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "S5: left out, needs 1 GPUs and here are 0" in printed and "laptop_S3_n2_pm1/seed-1" in printed
+
+
+def test_without_a_name_what_tasks_of_a_cluster_can(toy_claim, stand_in, capsys):
+    stand_in(sbatch="echo 42")
+    toy_claim.write_text(toy_claim.read_text().replace("[claim]", "[claim]\ngpus = 2"))
+    assert reproduce.main(["--slurm"]) == 0
+    assert "toy: left out, needs 2 GPUs and a task has 0; --gpus N, or name it" in capsys.readouterr().out
+    assert reproduce.main(["--slurm", "--gpus", "2", "--seeds", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "job 42: 2 tasks" in printed and "when they are done: python -m launch.reproduce toy --seeds 4\n" in printed

@@ -132,18 +132,20 @@ COMMANDS = [["python", "-m", "eval.x", f"step-{step}", data] for step in (10, 20
 
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_the_bounds_come_from_the_list(tmp_path, count):
-    text = sbatch.render_array(COMMANDS[:count], tmp_path, Site(), name="ppl", gpus=1, max_parallel=2)
+    text = sbatch.render_array(range(count), tmp_path, Site(), name="ppl", gpus=1, max_parallel=2)
     assert f"#SBATCH --array=0-{count - 1}%2\n" in text and "#SBATCH --gres=gpu:1\n" in text
-    assert "%" not in sbatch.render_array(COMMANDS, tmp_path, Site()).split("--array=")[1].splitlines()[0]
+    assert "%" not in sbatch.render_array(range(6), tmp_path, Site()).split("--array=")[1].splitlines()[0]
     if shutil.which("shellcheck"):
         assert subprocess.run(["shellcheck", "-"], input=text, text=True).returncode == 0
 
 
 def test_submission_writes_the_list(tmp_path, stand_in):
     stand_in(sbatch='echo "$@" >sent; echo 5')
-    assert sbatch.submit_array(COMMANDS, tmp_path / "evals", Site()) == "5"
-    assert sbatch.read_tasks(tmp_path / "evals/tasks.jsonl") == COMMANDS
-    assert (tmp_path / "sent").read_text() == f"--parsable {tmp_path}/evals/job.sbatch\n"
+    assert sbatch.submit_array(COMMANDS, tmp_path / "evals", Site()) == ("5", tmp_path / "evals/001")
+    assert (tmp_path / "sent").read_text() == f"--parsable {tmp_path}/evals/001/job.sbatch\n"
+    # Another submission leaves an array that is queued as it is.
+    assert sbatch.submit_array(COMMANDS[:1], tmp_path / "evals", Site()) == ("5", tmp_path / "evals/002")
+    assert sbatch.read_tasks(tmp_path / "evals/001/tasks.jsonl") == COMMANDS
     with pytest.raises(ConfigError, match="an array of no tasks"):
         sbatch.submit_array([], tmp_path / "none", Site())
     assert not (tmp_path / "none").exists()
@@ -161,7 +163,7 @@ def cluster_of_five(tmp_path, stand_in):
 ])  # fmt: skip
 def test_more_tasks_than_an_array_may_have(cluster_of_five, count, bounds):
     commands = [["echo", str(number)] for number in range(count)]
-    jobs = sbatch.submit_array(commands, cluster_of_five / "evals", Site(), max_parallel=4)
+    jobs, _ = sbatch.submit_array(commands, cluster_of_five / "evals", Site(), max_parallel=4)
     assert jobs == ",".join(str(number + 1) for number in range(len(bounds)))
     numbers = []
     for script, bound in zip((cluster_of_five / "sent").read_text().split(), bounds, strict=True):
@@ -185,9 +187,9 @@ def test_a_refused_array_is_told_with_the_limit(cluster_of_five, stand_in):
 @pytest.mark.parametrize("name", ["a\nb", "a\rb"])
 def test_a_name_that_would_be_a_line_is_refused(tmp_path, name):
     with pytest.raises(ConfigError, match="the array's name = .* holds"):
-        sbatch.render_array(COMMANDS, tmp_path, Site(), name=name)
+        sbatch.render_array(range(6), tmp_path, Site(), name=name)
     with pytest.raises(ConfigError, match="its folder = .* holds"):
-        sbatch.render_array(COMMANDS, tmp_path / name, Site())
+        sbatch.render_array(range(6), tmp_path / name, Site())
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
-from launch.sbatch import ROOT
-from launch.slurm import new_folder
+from launch.sbatch import ROOT, new_folder
 from tests.toy import REPO
 from torchtitan_deltaproduct.config.snapshots import versions
 from torchtitan_deltaproduct.errors import ConfigError, UserError, exit_on_user_error
@@ -180,13 +179,13 @@ def test_missing_data_is_a_warning(toy, bench, capsys):
 
 
 def test_folders_count_up(tmp_path):
-    assert [new_folder(tmp_path).name for _ in range(3)] == ["001", "002", "003"]
+    assert [new_folder(tmp_path / "launch").name for _ in range(3)] == ["001", "002", "003"]
     (tmp_path / "launch/010").mkdir()
     (tmp_path / "launch/requeues.log").touch()
-    assert new_folder(tmp_path) == Path(tmp_path, "launch/011")
+    assert new_folder(tmp_path / "launch") == Path(tmp_path, "launch/011")
 
 
 def test_a_file_where_the_launches_should_be(tmp_path):
     (tmp_path / "launch").touch()
     with pytest.raises(ConfigError, match="launch/001 cannot be made: Not a directory"):
-        new_folder(tmp_path)
+        new_folder(tmp_path / "launch")

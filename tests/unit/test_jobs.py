@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from torchtitan_deltaproduct import devices, jobs
+from torchtitan_deltaproduct.arguments import Parser
 from torchtitan_deltaproduct.errors import ConfigError
 
 
@@ -69,6 +70,24 @@ def test_a_job_that_cannot_be_judged_is_a_failed_job(tmp_path):
     assert failed == {"strange": "strange was trained with other settings"} and given[1].is_done()
 
 
+def test_a_job_that_cannot_start_is_a_failed_job(tmp_path):
+    """A file is in the place of its folder: the others go on, those that run, too."""
+    (tmp_path / "file").touch()
+    given = [program(tmp_path, "good"), program(tmp_path / "file", "bad"), program(tmp_path, "next")]
+    failed, printed = run(given, [{}, {}])
+    assert list(failed) == ["bad"] and failed["bad"].startswith("it cannot be started: [Errno 20] Not a directory")
+    assert given[0].is_done() and given[2].is_done() and "2/3 bad: it cannot be started" in printed
+
+
+@pytest.mark.parametrize("option", ["--jobs", "--gpus", "--max-parallel"])
+def test_less_than_nothing_is_refused(option, capsys):
+    parser = Parser("x", "")
+    jobs.add_job_options(parser, jobs=1, jobs_default="1")
+    with pytest.raises(SystemExit):
+        parser.parse_args([option, "-4"])
+    assert f"{option}: -4: expected a whole number of at least 0" in capsys.readouterr().err
+
+
 def test_what_is_missing_runs_and_what_fails_is_named(tmp_path):
     given = [
         program(tmp_path, "good", "print(os.environ['PLACE'])"),
@@ -112,12 +131,15 @@ def test_threads_are_a_share_of_the_cores(monkeypatch):
 
 def test_bars_on_a_terminal(tmp_path, monkeypatch):
     """They show the running jobs and go with them; what failed stays."""
-    monkeypatch.setattr(Program, "progress", lambda self: (3, 7, "half way"))
+    asked = []
+    monkeypatch.setattr(Program, "progress", lambda self: asked.append(self.name) or (3, 7, "half way"))
     console = Console(file=io.StringIO(), width=200, force_terminal=True, highlight=False)
-    given = [program(tmp_path, "good", "__import__('time').sleep(1)"), program(tmp_path, "bad", "sys.exit(3)")]
+    given = [program(tmp_path, "good", "__import__('time').sleep(1.5)"), program(tmp_path, "bad", "sys.exit(3)")]
     failed = jobs.run_jobs(given, [{}, {}], console)
     printed = console.file.getvalue()
     assert list(failed) == ["bad"] and "3/7" in printed and "half way" in printed
+    # At its start, and once a second: a trainer's records are read for it.
+    assert asked.count("good") <= 4
     assert "1/2 good: done in" in printed and "2/2 bad: failed with exit code 3" in printed
 
 

@@ -124,9 +124,9 @@ def test_as_an_array(toml, monkeypatch, capsys):
     monkeypatch.chdir(toml.parent)
     assert sweep.main([str(toml), "--slurm", "--time", "1:00:00"]) == 0
     assert "job 42: 3 tasks" in capsys.readouterr().out
-    tasks = [json.loads(line) for line in (toml.parent / "out/slurm/tasks.jsonl").read_text().splitlines()]
+    tasks = [json.loads(line) for line in (toml.parent / "out/slurm/001/tasks.jsonl").read_text().splitlines()]
     assert [task[-1] for task in tasks] == [job.name for job in read_sweep(toml).jobs]
-    assert "--array=0-2" in (toml.parent / "out/slurm/job.sbatch").read_text()
+    assert "--array=0-2" in (toml.parent / "out/slurm/001/job.sbatch").read_text()
 
 
 @pytest.mark.parametrize(("old", "new", "printed"), [

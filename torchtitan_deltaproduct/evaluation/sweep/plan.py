@@ -80,7 +80,11 @@ class SweepJob(Job):
         (self.folder / f"{self.eval}.json").unlink(missing_ok=True)
 
     def state(self) -> str:
-        return super().state() + ("" if self.obstacle() else f" ({self.model.checkpoint})")
+        if self.obstacle():
+            return super().state()
+        other = not self.is_done() and evals()[self.eval].made_by(self.folder)
+        again = " again: its results are of another command or of other weights" if other else ""
+        return f"{super().state()}{again} ({self.model.checkpoint})"
 
     def obstacle(self) -> str:
         """Why it cannot run now, or ""."""
