@@ -89,10 +89,11 @@ def legend(figure, handles: dict[str, Any], columns: int) -> None:
 
 
 def in_lines(name: str, most: int = NAME_LINES) -> str:
-    """A name in at most so many short lines; of one that needs more the middle is left out, with one line the end."""
+    """A name in at most so many short lines; of one that needs more the middle is left out."""
     lines = textwrap.wrap(name, NAME_WIDTH, break_on_hyphens=False) or [name]
     if len(lines) > most:
-        lines = [*lines[: most - 1], f"... {lines[-1]}"] if most > 1 else [f"{lines[0]} ..."]
+        half = NAME_WIDTH // 2
+        lines = [*lines[: most - 1], f"... {lines[-1]}"] if most > 1 else [f"{name[:half]} ... {name[-half:]}"]
     return "\n".join(lines)
 
 
@@ -106,24 +107,26 @@ def mark_trained(axis, length: int, place: float) -> None:
     )  # fmt: skip
 
 
-def name_ends(axis, ends: list[tuple[float, float, str, Any]]) -> None:
+def name_ends(axis, ends: list[tuple[float, float, str, Any]], room: int = 13) -> None:
     """Names lines at the right of an axis whose limits are final: (last x, last y, name, colour) of each.
 
-    No name is on another; a thin line leads to it from its end.
+    No name is on another; a thin line leads to it from its end. There is `room` for so many lines of text.
     """
     low, high = axis.get_ylim()
-    most = min(NAME_LINES, max(1, 13 // max(1, len(ends))))
+    most = min(NAME_LINES, max(1, room // max(1, len(ends))))
     ends = sorted(((x, y, in_lines(name, most), colour) for x, y, name, colour in ends), key=lambda end: end[1])
-    places: list[float] = []
     lines = [1 + name.count("\n") for _, _, name, _ in ends]
-    for number, (_, y, _, _) in enumerate(ends):
-        y = min(max(y, low), high)
-        gap = 0.0375 * (high - low) * (lines[number - 1] + lines[number])
-        places.append(max(y, places[-1] + gap) if places else y)
-    shift = max(0, places[-1] - high) if places else 0
+    gaps = [(high - low) * (one + other) / (2 * room) for one, other in zip(lines, lines[1:], strict=False)]
+    places = [min(max(y, low), high) for _, y, _, _ in ends]
+    for number, gap in enumerate(gaps, 1):
+        places[number] = max(places[number], places[number - 1] + gap)
+    # Those that this pushed out at the top go back, and only what is in their way goes down with them.
+    places[-1:] = [min(place, high) for place in places[-1:]]
+    for number, gap in reversed(list(enumerate(gaps))):
+        places[number] = min(places[number], places[number + 1] - gap)
     for place, (x, y, name, colour) in zip(places, ends, strict=True):
         axis.annotate(
-            name, (x, y), xytext=(1.03, place - shift), textcoords=("axes fraction", "data"), color=colour,
+            name, (x, y), xytext=(1.03, place), textcoords=("axes fraction", "data"), color=colour,
             fontsize=8.5, va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
         )  # fmt: skip

@@ -127,6 +127,15 @@ def test_names_at_the_ends_of_lines_are_apart():
     assert texts["c"] == (pytest.approx(0.2, abs=0.25), "blue") and texts["d"] == (heights[-1], "black")
 
 
+def test_only_crowded_names_are_moved():
+    """Names at the top push no others down, so that none leaves the axis below while there is room."""
+    axis = Figure().subplots()
+    axis.set_ylim(0, 1)
+    figures.name_ends(axis, [(5, y, str(y), "red") for y in (0.01, 0.97, 0.98, 0.99)])
+    heights = {text.get_text(): text.xyann[1] for text in axis.texts}
+    assert heights["0.01"] == 0.01 and heights["0.99"] <= 1 and heights["0.97"] == pytest.approx(1 - 0.15, abs=0.05)
+
+
 def test_names_of_any_length_leave_room_for_the_lines(drawn, tmp_path):
     """Names are broken into lines and the legend into rows: the panels keep a good part of the picture."""
     settings = by_setting([flat(0.1 * n, n=n) for n in range(1, 9)])

@@ -22,6 +22,7 @@ from torchtitan_deltaproduct.config.schema import schema
 from torchtitan_deltaproduct.intervals import wilson
 from torchtitan_deltaproduct.models.args import MLP_WIDTH
 from torchtitan_deltaproduct.options import Option
+from torchtitan_deltaproduct.runs import telling
 
 from .. import files
 from .horizon import horizon, predicted_horizon
@@ -285,35 +286,14 @@ def by_setting(results: list[RunResult]) -> list[Setting]:
             keys.remove("checkpoint.step")
         # The tested length, if theirs are others.
         end = [f"to {setting.problem.length} tokens"] * (len({other.problem.length for other in same}) > 1)
-        few = _unusual(own, _least(keys, others), others)
-        setting.differs, setting.short = (", ".join([*_told(own, some), *end]) for some in (keys, few))
+        both = (keys, telling(own, keys, others))
+        setting.differs, setting.short = (", ".join([*_told(own, some), *end]) for some in both)
     return settings
 
 
 def _told(own: dict, keys: list[str]) -> list[str]:
     """`7,840 steps`, `Muon`, `decay_ratio 0.3`: some of the values of a setting."""
     return [WORDS.get(key, "{name} {value}").format(name=key.split(".")[1], value=own[key]) for key in keys]
-
-
-def _least(keys: list[str], settings: list[dict]) -> list[str]:
-    """As few of some keys as tell as many of the settings apart."""
-
-    def kinds(some: list[str]) -> int:
-        return len({str([own.get(key) for key in some]) for own in settings})
-
-    for key in reversed(keys):
-        fewer = [other for other in keys if other != key]
-        keys = fewer if kinds(fewer) == kinds(keys) else keys
-    return keys
-
-
-def _unusual(own: dict, keys: list[str], settings: list[dict]) -> list[str]:
-    """Of more than two keys those in which a setting is not like most."""
-
-    def usual(key: str) -> bool:
-        return 2 * sum(other.get(key) == own[key] for other in settings) > len(settings)
-
-    return [key for key in keys if not usual(key)] if len(keys) > 2 else keys
 
 
 def read_settings(paths: list[Path]) -> list[Setting]:
