@@ -7,7 +7,7 @@ Without pyplot, whose figures are global, need a choice of backend and take time
 """
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vPX"
 NAME_WIDTH, NAME_LINES = 44, 3
 """Characters of a line of a name, and how many lines it may have."""
+MOST_LENGTHS = 6
+"""Training lengths that are named in a picture, each."""
 WIDEST, NARROWEST = 2.8, 1.3
 STYLE = {
     "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -97,13 +99,24 @@ def in_lines(name: str, most: int = NAME_LINES) -> str:
     return "\n".join(lines)
 
 
-def mark_trained(axis, length: int, place: float) -> None:
-    """A dashed line at a training length, named above the axis; `place` is where it is, from 0 (left) to 1."""
-    axis.axvline(length, color="#444444", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+def mark_trained(axis, lengths: Iterable[int]) -> None:
+    """Dashed lines at the training lengths within an axis whose limits are final, with one name above it for all."""
+    low, high = axis.get_xlim()
+    shown = sorted(length for length in set(lengths) if low < length <= high)
+    if not shown:
+        return
+    ends = axis.transAxes.inverted().transform(axis.transData.transform([(length, 0) for length in shown]))[:, 0]
+    for length in shown:
+        axis.axvline(length, color="#444444", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+    several = f"{', '.join(f'{length:,}' for length in shown[:-1])} and " if len(shown) > 1 else ""
+    name = f"trained to {several}{shown[-1]:,} tokens"
+    if len(shown) > MOST_LENGTHS:
+        name = f"trained to {len(shown)} lengths, {shown[0]:,} to {shown[-1]:,} tokens"
+    place = ends.mean() if len(name) < NAME_WIDTH else 0.5
     side = "left" if place < 0.25 else "right" if place > 0.75 else "center"
     axis.annotate(
-        f"trained to {length:,} tokens", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
-        textcoords="offset points", va="bottom", ha=side, color="#444444", fontsize=8.5,
+        name, (place, 1), xycoords="axes fraction", xytext=(0, 2), textcoords="offset points", va="bottom", ha=side,
+        color="#444444", fontsize=8.5,
     )  # fmt: skip
 
 

@@ -127,6 +127,22 @@ def test_names_at_the_ends_of_lines_are_apart():
     assert texts["c"] == (pytest.approx(0.2, abs=0.25), "blue") and texts["d"] == (heights[-1], "black")
 
 
+def test_training_lengths_have_one_name():
+    """However close they are: names cannot be on one another."""
+    for lengths, name in (
+        ((100,), "trained to 100 tokens"),
+        ((100, 110, 0, 4000), "trained to 100 and 110 tokens"),
+        (range(100, 900, 100), "trained to 8 lengths, 100 to 800 tokens"),
+    ):
+        axis = Figure().subplots()
+        axis.set(xscale="log", xlim=(10, 1000))
+        figures.mark_trained(axis, lengths)
+        assert [text.get_text() for text in axis.texts] == [name] and len(axis.lines) == len(
+            [x for x in lengths if 0 < x < 1000]
+        )
+        assert axis.texts[0].xy[0] == pytest.approx(np.mean(np.log10([x for x in lengths if 0 < x < 1000]) - 1) / 2)
+
+
 def test_only_crowded_names_are_moved():
     """Names at the top push no others down, so that none leaves the axis below while there is room."""
     axis = Figure().subplots()

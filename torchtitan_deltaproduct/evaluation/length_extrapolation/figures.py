@@ -83,8 +83,7 @@ def _positions(axis, first: float, length: int, trained: set[int]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(x)))
     axis.set_xlim(first, length)
-    for end in sorted(end for end in trained if first < end <= length):
-        mark_trained(axis, end, np.log(end / first) / np.log(length / first))
+    mark_trained(axis, trained)
 
 
 def _label(row, results: list[Result], log_positions: bool) -> None:
@@ -99,8 +98,7 @@ def _label(row, results: list[Result], log_positions: bool) -> None:
             continue
         axis.set(xlabel="position in the sequence (tokens)", xlim=(0, length))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(x)))
-        for end in sorted(end for end in trained if 0 < end <= length):
-            mark_trained(axis, end, end / length)
+        mark_trained(axis, trained)
     _perplexity_axis(row[0])
     if len(row) == 3:
         row[2].set_title(f"loss minus that of {_ending(results[0].case.model['name'])}", loc="left", pad=22)
