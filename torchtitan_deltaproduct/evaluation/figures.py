@@ -45,7 +45,8 @@ def picture(
         figure = Figure(size, layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
         if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+            # A character is at most about 0.1 inches wide.
+            figure.suptitle(in_lines(title, 6, int(10 * size[0])), x=0.01, ha="left", fontsize=11)
         save(figure, path)
 
 
@@ -90,11 +91,11 @@ def legend(figure, handles: dict[str, Any], columns: int) -> None:
     figure.legend([handles[name] for name in names], shown, loc="outside lower center", ncols=columns, fontsize=9)
 
 
-def in_lines(name: str, most: int = NAME_LINES) -> str:
-    """A name in at most so many short lines; of one that needs more the middle is left out."""
-    lines = textwrap.wrap(name, NAME_WIDTH, break_on_hyphens=False) or [name]
+def in_lines(name: str, most: int = NAME_LINES, width: int = NAME_WIDTH) -> str:
+    """A name in at most so many lines of a width; of one that needs more the middle is left out."""
+    lines = textwrap.wrap(name, width, break_on_hyphens=False) or [name]
     if len(lines) > most:
-        half = NAME_WIDTH // 2
+        half = width // 2
         lines = [*lines[: most - 1], f"... {lines[-1]}"] if most > 1 else [f"{name[:half]} ... {name[-half:]}"]
     return "\n".join(lines)
 

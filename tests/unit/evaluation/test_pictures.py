@@ -1,5 +1,7 @@
 """What pictures say of themselves: bands and thin lines by name, no interval where there is none, nothing hidden."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -170,6 +172,26 @@ def test_names_of_any_length_leave_room_for_the_lines(drawn, tmp_path):
     assert all(line.get_text().count("\n") < figures.NAME_LINES for line in names)
     boxes = [text.get_window_extent() for text in names]
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+def test_names_of_any_length_stay_in_titles(drawn, states, tmp_path):
+    """Titles are broken into lines: the name of a run and of its data is told to its end, within the picture."""
+    name, data = f"runs/{'a_name_that_goes_on_' * 6}", f"data/{'of_words_' * 5}"
+    results = losses(tmp_path, 4, "ab")
+    results[0].case.model["name"] = results[1].case.data["name"] = results[0].case.data["name"] = f"{name}end"
+    loss_figure(results, tmp_path / "loss.png", log_positions=True)
+    long = Result(replace(states.case, model=states.case.model | {"name": name}, data={"name": data}))
+    of_one(long, tmp_path / "one")
+    for figure in drawn.values():
+        FigureCanvasAgg(figure).draw()
+        titles = [text for text in figure.findobj(Text) if text.get_visible() and "a_name_that" in text.get_text()]
+        assert titles
+        for text in titles:
+            box = text.get_window_extent()
+            assert box.x0 > -1 and box.x1 < figure.canvas.get_width_height()[0] + 1, text.get_text()
+    assert any(text.replace("\n", "").endswith("end") for text in texts(drawn["loss.png"]) if "loss minus" in text)
+    title = drawn["one_spectrum.png"].get_suptitle()
+    assert "eigenvalues of each token's transition" in title.replace("\n", " ")
 
 
 def test_states_that_are_not_finite_are_drawn_too(drawn, states, tmp_path):
