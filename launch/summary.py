@@ -115,7 +115,12 @@ def cell(name: str, values: list[float | None]) -> str:
     percent = "accuracy" in name
     shown = sum(known) / len(known), min(known), max(known)
     mean, low, high = (show(value, percent, max(map(abs, shown))) for value in shown)
-    return mean + (" %" if percent else "") + ("" if len(known) == 1 else f" ({low} to {high})")
+    notes = [f"{low} to {high}"] if len(known) > 1 else []
+    if missing := len(values) - len(known):
+        # A seed without a horizon did not fall below half in the test: those with one are not the best.
+        beyond = f"{missing} of {len(values)} beyond the tested length"
+        notes.append(beyond if name == "horizon" else f"of {len(known)} of {len(values)} seeds")
+    return mean + (" %" if percent else "") + (f" ({', '.join(notes)})" if notes else "")
 
 
 def show(value: float, percent: bool, largest: float = 0.0) -> str:

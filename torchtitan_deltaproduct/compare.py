@@ -15,7 +15,7 @@ import sys
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from .errors import ConfigError, UserError, exit_on_user_error
 from .formats import amount, count, duration
 from .history import VALIDATIONS
 from .intervals import student_t
-from .runs import Run, read_run, short_names, shown
+from .runs import Run, read_run, short_names, shown, telling
 
 UNLEARNED = ("job.", "metrics.", "profiling.", "comm.", "guard.", "checkpoint.", "validation.enable",
              "validation.freq", "validation.prompts", "validation.sample_tokens")  # fmt: skip
@@ -218,6 +218,8 @@ class Group:
     name: str
     runs: list[Run]
     names: list[str]
+    short: str = ""
+    """The least of the name that tells it from other groups, for a picture."""
 
     def rank(self) -> tuple[float, float]:
         """That of the best of its runs."""
@@ -231,19 +233,32 @@ class Group:
     def with_losses(self, validated: bool) -> "Group | None":
         """Those of its runs that have validation losses, or training losses; None if there is none."""
         kept = [number for number, run in enumerate(self.runs) if (run.validations if validated else run.steps)]
-        chosen = Group(self.name, [self.runs[n] for n in kept], [self.names[n] for n in kept])
-        return chosen if kept else None
+        return replace(self, runs=[self.runs[n] for n in kept], names=[self.names[n] for n in kept]) if kept else None
+
+    @property
+    def end(self) -> int:
+        """The last step that all of its runs have made: means are of losses up to it."""
+        return min(run.records[-1]["step"] if run.records else 0 for run in self.runs)
+
+    @property
+    def unequal(self) -> bool:
+        """Whether some of its runs are farther than others."""
+        return any(run.records and run.records[-1]["step"] > self.end for run in self.runs)
+
+    def equal_runs(self) -> list[Run]:
+        """Its runs up to that step."""
+        return [replace(run, records=[r for r in run.records if r["step"] <= self.end]) for run in self.runs]
 
     def spread(self) -> dict[str, Any]:
         """Over runs: mean and half-width of the 95 % interval (None below three seeds) of the losses that all have."""
-        result: dict[str, Any] = {"seeds": self.seeds}
-        validations = [run.validations[-1]["validation_loss"] if run.validations else None for run in self.runs]
-        bests = [run.best["validation_loss"] if run.best else None for run in self.runs]
-        trained = [run.last_loss for run in self.runs]
+        result: dict[str, Any] = {"seeds": self.seeds, "step": self.end}
+        runs = self.equal_runs()
+        losses = [{record["step"]: record["validation_loss"] for record in run.validations} for run in runs]
+        last = max(set.intersection(*map(set, losses)), default=None)
         for name, values in (
-            ("validation_loss", validations),
-            ("best_validation_loss", bests),
-            ("train_loss", trained),
+            ("validation_loss", [own.get(last) for own in losses]),
+            ("best_validation_loss", [run.best["validation_loss"] if run.best else None for run in runs]),
+            ("train_loss", [run.last_loss for run in runs]),
         ):
             known = None not in values
             result[name] = mean_and_interval(values, self.seeds) if known else (None, None)
@@ -272,16 +287,20 @@ def grouped(runs: list[Run], names: list[str], changed: dict[str, str]) -> list[
         group = groups.setdefault(identity, Group(label, [], []))
         group.runs.append(run)
         group.names.append(name)
+    settings = [group.runs[0].settings for group in groups.values()]
     for group in groups.values():
+        own = group.runs[0].settings
+        least = telling(own, [key for key in keys if key in own], settings)
+        group.short = ", ".join(setting_words(group.runs[0], {key: keys[key] for key in least})) or group.name
         if not keys and len(group.runs) > 1:
-            group.name = f"{len(group.runs)} runs"
+            group.name = group.short = f"{len(group.runs)} runs"
     return list(groups.values())
 
 
 def group_table(groups: list[Group]) -> Table:
     result = Table(caption="mean ± 95 % interval over seeds, from three seeds on; none if runs share them")
     result.add_column("group", overflow="fold")
-    for name in ("runs", "seeds", "train loss", "validation", "best"):
+    for name in ("runs", "seeds", "to step", "train loss", "validation", "best"):
         result.add_column(name, justify="right")
     for group in groups:
         spread = group.spread()
@@ -289,7 +308,10 @@ def group_table(groups: list[Group]) -> Table:
         for name in ("train_loss", "validation_loss", "best_validation_loss"):
             mean, half = spread[name]
             cells.append("" if mean is None else f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}"))
-        result.add_row(escape(group.name), str(len(group.runs)), str(spread["seeds"]), *cells)
+        step = f"{group.end:,}{' *' * group.unequal}"
+        result.add_row(escape(group.name), str(len(group.runs)), str(spread["seeds"]), step, *cells)
+    if any(group.unequal for group in groups):
+        result.caption += "\n* some of its runs are farther: losses are of the steps that all have made"
     return result
 
 
@@ -349,7 +371,7 @@ def draw(groups: list[Group], path: Path) -> bool:
     groups = [part for group in groups if (part := group.with_losses(validated))]
     steps = [record["step"] for group in groups for run in group.runs for record in run.records[-1:]]
     width = max(max(steps, default=0) / BINS, 1)
-    curves = [[curve(run, validated, width) for run in group.runs] for group in groups]
+    curves = [[curve(run, validated, width) for run in group.equal_runs()] for group in groups]
     lines = [[mean_curve(members, axis, group.seeds) for group, members in zip(groups, curves, strict=True)]
              for axis in range(len(AXES))]  # fmt: skip
     drawn = [number for number, points in enumerate(lines[0]) if points]
@@ -402,24 +424,31 @@ def draw_panel(panel: Any, name: str, lines: list[tuple[Group, Points]], named: 
     if missing := sum(not points for _, points in lines):
         panel.set_title(f"not known of {missing} of {len(lines)}", fontsize=9, fontweight="normal")
     if named:
-        name_ends(panel, labels)
+        name_ends(panel, labels, room=19)
 
 
 def group_label(group: Group) -> str:
     """The name of a group beside its line, and what the line is of."""
     runs = len(group.runs)
-    name = group.names[0] if runs == 1 and len(group.name) > 44 else group.name
-    name = name if len(name) <= 44 else name[:43] + "…"
+    name = group.name if len(group.name) <= 44 else group.short if runs > 1 else group.names[0]
     if runs == 1:
         return name
     of = f"{runs} seeds" if group.seeds == runs else f"{runs} runs of {group.seeds} seed{'s' * (group.seeds > 1)}"
-    return f"{name} ({of}{', no interval' if runs == 2 or group.seeds < runs else ''})"
+    of += ", no interval" if runs == 2 or group.seeds < runs else ""
+    return f"{name} ({of}{f', to step {group.end:,}' if group.unequal else ''})"
 
 
 def loss_range(lines: list[Points]) -> tuple[float, float]:
-    """From the lowest loss to the highest after the first eighth of a line: the beginning would flatten the rest."""
-    low = min((y for points in lines for _, y, _ in points), default=0.0)
-    high = max((y for points in lines for x, y, _ in points if x >= points[-1][0] / 8), default=1.0)
+    """All losses after the first eighth of a line, the last three at least, with their intervals.
+
+    The beginning would flatten the rest.
+    """
+    late = [[point for point in points if point[0] >= points[-1][0] / 8] for points in lines]
+    shown_points = [
+        point for points, own in zip(lines, late, strict=True) for point in (own, points[-3:])[len(own) < 3]
+    ]
+    low = min((y - (half or 0) for _, y, half in shown_points), default=0.0)
+    high = max((y + (half or 0) for _, y, half in shown_points), default=1.0)
     margin = 0.06 * (high - low) or 0.1
     return low - margin, high + margin
 

@@ -33,6 +33,8 @@ from .status import ending, state
 
 EMBEDDED = 24 << 20
 """Bytes of pictures in one page; others are named."""
+SETTLED = "training.mixed_precision_param"
+"""The option of which config.json has what "auto" came to: who asked for it is not known."""
 SAMPLED = 6
 """Steps of which a prompt's samples are shown: the first, the last and others evenly."""
 MADE_OF = {"streaming": "dataset", "group_word": "group", "formal_language": "language"}
@@ -196,13 +198,15 @@ def asked(run: Run) -> Section:
 
     options, rows = schema(), []
     for key, value in run.settings.items():
-        if key in options and value != options[key].default and not key.startswith("job."):
+        if key in options and value != options[key].default and not key.startswith("job.") and key != SETTLED:
             rows.append((key, shown(value, 120), shown(options[key].default, 120)))
     section = Section("What was asked")
     if file := run.settings.get("job.config_file"):
         section.notes.append(f"of {shown(file, 200)}; every setting is in config.json")
     if rows:
         section.tables.append(Cells(rows, ("setting", "value", "default")))
+    if SETTLED in run.settings:
+        section.notes.append(f"{SETTLED}: {shown(run.settings[SETTLED])}, as asked or as auto settled it")
     return section
 
 

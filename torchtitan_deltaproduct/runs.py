@@ -195,3 +195,19 @@ def shown(value: Any, width: int = 40) -> str:
     """A setting as text of at most `width` characters, none of them invisible."""
     text = value if isinstance(value, str) else show(value)
     return shorten("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: 4 * width]), width)
+
+
+def telling(own: Mapping[str, Any], keys: list[str], settings: list[Mapping[str, Any]]) -> list[str]:
+    """Of the keys in which some settings differ, as few as tell one of them from the others.
+
+    As few as tell as many apart, and of more than two of those only the ones in which it is not like most, if any.
+    """
+
+    def kinds(some: list[str]) -> int:
+        return len({str([one.get(key) for key in some]) for one in settings})
+
+    for key in reversed(keys):
+        fewer = [other for other in keys if other != key]
+        keys = fewer if kinds(fewer) == kinds(keys) else keys
+    alike = {key: sum(one.get(key) == own[key] for one in settings) for key in keys}
+    return [key for key in keys if 2 * alike[key] <= len(settings)] if len(keys) > 2 else keys

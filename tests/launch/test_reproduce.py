@@ -9,7 +9,7 @@ import pytest
 
 from launch import claims, grid, reproduce
 from launch.claims import Results, read_claim, read_claims, results_of, verdict
-from launch.summary import Result, Summary
+from launch.summary import Result, Summary, cell
 from tests.unit.evaluation.words_toy import write_toml
 from torchtitan_deltaproduct.errors import ConfigError, DataError
 
@@ -96,6 +96,13 @@ def test_the_horizon_is_a_column_where_it_is_asked_for(toy_claim):
     toy_claim.write_text(toy_claim.read_text().replace("[claim]", '[claim]\ncolumns = ["horizon"]'))
     shown = claims.table(read_claim(toy_claim), summary)
     assert shown.startswith("| setting | seeds | horizon |\n") and "| 327.0 (63.0 to 591.0) |" in shown
+
+
+def test_a_mean_says_which_seeds_it_is_not_of():
+    """A horizon that is not known is beyond the tested length; of the best seeds, so the mean is not theirs."""
+    assert cell("horizon", [111, None]) == "111.0 (1 of 2 beyond the tested length)"
+    assert cell("loss", [1.0, 3.0, None]) == "2.0000 (1.0000 to 3.0000, of 2 of 3 seeds)"
+    assert cell("loss", [1.0, 3.0]) == "2.0000 (1.0000 to 3.0000)" and cell("loss", [1.0]) == "1.0000"
 
 
 def test_labels_say_what_settings_differ_in(toy_claim):

@@ -86,6 +86,42 @@ def test_a_copy_is_no_other_seed(tmp_path, capsys):
                     "x (2 seeds, no interval)"]  # fmt: skip
 
 
+def test_means_are_of_steps_that_all_seeds_have_made(tmp_path, capsys):
+    """Beside an unfinished seed the losses of the others are those of then, and it is told."""
+    runs = [make(tmp_path / "1", seed=1), make(tmp_path / "2", seed=2, steps=10, training={"steps": 20})]
+    (group,) = as_json(capsys, *runs)["groups"]
+    assert group["step"] == 10 and group["validation_loss"] == [2.0, None]
+    assert group["train_loss"][0] == pytest.approx(2 + sum(1 / n for n in range(1, 11)) / 10)
+    compare.main([*map(str, runs), "--out", str(tmp_path / "x.png")])
+    said = capsys.readouterr().out
+    assert "10 * │" in said and "* some of its runs are farther" in said
+    part = compare.Group("x", list(map(read_run, runs)), [])
+    assert compare.group_label(part) == "x (2 seeds, no interval, to step 10)"
+    assert max(compare.mean_curve([compare.curve(run, True, 1) for run in part.equal_runs()], 0, 2))[0] == 10
+
+
+def test_groups_are_told_apart_in_a_picture(tmp_path):
+    """Also where all that differs is long and begins alike: by what is each one's own, named within its panel."""
+    tables = [{"optimizer": {"name": "AdamW", "weight_decay": decay, "beta1": 0.9 - decay / 10, "lr": 0.001 * lr}}
+              for decay, lr in ((0.1, 1), (0.1, 2), (0.3, 1))]  # fmt: skip
+    folders = [make(tmp_path / f"{number}-{seed}", seed=seed, n_h=1 + number % 2, **own)
+               for number, own in enumerate(tables) for seed in (1, 2)]  # fmt: skip
+    runs = list(map(read_run, folders))
+    groups = compare.grouped(runs, [run.path.name for run in runs], compare.differences(runs))
+    assert len(groups[0].name) > 44
+    names = [compare.group_label(group) for group in groups]
+    assert len(set(names)) == 3 and all(name.endswith(" (2 seeds, no interval)") for name in names), names
+
+
+def test_the_range_of_losses():
+    """Of two validations both are seen, and intervals are in it; of many the beginning is not."""
+    assert compare.loss_range([[(1, 5.0, None), (20, 2.0, None)]]) == (2.0 - 0.18, 5.0 + 0.18)
+    low, high = compare.loss_range([[(1, 3.0, 1.0), (2, 3.0, 1.0), (3, 3.0, 1.0)]])
+    assert low < 2 and high > 4
+    many = [(1, 9.0, None), *((step, 2.0, None) for step in range(10, 50))]
+    assert compare.loss_range([many])[1] < 3
+
+
 def test_table_and_picture(tmp_path, capsys):
     for seed in (1, 2, 3):
         make(tmp_path / f"runs/{seed}", seed=seed)

@@ -76,6 +76,14 @@ def test_everything_is_there(page):
     assert "step 10, greedy" not in text and "link.png" not in text and page.count("data:image/png") == 1
 
 
+def test_what_auto_came_to_was_not_asked(tmp_path):
+    run = make(tmp_path / "run", training={"steps": 20, "mixed_precision_param": "float32"})
+    report.main([str(run), "--markdown"])
+    text = (run / "report.md").read_text().replace("\\", "")
+    assert "| training.mixed_precision_param" not in text and "| training.steps | 20 |" in text
+    assert "training.mixed_precision_param: float32, as asked or as auto settled it" in text
+
+
 def test_it_is_text_and_loads_nothing(page):
     read = Page(page)
     allowed = (

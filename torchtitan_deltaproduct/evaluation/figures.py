@@ -7,7 +7,7 @@ Without pyplot, whose figures are global, need a choice of backend and take time
 """
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vPX"
 NAME_WIDTH, NAME_LINES = 44, 3
 """Characters of a line of a name, and how many lines it may have."""
+MOST_LENGTHS = 6
+"""Training lengths that are named in a picture, each."""
 WIDEST, NARROWEST = 2.8, 1.3
 STYLE = {
     "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -43,7 +45,8 @@ def picture(
         figure = Figure(size, layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
         if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+            # A character is at most about 0.1 inches wide.
+            figure.suptitle(in_lines(title, 6, int(10 * size[0])), x=0.01, ha="left", fontsize=11)
         save(figure, path)
 
 
@@ -88,42 +91,56 @@ def legend(figure, handles: dict[str, Any], columns: int) -> None:
     figure.legend([handles[name] for name in names], shown, loc="outside lower center", ncols=columns, fontsize=9)
 
 
-def in_lines(name: str, most: int = NAME_LINES) -> str:
-    """A name in at most so many short lines; of one that needs more the middle is left out, with one line the end."""
-    lines = textwrap.wrap(name, NAME_WIDTH, break_on_hyphens=False) or [name]
+def in_lines(name: str, most: int = NAME_LINES, width: int = NAME_WIDTH) -> str:
+    """A name in at most so many lines of a width; of one that needs more the middle is left out."""
+    lines = textwrap.wrap(name, width, break_on_hyphens=False) or [name]
     if len(lines) > most:
-        lines = [*lines[: most - 1], f"... {lines[-1]}"] if most > 1 else [f"{lines[0]} ..."]
+        half = width // 2
+        lines = [*lines[: most - 1], f"... {lines[-1]}"] if most > 1 else [f"{name[:half]} ... {name[-half:]}"]
     return "\n".join(lines)
 
 
-def mark_trained(axis, length: int, place: float) -> None:
-    """A dashed line at a training length, named above the axis; `place` is where it is, from 0 (left) to 1."""
-    axis.axvline(length, color="#444444", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+def mark_trained(axis, lengths: Iterable[int]) -> None:
+    """Dashed lines at the training lengths within an axis whose limits are final, with one name above it for all."""
+    low, high = axis.get_xlim()
+    shown = sorted(length for length in set(lengths) if low < length <= high)
+    if not shown:
+        return
+    ends = axis.transAxes.inverted().transform(axis.transData.transform([(length, 0) for length in shown]))[:, 0]
+    for length in shown:
+        axis.axvline(length, color="#444444", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+    several = f"{', '.join(f'{length:,}' for length in shown[:-1])} and " if len(shown) > 1 else ""
+    name = f"trained to {several}{shown[-1]:,} tokens"
+    if len(shown) > MOST_LENGTHS:
+        name = f"trained to {len(shown)} lengths, {shown[0]:,} to {shown[-1]:,} tokens"
+    place = ends.mean() if len(name) < NAME_WIDTH else 0.5
     side = "left" if place < 0.25 else "right" if place > 0.75 else "center"
     axis.annotate(
-        f"trained to {length:,} tokens", (length, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
-        textcoords="offset points", va="bottom", ha=side, color="#444444", fontsize=8.5,
+        name, (place, 1), xycoords="axes fraction", xytext=(0, 2), textcoords="offset points", va="bottom", ha=side,
+        color="#444444", fontsize=8.5,
     )  # fmt: skip
 
 
-def name_ends(axis, ends: list[tuple[float, float, str, Any]]) -> None:
+def name_ends(axis, ends: list[tuple[float, float, str, Any]], room: int = 13) -> None:
     """Names lines at the right of an axis whose limits are final: (last x, last y, name, colour) of each.
 
-    No name is on another; a thin line leads to it from its end.
+    No name is on another; a thin line leads to it from its end. There is `room` for so many lines of text.
     """
     low, high = axis.get_ylim()
-    most = min(NAME_LINES, max(1, 13 // max(1, len(ends))))
+    most = min(NAME_LINES, max(1, room // max(1, len(ends))))
     ends = sorted(((x, y, in_lines(name, most), colour) for x, y, name, colour in ends), key=lambda end: end[1])
-    places: list[float] = []
     lines = [1 + name.count("\n") for _, _, name, _ in ends]
-    for number, (_, y, _, _) in enumerate(ends):
-        y = min(max(y, low), high)
-        gap = 0.0375 * (high - low) * (lines[number - 1] + lines[number])
-        places.append(max(y, places[-1] + gap) if places else y)
-    shift = max(0, places[-1] - high) if places else 0
+    gaps = [(high - low) * (one + other) / (2 * room) for one, other in zip(lines, lines[1:], strict=False)]
+    places = [min(max(y, low), high) for _, y, _, _ in ends]
+    for number, gap in enumerate(gaps, 1):
+        places[number] = max(places[number], places[number - 1] + gap)
+    # Those that this pushed out at the top go back, and only what is in their way goes down with them.
+    places[-1:] = [min(place, high) for place in places[-1:]]
+    for number, gap in reversed(list(enumerate(gaps))):
+        places[number] = min(places[number], places[number + 1] - gap)
     for place, (x, y, name, colour) in zip(places, ends, strict=True):
         axis.annotate(
-            name, (x, y), xytext=(1.03, place - shift), textcoords=("axes fraction", "data"), color=colour,
+            name, (x, y), xytext=(1.03, place), textcoords=("axes fraction", "data"), color=colour,
             fontsize=8.5, va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
         )  # fmt: skip

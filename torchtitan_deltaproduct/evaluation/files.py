@@ -26,6 +26,9 @@ from torchtitan_deltaproduct.runs import short_names as short_paths_of_runs
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading a damaged JSON file raises, or looking into it."""
 
+SLUG = 90
+"""Bytes of a `slug`, at most: a file's name has two, and may have 255."""
+
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` for people and programs to read."""
@@ -82,8 +85,13 @@ def digest(content: dict) -> str:
 
 
 def slug(name: str) -> str:
-    """A name for a folder: the last two parts of a path, with nothing but letters, digits, dots and lines."""
-    return re.sub(r"[^\w.-]+", "_", "_".join(Path(name).parts[-2:])).strip("._") or "data"
+    """A name for a folder: the last two parts of a path, with nothing but letters, digits, dots and lines.
+
+    Of one that is too long for a file's name, with others beside it, the end is a digest of the whole.
+    """
+    last = re.sub(r"[^\w.-]+", "_", "_".join(Path(name).parts[-2:])).strip("._") or "data"
+    encoded = last.encode()
+    return last if len(encoded) <= SLUG else f"{encoded[: SLUG - 9].decode(errors='ignore')}_{digest({'name': name})}"
 
 
 def slugs(names: list[str]) -> list[str]:

@@ -236,6 +236,8 @@ def test_files_of_models_and_datasets_whose_paths_end_alike(run, data, tmp_path,
         own = numbers(tmp_path / "out", entry["npz"])["rank"]
         layer = entry["layers"][0]["at_end"]["mean"]
         assert own[0, :, :, -1].mean(dtype=np.float64) == pytest.approx(layer, abs=1e-6)
+    long = [f"runs/{'é' * 120}/{end}" for end in "ab"]
+    assert len(set(slugs(long))) == 2 and all(80 < len(name.encode()) <= 90 for name in slugs(long))
     assert slugs(["a/b/c", "a_b/c", "x"]) == ["b_c", "a_b_c", "x"] and slugs(["a b", "a_b"]) == ["a_b_1", "a_b_2"]
 
 

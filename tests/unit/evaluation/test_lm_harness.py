@@ -402,6 +402,8 @@ def test_wrong_commands(here, toy_run, tmp_path):
         lm_harness.main([str(tmp_path / "none"), "--tasks", "py_choice", *LOCAL])
     with pytest.raises(ConfigError, match="Tasks not found: py_choise(.|\n)*ls tasks"):
         lm_harness.main([str(toy_run), "--tasks", "py_choise", *LOCAL])
+    with pytest.raises(ConfigError, match="no task is named: give --tasks(.|\n)*ls tasks"):
+        lm_harness.main([str(toy_run)])
     with pytest.raises(ConfigError, match="no model is named"):
         lm_harness.main(["--tasks", "py_choice", *LOCAL])
     with pytest.raises(ConfigError, match="two models are named"):

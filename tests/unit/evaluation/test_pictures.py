@@ -1,5 +1,7 @@
 """What pictures say of themselves: bands and thin lines by name, no interval where there is none, nothing hidden."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -127,6 +129,31 @@ def test_names_at_the_ends_of_lines_are_apart():
     assert texts["c"] == (pytest.approx(0.2, abs=0.25), "blue") and texts["d"] == (heights[-1], "black")
 
 
+def test_training_lengths_have_one_name():
+    """However close they are: names cannot be on one another."""
+    for lengths, name in (
+        ((100,), "trained to 100 tokens"),
+        ((100, 110, 0, 4000), "trained to 100 and 110 tokens"),
+        (range(100, 900, 100), "trained to 8 lengths, 100 to 800 tokens"),
+    ):
+        axis = Figure().subplots()
+        axis.set(xscale="log", xlim=(10, 1000))
+        figures.mark_trained(axis, lengths)
+        assert [text.get_text() for text in axis.texts] == [name] and len(axis.lines) == len(
+            [x for x in lengths if 0 < x < 1000]
+        )
+        assert axis.texts[0].xy[0] == pytest.approx(np.mean(np.log10([x for x in lengths if 0 < x < 1000]) - 1) / 2)
+
+
+def test_only_crowded_names_are_moved():
+    """Names at the top push no others down, so that none leaves the axis below while there is room."""
+    axis = Figure().subplots()
+    axis.set_ylim(0, 1)
+    figures.name_ends(axis, [(5, y, str(y), "red") for y in (0.01, 0.97, 0.98, 0.99)])
+    heights = {text.get_text(): text.xyann[1] for text in axis.texts}
+    assert heights["0.01"] == 0.01 and heights["0.99"] <= 1 and heights["0.97"] == pytest.approx(1 - 0.15, abs=0.05)
+
+
 def test_names_of_any_length_leave_room_for_the_lines(drawn, tmp_path):
     """Names are broken into lines and the legend into rows: the panels keep a good part of the picture."""
     settings = by_setting([flat(0.1 * n, n=n) for n in range(1, 9)])
@@ -145,6 +172,26 @@ def test_names_of_any_length_leave_room_for_the_lines(drawn, tmp_path):
     assert all(line.get_text().count("\n") < figures.NAME_LINES for line in names)
     boxes = [text.get_window_extent() for text in names]
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+def test_names_of_any_length_stay_in_titles(drawn, states, tmp_path):
+    """Titles are broken into lines: the name of a run and of its data is told to its end, within the picture."""
+    name, data = f"runs/{'a_name_that_goes_on_' * 6}", f"data/{'of_words_' * 5}"
+    results = losses(tmp_path, 4, "ab")
+    results[0].case.model["name"] = results[1].case.data["name"] = results[0].case.data["name"] = f"{name}end"
+    loss_figure(results, tmp_path / "loss.png", log_positions=True)
+    long = Result(replace(states.case, model=states.case.model | {"name": name}, data={"name": data}))
+    of_one(long, tmp_path / "one")
+    for figure in drawn.values():
+        FigureCanvasAgg(figure).draw()
+        titles = [text for text in figure.findobj(Text) if text.get_visible() and "a_name_that" in text.get_text()]
+        assert titles
+        for text in titles:
+            box = text.get_window_extent()
+            assert box.x0 > -1 and box.x1 < figure.canvas.get_width_height()[0] + 1, text.get_text()
+    assert any(text.replace("\n", "").endswith("end") for text in texts(drawn["loss.png"]) if "loss minus" in text)
+    title = drawn["one_spectrum.png"].get_suptitle()
+    assert "eigenvalues of each token's transition" in title.replace("\n", " ")
 
 
 def test_states_that_are_not_finite_are_drawn_too(drawn, states, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -12,10 +13,13 @@ from rich.console import Console
 from tests import toy
 from tests.unit.evaluation.words_toy import PARITY, fake, flat, write_toml
 from torchtitan_deltaproduct.checkpoint.load import load_model
+from torchtitan_deltaproduct.config.job import JobConfig
+from torchtitan_deltaproduct.config.schema import schema
 from torchtitan_deltaproduct.data.generated.group_words import GroupWordSource
 from torchtitan_deltaproduct.data.generated.languages import FormalSource
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.evaluation import generate, state_tracking
+from torchtitan_deltaproduct.evaluation.state_tracking import results
 from torchtitan_deltaproduct.evaluation.state_tracking.problems import Counts, Problem, model_reader, problem_of
 from torchtitan_deltaproduct.evaluation.state_tracking.results import Criterion, RunResult, Share, by_setting
 from torchtitan_deltaproduct.intervals import wilson
@@ -183,6 +187,37 @@ def test_settings_and_seeds():
     assert [r.solved(Criterion()) for r in runs] == [False, True, False, False, True]
     assert not flat(0.98).solved(Criterion())
     assert flat(0.98).solved(Criterion(at_training=0.98))
+
+
+def test_every_option_that_is_learned_from_tells_settings_apart():
+    """By the records of the config's schema: a new option is not forgotten; folders, speed and seeds are left out."""
+    config = JobConfig().to_dict()
+    known = results.trained_settings(config)
+    assert {"optimizer.eps", "lr_scheduler.schedule", "training.mixed_precision_param", "data.group"} < known.keys()
+    assert {"model.intermediate_size", "model.init_scheme", "checkpoint.initial_load_path"} < known.keys()
+    assert not known.keys() & {"data.seed", "debug.seed", "training.gc_freq", "model.op_backend", "data.num_workers"}
+    assert not any(schema()[key].record.refused for key in known) and "model.hf_assets_path" not in known
+    # The same samples a step, in other pieces.
+    config["training"] |= {"global_batch_size": 64, "local_batch_size": 8}
+    assert results.trained_settings(config)["training.global_batch_size"] == 64
+    assert "training.local_batch_size" not in results.trained_settings(config)
+
+
+def test_what_only_one_of_two_runs_knows_does_not_set_them_apart():
+    """Recorded results have fewer keys than runs of today; those stay one setting, and two of today's two."""
+    small, large = ({"training.global_batch_size": size} for size in (64, 128))
+    (setting,) = by_setting([flat(1.0, seed=1), flat(0.5, seed=2, **small)])
+    assert setting.differs == "" and setting.to_dict(Criterion())["settings"]["training.global_batch_size"] == 64
+    settings = by_setting([flat(1.0, **small), flat(0.5, **large)])
+    assert [setting.differs for setting in settings] == ["global_batch_size 64", "global_batch_size 128"]
+
+
+def test_a_copy_of_a_run_is_no_other_seed(tmp_path, capsys):
+    run = flat(1.0, seed=1)
+    (setting,) = settings = by_setting([run, replace(run, label="copy"), flat(0.5, seed=1), flat(1.0, seed=2)])
+    assert len(setting.runs) == 3 and setting.to_dict(Criterion())["seeds"] == 3
+    state_tracking.report(settings, Criterion(), tmp_path / "copies", Console(width=140))
+    assert "not counted: copy, a copy of another run (same seeds, same answers)" in capsys.readouterr().out
 
 
 def test_results_are_read_back(tmp_path):

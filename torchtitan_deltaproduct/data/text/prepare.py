@@ -296,9 +296,10 @@ def summary(out: Path, parts: tuple[str, ...]) -> str:
     lines = []
     for part in parts:
         manifest = read_manifest(out / part)
+        shards = f"{len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}"
         lines.append(
             f"  {out / part}: {manifest.counts()}, {manifest.bytes_a_token:.2f} bytes a token, "
-            f"{manifest.tokens * manifest.token_bytes / 1e6:.1f} MB in {len(manifest.shards)} shards"
+            f"{manifest.tokens * manifest.token_bytes / 1e6:.1f} MB in {shards}"
         )
     empty, bad = manifest.empty_documents, manifest.bad_records
     if empty or bad:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ..figures import MARKERS, band, band_handle, legend, look, mark_trained, name_ends, picture
+from ..figures import MARKERS, band, band_handle, in_lines, legend, look, mark_trained, name_ends, picture
 from .results import LEAST_SEQUENCES, Result
 
-TITLE_NAME = 28
-"""Characters of a model's name in a title."""
+TITLE_WIDTH = 38
+"""Characters of a line of a panel's title."""
 
 
 def loss_figure(results: list[Result], path: Path, log_positions: bool) -> None:
@@ -37,7 +37,7 @@ def loss_figure(results: list[Result], path: Path, log_positions: bool) -> None:
                 elif columns == 3 and result is chosen[0]:
                     row[2].axhline(0, **look(number, len(models)))
             _label(row, chosen, log_positions)
-            row[0].set_title(f"{name}: {_sequences(chosen[0])}", loc="left", pad=22)
+            row[0].set_title(in_lines(f"{name}: {_sequences(chosen[0])}", width=TITLE_WIDTH), loc="left", pad=22)
         counts = {result.case.pieces.about["sequences"] for result in results}
         if max(counts) >= LEAST_SEQUENCES:
             handles["band: 95 % interval over sequences"] = band_handle()
@@ -83,8 +83,7 @@ def _positions(axis, first: float, length: int, trained: set[int]) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(x)))
     axis.set_xlim(first, length)
-    for end in sorted(end for end in trained if first < end <= length):
-        mark_trained(axis, end, np.log(end / first) / np.log(length / first))
+    mark_trained(axis, trained)
 
 
 def _label(row, results: list[Result], log_positions: bool) -> None:
@@ -99,11 +98,12 @@ def _label(row, results: list[Result], log_positions: bool) -> None:
             continue
         axis.set(xlabel="position in the sequence (tokens)", xlim=(0, length))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(x)))
-        for end in sorted(end for end in trained if 0 < end <= length):
-            mark_trained(axis, end, end / length)
+        mark_trained(axis, trained)
     _perplexity_axis(row[0])
     if len(row) == 3:
-        row[2].set_title(f"loss minus that of {_ending(results[0].case.model['name'])}", loc="left", pad=22)
+        row[2].set_title(
+            in_lines(f"loss minus that of {results[0].case.model['name']}", width=TITLE_WIDTH), loc="left", pad=22
+        )
         row[2].set_visible(any(result.compared for result in results))
 
 
@@ -112,11 +112,6 @@ def _sequences(result: Result) -> str:
     return f"{count:,} {'long document' if kind == 'long' else 'sequence'}{'s' * (count != 1)}" + (
         " of packed documents" if kind == "packed" else ""
     )
-
-
-def _ending(name: str) -> str:
-    """As much of the end of a name as a title has room for."""
-    return name if len(name) <= TITLE_NAME else f"…{name[1 - TITLE_NAME :]}"
 
 
 def _middle(bucket: dict) -> float:

@@ -42,6 +42,7 @@ from ..swept import Swept
 INSTALL = 'pip install -e ".[lm-eval]" -c constraints.txt'
 COMMANDS = ("run", "ls", "validate")
 """Of lm-eval's command line; without one it is `run`."""
+LIST_TASKS = "list them: python -m eval.lm_harness ls tasks [--include_path FOLDER]"
 CONVENTIONS = {"no": [False], "yes": [True], "both": [False, True]}
 """Of --bos: whether contexts begin with the separator, a pass each."""
 
@@ -96,6 +97,8 @@ def execute(command: str, words: list[str], model: str | None, bos: bool | None 
     """Hands one command over to lm-eval, `run` with our model and defaults filled in; returns the folder of results."""
     from lm_eval._cli import HarnessCLI
 
+    if command == "run" and not words:
+        raise ConfigError(f"no task is named: give --tasks NAME,NAME\n{LIST_TASKS}")
     cli, saved = HarnessCLI(), sys.argv
     # It reads and changes sys.argv.
     sys.argv = ["lm-eval", command, *words]
@@ -112,7 +115,7 @@ def execute(command: str, words: list[str], model: str | None, bos: bool | None 
     except ValueError as error:
         if not str(error).startswith(("Tasks not found", "No tasks specified")):
             raise
-        raise ConfigError(f"{error}\nlist them: python -m eval.lm_harness ls tasks [--include_path FOLDER]") from error
+        raise ConfigError(f"{error}\n{LIST_TASKS}") from error
     path = Path(getattr(namespace, "output_path", None) or ".")
     return path.parent if path.suffix == ".json" else path
 

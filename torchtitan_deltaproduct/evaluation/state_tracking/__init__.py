@@ -92,6 +92,10 @@ def report(
         f"{criterion.at_training:.0%} at the training length and {criterion.beyond:.0%} at the tested length"
     )
     for setting in settings:
+        for copy in setting.copies:
+            console.print(
+                f"not counted: {copy.label}, a copy of another run (same seeds, same answers)", soft_wrap=True
+            )
         for run in setting.runs if setting.problem.formal else ():
             buckets = [b for b in run.buckets() if not math.isnan(b["value"])]
             cells = [f"{b['first']}-{b['last']}: {b['value']:.1%} ({b['scaled']:.2f})" for b in buckets]

@@ -62,8 +62,7 @@ def _panel(axis, settings: list[Setting], prefix: bool, handles: dict) -> None:
         ends.append((x[-1], mean[-1], name, own["color"]))
     where = "length of the row" if settings[0].problem.formal else "position t in the word"
     axis.set(xlim=(0, longest * 1.01), ylim=(-2, 103), xlabel=f"{where} (tokens)")
-    for length in sorted({setting.problem.train_length for setting in settings}):
-        mark_trained(axis, length, length / longest)
+    mark_trained(axis, {setting.problem.train_length for setting in settings})
     if 1 < len(settings) <= 8 and not settings[0].problem.formal:
         name_ends(axis, ends)
 

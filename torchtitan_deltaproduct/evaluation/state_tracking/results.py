@@ -9,29 +9,30 @@ answer each, it is the accuracy of rows no longer than in training, and of longe
 (accuracy - chance) / (1 - chance), as in Grazzi et al. 2025.
 """
 
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
 from torchtitan_deltaproduct.checkpoint.load import LoadedModel
+from torchtitan_deltaproduct.config.inherited import SPEED_AND_MEMORY
+from torchtitan_deltaproduct.config.job import OTHER_ROUNDING
+from torchtitan_deltaproduct.config.schema import schema
 from torchtitan_deltaproduct.intervals import wilson
-from torchtitan_deltaproduct.models.args import DeltaProductArgs
+from torchtitan_deltaproduct.models.args import MLP_WIDTH
+from torchtitan_deltaproduct.options import Option
+from torchtitan_deltaproduct.runs import telling
 
 from .. import files
 from .horizon import horizon, predicted_horizon
 from .problems import Counts, Problem
 
-# What tells settings apart, beside the problem: the whole model and how it was trained, but for its seeds.
-_TRAINED = {
-    "model": [f.name for f in fields(DeltaProductArgs) if f.name != "op_backend"],
-    "data": ["min_length", "max_length", "curriculum_start", "curriculum_steps"],
-    "training": ["seq_len", "steps", "max_norm", "mixed_precision_param"],
-    "optimizer": ["name", "lr", "beta1", "beta2", "weight_decay"],
-    "lr_scheduler": ["warmup_steps", "decay_type", "decay_ratio", "min_lr_factor", "total_steps"],
-}
+TRAINED = ("model", "data", "training", "optimizer", "lr_scheduler")
+"""Tables whose options tell settings apart, but for those of `ALIKE` and the seeds."""
+ALIKE = (OTHER_ROUNDING, SPEED_AND_MEMORY)
+"""What a change of an option means that makes no other setting, beside a harmless one."""
+SEEDS = ("data.seed", "debug.seed")
 WORDS = {"optimizer.name": "{value}", "training.steps": "{value:,} steps", "training.mixed_precision_param": "{value}"}
 """How values are told that need no name."""
 
@@ -76,8 +77,7 @@ class RunResult:
     @classmethod
     def of(cls, loaded: LoadedModel, problem: Problem, counts: Counts) -> "RunResult":
         config = loaded.config
-        known = [(table, key) for table, keys in _TRAINED.items() for key in keys if key in config.get(table, {})]
-        settings = {f"{table}.{key}": config[table][key] for table, key in known} | {"checkpoint.step": loaded.step}
+        settings = trained_settings(config) | {"checkpoint.step": loaded.step}
         seeds = (config["data"]["seed"], config["debug"]["seed"])
         return cls(loaded.label, problem, counts, settings, seeds, loaded.step, config["training"]["steps"])
 
@@ -107,6 +107,20 @@ class RunResult:
         """`3`, or `data 3, weights 42` where the two differ."""
         data, model = self.seeds
         return str(data) if data == model else f"data {data}, weights {model}"
+
+    def same_setting(self, other: "RunResult") -> bool:
+        """Whether the two differ in seeds alone, as far as both know: another version may not have had an option."""
+        here, there = self.settings, other.settings
+        return (self.problem.name, self.problem.length) == (other.problem.name, other.problem.length) and all(
+            here[key] == there[key] for key in here.keys() & there.keys()
+        )
+
+    def same_sample(self, other: "RunResult") -> bool:
+        """Whether one of two runs of a setting is a copy of the other: the same seeds, and the same answers."""
+        mine, its = (
+            (run.seeds, run.problem.seed, run.counts.words, run.counts.correct.tolist()) for run in (self, other)
+        )
+        return mine == its
 
     def token_accuracy(self, first: int, last: int) -> Share:
         """Mean over the labels at positions first .. last; words, not tokens, count as independent."""
@@ -179,14 +193,42 @@ class RunResult:
         return record
 
 
+def trained_settings(config: dict) -> dict:
+    """By dotted key what sets a run apart from others than its seeds: what it was trained as, by its job config.
+
+    Where the samples of a step are given, in how many pieces a rank reads them is nothing of it.
+    """
+    options = [option for table in TRAINED for option in schema().values() if option.table == table]
+    chosen = [option for option in options if _sets_apart(option.record) and option.key not in SEEDS]
+    chosen.append(schema()["checkpoint.initial_load_path"])
+    tables = [(option, config.get(option.table, {})) for option in chosen]
+    settings = {option.key: table[option.name] for option, table in tables if option.name in table}
+    if settings.get("training.global_batch_size", -1) > 0:
+        del settings["training.local_batch_size"]
+    return settings
+
+
+def _sets_apart(option: Option) -> bool:
+    """Whether runs with other values of an option learn something else: not so of folders, speed and rounding."""
+    resume = option.resume
+    without_effect = resume in ALIKE or (resume.kind == "harmless" and resume is not MLP_WIDTH)
+    return not (option.refused or option.is_path or without_effect)
+
+
 @dataclass
 class Setting:
     """Runs that differ in nothing but their seeds; `differs` says what sets it apart within its n_h and range, `short`
-    the least of it that does, and where that is much, only what is not as in most."""
+    the least of it that does, and where that is much, only what is not as in most. `copies` of runs do not count."""
 
     runs: list[RunResult]
     differs: str = ""
     short: str = ""
+    copies: list[RunResult] = field(default_factory=list)
+
+    @property
+    def settings(self) -> dict:
+        """All that any of the runs knows."""
+        return {key: value for run in self.runs for key, value in run.settings.items()}
 
     @property
     def problem(self) -> Problem:
@@ -222,57 +264,36 @@ class Setting:
             "differs": self.differs, "seeds": len(self.runs), "solved": solved,
             "share_solved": vars(Share.of(solved, len(self.runs))),
             "accuracy_at_training_length": self.spread("at_training"),
-            "accuracy_at_length": self.spread("at_length"), "settings": first.settings,
+            "accuracy_at_length": self.spread("at_length"), "settings": self.settings,
             "runs": [run.to_dict(criterion) for run in self.runs],
         }  # fmt: skip
 
 
 def by_setting(results: list[RunResult]) -> list[Setting]:
     """Groups runs, in the order of `Setting.kind`, and says what differs beyond it."""
-    groups: dict[str, Setting] = {}
+    settings: list[Setting] = []
     for result in results:
-        key = json.dumps([result.problem.name, result.problem.length, result.settings])
-        groups.setdefault(key, Setting([])).runs.append(result)
-    settings = sorted(groups.values(), key=lambda setting: setting.kind)
+        setting = next((one for one in settings if all(map(result.same_setting, one.runs))), None)
+        if setting is None:
+            settings.append(setting := Setting([]))
+        (setting.copies if any(map(result.same_sample, setting.runs)) else setting.runs).append(result)
+    settings.sort(key=lambda setting: setting.kind)
     for setting in settings:
-        own, same = setting.runs[0], [other.runs[0] for other in settings if other.kind == setting.kind]
-        keys = [key for key in own.settings if any(run.settings.get(key) != own.settings[key] for run in same)]
-        if "training.steps" in keys and all(run.step == run.steps for run in same):
+        own, same = setting.settings, [other for other in settings if other.kind == setting.kind]
+        others = [other.settings for other in same]
+        keys = [key for key in own if any(other.get(key, own[key]) != own[key] for other in others)]
+        if "training.steps" in keys and all(run.step == run.steps for other in same for run in other.runs):
             keys.remove("checkpoint.step")
-        setting.differs, setting.short = (
-            _told(own, keys, same),
-            _told(own, _unusual(own, _least(keys, same), same), same),
-        )
+        # The tested length, if theirs are others.
+        end = [f"to {setting.problem.length} tokens"] * (len({other.problem.length for other in same}) > 1)
+        both = (keys, telling(own, keys, others))
+        setting.differs, setting.short = (", ".join([*_told(own, some), *end]) for some in both)
     return settings
 
 
-def _told(own: RunResult, keys: list[str], same: list[RunResult]) -> str:
-    """`7,840 steps, Muon, decay_ratio 0.3`: values of one of some runs; and the tested length, if theirs are others."""
-    parts = [WORDS.get(key, "{name} {value}").format(name=key.split(".")[1], value=own.settings[key]) for key in keys]
-    if any(other.problem.length != own.problem.length for other in same):
-        parts.append(f"to {own.problem.length} tokens")
-    return ", ".join(parts)
-
-
-def _least(keys: list[str], runs: list[RunResult]) -> list[str]:
-    """As few of some keys as tell as many of the runs apart."""
-
-    def kinds(some: list[str]) -> int:
-        return len({str([run.settings.get(key) for key in some]) for run in runs})
-
-    for key in reversed(keys):
-        fewer = [other for other in keys if other != key]
-        keys = fewer if kinds(fewer) == kinds(keys) else keys
-    return keys
-
-
-def _unusual(own: RunResult, keys: list[str], runs: list[RunResult]) -> list[str]:
-    """Of more than two keys those in which a run is not like most of the runs."""
-
-    def usual(key: str) -> bool:
-        return 2 * sum(run.settings.get(key) == own.settings[key] for run in runs) > len(runs)
-
-    return [key for key in keys if not usual(key)] if len(keys) > 2 else keys
+def _told(own: dict, keys: list[str]) -> list[str]:
+    """`7,840 steps`, `Muon`, `decay_ratio 0.3`: some of the values of a setting."""
+    return [WORDS.get(key, "{name} {value}").format(name=key.split(".")[1], value=own[key]) for key in keys]
 
 
 def read_settings(paths: list[Path]) -> list[Setting]:
