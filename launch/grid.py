@@ -390,16 +390,11 @@ def summarise(grid: Grid) -> Summary:
 
 def beside_other_seeds(grid: Grid, summary: Summary) -> Summary:
     """The same with the results of other seeds that results.jsonl holds of the grid's settings as they are."""
-    planned, settings = {(run.setting, run.seed) for run in grid.runs}, {run.setting: run for run in grid.runs}
+    planned, run_of = {(run.setting, run.seed) for run in grid.runs}, {run.setting: run for run in grid.runs}
     names = {field.name for field in fields(Result)}
     before = [Result(**record) for record in read_jsonl(grid.out / "results.jsonl") if record.keys() == names]
-    others = [
-        result
-        for result in before
-        if (result.setting, result.seed) not in planned
-        and result.setting in settings
-        and result.recipe == settings[result.setting].of_seed(result.seed).recipe
-    ]
+    others = [one for one in before if one.setting in run_of and (one.setting, one.seed) not in planned]
+    others = [one for one in others if one.recipe == run_of[one.setting].of_seed(one.seed).recipe]
     return replace(summary, results=others + summary.results, planned=len(others) + summary.planned)
 
 

@@ -188,7 +188,7 @@ def submit_array(
         launches: holds the new folder, which gets the files, the code and the output of the tasks.
         site: what the cluster wants to hear.
         max_parallel: tasks that run at a time; 0: as many as there is room for.
-        asked: `name`, `gpus` and `time` of `render_array`.
+        asked: the `name` of the job, and `gpus` and `time` limit (empty: the site's) of a task.
 
     Returns:
         The job id, and the folder; task i is `ID_i`. Of several arrays, their ids with commas between.
@@ -226,17 +226,7 @@ def submit_array(
 def render_array(
     tasks: range, folder: Path, site: Site, *, name: str = "eval", gpus: int = 0, time: str = "", max_parallel: int = 0
 ) -> str:
-    """The sbatch file of an array.
-
-    Args:
-        tasks: lines of tasks.jsonl in `folder`, from 0.
-        folder: of the array.
-        site: what the cluster wants to hear.
-        name: the job's name.
-        gpus: GPUs of a task.
-        time: limit of a task; empty: the site's.
-        max_parallel: tasks that run at a time; 0: as many as there is room for.
-    """
+    """The sbatch file of an array of `tasks`, lines of tasks.jsonl in `folder` from 0; else as of `submit_array`."""
     here = Path.cwd()
     refuse_control_characters(
         site, {"the array's name": name, "its folder": folder, "the current folder": here, "--time": time}
