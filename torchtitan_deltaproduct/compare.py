@@ -41,6 +41,8 @@ BINS = 50
 """Points of a curve of training losses."""
 LIMIT = 1 << 18
 """Bytes of a metrics.jsonl that are read, and a little for each validation."""
+WHOLE = 200
+"""Characters of a value in the name of a group, which tells it from others."""
 HIGHLIGHTED = 8
 """Groups with a line of their own in a picture; others are grey."""
 
@@ -140,11 +142,11 @@ def exact(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def setting_words(run: Run, changed: dict[str, str]) -> list[str]:
-    """`num_householder 2` for each of some settings, if they are known."""
+def setting_words(run: Run, changed: dict[str, str], width: int = 40) -> list[str]:
+    """`num_householder 2` for each of some settings, if they are known; values of at most `width` characters."""
     if not run.settings:
         return ["settings unknown"]
-    return [f"{name} {shown(run.settings.get(key))}" for key, name in changed.items()]
+    return [f"{name} {shown(run.settings.get(key), width)}" for key, name in changed.items()]
 
 
 def summary(run: Run, name: str, changed: dict[str, str]) -> dict[str, Any]:
@@ -283,7 +285,7 @@ def grouped(runs: list[Run], names: list[str], changed: dict[str, str]) -> list[
     groups: dict[Any, Group] = {}
     for run, name in zip(runs, names, strict=True):
         identity = tuple(exact(run.settings.get(key)) for key in keys) if run.settings else id(run)
-        label = ", ".join(setting_words(run, keys)) if run.settings and keys else name
+        label = ", ".join(setting_words(run, keys, WHOLE)) if run.settings and keys else name
         group = groups.setdefault(identity, Group(label, [], []))
         group.runs.append(run)
         group.names.append(name)
@@ -291,7 +293,7 @@ def grouped(runs: list[Run], names: list[str], changed: dict[str, str]) -> list[
     for group in groups.values():
         own = group.runs[0].settings
         least = telling(own, [key for key in keys if key in own], settings)
-        group.short = ", ".join(setting_words(group.runs[0], {key: keys[key] for key in least})) or group.name
+        group.short = ", ".join(setting_words(group.runs[0], {key: keys[key] for key in least}, WHOLE)) or group.name
         if not keys and len(group.runs) > 1:
             group.name = group.short = f"{len(group.runs)} runs"
     return list(groups.values())
@@ -443,12 +445,14 @@ def loss_range(lines: list[Points]) -> tuple[float, float]:
 
     The beginning would flatten the rest.
     """
-    late = [[point for point in points if point[0] >= points[-1][0] / 8] for points in lines]
-    shown_points = [
-        point for points, own in zip(lines, late, strict=True) for point in (own, points[-3:])[len(own) < 3]
+    late = [
+        point
+        for points in lines
+        for place, point in enumerate(points)
+        if point[0] >= points[-1][0] / 8 or place >= len(points) - 3
     ]
-    low = min((y - (half or 0) for _, y, half in shown_points), default=0.0)
-    high = max((y + (half or 0) for _, y, half in shown_points), default=1.0)
+    low = min((y - (half or 0) for _, y, half in late), default=0.0)
+    high = max((y + (half or 0) for _, y, half in late), default=1.0)
     margin = 0.06 * (high - low) or 0.1
     return low - margin, high + margin
 

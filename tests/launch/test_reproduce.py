@@ -12,6 +12,7 @@ from launch.claims import Results, read_claim, read_claims, results_of, verdict
 from launch.summary import Result, Summary, cell
 from tests.unit.evaluation.words_toy import write_toml
 from torchtitan_deltaproduct.errors import ConfigError, DataError
+from torchtitan_deltaproduct.evaluation.state_tracking.results import trained_settings
 
 pytestmark = pytest.mark.usefixtures("forked_jobs")
 
@@ -327,6 +328,19 @@ def test_the_shipped_claims_are_honest(capsys):
     assert len(claims.PAGE.read_text().splitlines()) < 250
     for claim in shipped:
         assert claim.source and claim.budget and (claim.expect or claim.name == "A5_designs"), claim.name
+
+
+def test_new_runs_of_a_shipped_claim_are_of_the_settings_that_are_recorded():
+    """As far as both know, but for the precision, which a launch settles."""
+    compared = 0
+    for claim in read_claims(["S3", "S5", "horizon"]):
+        new = {run.setting: trained_settings(run.config.to_dict()) for run in claim.grid.runs}
+        for recorded in json.loads(claim.file.read_text())["state_tracking"]:
+            name = recorded["runs"][0]["run"].split("/")[-2]
+            for key in (new[name].keys() & recorded["settings"].keys()) - {"training.mixed_precision_param"}:
+                assert new[name][key] == recorded["settings"][key], (claim.name, name, key)
+                compared += 1
+    assert compared > 12 * 30
 
 
 def test_no_such_claim():

@@ -380,6 +380,14 @@ def test_tokenizer_inside_the_output_survives_overwrite(tmp_path, tokenizer):
     assert len(texts_of(out)) == 4
 
 
+def test_one_is_no_plural(tmp_path, tokenizer, capsys):
+    """As docs/own_text.md shows it."""
+    (tmp_path / "book.txt").write_text("words and words " * 500)
+    assert here(command(tmp_path / "out", tokenizer, tmp_path / "book.txt", "--validation-fraction", "0")) == 0
+    said = capsys.readouterr().out
+    assert " tokens in 1 document, " in said and "in 1 shard\n" in said, said
+
+
 def test_one_prepare_at_a_time(tmp_path, tokenizer):
     source, out = make_corpus(tmp_path / "in", 2), tmp_path / "out"
     with locked(out), pytest.raises(DataError, match="Another prepare is writing"):

@@ -215,7 +215,8 @@ def test_what_only_one_of_two_runs_knows_does_not_set_them_apart():
 def test_a_copy_of_a_run_is_no_other_seed(tmp_path, capsys):
     run = flat(1.0, seed=1)
     (setting,) = settings = by_setting([run, replace(run, label="copy"), flat(0.5, seed=1), flat(1.0, seed=2)])
-    assert len(setting.runs) == 3 and setting.to_dict(Criterion())["seeds"] == 3
+    record = setting.to_dict(Criterion())
+    assert (record["seeds"], record["share_solved"]["value"], record["copies"]) == (3, 2 / 3, ["copy"])
     state_tracking.report(settings, Criterion(), tmp_path / "copies", Console(width=140))
     assert "not counted: copy, a copy of another run (same seeds, same answers)" in capsys.readouterr().out
 

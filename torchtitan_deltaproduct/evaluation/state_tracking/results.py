@@ -261,7 +261,8 @@ class Setting:
         first, solved = self.runs[0], self.solved(criterion)
         return {
             "problem": self.problem.name, "num_householder": first.n_h, "eigenvalue_range": first.range,
-            "differs": self.differs, "seeds": len(self.runs), "solved": solved,
+            "differs": self.differs, "seeds": len(self.runs), "copies": [run.label for run in self.copies],
+            "solved": solved,
             "share_solved": vars(Share.of(solved, len(self.runs))),
             "accuracy_at_training_length": self.spread("at_training"),
             "accuracy_at_length": self.spread("at_length"), "settings": self.settings,
