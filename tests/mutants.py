@@ -47,7 +47,11 @@ MUTANTS = [
         ("jobs.py", "if code == 0 and self.job.is_done():", "if code == 0:", "tests/unit/test_jobs.py"),
         ("jobs.py", "gpus[place % len(gpus)]", "gpus[min(place, len(gpus) - 1)]", "tests/unit/test_jobs.py"),
         ("jobs.py", "if place not in running and waiting:", "if waiting:", "tests/unit/test_jobs.py"),
+        ("jobs.py", "            signal.signal(number, lambda received, frame: None)\n", "            pass\n", "tests/unit/test_jobs.py"),
         # launches
+        ("events.py", 'own["torchrun"] == one.get("torchrun"))', "False)", "tests/unit/test_events.py"),
+        ("titan/checkpointer.py", "            self.exclude_from_loading = []\n", "", "tests/dist/test_resume.py -k begins_anew"),
+        ("titan/records.py", "own = max(earlier", "own = min(earlier", "tests/dist/test_resume.py -k try_out"),
         ("events.py", "and own[restart] > (before", "and own[restart] >= (before", "tests/unit/test_events.py"),
         ("titan/run.py", "            config.checkpoint.load_step = -1\n", "            pass\n", "tests/dist/test_resume.py -k loaded_once"),
         ("titan/trainer.py", "        self.optimizers.zero_grad()\n        limit", "        limit", "tests/dist/test_non_finite.py"),
