@@ -163,7 +163,9 @@ class Run(Job):
                 f"{self.folder} was trained to step {newest.step:,} with other settings: "
                 f"{'; '.join(map(str, changed))}\ndelete it to train it anew, or choose another folder with --out"
             )
-        return newest.step >= steps and (not self.config.validation.enable or "validation_loss" in self.final)
+        # A validation that was broken off is made up for, unless weights alone were saved.
+        owed = self.config.validation.enable and not self.config.checkpoint.last_save_model_only
+        return newest.step >= steps and ("validation_loss" in self.final or not owed)
 
     def progress(self) -> tuple[int, int, str]:
         newest = {name: value for record in self.records for name, value in record.items() if value is not None}

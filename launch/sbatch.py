@@ -199,13 +199,13 @@ def submit_array(
     require_sbatch()
     if not commands:
         raise ConfigError("an array of no tasks: there is nothing to run")
-    folder, largest = new_folder(Path(launches).absolute()), max_array_size()
-    firsts = range(0, len(commands), largest)
-    at_a_time = max(1, max_parallel // len(firsts)) if max_parallel else 0
-    texts = [
-        render_array(range(len(commands))[first : first + largest], folder, site, max_parallel=at_a_time, **asked)
-        for first in firsts
-    ]
+    launches, largest = Path(launches).absolute(), max_array_size()
+    parts = [range(len(commands))[first : first + largest] for first in range(0, len(commands), largest)]
+    asked["max_parallel"] = max(1, max_parallel // len(parts)) if max_parallel else 0
+    # What is wrong with them is told before anything is made.
+    render_array(parts[0], next_folder(launches), site, **asked)
+    folder = new_folder(launches)
+    texts = [render_array(part, folder, site, **asked) for part in parts]
     copy_code(folder / "code")
     lines = "".join(json.dumps(words) + "\n" for words in commands)
     (folder / "tasks.jsonl").write_text(lines, encoding="utf-8")
@@ -361,7 +361,9 @@ def new_folder(launches: Path) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(f"{folder} cannot be made: {error.strerror}; choose another folder of results") from None
+            raise ConfigError(
+                f"{folder} cannot be made: {error.strerror}; choose another job.dump_folder or --out"
+            ) from None
 
 
 def copy_code(folder: Path) -> None:

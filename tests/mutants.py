@@ -49,7 +49,7 @@ MUTANTS = [
         ("jobs.py", "if place not in running and waiting:", "if waiting:", "tests/unit/test_jobs.py"),
         ("jobs.py", "            signal.signal(number, lambda received, frame: None)\n", "            pass\n", "tests/unit/test_jobs.py"),
         # launches
-        ("events.py", 'own["torchrun"] == one.get("torchrun"))', "False)", "tests/unit/test_events.py"),
+        ("events.py", 'own["torchrun"] == one.get("torchrun") and', "False and", "tests/unit/test_events.py"),
         ("titan/checkpointer.py", "            self.exclude_from_loading = []\n", "", "tests/dist/test_resume.py -k begins_anew"),
         ("titan/records.py", "own = max(earlier", "own = min(earlier", "tests/dist/test_resume.py -k try_out"),
         ("events.py", "and own[restart] > (before", "and own[restart] >= (before", "tests/unit/test_events.py"),

@@ -43,10 +43,10 @@ def from_rank_0(function: Callable[[], T], store: dist.Store | None = None) -> T
 
 
 def _answer(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """What a function returns, or what it raises: a `UserError` as it is, any other as its text."""
+    """What a function returns, or what it raises: a `UserError` and an `OSError` as they are, any other as its text."""
     try:
         return function(), None
-    except UserError as error:
+    except (UserError, OSError) as error:
         return None, error
     except Exception as error:
         return None, RuntimeError(f"on rank 0: {type(error).__name__}: {error}")

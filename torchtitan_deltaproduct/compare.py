@@ -252,7 +252,11 @@ class Group:
         return [replace(run, records=[r for r in run.records if r["step"] <= self.end]) for run in self.runs]
 
     def spread(self) -> dict[str, Any]:
-        """Over runs: mean and half-width of the 95 % interval (None below three seeds) of the losses that all have."""
+        """Over runs: mean and half-width of the 95 % interval (None below three seeds) of the losses that all have.
+
+        Of runs of unequal lengths there is none where one is too long to be read whole: what is left of it up to that
+        step are samples far apart.
+        """
         result: dict[str, Any] = {"seeds": self.seeds, "step": self.end}
         runs = self.equal_runs()
         losses = [{record["step"]: record["validation_loss"] for record in run.validations} for run in runs]
@@ -262,7 +266,7 @@ class Group:
             ("best_validation_loss", [run.best["validation_loss"] if run.best else None for run in runs]),
             ("train_loss", [run.last_loss for run in runs]),
         ):
-            known = None not in values
+            known = None not in values and (not self.unequal or all(run.whole for run in self.runs))
             result[name] = mean_and_interval(values, self.seeds) if known else (None, None)
         return result
 

@@ -147,10 +147,14 @@ def whereabouts() -> dict[str, Any]:
 def began_before(events: list[dict[str, Any]], step: int) -> bool:
     """Whether this process is of a restart, with the same command line, of a launch that went on from `step`.
 
-    That a launch of the same torchrun is on record is enough: this process has not written its own yet, and where ranks
-    of one node were lost, torchrun raises the restart count on that node alone.
+    That an earlier launch of the same torchrun is on record is enough: this process has not written its own yet, and
+    where ranks of one node were lost, torchrun raises the restart count on that node alone. Who gives the same name to
+    two torchruns is told apart by the time at which `launch.torchrun` began.
     """
-    own = started_by()
+    own, launched = started_by(), float(os.environ.get(LAUNCHED) or 0)
     launches = [record for record in events if record["event"] == "launch" and record["step"] == step]
     launches = [record for record in launches if record.get("arguments") == sys.argv[1:]]
-    return any(is_restart(own, one) or (own["torchrun"] and own["torchrun"] == one.get("torchrun")) for one in launches)
+    return any(
+        is_restart(own, one) or (own["torchrun"] and own["torchrun"] == one.get("torchrun") and one["time"] >= launched)
+        for one in launches
+    )

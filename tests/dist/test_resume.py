@@ -338,7 +338,7 @@ def test_what_a_branch_begins_anew_it_does_not_begin_again(toy, tmp_path):
     train(toy, run, "--training.steps", "4")
     whole = ("--checkpoint.initial_load_path", str(run), "--checkpoint.initial_load_model_only", "false")
     anew = (*whole, "--checkpoint.exclude_from_loading", "dataloader", "--training.global_batch_size", "8")
-    with pytest.raises(ConfigError, match="(?s)step-4 belongs to another run:.*global_batch_size was 4, is 8"):
+    with pytest.raises(ConfigError, match="(?s)another run:.*global_batch_size was 4, is 8.*optimizer, train"):
         train(toy, branch, *whole, "--training.global_batch_size", "8")
     assert not (branch / "config.json").exists()
     train(toy, branch, *anew, "--training.steps", "4")
@@ -353,7 +353,9 @@ def test_what_a_branch_begins_anew_it_does_not_begin_again(toy, tmp_path):
     train(toy, scratch, "--training.global_batch_size", "8")
     assert [r["lr"] for r in first] == [r["lr"] for r in records(scratch) if "lr" in r]
     assert first[0]["loss"] < [r["loss"] for r in records(scratch) if "loss" in r][0]
-    with pytest.raises(ConfigError, match="exclude_from_loading.*: nothing but weights is loaded"):
+    other = ("--checkpoint.exclude_from_loading", "optimizer", "--optimizer.name", "Muon", "--training.steps", "5")
+    train(toy, tmp_path / "other", *whole, *other)
+    with pytest.raises(ConfigError, match="exclude_from_loading.*: a run's own checkpoints are always loaded whole"):
         train(toy, run, "--checkpoint.exclude_from_loading", "optimizer")
     with pytest.raises(ConfigError, match="initial_load_model_only.*: the whole state of what"):
         train(toy, run, "--checkpoint.initial_load_model_only", "false")
@@ -363,6 +365,9 @@ def test_a_run_that_ended_with_weights_alone(toy, tmp_path, capsys):
     run, only = tmp_path / "run", ("--checkpoint.last_save_model_only", "--checkpoint.keep_latest_k", "0")
     train(toy, run, *only, "--training.steps", "6")
     before = (run / "metrics.jsonl").read_bytes()
+    # As it is where a signal breaks off the last validation.
+    marker = run / "checkpoint/step-6/complete.json"
+    marker.write_text(marker.read_text().replace('"last step"', '"SIGTERM"'))
     train(toy, run, *only, "--training.steps", "6")
     assert "finished already: step 6 of 6" in capsys.readouterr().out and (run / "metrics.jsonl").read_bytes() == before
     assert last_stop(read_events(run))["reason"] == "finished"
@@ -387,6 +392,10 @@ def test_a_try_out_in_the_folder_of_a_run(toy, tmp_path, capsys):
     train(toy, run, "--checkpoint.load_only", "--checkpoint.load_step", "4", "--optimizer.lr", "0.1")
     train(toy, run)
     assert (run / "metrics.jsonl").read_bytes().startswith(before)
+    # One that ended before its first record.
+    (run / "metrics.jsonl").rename(run / "metrics.until-0.jsonl")
+    (run / "metrics.jsonl").touch()
+    train(toy, run)
     train(toy, tmp_path / "unbroken")
     assert learned(run) == learned(tmp_path / "unbroken")
     asides = [[r["step"] for r in read_jsonl(aside) if "loss" in r] for aside in run.glob("metrics.until-*.jsonl")]

@@ -2,7 +2,16 @@
 
 import pytest
 
-from torchtitan_deltaproduct.events import NAME, append, began, began_before, last_stop, read_events, whereabouts
+from torchtitan_deltaproduct.events import (
+    LAUNCHED,
+    NAME,
+    append,
+    began,
+    began_before,
+    last_stop,
+    read_events,
+    whereabouts,
+)
 
 
 def test_append_and_read(tmp_path):
@@ -62,6 +71,8 @@ def test_whereabouts(monkeypatch):
     ({"SLURM_JOB_ID": "18", "TORCHELASTIC_RUN_ID": "b"}, False),
     # torchrun counts restarts on the node that lost a rank, and rank 0 may be of another.
     ({"SLURM_JOB_ID": "18"}, True),
+    ({"SLURM_JOB_ID": "18", LAUNCHED: "990.5"}, True),
+    ({"SLURM_JOB_ID": "18", LAUNCHED: "1200.5"}, False),  # a later torchrun that was given the same name
     ({"SLURM_JOB_ID": "18", "TORCHELASTIC_RESTART_COUNT": "1"}, True),
     ({"SLURM_JOB_ID": "18", "TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "none"}, False),
 ])  # fmt: skip
@@ -70,7 +81,7 @@ def test_a_restart_is_no_launch_of_its_own(monkeypatch, changed, expected):
              "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    before = [{"event": "launch", "step": 4, **whereabouts()}]
+    before = [{"event": "launch", "step": 4, "time": 1000.0, **whereabouts()}]
     for name, value in ({"SLURM_RESTART_COUNT": "2"} | changed).items():
         monkeypatch.setenv(name, value)
     assert began_before(before, 4) is expected

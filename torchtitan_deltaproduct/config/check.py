@@ -288,7 +288,9 @@ RULES: list[tuple[str, Judge]] = [
      and "the whole state of what? set initial_load_path; a run's own checkpoints are always loaded whole"),
     ("checkpoint.exclude_from_loading checkpoint.initial_load_model_only",
      lambda c, e: c.checkpoint.exclude_from_loading and c.checkpoint.initial_load_model_only
-     and "nothing but weights is loaded; parts of a whole state are left out with initial_load_model_only = false"),
+     and ("nothing but weights is loaded; parts of a whole state are left out with initial_load_model_only = false"
+          if c.checkpoint.initial_load_path else
+          "a run's own checkpoints are always loaded whole, so leave it out; it is for initial_load_path")),
     ("job.dump_folder", _run_folder),
     ("metrics.enable_wandb", lambda c, e: e.files and c.metrics.enable_wandb and find_spec("wandb") is None
      and "wandb is not installed: pip install wandb, or leave it out"),

@@ -103,9 +103,9 @@ def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any], consum
 
 
 def refuse_breaking(
-    comparison: Comparison, checkpoint: str | os.PathLike, provenance: Mapping[str, str] | None = None
+    comparison: Comparison, checkpoint: str | os.PathLike, provenance: Mapping[str, str] | None = None, way: str = ""
 ) -> None:
-    """Raises ConfigError if the config cannot continue the run that saved `checkpoint`."""
+    """Raises ConfigError if the config cannot continue the run that saved `checkpoint`; `way`: what to do instead."""
     if not comparison.breaking:
         return
     lines = []
@@ -115,13 +115,14 @@ def refuse_breaking(
         old, new = shorten(show(change.old)), shorten(show(change.new))
         lines.append(f"  {change.name} was {old}, is {new}{place}: {change.why}")
     if any(change.why == OTHER_MODEL.why for change in comparison.breaking):
-        way = "put the old values back to continue it, or train the other model in another job.dump_folder"
+        instead = "put the old values back to continue it, or train the other model in another job.dump_folder"
     else:
-        way = (
+        instead = (
             "put the old values back to continue it, or start a new run from its weights with\n"
-            f"  --job.dump_folder NEW_FOLDER --checkpoint.initial_load_path {checkpoint}"
+            f"  --job.dump_folder NEW_FOLDER --checkpoint.initial_load_path {checkpoint}\n"
+            "and, if they are set, without initial_load_model_only and exclude_from_loading"
         )
-    raise ConfigError(f"{checkpoint} belongs to another run:\n" + "\n".join(lines) + f"\n{way}")
+    raise ConfigError(f"{checkpoint} belongs to another run:\n" + "\n".join(lines) + f"\n{way or instead}")
 
 
 def keep_warmup(saved: Mapping[str, Any], config: JobConfig, current: dict[str, Any], step: int) -> None:

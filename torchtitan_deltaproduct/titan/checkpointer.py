@@ -376,6 +376,8 @@ class CheckpointManager(stock.CheckpointManager):
             dcp.load(states, storage_reader=reader, planner=SafeLoadPlanner(), no_dist=alone())
         except (CheckpointException, RuntimeError, ValueError) as error:
             cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+            if isinstance(cause, OSError):
+                raise cause from error
             raise CheckpointError(
                 f"{info.path} does not fit this run: {first_line(cause)}\n"
                 "expected the same [model] and optimizer as when it was saved (see its config.json)"

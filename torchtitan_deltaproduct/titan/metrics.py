@@ -187,6 +187,7 @@ class MetricsProcessor(stock.MetricsProcessor):
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """Adds speed and memory to one step's `values` and writes the record; the console line when it is due."""
+        peak = self.peak_memory(step)
         if not self.is_writer:
             self.restart_clock()
             return
@@ -198,7 +199,7 @@ class MetricsProcessor(stock.MetricsProcessor):
             "tokens_per_second": round(speed, 1),
             "seconds": round(seconds, 4),
             "data_seconds": round(sum(self.data_loading_times), 4),
-            "memory_gib": round(self.peak_memory(step) / 2**30, 3),
+            "memory_gib": round(peak / 2**30, 3),
         }
         if self.gpu_peak_flops:
             values["mfu"] = self.num_flops_per_token * speed / (ranks * self.gpu_peak_flops)
@@ -216,8 +217,8 @@ class MetricsProcessor(stock.MetricsProcessor):
         self.restart_clock()
 
     def peak_memory(self, step: int) -> int:
-        """The most memory that the allocator had reserved, in bytes; with a console line it says whether that was
-        short."""
+        """The most memory that this rank's allocator had reserved, in bytes; where a console line is due, it says
+        whether that was short."""
         stats = stock.device_module.memory_stats(self.device_memory_monitor.device)
         retries = stats.get("num_alloc_retries", 0)
         if self.should_log(step) and retries > self.retries:

@@ -9,6 +9,7 @@ No record is deleted: what a killed run logged beyond the step at which a restar
 comes back with its run.
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -25,6 +26,9 @@ from ..files import replacing
 from ..history import blocks_from_the_end, ends, open_records, parse_line
 
 logger = logging.getLogger(__name__)
+
+RECORDS = ("metrics.jsonl", "samples.jsonl")
+"""The files of records in a run folder."""
 
 
 def restore_history(path: Path, step: int, saved_at: float, redone: bool = False) -> str:
@@ -48,7 +52,7 @@ def restore_history(path: Path, step: int, saved_at: float, redone: bool = False
         if step == 0:
             return set_aside(path)
         moved = ""
-        if saved_at < began(path) < math.inf:
+        if path.exists() and saved_at < began(path):
             # The file of a try-out in the folder of a run that goes on now: began after the run's checkpoint was saved.
             others = path.parent.glob(f"{path.stem}.until-*.jsonl")
             earlier = {other: latest for other in others if (latest := last_before(other, saved_at)) > -math.inf}
@@ -82,7 +86,11 @@ def began(path: Path) -> float:
 
 def last_before(path: Path, limit: float) -> float:
     """Time of a file's last record up to `limit`; -infinity, for one without such."""
-    return max((when for when in times(ends(path)) if when <= limit), default=-math.inf)
+    with contextlib.suppress(OSError), open_records(path) as file:
+        for _, block in blocks_from_the_end(file):
+            if earlier := [when for when in times(filter(None, map(parse_line, block))) if when <= limit]:
+                return max(earlier)
+    return -math.inf
 
 
 def times(records: Iterable[dict]) -> list[float]:

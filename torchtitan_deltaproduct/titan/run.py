@@ -38,6 +38,7 @@ from ..errors import CheckpointError, ConfigError, UserError
 from ..processes import end_with
 from . import device
 from .lock import RunLock
+from .records import RECORDS, restore_history
 from .rendezvous import first_of_node, own_store
 from .stopping import Stopping
 
@@ -252,6 +253,9 @@ def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int, int]:
                 )
             if finished_with_weights_only(config, newest, complete, saved):
                 logger.info("finished already: step %d of %d", newest.step, config.training.steps)
+                for name in RECORDS:
+                    # A try-out may have put them aside.
+                    restore_history(Path(config.job.dump_folder, name), newest.step, newest.marker.time)
                 return Past.FINISHED, config.lr_scheduler.warmup_steps, config.checkpoint.load_step
             keep_warmup(saved, config, current, newest.step)
             comparison = compare_configs(saved, current, consumed=newest.step > 0)
@@ -274,11 +278,17 @@ def check_run_folder(config: JobConfig, current: dict) -> tuple[Past, int, int]:
 
 
 def check_branch(config: JobConfig, current: dict) -> None:
-    """Whether a run can go on from another one's whole state: as from its own, unless step and data begin anew."""
-    source = initial_checkpoint(Path(config.checkpoint.initial_load_path))
+    """Refuses to go on from another run's whole state where its own would be refused, but for what begins anew."""
+    source, excluded = initial_checkpoint(Path(config.checkpoint.initial_load_path)), config.checkpoint.excluded
     if saved := read_snapshot(source.path / "config.json"):
-        consumed = source.step > 0 and "train_state" not in config.checkpoint.excluded
-        refuse_breaking(compare_configs(saved, current, consumed), source.path, config.provenance)
+        comparison = compare_configs(saved, current, consumed=source.step > 0 and "train_state" not in excluded)
+        if "optimizer" in excluded:
+            comparison.breaking = [change for change in comparison.breaking if change.key != "optimizer.name"]
+        way = (
+            "put the old values back, leave out what they decide (exclude_from_loading: optimizer, train_state),\n"
+            "or take the weights alone: initial_load_model_only = true"
+        )
+        refuse_breaking(comparison, source.path, config.provenance, way)
 
 
 def will_load_weights(config: JobConfig, past: Past) -> bool:
@@ -311,8 +321,8 @@ def finished_with_weights_only(
     Raises:
         CheckpointError: it saved its weights alone, and now has more steps to go.
     """
-    settings = saved["config"].get("checkpoint", {})
-    if not settings.get("last_save_model_only") or newest.marker.reason != "last step" or newest.step == 0:
+    settings, last = saved["config"].get("checkpoint", {}), saved["config"].get("training", {}).get("steps")
+    if not settings.get("last_save_model_only") or newest.step != last:
         return False
     if newest.step >= config.training.steps:
         return True

@@ -56,7 +56,7 @@ class Watchdog:
 
     def start(self, step: int) -> None:
         """Begins to watch at `step`."""
-        self.beat(step, "starting", first=True)
+        self.beat(step, "starting")
         if self.seconds > 0:
             folder = self.run / "stacks"
             with contextlib.suppress(OSError):
@@ -66,19 +66,18 @@ class Watchdog:
             self._arm()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self, step: int, what: str, first: bool = False) -> None:
+    def beat(self, step: int, what: str) -> None:
         """Notes that the run is alive: it has just finished `what` at `step`.
 
         Args:
             step: optimizer steps begun.
-            what: `step`, `validation batch`, `save`, ...
-            first: whether the longer limit of the start holds from now until a `step` has ended.
+            what: `step`, `validation batch`, `save`, ...; the longer limit of the start holds until a `step` has ended:
+                a validation before it says nothing of that step.
         """
         self.step, self.what = step, what
-        # Only a step ends the longer limit of the start: a validation before the first step says nothing of that step.
         factor = self.factor
-        if first or what == "step":
-            self.factor = FIRST_STEP if first else 1.0
+        if what == "step":
+            self.factor = 1.0
         self.last = time.monotonic()
         # Each time it is armed a thread ends and another begins.
         if self.last - self.armed >= 1.0 or self.factor != factor:

@@ -90,7 +90,7 @@ def test_what_a_locked_rank_wrote_outlives_the_next_launch(tmp_path):
 
 def test_first_step_may_take_longer(tmp_path):
     dog = Watchdog(tmp_path, 0, 10)
-    dog.beat(0, "starting", first=True)
+    dog.beat(0, "starting")
     assert dog.limit == 60
     dog.beat(0, "validation batch")
     assert dog.limit == 60

@@ -204,7 +204,7 @@ def trained_settings(config: dict) -> dict:
     tables = [(option, config.get(option.table, {})) for option in chosen]
     settings = {option.key: table[option.name] for option, table in tables if option.name in table}
     if settings.get("training.global_batch_size", -1) > 0:
-        del settings["training.local_batch_size"]
+        settings.pop("training.local_batch_size", None)
     return settings
 
 
