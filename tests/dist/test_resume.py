@@ -371,6 +371,10 @@ def test_a_run_that_ended_with_weights_alone(toy, tmp_path, capsys):
     train(toy, run, *only, "--training.steps", "6")
     assert "finished already: step 6 of 6" in capsys.readouterr().out and (run / "metrics.jsonl").read_bytes() == before
     assert last_stop(read_events(run))["reason"] == "finished"
+    train(toy, run, *only, "--checkpoint.load_only", "--checkpoint.load_step", "4", "--training.steps", "6")
+    assert (run / "metrics.jsonl").read_bytes() != before
+    train(toy, run, *only, "--training.steps", "6")
+    assert (run / "metrics.jsonl").read_bytes() == before
     with pytest.raises(CheckpointError, match=r"(?s)step 6 .* holds weights only .*--checkpoint.load_step 4 goes on"):
         train(toy, run)
     train(toy, run, "--checkpoint.load_step", "4", "--checkpoint.keep_latest_k", "0")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -144,6 +145,9 @@ def test_a_run_is_done_when_its_last_step_is_validated(toml):
     assert '"step": 2, "validation_loss"' in lines[-1] and '"step": 1, "validation_loss"' in lines[-3]
     metrics.write_text("".join(lines[:-1]))
     assert not run.is_done() and "validation_loss" not in run.final
+    # Weights alone cannot be gone on from.
+    weights_only = replace(run.config.checkpoint, last_save_model_only=True)
+    assert replace(run, config=replace(run.config, checkpoint=weights_only)).is_done()
     assert grid.main(words) == 0 and run.is_done()
     # A number that is none is none, not that of the step before.
     metrics.write_text("".join(lines[:-1]) + '{"step": 2, "validation_loss": null}\n')

@@ -184,6 +184,12 @@ def test_a_refused_array_is_told_with_the_limit(cluster_of_five, stand_in):
         sbatch.submit_array(COMMANDS, cluster_of_five / "evals", Site())
 
 
+def test_a_refused_name_leaves_no_folder(cluster_of_five):
+    with pytest.raises(ConfigError, match="the array's name"):
+        sbatch.submit_array(COMMANDS, cluster_of_five / "evals", Site(), name="a\nb")
+    assert not (cluster_of_five / "evals").exists()
+
+
 @pytest.mark.parametrize("name", ["a\nb", "a\rb"])
 def test_a_name_that_would_be_a_line_is_refused(tmp_path, name):
     with pytest.raises(ConfigError, match="the array's name = .* holds"):

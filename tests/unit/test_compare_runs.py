@@ -97,6 +97,9 @@ def test_means_are_of_steps_that_all_seeds_have_made(tmp_path, capsys):
     assert "10 * │" in said and "* some of its runs are farther" in said
     part = compare.Group("x", list(map(read_run, runs)), [])
     assert compare.group_label(part) == "x (2 seeds, no interval, to step 10)"
+    # Of a history that was not read whole there are but samples, far apart.
+    part.runs[0].whole = False
+    assert part.spread()["train_loss"] == part.spread()["validation_loss"] == (None, None)
     assert max(compare.mean_curve([compare.curve(run, True, 1) for run in part.equal_runs()], 0, 2))[0] == 10
 
 

@@ -1,5 +1,6 @@
 """Ranks agree on a new name whatever is left in the store, and say whom they miss."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -73,7 +74,11 @@ def refuse():
     raise ConfigError("no such thing")
 
 
-@pytest.mark.parametrize("look", [lambda: {"step": 7}, refuse, lambda: 1 / 0])
+def lose_the_file():
+    raise OSError(errno.ESTALE, "Stale file handle")
+
+
+@pytest.mark.parametrize("look", [lambda: {"step": 7}, refuse, lambda: 1 / 0, lose_the_file])
 def test_rank_0_looks_for_all(monkeypatch, look):
     """What it found or refused is the answer on every rank; the others do not look."""
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -83,13 +88,14 @@ def test_rank_0_looks_for_all(monkeypatch, look):
         monkeypatch.setenv("RANK", str(rank))
         try:
             return from_rank_0(lambda: seen.append(rank) or look(), store)
-        except (ConfigError, RuntimeError) as error:
+        except (ConfigError, RuntimeError, OSError) as error:
             return type(error), str(error)
 
     answers = [ask(rank) for rank in range(3)]
     assert seen == [0] and answers == [answers[0]] * 3
     assert answers[0] in ({"step": 7}, (ConfigError, "no such thing"),
-                          (RuntimeError, "on rank 0: ZeroDivisionError: division by zero"))  # fmt: skip
+                          (RuntimeError, "on rank 0: ZeroDivisionError: division by zero"),
+                          (OSError, f"[Errno {errno.ESTALE}] Stale file handle"))  # fmt: skip
 
 
 def test_waiting_ranks_look_less_and_less(monkeypatch):
