@@ -92,14 +92,14 @@ class Expectation:
     under: str | None = None
     seeds: str = "all"
 
-    def holds(self, result: Result, summary: Summary) -> bool:
-        """Whether one run, of those of `summary`, is as expected."""
+    def holds(self, result: Result, summary: Summary) -> bool | None:
+        """Whether one run, of those of `summary`, is as expected; None if the run to compare it with is not there."""
         value = result.metrics.get(self.metric)
-        if value is None:
-            return False
         if self.under is not None:
             others = [run.metrics.get(self.metric) for run in summary.of(self.under) if run.seed == result.seed]
-            return any(other is not None and value < other for other in others)
+            return all(None not in (value, other) and value < other for other in others) if others else None
+        if value is None:
+            return False
         return value < self.below if self.at_least is None else value >= self.at_least
 
     def __str__(self) -> str:
@@ -276,13 +276,15 @@ def verdict(claim: Claim, results: Results) -> Verdict:
                 + (f"; nearest: {near!r}" if near else f"; there are: {', '.join(sorted(known))}")
             )
         for setting in one.settings:
-            runs = summary.of(setting)
+            runs = [run for run in summary.of(setting) if one.holds(run, summary) is not None]
             bad = [run for run in runs if not one.holds(run, summary)]
             holds &= 2 * len(bad) < len(runs) if one.seeds == "most" else bool(runs) and not bad
             if bad:
                 lines.append(
                     f"{claim.label(setting)}: {one}; not in {', '.join(_seed(run, one.metric) for run in bad)}"
                 )
+            elif not runs and not summary.missing:
+                lines.append(f"{claim.label(setting)}: {one}; no seed to judge it by")
     if summary.missing:
         return Verdict("incomplete", [summary.note(), *lines])
     if not claim.expect:

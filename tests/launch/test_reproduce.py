@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import claims, grid, reproduce
-from launch.claims import Results, read_claim, read_claims, results_of, verdict
+from launch.claims import Expectation, Results, read_claim, read_claims, results_of, verdict
 from launch.summary import Result, Summary, cell
 from tests.unit.evaluation.words_toy import write_toml
 from torchtitan_deltaproduct.errors import ConfigError, DataError
@@ -236,6 +236,25 @@ def test_a_claim_on_text(toy_claim, toy, capsys):
     toy_claim.write_text(toy_claim.read_text().replace("under = 'n1'", "under = 'n3'"))
     with pytest.raises(ConfigError, match='no setting "n3"'):
         read_claim(toy_claim)
+
+
+def test_a_run_without_its_counterpart_is_not_judged(toy_claim):
+    """Of a claim that is half run, a seed of which only one setting is there says nothing; the others do."""
+    claim = replace(read_claim(toy_claim), expect=[Expectation(["n2"], "loss", under="n1")])
+
+    def judged(n1: dict[int, float], n2: dict[int, float], planned: int = 4) -> claims.Verdict:
+        runs = [
+            Result(name, seed, {"loss": loss})
+            for name, losses in (("n1", n1), ("n2", n2))
+            for seed, loss in losses.items()
+        ]
+        return verdict(claim, Results(Summary(runs, planned), []))
+
+    assert judged({2: 1.0}, {1: 5.0, 2: 0.5}).lines == ["1 of 4 runs are not done."]
+    assert judged({2: 1.0}, {1: 5.0, 2: 1.5}).lines[1].endswith("in all seeds; not in seed 2 (1.5000)")
+    assert judged({1: 1.0, 2: 1.0}, {1: 0.5, 2: 0.5}).word == "as expected"
+    apart = judged({1: 1.0}, {2: 0.5}, planned=2)
+    assert apart.word == "not as expected" and apart.lines[0].endswith("no seed to judge it by")
 
 
 def test_a_misspelled_metric_is_no_failed_expectation(toy_claim):
