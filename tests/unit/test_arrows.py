@@ -20,7 +20,7 @@ LAYERS = [
     {"memory", "data", "runs"},
     {"checkpoint", "scaling"},
     {"titan", "evaluation", "plan", "doctor", "status"},
-    {"train", "compare", "curves"},
+    {"train", "compare"},
     {"report"},
     {"__main__"},
 ]  # fmt: skip

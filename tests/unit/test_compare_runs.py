@@ -11,6 +11,7 @@ from scipy.stats import t
 
 from tests.unit.test_status import LAUNCH, NOW, stop
 from torchtitan_deltaproduct import compare
+from torchtitan_deltaproduct.compare import figures, groups
 from torchtitan_deltaproduct.errors import ConfigError, UserError
 from torchtitan_deltaproduct.models.args import DeltaProductArgs
 from torchtitan_deltaproduct.models.counts import training_flops_per_token
@@ -81,7 +82,7 @@ def test_a_copy_is_no_other_seed(tmp_path, capsys):
     (group,) = as_json(capsys, *runs)["groups"]
     assert (group["seeds"], group["best_validation_loss"], len(group["runs"])) == (2, [2.0, None], 3)
     read = list(map(read_run, runs))
-    said = [compare.group_label(compare.Group("x", part, [])) for part in (read, read[::2], read[:2])]
+    said = [figures.group_label(groups.Group("x", part, [])) for part in (read, read[::2], read[:2])]
     assert said == ["x (3 runs of 2 seeds, no interval)", "x (2 runs of 1 seed, no interval)",
                     "x (2 seeds, no interval)"]  # fmt: skip
 
@@ -95,12 +96,12 @@ def test_means_are_of_steps_that_all_seeds_have_made(tmp_path, capsys):
     compare.main([*map(str, runs), "--out", str(tmp_path / "x.png")])
     said = capsys.readouterr().out
     assert "10 * │" in said and "* some of its runs are farther" in said
-    part = compare.Group("x", list(map(read_run, runs)), [])
-    assert compare.group_label(part) == "x (2 seeds, no interval, to step 10)"
+    part = groups.Group("x", list(map(read_run, runs)), [])
+    assert figures.group_label(part) == "x (2 seeds, no interval, to step 10)"
     # Of a history that was not read whole there are but samples, far apart.
     part.runs[0].whole = False
     assert part.spread()["train_loss"] == part.spread()["validation_loss"] == (None, None)
-    assert max(compare.mean_curve([compare.curve(run, True, 1) for run in part.equal_runs()], 0, 2))[0] == 10
+    assert max(figures.mean_curve([figures.curve(run, True, 1) for run in part.equal_runs()], 0, 2))[0] == 10
 
 
 def test_groups_are_told_apart_in_a_picture(tmp_path):
@@ -109,20 +110,20 @@ def test_groups_are_told_apart_in_a_picture(tmp_path):
     folders = [make(tmp_path / f"{lr}-{n_h}-{seed}", n_h, seed, data={"paths": [f"a/long/path/to/{name}"]},
                     optimizer={"lr": lr}) for n_h, name, lr in settings for seed in (1, 2)]  # fmt: skip
     runs = list(map(read_run, folders))
-    groups = compare.grouped(runs, [run.path.name for run in runs], compare.differences(runs))
-    assert len(groups[0].name) > 44
-    assert [compare.group_label(group).partition(" (")[0] for group in groups] == [
+    grouped = groups.grouped(runs, [run.path.name for run in runs], groups.differences(runs))
+    assert len(grouped[0].name) > 44
+    assert [figures.group_label(group).partition(" (")[0] for group in grouped] == [
         "num_householder 1, lr 0.001", "num_householder 2, lr 0.001", "num_householder 1, lr 0.002",
     ]  # fmt: skip
 
 
 def test_the_range_of_losses():
     """Of two validations both are seen, and intervals are in it; of many the beginning is not."""
-    assert compare.loss_range([[(1, 5.0, None), (20, 2.0, None)]]) == (2.0 - 0.18, 5.0 + 0.18)
-    low, high = compare.loss_range([[(1, 3.0, 1.0), (2, 3.0, 1.0), (3, 3.0, 1.0)]])
+    assert figures.loss_range([[(1, 5.0, None), (20, 2.0, None)]]) == (2.0 - 0.18, 5.0 + 0.18)
+    low, high = figures.loss_range([[(1, 3.0, 1.0), (2, 3.0, 1.0), (3, 3.0, 1.0)]])
     assert low < 2 and high > 4
     many = [(1, 9.0, None), *((step, 2.0, None) for step in range(10, 50))]
-    assert compare.loss_range([many])[1] < 3
+    assert figures.loss_range([many])[1] < 3
 
 
 def test_table_and_picture(tmp_path, capsys):
@@ -157,7 +158,7 @@ def test_names_of_settings_that_differ(tmp_path):
                               "seq": len(name)}}  # fmt: skip
         return read_run(make(tmp_path / name, n_h=len(name), **own))
 
-    changed = compare.differences([settings("a"), settings("bc")])
+    changed = groups.differences([settings("a"), settings("bc")])
     assert changed == {"model.num_householder": "num_householder", "optimizer.name": "optimizer.name",
                        "data.paths": "data.paths", "validation.seq": "validation.seq"}  # fmt: skip
 
@@ -176,11 +177,11 @@ def test_runs_that_are_not_drawn_are_named(tmp_path):
 def test_places_on_the_axes(tmp_path):
     """A validation stands at the tokens, seconds and FLOPs of its step; the pause between launches is left out."""
     run = read_run(make(tmp_path / "a"))
-    points = compare.curve(run, validated=True, width=1)
+    points = figures.curve(run, validated=True, width=1)
     flops = run.flops_per_token
     assert points[10] == (2.0, (10, 1000, 20, 1000 * flops)) and points[15] == (2.5, (15, 1500, 30, 1500 * flops))
-    assert compare.mean_curve([points, points], axis=1, seeds=2)[1] == (1000, 2.0, None)
-    assert len(compare.curve(run, validated=False, width=10)) == 3
+    assert figures.mean_curve([points, points], axis=1, seeds=2)[1] == (1000, 2.0, None)
+    assert len(figures.curve(run, validated=False, width=10)) == 3
 
 
 def test_the_time_before_a_refused_launch_is_not_of_running(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from tests.unit.test_compare_runs import make
 from tests.unit.test_status import NOW, stop
 from torchtitan_deltaproduct import report
-from torchtitan_deltaproduct.curves import Curve, binned, curves_of
+from torchtitan_deltaproduct.report import sections
+from torchtitan_deltaproduct.report.figures import Curve, binned, curves_of
 from torchtitan_deltaproduct.runs import read_run
 
 EVIL = "</pre><script>alert(1)</script> | <img src=http://evil/x onerror=x> `[a](http://evil)` ${x}\r# no heading"
@@ -141,4 +142,4 @@ def test_almost_nothing(tmp_path):
 
 @pytest.mark.parametrize(("path", "value"), [("a.-1.b", 1), ("a.x", None), ("a.0.c", None), ("b.c", None)])
 def test_look_up(path, value):
-    assert report.look_up({"a": [{"b": 1}], "b": 3}, path) == value
+    assert sections.look_up({"a": [{"b": 1}], "b": 3}, path) == value

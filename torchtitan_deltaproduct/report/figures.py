@@ -15,9 +15,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from .evaluation.figures import STYLE
-from .events import began
-from .runs import Run
+from ..evaluation.figures import STYLE
+from ..events import began
+from ..runs import Run
 
 TEXT, RULE, FIRST, SECOND = "#1c1e21", "#e2e4e8", "#0072b2", "#d55e00"
 PAGE = {TEXT: "currentColor", RULE: "var(--rule)", FIRST: "var(--first)", SECOND: "var(--second)"}

@@ -1,14 +1,6 @@
-"""Writes a run as one page: curves, what was asked, launches, checkpoints, samples, evaluations, data, provenance.
-
-    python -m torchtitan_deltaproduct.report outputs/run                    outputs/run/report.html, complete in itself
-    python -m torchtitan_deltaproduct.report outputs/run --markdown         outputs/run/report.md, pictures in report/
-    python -m torchtitan_deltaproduct.report outputs/run --out page.html
-
-Whatever stands in the run's files is shown as text: nothing of it is markup, and the page loads nothing.
-"""
+"""What a report shows of a run: its sections, each of tables, curves, samples and pictures."""
 
 import base64
-import html
 import json
 import re
 import time
@@ -17,19 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
-
-from . import arguments
-from .checkpoint import scan
-from .curves import Curve, curves_of
-from .data.shards.manifest import read_manifest
-from .errors import UserError, exit_on_user_error
-from .events import last_stop
-from .files import read_bytes, read_text, write_atomically
-from .formats import amount, count, duration
-from .history import ends
-from .runs import Run, read_run, shown, visible
-from .status import ending, state
+from ..checkpoint import scan
+from ..data.shards.manifest import read_manifest
+from ..errors import UserError
+from ..events import last_stop
+from ..files import read_bytes, read_text
+from ..formats import amount, count, duration
+from ..history import ends
+from ..runs import Run, shown, visible
+from ..status import ending
+from .figures import Curve, curves_of
 
 EMBEDDED = 24 << 20
 """Bytes of pictures in one page; others are named."""
@@ -109,66 +98,10 @@ class Section:
         return bool(self.notes or self.tables or self.curves or self.samples or self.pictures)
 
 
-def main(words: list[str] | None = None) -> None:
-    parser = arguments.Parser("torchtitan_deltaproduct.report", __doc__)
-    parser.add_argument("run", metavar="RUN", type=arguments.path, help="run folder")
-    parser.add_argument("--markdown", action="store_true", help="Markdown and a folder of pictures, not HTML")
-    parser.add_argument("--out", metavar="FILE", type=arguments.path,
-                        help="to write (default: report.html or report.md in the run folder)")  # fmt: skip
-    options = parser.parse_args(words)
-    run = read_run(options.run)
-    path = Path(options.out or run.path / ("report.md" if options.markdown else "report.html"))
-    write(run, path, options.markdown)
-    print(f"report: {path}")
-
-
-def write(run: Run, path: Path, markdown: bool = False) -> None:
-    """Writes the page; for Markdown also the folder of its pictures, beside it and named as it."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
-    environment = jinja2.Environment(loader=loader, autoescape=not markdown, undefined=jinja2.StrictUndefined,
-                                     trim_blocks=True)  # fmt: skip
-    environment.filters |= {"md": escape_markdown, "indented": indented}
-    folder = path.with_suffix("")
-    if markdown:
-        folder.mkdir(parents=True, exist_ok=True)
-    template = environment.get_template("report.md" if markdown else "report.html")
-    write_atomically(path, template.render(content(run, time.time()), folder=folder))
-
-
-def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    text = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]#!|~$])", r"\\\1", text)
-
-
-def indented(text: str) -> str:
-    """Text as a code block of Markdown, whatever ends its lines."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def content(run: Run, now: float) -> dict[str, Any]:
-    """What the templates show.
-
-    Args:
-        run: the run.
-        now: seconds since 1970.
-    """
-    job = run.part("config").get("job")
-    description = job.get("description") if isinstance(job, dict) else None
-    described = "" if description in (None, "", "default job") else shown(description, 200)
-    how = Text.from_markup(state(run.events, {}, now)).plain if run.events else ""
-    written = f"page written {stamp(now)}"
-    parts = [part for part in (training(run), asked(run), launches(run), checkpoints(run), samples(run),
-                               evaluations(run), data(run), provenance(run)) if part]  # fmt: skip
-    return {
-        "title": visible(arguments.shown(run.path.resolve().name)),
-        "subtitle": [text for text in (described, "; ".join(filter(None, (how, written)))) if text],
-        "numbers": list(numbers(run)),
-        "problems": run.problems,
-        "sections": parts,
-    }
+def sections_of(run: Run) -> list[Section]:
+    """All that hold something, in the order of the page."""
+    makers = (training, asked, launches, checkpoints, samples, evaluations, data, provenance)
+    return [section for maker in makers if (section := maker(run))]
 
 
 def numbers(run: Run) -> Iterator[tuple[str, str]]:
@@ -194,7 +127,7 @@ def numbers(run: Run) -> Iterator[tuple[str, str]]:
 
 def asked(run: Run) -> Section:
     """Settings that are not the defaults."""
-    from .config.schema import schema  # imports torchtitan, which takes seconds
+    from ..config.schema import schema  # imports torchtitan, which takes seconds
 
     options, rows = schema(), []
     for key, value in run.settings.items():
@@ -410,7 +343,3 @@ def stamp(seconds: Any) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
     except (TypeError, ValueError, OverflowError, OSError):
         return ""
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)
