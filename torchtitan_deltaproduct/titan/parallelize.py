@@ -90,6 +90,13 @@ def keep_products(model: nn.Module, options: ActivationCheckpoint) -> None:
         model.layers.register_module(name, checkpointed(block, policy, **given))
 
 
+def sum_over_ranks(values: torch.Tensor, parallel_dims: ParallelDims) -> torch.Tensor:
+    """values: [n] of this rank's tokens, on the device -> their sums over all ranks, in place."""
+    if parallel_dims.dp_cp_enabled:
+        dist.all_reduce(values, group=parallel_dims.get_mesh("loss").get_group())
+    return values
+
+
 def sequence_ranks(parallel_dims: ParallelDims) -> SequenceRanks | None:
     """The ranks that share this rank's sequences, in the order of their parts; None: each has its own."""
     if not parallel_dims.cp_enabled:

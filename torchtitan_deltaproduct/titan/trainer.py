@@ -39,7 +39,7 @@ from ..optimizers import clip_gradients, local
 from .checkpointer import CheckpointManager
 from .describe import describe, resumed
 from .feed import Feed, to_device, to_host
-from .parallelize import sequence_ranks
+from .parallelize import sequence_ranks, sum_over_ranks
 from .patches import without_checkpoints_and_autocast
 from .rendezvous import own_store
 from .spec import register
@@ -249,7 +249,7 @@ class Trainer(stock.Trainer):
         grad_norm = clip_gradients(parameters, self.job_config.training.max_norm).to(self.device)
         ahead = self.read_ahead(feed)
         others = self.numbers([*self.stop_flags(), ahead])
-        totals = self.sum_over_ranks(torch.cat([loss, grad_norm.double().view(1), others]))
+        totals = sum_over_ranks(torch.cat([loss, grad_norm.double().view(1), others]), self.parallel_dims)
         # The norm is summed for this alone: ranks that skipped and ranks that did not would never agree again.
         skip = ~totals[:2].isfinite().all()
         totals[1] = grad_norm
@@ -302,7 +302,7 @@ class Trainer(stock.Trainer):
         self.metrics_processor.ntokens_since_last_log += sum(labels.numel() for _, labels in microbatches)
         if self.tokens_ahead is None:
             # The first step of a launch: every later one was counted by the one before it.
-            tokens = self.sum_over_ranks(self.numbers([feed.labels])).tolist()
+            tokens = sum_over_ranks(self.numbers([feed.labels]), self.parallel_dims).tolist()
             self.metrics_processor.data_loading_times.append(feed.seconds)
         else:
             tokens = [self.tokens_ahead]
@@ -315,12 +315,6 @@ class Trainer(stock.Trainer):
         feed.read_ahead()
         self.metrics_processor.data_loading_times.append(feed.seconds)
         return feed.labels
-
-    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """values: [n] of this rank's data -> their sums over all ranks, in place."""
-        if self.parallel_dims.dp_cp_enabled:
-            dist.all_reduce(values, group=self.parallel_dims.get_mesh("loss").get_group())
-        return values
 
     def skip_step(self, loss: float, grad_norm: float) -> None:
         """Counts a step without an update, names the first bad gradient, and stops after too many in a row."""

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.validate import BaseValidator
@@ -23,7 +22,7 @@ from ..data.loader import Batch
 from ..models.loss import IGNORE_INDEX
 from .feed import own_part
 from .metrics import MetricsProcessor
-from .parallelize import sequence_ranks
+from .parallelize import sequence_ranks, sum_over_ranks
 from .samples import Samples
 
 
@@ -101,13 +100,6 @@ class HeldOutValidator(BaseValidator):
             if reason := self.after_batch():
                 raise Interrupted(reason)
 
-    def sum_over_ranks(self, totals: torch.Tensor) -> list[float]:
-        """totals: [n] float64 of this rank's tokens -> n sums over all ranks."""
-        if self.parallel_dims.dp_cp_enabled:
-            totals = totals.to(utils.device_type)
-            dist.all_reduce(totals, group=self.parallel_dims.get_mesh("loss").get_group())
-        return totals.tolist()
-
 
 class Validator(HeldOutValidator):
     """Loss (nats per token), perplexity and bits per byte on prepared text."""
@@ -136,7 +128,7 @@ class Validator(HeldOutValidator):
             loss = model(batch.pop("input"), **batch, labels=labels).item()
             valid = labels[labels != IGNORE_INDEX].cpu()
             totals += torch.tensor([loss, valid.numel(), token_bytes[valid].sum().item()], dtype=torch.float64)
-        loss_sum, tokens, n_bytes = self.sum_over_ranks(totals)
+        loss_sum, tokens, n_bytes = sum_over_ranks(totals.to(utils.device_type), self.parallel_dims).tolist()
         return {
             "loss": loss_sum / tokens,
             "perplexity": math.exp(min(loss_sum / tokens, 700.0)),

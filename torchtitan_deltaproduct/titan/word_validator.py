@@ -10,12 +10,14 @@ have one answer a row, hence `accuracy` and `scaled_accuracy`, (accuracy - chanc
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchtitan.tools import utils
 
 from ..config.job import JobConfig
 from ..data.held_out import HeldOut, held_out_lengths
 from ..models.loss import IGNORE_INDEX
 from ..ops import SequenceRanks
 from ..ops.ranks import gather
+from .parallelize import sum_over_ranks
 from .validator import HeldOutValidator
 
 
@@ -78,7 +80,8 @@ class WordValidator(HeldOutValidator):
             logits = model(batch.pop("input"), **batch).float()
             totals[0] += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
             totals[1:] += count_right(logits, labels, self.ranks)
-        loss, tokens, right, unbroken, rows, rows_right = self.sum_over_ranks(totals)
+        totals = sum_over_ranks(totals.to(utils.device_type), self.parallel_dims)
+        loss, tokens, right, unbroken, rows, rows_right = totals.tolist()
         values = {"loss": loss / tokens}
         if self.job_config.data.kind == "formal_language":
             accuracy, chance = right / tokens, loader.source.chance
