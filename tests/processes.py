@@ -147,8 +147,7 @@ def _fork(program: tuple, log: Path | str, ranks: int, env: dict | None = None) 
 
 def serve() -> None:
     """Forks what is asked for until the other side is closed; in a copy, runs the program."""
-    import torchtitan_deltaproduct.titan.run  # noqa: F401
-
+    _import_everything()
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked"
     connection = Connection(int(sys.argv[1]))
     while True:
@@ -165,6 +164,23 @@ def serve() -> None:
             break
     # Here and not inside the loop, so that the program ends as any program does.
     _become(*details)
+
+
+def _import_everything() -> None:
+    """What a run imports, and, as that may take more seconds than all else it does here, what it compiles with."""
+    from torchtitan_deltaproduct.config.stand_ins import stand_ins
+    from torchtitan_deltaproduct.titan import device, run  # noqa: F401
+
+    with stand_ins():
+        device.install("cpu")
+        from torchtitan_deltaproduct.titan import trainer  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import torch._inductor.compile_fx  # noqa: F401
+    from torch._inductor import codecache, cpu_vec_isa, select_algorithm  # noqa: F401
+
+    codecache.CacheBase.get_system()
+    codecache.torch_key()
+    cpu_vec_isa.pick_vec_isa()
 
 
 def _exit_code(child: int) -> int | None:
