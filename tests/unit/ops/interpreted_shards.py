@@ -17,8 +17,9 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize(("cut", "keep_states"), [(1, True), (2, False)])
-@pytest.mark.parametrize(("n", "gated", "every"), [(1, True, None), (2, False, None), (3, True, 20), (4, False, 60)])
+@pytest.mark.parametrize(("n", "gated", "every", "cut", "keep_states"), [
+    (1, True, None, 1, True), (2, False, None, 2, False), (3, True, 20, 2, True), (4, False, 60, 1, False),
+])  # fmt: skip
 def test_cuts(monkeypatch, n, gated, every, cut, keep_states):
     """`cut`: segments that a shard is scanned in."""
     monkeypatch.setattr(triton_backend, "segments", lambda *_: cut)
@@ -35,8 +36,7 @@ def test_cuts(monkeypatch, n, gated, every, cut, keep_states):
         assert (found[name].double() - x).norm() < 1e-5 * x.norm(), name
 
 
-@pytest.mark.parametrize("cut", [1, 2])
-@pytest.mark.parametrize(("gated", "every"), [(False, None), (True, 20)])
+@pytest.mark.parametrize(("gated", "every", "cut"), [(False, None, 1), (True, 20, 2)])
 def test_opcheck(monkeypatch, gated, every, cut):
     monkeypatch.setattr(triton_backend, "segments", lambda *_: cut)
     args = make(96, 2, gated=gated, dim=16, dim_v=24, dtype=torch.float32)
