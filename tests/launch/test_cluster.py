@@ -85,6 +85,7 @@ def submit(cluster, toy, tmp_path, monkeypatch, capsys):
     cluster.until_empty()
 
 
+@pytest.mark.slow  # SLURM lets a minute pass before it starts a job again; test_requeue.py has every decision.
 def test_two_nodes_requeued_after_a_signal(submit, unbroken):
     training = submit()
     training.until("moment step 3")

@@ -101,6 +101,7 @@ def test_sequences_cut_among_two_ranks():
     assert "overhead of context parallelism at 128 tokens a rank" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_operator_as_a_shard():
     code, printed = completed(["-m", "benchmarks.context_parallel", "--operator", "--device", "cpu", "--steps", "1"])
     assert code == 0, printed
