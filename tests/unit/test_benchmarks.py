@@ -143,7 +143,8 @@ while step < 60:
     draft.write_text("".join(f"{line}\\n" for line in lines))
     draft.replace(metrics)
     if step % 20 == 0:
-        saved.write_text(str(step))
+        draft.write_text(str(step))
+        draft.replace(saved)
     time.sleep(0.01)
 """
 
