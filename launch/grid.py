@@ -137,10 +137,8 @@ class Run(Job):
         Raises:
             ConfigError: the folder holds a run with other settings.
         """
-        return self.recorded is not None or self.is_trained()
-
-    def is_trained(self) -> bool:
-        """The same, by its folder alone."""
+        if self.recorded is not None:
+            return True
         newest = latest_complete(self.folder / self.config.checkpoint.folder)
         if newest is None:
             return False

@@ -89,7 +89,7 @@ MUTANTS = [
         ("models/init.py", "return rows // args.num_householder if module in", "return rows if module in", MODELS + "test_init.py"),
         ("models/counts.py", "return 3 * forward_flops_per_token(args)", "return 2 * forward_flops_per_token(args)", MODELS + "test_counts.py"),
         ("models/counts.py", "state = 4 * args.num_heads * args.head_dim * args.head_v_dim", "state = 2 * args.num_heads * args.head_dim * args.head_v_dim", MODELS + "test_decode.py"),
-        ("models/loss.py", "kept = labels[rows] != ignore_index", "kept = labels[rows] >= ignore_index", MODELS + "test_loss.py"),
+        ("models/loss.py", "kept = labels[rows] != IGNORE_INDEX", "kept = labels[rows] >= IGNORE_INDEX", MODELS + "test_loss.py"),
         ("models/loss.py", "of_target.exp() / total - 1", "of_target.exp() / total", MODELS + "test_loss.py"),
         ("models/loss.py", "largest = scores.amax(1, keepdim=True)", "largest = scores.amin(1, keepdim=True)", MODELS + "test_loss.py"),
         # data

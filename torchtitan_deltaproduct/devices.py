@@ -11,44 +11,25 @@ import re
 MOST_THREADS = 8
 """Of a process; more only wait for one another."""
 
-# Dense bf16 peak of one device, FLOP/s, from the vendors' datasheets; the longest matching name wins.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H20": 148e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "MI250X": 191.5e12,
-    "MI300X": 1300e12,
-    "MI355X": 2500e12,
-}
-
-
-# Of one device in the GB it is sold with, which are powers of two; of an A100 the larger one. B200 and cards with error
-# correction in their memory show less than they are sold with: so much is given here.
-MEMORY = {
-    "A100": 80.0,
-    "H100 PCIe": 80.0,
-    "H100 NVL": 94.0,
-    "H100": 80.0,
-    "H200": 141.0,
-    "H20": 96.0,
-    "GH200": 96.0,
-    "B200": 180.0,
-    "L40S": 45.0,
-    "L4": 22.5,
-    "A10": 22.5,
-    "RTX 4090": 24.0,
-    "MI250X": 64.0,
-    "MI300X": 192.0,
-    "MI355X": 288.0,
+# Dense bf16 peak of a device in FLOP/s, from the vendors' datasheets; the longest matching name wins. Its memory in the
+# GB it is sold with, which are powers of two; of an A100 the larger one. B200 and cards with error correction in their
+# memory show less than they are sold with: so much is given here.
+DEVICES = {
+    "A100": (312e12, 80.0),
+    "H100 PCIe": (756e12, 80.0),
+    "H100 NVL": (835e12, 94.0),
+    "H100": (989e12, 80.0),
+    "H200": (989e12, 141.0),
+    "H20": (148e12, 96.0),
+    "GH200": (989e12, 96.0),
+    "B200": (2250e12, 180.0),
+    "L40S": (362e12, 45.0),
+    "L4": (121e12, 22.5),
+    "A10": (125e12, 22.5),
+    "RTX 4090": (165e12, 24.0),
+    "MI250X": (191.5e12, 64.0),
+    "MI300X": (1300e12, 192.0),
+    "MI355X": (2500e12, 288.0),
 }
 
 
@@ -64,12 +45,12 @@ def threads(processes: int) -> int:
 
 def peak_flops(device_name: str) -> float:
     """Dense bf16 peak of the named device in FLOP/s; 0.0 where it is not known (a CPU, say)."""
-    return PEAK_FLOPS.get(known_name(device_name), 0.0)
+    return DEVICES.get(known_name(device_name), (0.0, 0.0))[0]
 
 
 def memory_gb(device_name: str) -> float:
     """Memory of the named device in GB of 2^30 bytes; 0.0 where it is not known."""
-    return MEMORY.get(known_name(device_name), 0.0)
+    return DEVICES.get(known_name(device_name), (0.0, 0.0))[1]
 
 
 def known_name(device_name: str) -> str:
@@ -77,7 +58,7 @@ def known_name(device_name: str) -> str:
     # A name is a word of the device's: an L40 is no L4.
     matches = [
         name
-        for name in PEAK_FLOPS
+        for name in DEVICES
         if re.search(rf"(?<![a-z0-9]){name.replace(' ', ' ?')}(?![a-z0-9])", device_name, re.IGNORECASE)
     ]
     return max(matches, key=len, default="")

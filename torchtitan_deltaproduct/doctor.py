@@ -243,15 +243,10 @@ def slurm() -> Finding:
         answer = ((done.stdout + done.stderr).strip().splitlines() or ["no answer"])[0]
         return Finding(NOTE, "slurm", f"sbatch is here, its controller does not answer: {answer}",
                        "log in to a node of the cluster, or set SLURM_CONF")  # fmt: skip
-    job, end = os.environ.get("SLURM_JOB_ID"), end_time()
-    until = f", until {time.strftime('%Y-%m-%d %H:%M', time.localtime(end))}" if end else ""
+    job, end = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_END_TIME", "")
+    until = f", until {time.strftime('%Y-%m-%d %H:%M', time.localtime(float(end)))}" if end.isdigit() else ""
     inside = f"; this is job {job}{until}" if job else "; submit with python -m launch.slurm"
     return Finding(GOOD, "slurm", done.stdout.strip().splitlines()[0] + inside)
-
-
-def end_time() -> float | None:
-    text = os.environ.get("SLURM_JOB_END_TIME", "")
-    return float(text) if text.isdigit() else None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,17 +19,23 @@ from typing import BinaryIO
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a regular file.
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a regular file to read, unbuffered.
 
     Raises:
         OSError: it cannot be read, or is no regular file.
     """
     # A pipe that nobody writes to would block the opening without O_NONBLOCK, which regular files ignore.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file; OSError as of `open_regular`."""
+    with open_regular(path) as file:
         return file.read()
 
 

@@ -6,18 +6,16 @@
 `metrics.jsonl` is ordered by step, which lets one find a step by halving. Needs only the standard library.
 """
 
-import errno
 import heapq
 import json
 import os
-import stat
 from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .files import read_bytes
+from .files import open_regular, read_bytes
 
 BLOCK = 1 << 16
 """Bytes read at once from an end."""
@@ -64,20 +62,6 @@ def of_a_step(record: dict[str, Any]) -> bool:
     return type(record.get("step")) is int and NUMBERS.issuperset(map(type, record.values()))
 
 
-def open_records(path: Path) -> BinaryIO:
-    """Opens a regular file to read.
-
-    Raises:
-        OSError: it cannot be read, or is no regular file.
-    """
-    # A pipe that nobody writes to would block the opening without O_NONBLOCK, which regular files ignore.
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
-
-
 def part(file: BinaryIO, start: int, size: int) -> tuple[int, bytes]:
     """The whole lines that begin in `size` bytes from `start`, or just behind it, and where they begin."""
     # A line that begins at `start` is told by the end of the one before.
@@ -91,7 +75,7 @@ def part(file: BinaryIO, start: int, size: int) -> tuple[int, bytes]:
 def ends(path: Path, head: int = BLOCK, tail: int = BLOCK) -> list[dict[str, Any]]:
     """The records in the first `head` and the last `tail` bytes of a file, in order, each once; [] without a file."""
     try:
-        with open_records(path) as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             return list(in_order(file, [(0, head), (size - tail, tail)]))
     except OSError:
@@ -126,7 +110,7 @@ def overview(path: Path, validated_every: int | None, limit: int = WHOLE) -> tup
         The records, and whether they are all there are.
     """
     try:
-        with open_records(path) as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size <= limit:
                 return list(filter(of_a_step, parse(os.pread(file.fileno(), size, 0)))), True

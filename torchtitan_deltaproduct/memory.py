@@ -10,7 +10,6 @@ seen to keep. The operator's work space, allocator fragmentation and communicati
 more.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -67,9 +66,10 @@ def activations_by_checkpointing(config: JobConfig, world_size: int, parts: Mapp
         "op": ("selective", "op"),
         "full": ("full", "op"),
     }
-    other, found = copy.copy(config), {}
+    found = {}
     for name, (mode, option) in kinds.items():
-        other.activation_checkpoint = replace(config.activation_checkpoint, mode=mode, selective_ac_option=option)
+        wrapped = replace(config.activation_checkpoint, mode=mode, selective_ac_option=option)
+        other = replace(config, activation_checkpoint=wrapped)
         found[name] = rank_memory(other, world_size, parts)["activations"]
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -119,8 +119,7 @@ def largest(fits: Callable[[int], bool]) -> int:
 
 def _needed(config: JobConfig, world_size: int, parts: Mapping[str, int], **training: int) -> float:
     """Bytes of a rank under other values of `[training]`."""
-    other = copy.copy(config)
-    other.training = replace(config.training, **training)
+    other = replace(config, training=replace(config.training, **training))
     return sum(rank_memory(other, world_size, parts).values())
 
 

@@ -10,7 +10,6 @@ GB`. For more than one rank a prediction of the step follows (docs/scaling.md).
 """
 
 import argparse
-import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,7 +25,7 @@ from .config.schedule import Schedule
 from .config.schema import schema
 from .config.values import shorten, show
 from .data.planned import UNUSABLE, Rows, data_rows
-from .devices import PEAK_FLOPS, memory_gb, peak_flops
+from .devices import DEVICES, memory_gb, peak_flops
 from .errors import ConfigError, exit_on_user_error, nearest
 from .formats import amount, duration, sparkline
 from .memory import (
@@ -189,8 +188,7 @@ def memory_rows(config: JobConfig, world_size: int, device_memory: float) -> Row
 def _largest_batch_row(config: JobConfig, world_size: int, parts: dict[str, int], room: float) -> tuple[str, ...]:
     largest, training = largest_local_batch(config, world_size, parts, room), config.training
     if not largest:
-        one = copy.copy(config)
-        one.training = replace(training, local_batch_size=1)
+        one = replace(config, training=replace(training, local_batch_size=1))
         memory = rank_memory(one, world_size, parts)
         most = max(memory, key=memory.__getitem__)
         whole, part = amount(SPARE * sum(memory.values()), "B"), amount(memory[most], "B")
@@ -209,8 +207,8 @@ def scaling_rows(config: JobConfig, world_size: int, device: str, device_memory:
     parts, room = counts.parameters_by_part(config.model), 0.99 * device_memory * 2**30 / SPARE
 
     def needed(shards: int) -> int:
-        other = copy.copy(config)
-        other.parallelism = replace(config.parallelism, data_parallel_shard_degree=shards // context)
+        layout = replace(config.parallelism, data_parallel_shard_degree=shards // context)
+        other = replace(config, parallelism=layout)
         return sum(rank_memory(other, world_size, parts).values())
 
     degrees = [s for s in range(context, world_size + 1, context) if world_size % s == 0]
@@ -371,7 +369,7 @@ def _duration(config: JobConfig, world_size: int, options: argparse.Namespace) -
         return None
     peak = config.metrics.peak_flops or peak_flops(options.device or "")
     if not peak:
-        raise ConfigError(f"--mfu needs --device or metrics.peak_flops; --device is one of {', '.join(PEAK_FLOPS)}")
+        raise ConfigError(f"--mfu needs --device or metrics.peak_flops; --device is one of {', '.join(DEVICES)}")
     return tokens * counts.training_flops_per_token(config.model) / (options.mfu * peak * world_size)
 
 
@@ -404,7 +402,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--world-size", type=int, help="ranks; default: the product of the degrees")
     parser.add_argument("--tokens-per-second", type=float, help="measured speed of all ranks together")
     parser.add_argument("--mfu", type=float, help="assumed share of the peak FLOP/s, for example 0.4")
-    parser.add_argument("--device", help=f"one of {', '.join(PEAK_FLOPS)}")
+    parser.add_argument("--device", help=f"one of {', '.join(DEVICES)}")
     parser.add_argument("--device-memory", type=float, metavar="GB", help=f"default: --device's, or {DEVICE_MEMORY:g}")
     # The file comes first: argparse could not tell it from the value of an override.
     toml, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
@@ -416,8 +414,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if value is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be positive")
     if options.device and not peak_flops(options.device):
-        near = nearest(options.device.upper(), PEAK_FLOPS)
-        known = f"nearest: {near}" if near else f"known: {', '.join(PEAK_FLOPS)}"
+        near = nearest(options.device.upper(), DEVICES)
+        known = f"nearest: {near}" if near else f"known: {', '.join(DEVICES)}"
         raise ConfigError(f"--device {options.device}: {known}")
     options.toml = toml
     return options, overrides

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .config.job import JobConfig
-from .devices import PEAK_FLOPS
+from .devices import peak_flops
 from .memory import activation_width, largest, reshard_after_forward
 from .models import DeltaProductLM, counts
 from .models.args import DeltaProductArgs
@@ -107,7 +107,7 @@ def measured_mfu(args: DeltaProductArgs) -> float:
     gated = args.use_forget_gate and (n, True) in MEASURED
     sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "head_dim": 128, "intermediate_size": 2816}
     model = DeltaProductArgs(**sizes, num_heads=HEADS[n], num_householder=n, use_forget_gate=gated)
-    return MEASURED[n, gated] * counts.training_flops_per_token(model) / PEAK_FLOPS[MEASURED_DEVICE]
+    return MEASURED[n, gated] * counts.training_flops_per_token(model) / peak_flops(MEASURED_DEVICE)
 
 
 def predict(inputs: Inputs, shards: int, tokens: int | None = None) -> Prediction:

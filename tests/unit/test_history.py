@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchtitan_deltaproduct import history, status
-from torchtitan_deltaproduct.history import blocks_from_the_end, ends, of_a_step, open_records, overview, read_jsonl
+from torchtitan_deltaproduct.files import open_regular
+from torchtitan_deltaproduct.history import blocks_from_the_end, ends, of_a_step, overview, read_jsonl
 from torchtitan_deltaproduct.titan.records import restore_history
 
 
@@ -76,7 +77,7 @@ def test_a_validation_is_found_in_few_looks(tmp_path, bytes_read, uneven):
         longer = [line[:-1] + ', "loss_of_a_long_name": 12345678901234567890' * 3 + "}" for line in lines[60_000:]]
         path.write_text("\n".join(lines[:60_000] + longer) + "\n")
     steps = range(500, 60_001, 500)
-    with open_records(path) as file:
+    with open_regular(path) as file:
         for step in steps:
             found = history.validations_about(file, step, [(0, 0), (path.stat().st_size, 60_001)])
             assert step in {record["step"] for record in found}
@@ -100,7 +101,7 @@ def test_blocks_make_up_the_file(tmp_path_factory, lines, ended):
     path = tmp_path_factory.mktemp("file") / "x.jsonl"
     content = b"\n".join(lines) + b"\n" * ended
     path.write_bytes(content)
-    with pytest.MonkeyPatch.context() as patch, open_records(path) as file:
+    with pytest.MonkeyPatch.context() as patch, open_regular(path) as file:
         patch.setattr(history, "BLOCK", 16)
         blocks = list(blocks_from_the_end(file))
     assert b"".join(line for _, block in reversed(blocks) for line in block) == content

@@ -12,7 +12,7 @@ from torchtitan_deltaproduct import plan
 from torchtitan_deltaproduct.checkpoint.folders import retention
 from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
-from torchtitan_deltaproduct.devices import PEAK_FLOPS, peak_flops
+from torchtitan_deltaproduct.devices import DEVICES, peak_flops
 from torchtitan_deltaproduct.errors import ConfigError
 from torchtitan_deltaproduct.formats import amount
 from torchtitan_deltaproduct.memory import (
@@ -334,7 +334,7 @@ def test_one_table_of_peaks(load):
     assert device.peak_flops is peak_flops
     assert peak_flops("NVIDIA GeForce RTX 4090") == peak_flops("rtx4090") == 165e12
     assert peak_flops("NVIDIA L40") == 0.0 and peak_flops("NVIDIA L40S") == 362e12
-    assert plan.PEAK_FLOPS is PEAK_FLOPS
+    assert plan.DEVICES is DEVICES
 
 
 def test_command_line(load, capsys):

@@ -6,9 +6,6 @@ Each rank reads back and hashes the files it wrote; the coordinator writes DCP's
 complete.json. What fails on one rank (a full disk, say) is raised on all by DCP, and no marker is written.
 """
 
-import inspect
-import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, M
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ..files import write_json
 from .marker import INDEX, Marker, checksum, write_marker
 
 
@@ -38,13 +36,11 @@ class _Hashed(WriteResult):
 
 
 def planner_for(what: str) -> DefaultSavePlanner:
-    """Plans a save as DCP does, and remembers the plan where torch can: ranks then send only what changed.
+    """Plans a save as DCP does, and remembers the plan: ranks then send only what changed.
 
     `what` is saved; under another name nothing is remembered. All ranks have to give the same, and another one after a
     save that failed, in which some ranks may have remembered a plan that others never saw.
     """
-    if "enable_plan_caching" not in inspect.signature(DefaultSavePlanner).parameters:
-        return DefaultSavePlanner()
     planner = DefaultSavePlanner(enable_plan_caching=True)
     planner._cached_plans_key = what
     for name, plans in vars(SavePlanner).items():
@@ -78,11 +74,7 @@ class MarkedWriter(FileSystemWriter):
         files = {r.storage_data.relative_path: r.file for of_rank in results for r in of_rank}
         names = [INDEX]
         if self.snapshot is not None:
-            with open(folder / "config.json", "w", encoding="utf-8") as file:
-                json.dump(self.snapshot, file, indent=1)
-                file.flush()
-                # As DCP does with its files: the marker vouches for all of them, through a power cut too.
-                os.fsync(file.fileno())
+            write_json(folder / "config.json", self.snapshot)
             names.append("config.json")
         files |= {name: checksum(folder / name) for name in names}
         write_marker(folder, Marker(time=round(time.time(), 3), files=files, **vars(self.about)))

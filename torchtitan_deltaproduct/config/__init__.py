@@ -12,17 +12,7 @@ import.
 from importlib import import_module
 from typing import Any
 
-_HOMES = {
-    "load_config": "load",
-    "Environment": "check",
-    "JobConfig": "job",
-    "Schedule": "schedule",
-    "compare_configs": "compare",
-    "refuse_breaking": "compare",
-    "read_snapshot": "snapshots",
-    "snapshot": "snapshots",
-    "write_snapshot": "snapshots",
-}
+_HOMES = {"load_config": "load", "Environment": "check", "JobConfig": "job", "Schedule": "schedule"}
 __all__ = sorted(_HOMES)
 
 

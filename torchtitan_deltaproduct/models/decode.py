@@ -20,22 +20,13 @@ from .mixer import MixerCache
 from .model import DeltaProductLM
 
 
-def init_cache(
-    model: DeltaProductLM,
-    batch: int,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> list[MixerCache]:
-    """An empty cache for `batch` sequences, one entry per layer.
+def init_cache(model: DeltaProductLM, batch: int) -> list[MixerCache]:
+    """An empty cache for `batch` sequences, one entry per layer, on the model's device.
 
-    Args:
-        model: the model that will use it.
-        batch: number of sequences B.
-        device: default: the model's.
-        dtype: of the convolution inputs; default: the model's. The state is float32, or float64 if this is.
+    Convolution inputs are in the model's dtype; the state is float32, or float64 if that is.
     """
     weight, args = model.tok_embeddings.weight, model.args
-    device, dtype = device or weight.device, dtype or weight.dtype
+    device, dtype = weight.device, weight.dtype
     state_dtype = torch.promote_types(dtype, torch.float32)
     q_dim, v_dim = args.num_heads * args.head_dim, args.num_heads * args.head_v_dim
     channels = (q_dim, args.num_householder * q_dim, args.num_householder * v_dim)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops.normalize import compute_dtype
+
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 4096
 """A chunk of the usual vocabularies: adding to the weight's gradient costs little beside products of that size."""
@@ -26,16 +28,13 @@ CHUNK_BYTES = {"cuda": 1 << 29, "cpu": 1 << 25}
 """Logits of a chunk at most, in the dtype of x; smaller ones would add to the weight's gradient too often."""
 
 
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, backend: str | None = None
-) -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, backend: str | None = None) -> Tensor:
     """Sum over tokens of `F.cross_entropy(F.linear(x, weight), labels)`.
 
     Args:
         x: [..., hidden].
         weight: [vocab, hidden], in the dtype of x; under autocast both are lowered to its dtype, as by `F.linear`.
-        labels: [...] int64; a token whose label is `ignore_index` adds nothing.
-        ignore_index: see `labels`.
+        labels: [...] int64; a token whose label is `IGNORE_INDEX` adds nothing.
         backend: of torch.compile for what lies between the matrix products; None runs it in eager mode.
 
     Returns:
@@ -45,11 +44,11 @@ def linear_cross_entropy(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return linear_cross_entropy(x.to(dtype), weight.to(dtype), labels, ignore_index, backend)
+            return linear_cross_entropy(x.to(dtype), weight.to(dtype), labels, backend)
     x, labels = x.flatten(0, -2), labels.flatten()[:, None]
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(x, weight, labels, ignore_index, backend)
-    return _by_chunks(x, weight, labels, ignore_index, backend)
+        return _LinearCrossEntropy.apply(x, weight, labels, backend)
+    return _by_chunks(x, weight, labels, backend)
 
 
 def chunk_rows(vocab: int, width: int, device_type: str) -> int:
@@ -67,11 +66,11 @@ def peak_bytes(tokens: int, vocab: int, hidden: int, width: int, compiled: bool 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, backend: str | None):
+    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, backend: str | None):
         dx = torch.empty_like(x)
-        dweight = torch.zeros_like(weight, dtype=_at_least_float32(weight)) if weight.requires_grad else None
+        dweight = torch.zeros_like(weight, dtype=compute_dtype(weight)) if weight.requires_grad else None
         ctx.gradients, ctx.weight_dtype = (dx, dweight), weight.dtype
-        return _by_chunks(x, weight, labels, ignore_index, backend, dx, dweight)
+        return _by_chunks(x, weight, labels, backend, dx, dweight)
 
     @staticmethod
     @once_differentiable
@@ -84,27 +83,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
             same = dweight.dtype == ctx.weight_dtype
             out = dweight if same else torch.empty_like(dweight, dtype=ctx.weight_dtype)
             dweight = torch.mul(dweight, factor, out=out)
-        return dx.mul_(factor), dweight, None, None, None
+        return dx.mul_(factor), dweight, None, None
 
 
 def _by_chunks(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
-    ignore_index: int,
     backend: str | None,
     dx: Tensor | None = None,
     dweight: Tensor | None = None,
 ) -> Tensor:
     """The loss; fills `dx` and adds to `dweight` if they are given. x: [N, hidden], labels: [N, 1]."""
     softmax = compiled_softmax(backend) if backend else softmax_of_chunk
-    loss = torch.zeros((), dtype=_at_least_float32(x), device=x.device)
+    loss = torch.zeros((), dtype=compute_dtype(x), device=x.device)
     # Chunks of nearly equal size: the last one is as good a matrix product as the others.
     chunks = -(-len(x) // chunk_rows(weight.shape[0], x.element_size(), x.device.type))
     for i in range(chunks):
         rows = slice(len(x) * i // chunks, len(x) * (i + 1) // chunks)
         logits = x[rows] @ weight.T
-        kept = labels[rows] != ignore_index
+        kept = labels[rows] != IGNORE_INDEX
         targets = torch.where(kept, labels[rows], 0)
         of_chunk, at_target = softmax(logits, targets, kept, dx is not None)
         loss += of_chunk
@@ -129,7 +127,7 @@ def softmax_of_chunk(logits: Tensor, targets: Tensor, kept: Tensor, gradient: bo
         The summed loss, [], and what the gradient is at each target, [C, 1] in the dtype of the logits: it differs from
         the softmax by 1, and 1 taken from a softmax rounded to 16 bits would leave nothing of a confident prediction.
     """
-    scores = logits.to(_at_least_float32(logits))
+    scores = logits.to(compute_dtype(logits))
     largest = scores.amax(1, keepdim=True)
     of_target = scores.gather(1, targets) - largest
     scores.sub_(largest).exp_()
@@ -157,7 +155,3 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

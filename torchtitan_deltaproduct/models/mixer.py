@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import SequenceRanks, gated_delta_product, recurrent_step, short_conv
+from ..ops.normalize import compute_dtype
 from ..ops.ranks import from_previous
 from .args import DeltaProductArgs
 from .conv import ShortConvolution
@@ -195,14 +196,16 @@ class DeltaProductMixer(nn.Module):
         q = q.reshape(batch, -1, args.num_heads, args.head_dim)
         k = k.reshape(batch, -1, args.num_heads, args.head_dim)
         v = v.reshape(batch, -1, args.num_heads, args.head_v_dim)
-        beta = at_least_float32(narrow_linear(x, self.b_proj.weight)).sigmoid()
+        beta = narrow_linear(x, self.b_proj.weight)
+        beta = beta.to(compute_dtype(beta)).sigmoid()
         if args.allow_neg_eigval:
             beta = beta * 2
         beta = beta.reshape(batch, -1, args.num_heads)
         if not args.use_forget_gate:
             return q, k, v, None, beta
         rate, bias = (self.decay() if decay is None else decay).unbind(0)
-        g = rate * F.softplus(at_least_float32(narrow_linear(x, self.a_proj.weight)) + bias)
+        gate = narrow_linear(x, self.a_proj.weight)
+        g = rate * F.softplus(gate.to(compute_dtype(gate)) + bias)
         return q, k, v, g.reshape(batch, -1, args.num_heads), beta
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
@@ -222,8 +225,3 @@ def narrow_linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type != "cuda" or rows % 16 == 0:
         return F.linear(x, weight)
     return F.linear(x, F.pad(weight, (0, 0, 0, -rows % 16)))[..., :rows]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or as it is if it is float64."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -8,7 +8,7 @@
 
 from torchtitan_deltaproduct.ops import custom_op, ranks, shards
 from torchtitan_deltaproduct.ops.flops import flops_per_token
-from torchtitan_deltaproduct.ops.interface import BACKENDS, gated_delta_product
+from torchtitan_deltaproduct.ops.interface import gated_delta_product
 from torchtitan_deltaproduct.ops.ranks import SequenceRanks
 from torchtitan_deltaproduct.ops.recurrent import recurrent_gated_delta_product, recurrent_step
 
@@ -17,7 +17,6 @@ SAVE_FOR_SELECTIVE_AC = {custom_op.FORWARD, shards.MAP, shards.OUTPUT, ranks.GAT
 backend "triton" see `triton_backend.Geometry`, of "chunk" it is as many float32 as v has."""
 
 __all__ = [
-    "BACKENDS",
     "SAVE_FOR_SELECTIVE_AC",
     "SequenceRanks",
     "flops_per_token",

@@ -64,21 +64,7 @@ def no_tensor(like: Tensor) -> Tensor:
 
 
 @fake(_forward)
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    positions: Tensor | None,
-    num_householder: int,
-    scale: float,
-    output_final_state: bool,
-    use_qk_l2norm: bool,
-    keep: str,
-    backend: str,
-) -> list[Tensor]:
+def _(q, k, v, g, beta, initial_state, positions, n, scale, output_final_state, l2norm, keep, backend):
     o = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3], dtype=v.dtype)
     state = no_tensor(q)
     if output_final_state:
@@ -131,22 +117,7 @@ def _backward(
 
 
 @fake(_backward)
-def _(
-    do: Tensor,
-    dstate: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    g: Tensor | None,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    positions: Tensor | None,
-    saved: list[Tensor],
-    num_householder: int,
-    scale: float,
-    use_qk_l2norm: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(do, dstate, q, k, v, g, beta, initial_state, *_rest):
     def like(x: Tensor | None) -> Tensor:
         return no_tensor(q) if x is None else x.new_empty(x.shape)
 

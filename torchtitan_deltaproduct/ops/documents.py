@@ -5,7 +5,7 @@ index of each token in its document, says where. Every backend resets in one pas
 the initial state, its last leaves the final one. `cu_seqlens` [N+1], the boundaries of N documents in one row, become
 positions; only where each of the N documents has a state of its own do they run one after another.
 
-    positions = document_positions(torch.tensor([0, 3, 3, 7]), 7)       # [[0, 1, 2, 0, 1, 2, 3]]
+    positions = document_positions(torch.tensor([0, 3, 3, 7]), q)          # [[0, 1, 2, 0, 1, 2, 3]]
 """
 
 from collections.abc import Callable
@@ -28,23 +28,10 @@ def check_boundaries(cu_seqlens: Tensor, length: int) -> None:
 
 
 @operator("document_positions")
-def _positions(cu_seqlens: Tensor, like: Tensor) -> Tensor:
-    """[1, T] int32 on the device of `like` [1, T, ...]. An op, so that a compiled graph does not look inside."""
-    length = like.shape[1]
-    check_boundaries(cu_seqlens, length)
-    bounds = cu_seqlens.to(like.device, torch.int64, non_blocking=True)
-    token = torch.arange(length, device=like.device)
-    start = bounds[torch.searchsorted(bounds[1:], token, right=True)]
-    return (token - start).int().unsqueeze(0)
-
-
-@fake(_positions)
-def _(cu_seqlens: Tensor, like: Tensor) -> Tensor:
-    return like.new_empty(1, like.shape[1], dtype=torch.int32)
-
-
 def document_positions(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     """Index of each token in its document [1, T] int32, without a device synchronisation.
+
+    An op, so that a compiled graph does not look inside.
 
     Args:
         cu_seqlens: [N+1] boundaries from 0 to T; documents may be empty.
@@ -53,7 +40,17 @@ def document_positions(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     Raises:
         ValueError: boundaries on the CPU that do not rise from 0 to T.
     """
-    return torch.ops.deltaproduct.document_positions(cu_seqlens, like)
+    length = like.shape[1]
+    check_boundaries(cu_seqlens, length)
+    bounds = cu_seqlens.to(like.device, torch.int64, non_blocking=True)
+    token = torch.arange(length, device=like.device)
+    start = bounds[torch.searchsorted(bounds[1:], token, right=True)]
+    return (token - start).int().unsqueeze(0)
+
+
+@fake(document_positions)
+def _(cu_seqlens: Tensor, like: Tensor) -> Tensor:
+    return like.new_empty(1, like.shape[1], dtype=torch.int32)
 
 
 def one_by_one(

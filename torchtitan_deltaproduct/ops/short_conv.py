@@ -105,9 +105,7 @@ def _forward(
 
 
 @fake(_forward)
-def _(
-    xs: list[Tensor], weights: list[Tensor], positions: Tensor | None, head_dims: list[int], halos: list[Tensor]
-) -> list[Tensor]:
+def _(xs, weights, positions, head_dims, halos):
     return [out for x, head_dim in zip(xs, head_dims, strict=True) for out in outputs(x, head_dim)]
 
 
@@ -145,14 +143,7 @@ def _backward(
 
 
 @fake(_backward)
-def _(
-    dys: list[Tensor],
-    xs: list[Tensor],
-    weights: list[Tensor],
-    positions: Tensor | None,
-    head_dims: list[int],
-    halos: list[Tensor],
-) -> list[Tensor]:
+def _(dys, xs, weights, positions, head_dims, halos):
     pairs = zip(xs, weights, strict=True)
     grads = [g for x, w in pairs for g in (x.new_empty(x.shape), x.new_empty(w.shape[::-1], dtype=torch.float32).t())]
     return grads + [halo.new_empty(halo.shape) for halo in halos]

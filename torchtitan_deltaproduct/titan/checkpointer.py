@@ -14,7 +14,6 @@ write.
 import logging
 import math
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -117,7 +116,7 @@ class CheckpointManager(stock.CheckpointManager):
             return False
         self.finish_running_save()
         final = last_step or bool(reason)
-        if final and self._is_saved(curr_step):
+        if final and from_rank_0(lambda: inspect(Path(self._create_checkpoint_id(curr_step)), curr_step).complete):
             return True
         why = reason or ("last step" if last_step else "interval" if curr_step % self.interval == 0 else "first step")
         why = "retry" if self.retry_at is not None and not final else why
@@ -276,10 +275,6 @@ class CheckpointManager(stock.CheckpointManager):
             except OSError as left:
                 logger.warning("its remains could not be removed: %s", left)
 
-    def _is_saved(self, step: int) -> bool:
-        """Whether this very step is complete already (rank 0 looks for all)."""
-        return from_rank_0(lambda: inspect(Path(self._create_checkpoint_id(step)), step).complete)
-
     @torch.no_grad()
     def load(self, step: int = -1) -> CheckpointInfo | None:
         """Loads the newest good checkpoint of this run, the asked `step`, or the initial one; else None. Collective.
@@ -308,9 +303,10 @@ class CheckpointManager(stock.CheckpointManager):
     def _choose(self, asked: int) -> CheckpointInfo | None:
         # Rank 0 looks for all: on a network file system another rank may not see the newest folder yet. It looks no
         # further than it has to.
-        folders = newest_first(self.folder, asked) if dist.get_rank() == 0 else iter(())
+        found = newest_first(self.folder, asked) if dist.get_rank() == 0 else ()
+        folders = ((info, info.complete or was_complete(info.path)) for info in found)
         damaged, spoiled = [], []
-        while seen := self._next(folders):
+        while seen := from_rank_0(lambda: next(folders, None)):
             info, once_complete = seen
             if not info.complete:
                 spoiled += [info.step] * once_complete
@@ -335,15 +331,6 @@ class CheckpointManager(stock.CheckpointManager):
         if asked != -1:
             raise CheckpointError(self._no_such_step(asked))
         return None
-
-    def _next(self, folders: Iterator[CheckpointInfo]) -> tuple[CheckpointInfo, bool] | None:
-        """The next of rank 0's `folders` and whether it was complete once, on all ranks; None after the last."""
-
-        def look() -> tuple[CheckpointInfo, bool] | None:
-            info = next(folders, None)
-            return None if info is None else (info, info.complete or was_complete(info.path))
-
-        return from_rank_0(look)
 
     def _set_newer_aside(self, step: int) -> None:
         """After `load_step`: later steps belong to a past that is being written anew, and must not be resumed from."""

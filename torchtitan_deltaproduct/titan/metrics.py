@@ -130,7 +130,6 @@ class MetricsProcessor(stock.MetricsProcessor):
         name = self.device_memory_monitor.device_name
         self.gpu_peak_flops = job_config.metrics.peak_flops or utils.get_peak_flops(name)
         self.num_flops_per_token = -1
-        self.optimizers = self.lr_schedulers = self.model_parts = None
         self.ntokens_since_last_log = 0
         self.data_loading_times: list[float] = []
         self.is_writer = torch.distributed.get_rank() == 0

@@ -26,8 +26,8 @@ from torchtitan.tools import utils
 from ..config.job import JobConfig
 from ..memory import reshard_after_forward
 from ..ops import SAVE_FOR_SELECTIVE_AC, SequenceRanks
-from ..torch_internals import checkpointed, force_compiler_settings
-from .stopping import shield_compile_workers
+from ..torch_internals import checkpointed, force_compiler_settings, start_compile_workers
+from .stopping import deaf_children
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,8 @@ def set_up_compiler() -> None:
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
-    shield_compile_workers()
+    with deaf_children():
+        start_compile_workers()
     force_compiler_settings(inductor, {"deterministic": True, "triton.autotune_pointwise": False})
     limit = max(dynamo.recompile_limit, 64)
     lengths = {"automatic_dynamic_shapes": False, "automatic_dynamic_local_pgo": False}

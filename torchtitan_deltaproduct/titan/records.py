@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import ConfigError
-from ..files import replacing
-from ..history import blocks_from_the_end, ends, open_records, parse_line
+from ..files import open_regular, replacing
+from ..history import blocks_from_the_end, ends, parse_line
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def began(path: Path) -> float:
 
 def last_before(path: Path, limit: float) -> float:
     """Time of a file's last record up to `limit`; -infinity, for one without such."""
-    with contextlib.suppress(OSError), open_records(path) as file:
+    with contextlib.suppress(OSError), open_regular(path) as file:
         for _, block in blocks_from_the_end(file):
             if earlier := [when for when in times(filter(None, map(parse_line, block))) if when <= limit]:
                 return max(earlier)
@@ -102,7 +102,7 @@ def set_repeated_aside(path: Path, last_step: int) -> str:
     if not path.exists():
         return ""
     blocks = [(path.stat().st_size, [])]
-    with open_records(path) as file:
+    with open_regular(path) as file:
         # Records are in order, and what is to be moved stands at the end: as far back as a block holds any of it.
         for start, block in blocks_from_the_end(file):
             blocks.append((start, block))

@@ -108,12 +108,3 @@ def deaf_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def shield_compile_workers() -> None:
-    """Starts Inductor's compile workers deaf to stop signals; call it before anything is compiled."""
-    # Signals are listened to before torch is imported, which takes seconds: this module must not import it.
-    from ..torch_internals import start_compile_workers
-
-    with deaf_children():
-        start_compile_workers()

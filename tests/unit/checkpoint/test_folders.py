@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import SavePlanner, default_planner
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan_deltaproduct.checkpoint import CheckpointInfo, folders, latest_complete, marker, retention, scan
+from torchtitan_deltaproduct.checkpoint import CheckpointInfo, folders, latest_complete, marker, retention, scan, writer
 from torchtitan_deltaproduct.checkpoint.folders import (
     Retention,
     cut_short,
@@ -251,10 +251,10 @@ def test_the_marker_is_written_last(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(json, "dump", fail)
+    monkeypatch.setattr(writer, "write_json", fail)
     with pytest.raises(CheckpointException, match="No space left"):
         save(tmp_path, 5)
-    assert {path.name for path in (tmp_path / "step-5").iterdir()} == {".metadata", "__0_0.distcp", "config.json"}
+    assert {path.name for path in (tmp_path / "step-5").iterdir()} == {".metadata", "__0_0.distcp"}
     assert not scan(tmp_path)[0].complete
 
 

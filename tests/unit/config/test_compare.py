@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 
 from tests.toy import TOML
-from torchtitan_deltaproduct.config import (
+from torchtitan_deltaproduct.config.compare import (
     compare_configs,
-    read_snapshot,
+    keep_warmup,
+    rate_rises,
     refuse_breaking,
-    snapshot,
-    write_snapshot,
+    same_rates,
 )
-from torchtitan_deltaproduct.config.compare import keep_warmup, rate_rises, same_rates
 from torchtitan_deltaproduct.config.job import LRScheduler
 from torchtitan_deltaproduct.config.schema import schema
+from torchtitan_deltaproduct.config.snapshots import read_snapshot, snapshot, write_snapshot
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 
 DATA = '[data]\npaths = ["a", "b"]\n'

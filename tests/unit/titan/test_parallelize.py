@@ -20,7 +20,7 @@ CHOICES = {"deterministic": False, "triton.autotune_pointwise": True}
 @pytest.fixture
 def compiler_settings(monkeypatch):
     """Those that `set_up_compiler` may change are given back."""
-    monkeypatch.setattr(parallelize, "shield_compile_workers", lambda: None)
+    monkeypatch.setattr(parallelize, "start_compile_workers", lambda: None)
     torch._dynamo.reset()
     for config, names in (dynamo, LENGTHS), (inductor, CHOICES):
         for name in names:

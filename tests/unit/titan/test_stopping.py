@@ -59,8 +59,10 @@ def test_without_a_limit(monkeypatch):
 PROGRAM = """
 import signal, sys, time
 from pathlib import Path
-from torchtitan_deltaproduct.titan.stopping import SIGNALS, shield_compile_workers
-shield_compile_workers()
+from torchtitan_deltaproduct.titan.stopping import SIGNALS, deaf_children
+from torchtitan_deltaproduct.torch_internals import start_compile_workers
+with deaf_children():
+    start_compile_workers()
 import torch
 from torch._inductor.async_compile import AsyncCompile
 pool = AsyncCompile.process_pool()

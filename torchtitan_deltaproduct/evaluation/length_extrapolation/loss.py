@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.models.decode import advance, init_cache
-from torchtitan_deltaproduct.models.mixer import at_least_float32
+from torchtitan_deltaproduct.ops.normalize import compute_dtype
 
 LOGIT_BYTES = 32 << 20
 """Of the float32 logits that are held at once; the loss needs as much again."""
@@ -58,7 +58,8 @@ def token_losses(model: DeltaProductLM, hidden: Tensor, labels: Tensor, logit_by
     rows = max(1, logit_bytes // (4 * model.args.vocab_size))
     losses, right = [], []
     for x, y in zip(hidden.flatten(0, -2).split(rows), labels.flatten().split(rows), strict=True):
-        logits = at_least_float32(model.head(x))
+        logits = model.head(x)
+        logits = logits.to(compute_dtype(logits))
         losses.append(F.cross_entropy(logits, y, reduction="none"))
         right.append(logits.argmax(-1) == y)
     return torch.cat(losses).view(labels.shape), torch.cat(right).view(labels.shape)
