@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
@@ -47,6 +47,15 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
         UnicodeDecodeError: it is not UTF-8, unless `errors` says what to do then.
     """
     return read_bytes(path).decode("utf-8-sig", errors)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} if there is none, or it does not read."""
+    try:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager

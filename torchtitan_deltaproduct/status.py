@@ -7,13 +7,11 @@ Of checkpoints it reads no more than the markers. It needs neither torch nor the
 """
 
 import contextlib
-import json
 import re
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,7 +22,7 @@ from .checkpoint.folders import step_folders
 from .checkpoint.marker import read_marker
 from .errors import CheckpointError, UserError, exit_on_user_error
 from .events import LIMIT, NAME, last_stop, read_events
-from .files import read_text
+from .files import read_object
 from .formats import LARGEST, sparkline
 from .history import overview, thinned
 from .runs import short_names
@@ -115,7 +113,7 @@ def row(run: Path, records: list[dict], events: list[dict], now: float, blocks: 
         blocks: width of the curve of losses; 0: none.
     """
     steps, total = [r for r in records if "loss" in r], setting(run, "training", "steps")
-    how = re.split(r"[:,]| \d", state(events, read_json(run / "heartbeat.json"), now))[0]
+    how = re.split(r"[:,]| \d", state(events, read_object(run / "heartbeat.json"), now))[0]
     step = f"{steps[-1]['step']:,}" + (f"/{total:,}" if total else "") if steps else ""
     values = [r["validation_loss"] for r in records if r.get("validation_loss") is not None]
     newest, best = (f"{values[-1]:.4f}", f"{min(values, key=order):.4f}") if values else ("", "")
@@ -140,7 +138,7 @@ def report(run: Path, now: float) -> Table:
         UserError: the folder is not a run's.
     """
     records, whole, events = read(run)
-    beat, every = read_json(run / "heartbeat.json"), setting(run, "validation", "freq")
+    beat, every = read_object(run / "heartbeat.json"), setting(run, "validation", "freq")
     steps, total = [r for r in records if "loss" in r], setting(run, "training", "steps")
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in [
@@ -160,18 +158,10 @@ def report(run: Path, now: float) -> Table:
     return table
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(path))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def setting(run: Path, section: str, name: str) -> int | None:
     """A number of the run's config.json; None if that does not say."""
     try:
-        value = read_json(run / "config.json")["config"][section][name]
+        value = read_object(run / "config.json")["config"][section][name]
     except (KeyError, TypeError):
         return None
     return value if isinstance(value, int) else None
@@ -293,7 +283,7 @@ def best_kept(run: Path) -> str:
     count = setting(run, "checkpoint", "keep_best")
     if not count:
         return ""
-    losses, name = [], read_json(run / "config.json")["config"]["checkpoint"].get("folder", "checkpoint")
+    losses, name = [], read_object(run / "config.json")["config"]["checkpoint"].get("folder", "checkpoint")
     for step, folder in step_folders(run / str(name)):
         with contextlib.suppress(CheckpointError):
             loss = read_marker(folder).validation_loss

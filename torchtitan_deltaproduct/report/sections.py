@@ -13,7 +13,7 @@ from ..checkpoint import scan
 from ..data.shards.manifest import read_manifest
 from ..errors import UserError
 from ..events import last_stop
-from ..files import read_bytes, read_text
+from ..files import read_bytes, read_object, read_text
 from ..formats import amount, count, duration
 from ..history import ends
 from ..runs import Run, shown, visible
@@ -326,11 +326,8 @@ def provenance(run: Run) -> Section:
         if event["event"] == "launch" and isinstance(event.get("arguments"), list):
             rows.append((f"arguments at {stamp(event['time'])}", shown(" ".join(map(str, event["arguments"])), 1000)))
     for path in sorted(run.path.glob("launch/*/env.json"))[-LINES:]:
-        try:
-            command = json.loads(read_text(path))["command"]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            continue
-        rows.append((str(path.parent.relative_to(run.path)), shown(command, 1000)))
+        if command := read_object(path).get("command"):
+            rows.append((str(path.parent.relative_to(run.path)), shown(command, 1000)))
     identity = run.part("extra").get("data_identity")
     if identity is not None:
         rows.append(("data identity", shown(identity, 200)))

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..events import is_restart, started_by
-from ..files import is_there, read_text
+from ..files import is_there, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -212,13 +212,9 @@ def describe(owner: dict) -> str:
 
 def read(path: Path) -> dict:
     """What an owner wrote; {} if it does not read (its disk was full, or it has only just begun)."""
-    try:
-        content = json.loads(read_text(path))
-    except (OSError, ValueError):
-        return {}
+    content = read_object(path)
     types = {name: type(value) for name, value in identity().items()}
-    fits = isinstance(content, dict) and all(type(content.get(name)) is types[name] for name in types)
-    return content if fits else {}
+    return content if all(type(content.get(name)) is types[name] for name in types) else {}
 
 
 def _line(path: str) -> str:

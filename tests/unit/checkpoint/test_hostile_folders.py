@@ -19,10 +19,10 @@ from torchtitan_deltaproduct.checkpoint.hf import make_unfinished, put_in_place,
 from torchtitan_deltaproduct.checkpoint.load import architecture
 from torchtitan_deltaproduct.data.shards.manifest import read_manifest
 from torchtitan_deltaproduct.data.text import plan
-from torchtitan_deltaproduct.data.text.files import read_record
 from torchtitan_deltaproduct.data.text.plan import Settings, make_plan
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError, DataError
 from torchtitan_deltaproduct.evaluation.files import read_results
+from torchtitan_deltaproduct.files import read_object
 from torchtitan_deltaproduct.titan.lock import RunLock
 
 
@@ -231,7 +231,7 @@ def test_names_that_no_folder_can_have_are_refused(folder, tmp_path, monkeypatch
 def test_pipes_in_the_place_of_notes_are_not_waited_for(tmp_path):
     for name in ("manifest.json", "x.json"):
         os.mkfifo(tmp_path / name)
-    assert read_record(tmp_path / "x.json") is None
+    assert read_object(tmp_path / "x.json") == {}
     with pytest.raises(DataError, match="not a regular file"):
         read_results(tmp_path / "x.json")
     with pytest.raises(DataError, match="cannot be read as a folder of tokens"):
@@ -241,7 +241,7 @@ def test_pipes_in_the_place_of_notes_are_not_waited_for(tmp_path):
 def test_deep_json_is_damage(tmp_path):
     for name in ("manifest.json", "x.json"):
         (tmp_path / name).write_text("[" * 200_000)
-    assert read_record(tmp_path / "x.json") is None
+    assert read_object(tmp_path / "x.json") == {}
     for read in (read_manifest, lambda folder: read_results(folder / "x.json")):
         with pytest.raises(DataError, match="damaged|cannot be read"):
             read(tmp_path)

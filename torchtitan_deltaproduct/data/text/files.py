@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from torchtitan_deltaproduct.errors import DataError
-from torchtitan_deltaproduct.files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +108,6 @@ def result_folder(folder: Path) -> Iterator[None]:
             # It refuses a folder that holds something.
             with suppress(OSError):
                 folder.rmdir()
-
-
-def read_record(path: Path) -> dict | None:
-    """What an earlier run noted in a JSON file; None if there is none, or it is damaged."""
-    with suppress(OSError, ValueError, RecursionError):
-        return json.loads(read_text(path))
 
 
 Places = dict[tuple[int, int], str]

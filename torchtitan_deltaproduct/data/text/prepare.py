@@ -27,13 +27,13 @@ from pathlib import Path
 from torchtitan_deltaproduct.arguments import Parser, path, text
 from torchtitan_deltaproduct.devices import cores
 from torchtitan_deltaproduct.errors import ConfigError, DataError
-from torchtitan_deltaproduct.files import read_text, write_atomically
+from torchtitan_deltaproduct.files import read_object, read_text, write_atomically
 
 from ..shards.manifest import NAME, TABLE, WORK, Manifest, Shard, read_manifest, write_manifest
 from ..shards.megatron import own_index
 from ..shards.verified import SUFFIXES, THREADS, Verified, file_sha256, file_states, state
 from .documents import BadRecord
-from .files import read_record, result_folder
+from .files import result_folder
 from .plan import Plan, Settings, log, make_plan
 from .tokenizer import MOST_UNKNOWN, copy_tokenizer
 from .units import Preparation, tokenize_units
@@ -131,7 +131,7 @@ def finished(plan: Plan) -> bool:
 def make_room(out: Path, plan: Plan, overwrite: bool, keep: str, alone: bool) -> None:
     """Makes `out` ready for this plan: empty, or begun by the same plan; unless `alone`, others are writing to it."""
     begun = out / WORK / "plan.json"
-    sources = [read_record(begun) or {}] if begun.is_file() else []
+    sources = [read_object(begun)] if begun.is_file() else []
     # To be overwritten, a dataset need not be readable.
     made = [folder for folder in (out, out / "train", out / "validation") if (folder / NAME).is_file()]
     sources += [{} if overwrite else read_manifest(folder).source for folder in made]
@@ -183,9 +183,9 @@ def clear(out: Path, keep: str) -> None:
 def finished_units(out: Path, numbers: range, verify: bool) -> dict[int, dict]:
     """Records of those of some units that an earlier run finished and whose files are still what they were."""
     paths = {number: out / WORK / f"{number:05d}.json" for number in numbers}
-    records = {number: read_record(path) for number, path in paths.items() if path.is_file()}
+    records = {number: read_object(path) for number, path in paths.items() if path.is_file()}
     with ThreadPoolExecutor(THREADS) as pool:
-        kept = list(pool.map(lambda record: record is not None and intact(out, record, verify), records.values()))
+        kept = list(pool.map(lambda record: intact(out, record, verify), records.values()))
     for number, keep in zip(list(records), kept, strict=True):
         if not keep:
             log(f"warning: a shard of unit {number} is damaged and is made again")

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from torchtitan_deltaproduct.arguments import Parser, path, text
 from torchtitan_deltaproduct.errors import ConfigError, DataError
-from torchtitan_deltaproduct.files import write_atomically, write_json
+from torchtitan_deltaproduct.files import read_object, write_atomically, write_json
 from torchtitan_deltaproduct.progress import Progress
 
 from .documents import BadRecord, Unit
-from .files import read_record, result_folder
+from .files import result_folder
 from .plan import identity
 from .sources import plan_units, read_unit
 from .tokenizer import load_tokenizer
@@ -45,7 +45,7 @@ def _train(inputs: list[str], vocab_size: int, folder: Path, text_field: str, ov
     content = identity(units, {name for unit in units for name in unit.paths})
     record = {"inputs": inputs, "vocab_size": vocab_size, "text_field": text_field, "content": content}
     if (folder / "tokenizer.json").exists() and not overwrite:
-        if read_record(folder / RECORD) != record:
+        if read_object(folder / RECORD) != record:
             raise DataError(
                 f"{folder} holds a tokenizer made from other input or settings.\n"
                 "Choose another folder, or replace it with --overwrite."
