@@ -26,6 +26,7 @@ import gc
 import os
 import sys
 import time
+from functools import partial
 from statistics import median
 
 import torch
@@ -33,8 +34,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.tables import columns
+from benchmarks.training import TOY, our_model, step_of
+
 WARM_UP = 3
-TOY = ["hidden_size=32", "num_hidden_layers=2", "num_heads=2", "head_dim=16", "intermediate_size=64", "vocab_size=320"]
 
 
 def train(options: argparse.Namespace, length: int, over_ranks: bool) -> dict[str, float]:
@@ -48,10 +51,9 @@ def train(options: argparse.Namespace, length: int, over_ranks: bool) -> dict[st
     from torchtitan.distributed import ParallelDims
 
     from torchtitan_deltaproduct.config import load_config
-    from torchtitan_deltaproduct.models import DeltaProductLM, counts
-    from torchtitan_deltaproduct.optimizers import AdamW, clip_gradients
+    from torchtitan_deltaproduct.models import counts
     from torchtitan_deltaproduct.titan.feed import own_part
-    from torchtitan_deltaproduct.titan.parallelize import parallelize, sequence_ranks
+    from torchtitan_deltaproduct.titan.parallelize import sequence_ranks
     from torchtitan_deltaproduct.titan.spec import ModelArgs
 
     cuda, world, rank = options.device == "cuda", dist.get_world_size(), dist.get_rank()
@@ -62,26 +64,12 @@ def train(options: argparse.Namespace, length: int, over_ranks: bool) -> dict[st
     shard, context = (1, world) if over_ranks else (world, 1)
     dims = ParallelDims(dp_replicate=1, dp_shard=shard, cp=context, tp=1, pp=1, ep=1, etp=1, world_size=world)
     dims.build_mesh()
-    with torch.device("meta"):
-        model = DeltaProductLM(args.architecture)
-    model = parallelize(model, dims, config)
-    model.to_empty(device=options.device)
-    with torch.no_grad():
-        model.init_weights()
-    optimizer = AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
+    model = our_model(config, args.architecture, options.device, dims)
     random = torch.Generator().manual_seed(0 if over_ranks else rank)
     tokens = torch.randint(args.architecture.vocab_size, (1, length), generator=random)
     inputs, labels = own_part(({"input": tokens}, tokens.roll(-1, 1)), sequence_ranks(dims))
     tokens, labels = inputs["input"].to(options.device), labels.to(options.device)
-
-    def step() -> torch.Tensor:
-        loss = model(tokens, labels=labels) / (own * world)
-        loss.backward()
-        clip_gradients(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
+    step = step_of(model, lambda: model(tokens, labels=labels) / (own * world))
     seconds = []
     for i in range(WARM_UP + options.steps):
         if cuda and i == WARM_UP:
@@ -107,16 +95,16 @@ def train(options: argparse.Namespace, length: int, over_ranks: bool) -> dict[st
 
 def operator(options: argparse.Namespace) -> Table:
     """Milliseconds of the operator on a whole sequence and as a shard; the best of some turns."""
+    from benchmarks.op import best
     from torchtitan_deltaproduct.ops import SequenceRanks, gated_delta_product
 
     cuda = options.device == "cuda"
     torch.set_num_threads(1)
     dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     ranks = SequenceRanks(dist.group.WORLD.group_name, 0, 1)
-    clock, wait = (time.perf_counter, torch.cuda.synchronize) if cuda else (time.process_time, lambda: None)
-    table = Table(title=f"{torch.cuda.get_device_name() if cuda else 'CPU, one thread'}: ms", title_justify="left")
-    for column in ("T x H x K", "n", "gate", "fwd", "shard", "ratio", "fwd+bwd", "shard", "ratio"):
-        table.add_column(column, justify="right")
+    names = ("T x H x K", "n", "gate", "fwd", "shard", "ratio", "fwd+bwd", "shard", "ratio")
+    table = Table(*columns(*names), title_justify="left")
+    table.title = f"{torch.cuda.get_device_name() if cuda else 'CPU, one thread'}: ms"
     for length, heads, dim in [(options.part, 8, 128)] if cuda else [(1024, 4, 64), (1024, 8, 128)]:
         for n, gated in ((1, False), (2, False), (3, False), (2, True)):
             torch.manual_seed(0)
@@ -136,15 +124,9 @@ def operator(options: argparse.Namespace) -> Table:
 
             cells = []
             for function in (torch.no_grad()(forward), both):
-                best = {}
-                for _ in range(options.steps + 2):
-                    for over in (None, ranks):
-                        wait()
-                        start = clock()
-                        function(over)
-                        wait()
-                        best[over] = min(best.get(over, 1e9), 1e3 * (clock() - start))
-                cells += [f"{best[None]:.2f}", f"{best[ranks]:.2f}", f"{best[ranks] / best[None]:.2f}x"]
+                turns = [partial(function, over) for over in (None, ranks)]
+                whole, shard = best(turns, options.steps + 1, options.device)
+                cells += [f"{whole:.2f}", f"{shard:.2f}", f"{shard / whole:.2f}x"]
             table.add_row(f"{length} x {heads} x {dim}", str(n), "yes" if gated else "no", *cells)
     dist.destroy_process_group()
     return table
@@ -168,20 +150,8 @@ def table_of(rows: dict[str, dict], device: str, world: int) -> Table:
     from torchtitan_deltaproduct.devices import peak_flops
 
     peak = peak_flops(device) * world
-    table = Table(title=f"{world} x {device}", title_justify="left")
-    for column in (
-        "row",
-        "tokens a step",
-        "a rank",
-        "checkpointing",
-        "s a step",
-        "tok/s",
-        "MFU",
-        "GiB",
-        "loss",
-        "first s",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
+    names = ["row", "tokens a step", "a rank", "checkpointing", "s a step", "tok/s", "MFU", "GiB", "loss", "first s"]
+    table = Table(*columns(*names, no_wrap=True), title=f"{world} x {device}", title_justify="left")
     for name, row in rows.items():
         if "failed" in row:
             table.add_row(name, f"{row['tokens']:,}", row["failed"])

@@ -1,8 +1,8 @@
 """Shows that the loader is fast and that resuming costs the same anywhere.
 
-    python benchmarks/data.py                  # about a minute on one core, no network
-    python benchmarks/data.py --seq-len 4096
-    python benchmarks/data.py --generated      # only 3, twenty seconds
+    python -m benchmarks.data                  # about a minute on one core, no network
+    python -m benchmarks.data --seq-len 4096
+    python -m benchmarks.data --generated      # only 3, twenty seconds
 
 1. Tokens a second of our prepared loader against torchtitan's own (HuggingFaceTextDataset in a
    ParallelAwareDataloader) on the same text, the Python standard library, with the same tokenizer, in turns
@@ -32,16 +32,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from benchmarks.synthetic import write_sparse_set
+from benchmarks.tables import columns
 from torchtitan_deltaproduct.config.job import Data
 from torchtitan_deltaproduct.data import build_loader
 from torchtitan_deltaproduct.data.generated.groups import parse_group
-from torchtitan_deltaproduct.data.shards.manifest import Manifest, Shard, write_manifest
-from torchtitan_deltaproduct.data.shards.megatron import own_index
-from torchtitan_deltaproduct.data.shards.verified import Verified
 from torchtitan_deltaproduct.data.text.prepare import Settings, prepare
-from torchtitan_deltaproduct.data.text.tokenizer import copy_tokenizer, tokenizer_sha256
 from torchtitan_deltaproduct.data.text.train_tokenizer import train_tokenizer
 
 LEAST_RATIO, MOST_RESUME_RATIO, LEAST_WORDS = 20.0, 2.0, 5e6
@@ -141,26 +139,6 @@ def compare_throughput(paths: dict[str, str], seq_len: int, batch_size: int, sec
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def make_sparse_set(folder: Path, tokenizer: str, seq_len: int) -> Path:
-    """A prepared set of zeros with a little more than 10^8 windows: 100 shards, no disk space."""
-    tokens = (SAMPLES[-1] * seq_len) // 100 + 2 * seq_len
-    documents, shards = 1000, []
-    for number in range(100):
-        name = f"shards/{number:05d}"
-        (folder / "shards").mkdir(parents=True, exist_ok=True)
-        for suffix, size in ((".bin", tokens * 2), (".idx", own_index(documents).size)):
-            with open(folder / (name + suffix), "wb") as file:
-                os.truncate(file.fileno(), size)
-        shards.append(Shard(name, tokens, documents, tokens, "0" * 64, "0" * 64))
-    copy_tokenizer(tokenizer, folder / "tokenizer")
-    digest, total = tokenizer_sha256(tokenizer), tokens * 100
-    manifest = Manifest("uint16", 4096, 0, digest, total, documents * 100, total, 0, 0, {}, shards)
-    write_manifest(folder, manifest)
-    # As after a first use: comparing 10^8 windows of zeros with checksums is not what is measured.
-    Verified(folder, manifest).trust()
-    return folder
-
-
 def resume_seconds(folder: Path, seq_len: int, batch_size: int) -> dict[int, float]:
     """Median seconds from nothing to the first batch after `load_state_dict`, for each of `SAMPLES`."""
     data, found = Data(paths=[str(folder)]), {sample: [] for sample in SAMPLES}
@@ -208,9 +186,8 @@ def measure_generated(seconds: float) -> list[tuple[str, int, int, float, float]
 
 def generated_passes(console: Console, seconds: float) -> bool:
     """Prints the table of generated data; whether its first line is fast enough."""
-    table = Table(title="Generated batches of rows x tokens, one thread; ratio to a Python loop over tokens")
-    for column in ("data", "tokens", "rows", "tokens/s", "ratio"):
-        table.add_column(column, justify="left" if column == "data" else "right", no_wrap=True)
+    table = Table(Column("data", no_wrap=True), *columns("tokens", "rows", "tokens/s", "ratio", no_wrap=True))
+    table.title = "Generated batches of rows x tokens, one thread; ratio to a Python loop over tokens"
     measured = measure_generated(seconds)
     for name, seq_len, batch_size, rate, ratio in measured:
         table.add_row(name, str(seq_len), str(batch_size), f"{rate:,.0f}", f"{ratio:.1f}x")
@@ -241,20 +218,20 @@ def main() -> int:
     try:
         paths = make_data(root)
         rates = compare_throughput(paths, options.seq_len, options.batch_size, options.seconds)
-        sparse = make_sparse_set(root / "sparse", paths["tokenizer"], options.seq_len)
+        # A little more than 10^8 windows.
+        tokens = (SAMPLES[-1] * options.seq_len) // 100 + 2 * options.seq_len
+        sparse = write_sparse_set(root / "sparse", 100, tokens, documents=1000, vocab_size=4096)
         seconds = resume_seconds(sparse, options.seq_len, options.batch_size)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     base = next(iter(rates.values()))
-    table = Table(title=f"Loading batches of {options.batch_size} x {options.seq_len} tokens, one thread")
-    for column in ("loader", "tokens/s", "ratio"):
-        table.add_column(column, justify="left" if column == "loader" else "right")
+    title = f"Loading batches of {options.batch_size} x {options.seq_len} tokens, one thread"
+    table = Table("loader", *columns("tokens/s", "ratio"), title=title)
     for name, rate in rates.items():
         table.add_row(name, f"{rate:,.0f}", f"{rate / base:.1f}x")
     console.print(table)
-    table = Table(title="Resuming in a set of 100 shards: from nothing to the first batch")
-    for column in ("at sample", "milliseconds", "ratio"):
-        table.add_column(column, justify="right")
+    title = "Resuming in a set of 100 shards: from nothing to the first batch"
+    table = Table(*columns("at sample", "milliseconds", "ratio"), title=title)
     for sample in SAMPLES:
         table.add_row(f"{sample:,}", f"{seconds[sample] * 1e3:.2f}", f"{seconds[sample] / seconds[10]:.2f}x")
     console.print(table)

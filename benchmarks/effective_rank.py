@@ -17,14 +17,14 @@ import argparse
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.op import best
+from benchmarks.tables import columns
 from torchtitan_deltaproduct.evaluation.effective_rank.singular_values import effective_rank
 from torchtitan_deltaproduct.evaluation.effective_rank.states import walk
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
@@ -43,21 +43,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def best(functions: list[Callable[[], object]], repeats: int, device: str) -> list[float]:
-    """Best microseconds of each function, taken in turn."""
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    times = [[] for _ in functions]
-    for turn in range(repeats + 1):
-        for function, seen in zip(functions, times, strict=True):
-            start = clock()
-            function()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if turn:  # the first turn warms up
-                seen.append(1e6 * (clock() - start))
-    return [min(seen) for seen in times]
 
 
 def recurrence(count: int, dim: int) -> torch.Tensor:
@@ -84,10 +69,10 @@ def torch_rank(states: torch.Tensor) -> torch.Tensor:
 
 
 def functions_table(args: argparse.Namespace) -> Table:
-    table = Table(title="microseconds a state", title_justify="left")
     names = ("np.linalg.svd(S)", "compute_uv=False", "torch svdvals")
-    for column in ("K = V", *names, "ours", *(f"ratio to {name.split('(')[0]}" for name in names), "largest error"):
-        table.add_column(column, justify="right")
+    ratios = (f"ratio to {name.split('(')[0]}" for name in names)
+    table = Table(*columns("K = V", *names, "ours", *ratios, "largest error"), title_justify="left")
+    table.title = "microseconds a state"
     for dim in args.head_dims:
         states = recurrence(args.states, dim)
         arrays, there = list(states.numpy()), states.to(args.device)
@@ -103,16 +88,15 @@ def functions_table(args: argparse.Namespace) -> Table:
         )
         exact = torch.tensor([numpy_rank(x.astype(np.float64), False) for x in arrays])
         error = (effective_rank(there).cpu() / exact - 1).abs().max()
-        each = [t / args.states for t in times]
+        each = [1e3 * t / args.states for t in times]
         ratios = [f"{t / each[-1]:.1f}x" for t in each[:-1]]
         table.add_row(str(dim), *(f"{t:,.1f}" for t in each), *ratios, f"{error:.0e}")
     return table
 
 
 def measurement_table(args: argparse.Namespace) -> Table:
-    table = Table(title=f"microseconds a (token, layer, head), {TOKENS} tokens", title_justify="left")
-    for column in ("K = V", "token by token, np.linalg.svd(S)", "ours", "ratio"):
-        table.add_column(column, justify="right")
+    table = Table(*columns("K = V", "token by token, np.linalg.svd(S)", "ours", "ratio"), title_justify="left")
+    table.title = f"microseconds a (token, layer, head), {TOKENS} tokens"
     for dim in args.head_dims:
         heads = max(1, 192 // dim)
         shape = {"hidden_size": heads * dim, "num_heads": heads, "head_dim": dim, "num_hidden_layers": 2}
@@ -137,7 +121,7 @@ def measurement_table(args: argparse.Namespace) -> Table:
             walk(model, tokens, init_cache(model, 1), lambda g: [effective_rank(s).cpu() for s in g.states()])
 
         count = TOKENS * 2 * heads
-        slow, fast = (t / count for t in best([theirs, ours], args.repeats, args.device))
+        slow, fast = (1e3 * t / count for t in best([theirs, ours], args.repeats, args.device))
         table.add_row(str(dim), f"{slow:,.1f}", f"{fast:,.1f}", f"{slow / fast:.1f}x")
     return table
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.tables import columns
 from torchtitan_deltaproduct.arguments import path
 from torchtitan_deltaproduct.errors import ConfigError, exit_on_user_error
 from torchtitan_deltaproduct.history import read_metrics
@@ -172,9 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def table(failures: list[Failure], goodput: float | None) -> Table:
     """The costs over all failures."""
-    shown = Table(title=f"{len(failures)} failures")
-    for name in ("", "median", "worst"):
-        shown.add_column(name, justify="right" if name else "left")
+    shown = Table("", *columns("median", "worst"), title=f"{len(failures)} failures")
     for name, values in (
         ("start-up, s", [failure.start_up for failure in failures]),
         ("lost, s", [failure.lost for failure in failures]),

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.tables import columns
 from torchtitan_deltaproduct.evaluation.generate.decoding import read_prompts
 from torchtitan_deltaproduct.evaluation.generate.sampling import Sampling, choose, random_streams
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
@@ -59,27 +60,10 @@ def build(options: argparse.Namespace) -> DeltaProductLM:
     return model.eval().requires_grad_(False)
 
 
-class Memory:
-    """Resident size of this process, in bytes, from /proc."""
-
-    @staticmethod
-    def now() -> int:
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        return Memory._read("VmRSS")
-
-    @staticmethod
-    def forget_peak() -> None:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-    @staticmethod
-    def peak() -> int:
-        return Memory._read("VmHWM")
-
-    @staticmethod
-    def _read(name: str) -> int:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+def memory(name: str) -> int:
+    """Bytes of this process: VmRSS, its resident size, or VmHWM, the most of it since the peak was forgotten."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 class Place:
@@ -89,16 +73,19 @@ class Place:
         text = torch.randint(options.vocab, (position,), generator=torch.Generator().manual_seed(0)).tolist()
         self.model, self.position = model, position
         self.sampling, self.streams = Sampling(temperature=1.0), random_streams([0])
-        Memory.forget_peak()
+        # The kernel forgets the peak.
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         start = time.perf_counter()
         self.logits, self.cache = read_prompts(model, [text], options.segment)
         self.reading = time.perf_counter() - start
         self.clock = time.process_time if options.threads == 1 else time.perf_counter
         self.seconds: list[float] = []
-        self.peak = Memory.peak()
+        self.peak = memory("VmHWM")
         del text
         self.generate(options.tokens)
-        self.resident = Memory.now()
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self.resident = memory("VmRSS")
         self.seconds.clear()
 
     def generate(self, tokens: int) -> None:
@@ -126,10 +113,8 @@ def main() -> None:
         f"{options.threads} thread(s); cache {state_bytes(model.args, bytes_per_value=4) / 1024:,.0f} KiB a sequence"
     )
     first = min(places[0].seconds)
-    table = Table(box=None, pad_edge=False)
-    columns = ("position", "ms a token", "tokens/s", "ratio", "resident (MiB)", "most, reading (MiB)", "reading (s)")
-    for column in columns:
-        table.add_column(column, justify="right")
+    names = ("position", "ms a token", "tokens/s", "ratio", "resident (MiB)", "most, reading (MiB)", "reading (s)")
+    table = Table(*columns(*names), box=None, pad_edge=False)
     for place in places:
         best = min(place.seconds)
         table.add_row(

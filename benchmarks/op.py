@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.tables import columns
 from torchtitan_deltaproduct.ops import gated_delta_product
 from torchtitan_deltaproduct.ops.chunk import chunk_backward, chunk_forward
 
@@ -97,9 +98,8 @@ def compare(args: argparse.Namespace) -> Table:
         return gated_delta_product(*values, args.num_householder, use_qk_l2norm=True, backend=backend)[0]
 
     difference = (forward("recurrent") - forward("chunk")).abs().max().item()
-    table = Table(caption=f"largest difference of the outputs: {difference:.1e}")
-    for column in ("", "recurrent (ms)", "chunk (ms)", "ratio"):
-        table.add_column(column, justify="right")
+    caption = f"largest difference of the outputs: {difference:.1e}"
+    table = Table(*columns("", "recurrent (ms)", "chunk (ms)", "ratio"), caption=caption)
     for name, function in (("forward", forward), ("forward + backward", both)):
         slow, fast = best([lambda f=function: f("recurrent"), lambda f=function: f("chunk")], args.repeats, args.device)
         table.add_row(name, f"{slow:.1f}", f"{fast:.1f}", f"{slow / fast:.1f}x")
@@ -121,10 +121,8 @@ def sweep(args: argparse.Namespace) -> Table:
 
     cases = [(rows, segment) for rows in ROWS for segment in SEGMENTS]
     times = best([lambda c=case: both(*c) for case in cases], args.repeats, args.device)
-    table = Table(caption="chunk, forward + backward (ms); columns: B * H * rows of a segment")
-    table.add_column("R", justify="right")
-    for segment in SEGMENTS:
-        table.add_column("whole" if segment == SEGMENTS[-1] else str(segment), justify="right")
+    caption = "chunk, forward + backward (ms); columns: B * H * rows of a segment"
+    table = Table(*columns("R", *map(str, SEGMENTS[:-1]), "whole"), caption=caption)
     for i, rows in enumerate(ROWS):
         row = times[i * len(SEGMENTS) : (i + 1) * len(SEGMENTS)]
         table.add_row(str(rows), *(f"[bold]{x:.1f}[/]" if x == min(times) else f"{x:.1f}" for x in row))
@@ -135,12 +133,9 @@ def beside_fla(args: argparse.Namespace) -> Table:
     """Ours and fla (in float32, which fla refuses: chunk), forward and forward + backward, on a GPU."""
     peer, peer_op = ("fla", fla_op) if args.dtype == "bfloat16" else ("chunk", chunk_op)
     end = time.monotonic() + 60 * args.minutes
-    table = Table(title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}: ms, K = V = 128, {args.dtype}")
-    for column in (
-        *("B x T x H", "n", "gate", f"{peer} fwd", "ours", "ratio", f"{peer} fwd+bwd", "ours", "ratio"),
-        *(f"{peer} graph", "ours", "ratio", f"error {peer}", "ours"),
-    ):  # fmt: skip
-        table.add_column(column, justify="right")
+    times = (name for what in ("fwd", "fwd+bwd", "graph") for name in (f"{peer} {what}", "ours", "ratio"))
+    table = Table(*columns("B x T x H", "n", "gate", *times, f"error {peer}", "ours"))
+    table.title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}: ms, K = V = 128, {args.dtype}"
     shapes = [tuple(int(x) for x in shape.split("x")) for shape in args.shapes]
     cases = [(s, n, gate) for s in shapes for gate in args.gates for n in args.householders]
     for number, (shape, n, gate) in enumerate(cases):

@@ -39,7 +39,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, models
+
+from benchmarks.tables import columns
 
 TOKENS, DOCUMENTS, SEQ_LEN, WINDOWS = 1 << 14, 64, 1024, 2000
 CALLS = "trace=%file,%desc"
@@ -48,29 +49,9 @@ MOST_SECONDS, MOST_CALLS = 0.5, 100
 
 def make_set(folder: Path, shards: int) -> Path:
     """Files of zeros as long as they must be, and the manifest and note of a set that was used before."""
-    from torchtitan_deltaproduct.data.shards.manifest import Manifest, Shard, write_manifest
-    from torchtitan_deltaproduct.data.shards.megatron import index_bytes
-    from torchtitan_deltaproduct.data.shards.verified import Verified
-    from torchtitan_deltaproduct.data.text.tokenizer import tokenizer_sha256
+    from benchmarks.synthetic import write_sparse_set
 
-    (folder / "tokenizer").mkdir(parents=True)
-    (folder / "shards").mkdir()
-    words = models.WordLevel({"<|endoftext|>": 0, "x": 1}, unk_token="x")
-    Tokenizer(words).save(str(folder / "tokenizer/tokenizer.json"))
-    index = index_bytes(np.arange(1, DOCUMENTS + 1) * (TOKENS // DOCUMENTS), "uint16")
-    table = []
-    for number in range(shards):
-        name = f"shards/{number:05d}"
-        with open(folder / f"{name}.bin", "wb") as file:
-            os.truncate(file.fileno(), TOKENS * 2)
-        (folder / f"{name}.idx").write_bytes(index)
-        table.append(Shard(name, TOKENS, DOCUMENTS, TOKENS, "0" * 64, "0" * 64))
-    counts = (shards * TOKENS, shards * DOCUMENTS, shards * TOKENS)
-    sha = tokenizer_sha256(folder / "tokenizer")
-    manifest = Manifest("uint16", 2, 0, sha, *counts, 0, 0, {}, table)
-    write_manifest(folder, manifest)
-    Verified(folder, manifest).trust()
-    return folder
+    return write_sparse_set(folder, shards, TOKENS, DOCUMENTS)
 
 
 def measure(folder: Path, windows: int) -> dict[str, float]:
@@ -235,9 +216,8 @@ def of_plans(ranks: int, tensors: int = 432) -> dict[str, float]:
 
 def of_a_run() -> tuple[Table, bool]:
     """The second table, and whether something grows that must not."""
-    table = Table(title="what grows with the length of a run and its ranks, s", title_justify="left")
-    for name in ("", "short", "long", "of"):
-        table.add_column(name, justify="right" if name in ("short", "long") else "left")
+    title = "what grows with the length of a run and its ranks, s"
+    table = Table("", *columns("short", "long"), "of", title=title, title_justify="left")
     grows = False
     measured = ((of_records, 100_000, "steps"), (of_folders, 10, "checkpoints of 256 files"), (of_plans, 64, "ranks"))
     with tempfile.TemporaryDirectory() as root:
@@ -260,9 +240,8 @@ def main() -> int:
     if options.measure:
         print(json.dumps(measure(options.measure, options.windows)))
         return 0
-    table = Table(title="what grows with shards", title_justify="left")
-    for name in ("shards", "start, s", "memory, MB", "calls", "sample, us", "calls a sample", "continue, s"):
-        table.add_column(name, justify="right")
+    names = ("shards", "start, s", "memory, MB", "calls", "sample, us", "calls a sample", "continue, s")
+    table = Table(*columns(*names), title="what grows with shards", title_justify="left")
     starts, seconds = [], 0.0
     for shards in options.shards:
         with tempfile.TemporaryDirectory() as root:

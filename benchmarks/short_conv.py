@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
+from benchmarks.tables import columns
 from torchtitan_deltaproduct.models.conv import sum_of_taps
 from torchtitan_deltaproduct.ops.normalize import l2norm
 
@@ -101,9 +102,8 @@ def compiled(args: argparse.Namespace, channels: int, head_dim: int | None) -> t
 
 def compare(args: argparse.Namespace) -> Table:
     speed = copy_speed()
-    table = Table(caption=f"floor: bytes at {speed / 1e9:.2f} TB/s, the speed of a copy")
-    for column in ("", "ms", "floor", "of floor", "compiled", "ratio"):
-        table.add_column(column, justify="right")
+    caption = f"floor: bytes at {speed / 1e9:.2f} TB/s, the speed of a copy"
+    table = Table(*columns("", "ms", "floor", "of floor", "compiled", "ratio"), caption=caption)
     totals = torch.zeros(2, 3)
     for name, (channels, head_dim) in CASES.items():
         size = 2 * args.batch * args.tokens * channels
@@ -126,9 +126,7 @@ def _add_row(table: Table, name: str, row: Tensor) -> None:
 def sweep(args: argparse.Namespace) -> Table:
     from torchtitan_deltaproduct.ops.triton import short_conv as kernels
 
-    table = Table(caption="ms")
-    for column in ("", "changed", *CASES):
-        table.add_column(column, justify="right")
+    table = Table(*columns("", "changed", *CASES), caption="ms")
     ways = ("forward", kernels.FORWARD, FORWARD_TILES), ("backward", kernels.BACKWARD, BACKWARD_TILES)
     for i, (way, shipped, tiles) in enumerate(ways):
         before = dict(shipped)

@@ -30,6 +30,8 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.tables import columns
+
 SIZES = ("392M", "805M")
 MODELS = ("ours", "ours-lean", "fla", "fla-linear", "fla-compiled")
 WARM_UP = 4
@@ -96,24 +98,37 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
 
 
-def our_model(config, architecture, device: str, tokens, labels) -> tuple:
-    """(model, a function that returns the loss of a step)."""
+def our_model(config, architecture, device: str, dims):
+    """With its first weights, cut among the ranks as the `ParallelDims` say."""
     import torch
-    import torch.distributed as dist
-    from torchtitan.distributed import ParallelDims
 
     from torchtitan_deltaproduct.models import DeltaProductLM
     from torchtitan_deltaproduct.titan.parallelize import parallelize
 
     with torch.device("meta"):
         model = DeltaProductLM(architecture)
-    ranks = dist.get_world_size()
-    dims = ParallelDims(dp_replicate=1, dp_shard=ranks, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=ranks)
     model = parallelize(model, dims, config)
     model.to_empty(device=device)
     with torch.no_grad():
         model.init_weights()
-    return model, lambda: model(tokens, labels=labels) / labels.numel()
+    return model
+
+
+def step_of(model, loss_of_step: Callable) -> Callable:
+    """A function that does a step, with our clipping and AdamW, and returns its loss."""
+    from torchtitan_deltaproduct.optimizers import AdamW, clip_gradients
+
+    optimizer = AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
+
+    def step():
+        loss = loss_of_step()
+        loss.backward()
+        clip_gradients(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
 
 
 def fla_model(which: str, architecture, device: str, tokens) -> tuple:
@@ -142,10 +157,10 @@ def measure(variant: Variant) -> dict:
     """Trains in this process, and returns the row: tokens/s, MFU, peak GiB, last loss, milliseconds by kind."""
     import torch
     import torch.distributed as dist
+    from torchtitan.distributed import ParallelDims
 
     from torchtitan_deltaproduct.config import load_config
     from torchtitan_deltaproduct.models import counts
-    from torchtitan_deltaproduct.optimizers import AdamW, clip_gradients
     from torchtitan_deltaproduct.titan import device
     from torchtitan_deltaproduct.titan.spec import ModelArgs
 
@@ -161,19 +176,12 @@ def measure(variant: Variant) -> dict:
     torch.manual_seed(dist.get_rank())
     tokens = torch.randint(args.architecture.vocab_size, (variant.batch, variant.length), device=variant.device)
     if variant.model.startswith("ours"):
-        model, loss_of_step = our_model(config, args.architecture, variant.device, tokens, tokens.roll(-1, 1))
+        ranks, labels = variant.ranks, tokens.roll(-1, 1)
+        dims = ParallelDims(dp_replicate=1, dp_shard=ranks, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=ranks)
+        model = our_model(config, args.architecture, variant.device, dims)
+        step = step_of(model, lambda: model(tokens, labels=labels) / labels.numel())
     else:
-        model, loss_of_step = fla_model(variant.model, args.architecture, variant.device, tokens)
-    optimizer = AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
-
-    def step() -> torch.Tensor:
-        loss = loss_of_step()
-        loss.backward()
-        clip_gradients(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
+        step = step_of(*fla_model(variant.model, args.architecture, variant.device, tokens))
     wait = torch.cuda.synchronize if cuda else lambda: None
     start = time.perf_counter()
     for i in range(WARM_UP):
@@ -266,22 +274,9 @@ def table_of(rows: list[tuple[Variant, dict]]) -> Table:
     device = next((row["device"] for _, row in rows if "device" in row), "no row")
     kinds = [*KINDS, "other"]
     shape = f"batch {rows[0][0].batch} x {rows[0][0].length:,} a GPU" if rows else ""
-    table = Table(title=f"{device}, {shape}; ms of a step by kind of kernel", title_justify="left")
-    for column in (
-        "size",
-        "n_h",
-        "gate",
-        "model",
-        "GPUs",
-        "tok/s",
-        "/ fla",
-        "MFU",
-        "GiB",
-        "GiB / fla",
-        "first s",
-        *kinds,
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
+    names = ("size", "n_h", "gate", "model", "GPUs", "tok/s", "/ fla", "MFU", "GiB", "GiB / fla", "first s")
+    table = Table(*columns(*names, *kinds, no_wrap=True), title_justify="left")
+    table.title = f"{device}, {shape}; ms of a step by kind of kernel"
     beside = {(v.size, v.num_householder, v.gated): row for v, row in rows if v.model == "fla" and "failed" not in row}
     for variant, row in rows:
         gate = "yes" if variant.gated else "no"
