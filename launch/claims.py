@@ -96,8 +96,9 @@ class Expectation:
         """Whether one run, of those of `summary`, is as expected; None if the run to compare it with is not there."""
         value = result.metrics.get(self.metric)
         if self.under is not None:
-            others = [run.metrics.get(self.metric) for run in summary.of(self.under) if run.seed == result.seed]
-            return all(None not in (value, other) and value < other for other in others) if others else None
+            other = next((run for run in summary.of(self.under) if run.seed == result.seed), None)
+            limit = other and other.metrics.get(self.metric)
+            return None if other is None else None not in (value, limit) and value < limit
         if value is None:
             return False
         return value < self.below if self.at_least is None else value >= self.at_least
@@ -276,14 +277,14 @@ def verdict(claim: Claim, results: Results) -> Verdict:
                 + (f"; nearest: {near!r}" if near else f"; there are: {', '.join(sorted(known))}")
             )
         for setting in one.settings:
-            runs = [run for run in summary.of(setting) if one.holds(run, summary) is not None]
-            bad = [run for run in runs if not one.holds(run, summary)]
-            holds &= 2 * len(bad) < len(runs) if one.seeds == "most" else bool(runs) and not bad
+            judged = [(run, one.holds(run, summary)) for run in summary.of(setting)]
+            good, bad = ([run for run, fits in judged if fits is answer] for answer in (True, False))
+            holds &= len(bad) < len(good) if one.seeds == "most" else bool(good) and not bad
             if bad:
                 lines.append(
                     f"{claim.label(setting)}: {one}; not in {', '.join(_seed(run, one.metric) for run in bad)}"
                 )
-            elif not runs and not summary.missing:
+            elif not good and not summary.missing:
                 lines.append(f"{claim.label(setting)}: {one}; no seed to judge it by")
     if summary.missing:
         return Verdict("incomplete", [summary.note(), *lines])

@@ -16,6 +16,7 @@ batch. The model must be whole on its device (not sharded).
 import torch
 from torch import Tensor
 
+from ..ops.normalize import compute_dtype
 from .mixer import MixerCache
 from .model import DeltaProductLM
 
@@ -27,7 +28,7 @@ def init_cache(model: DeltaProductLM, batch: int) -> list[MixerCache]:
     """
     weight, args = model.tok_embeddings.weight, model.args
     device, dtype = weight.device, weight.dtype
-    state_dtype = torch.promote_types(dtype, torch.float32)
+    state_dtype = compute_dtype(weight)
     q_dim, v_dim = args.num_heads * args.head_dim, args.num_heads * args.head_v_dim
     channels = (q_dim, args.num_householder * q_dim, args.num_householder * v_dim)
 

@@ -143,7 +143,7 @@ def test_a_chunk_that_lacks_tokens_may_decay_beyond_float32(length, n):
 
 
 def test_repeated_keys_at_two():
-    """(I + A)^-1 is solved, not summed: a Neumann series has errors of 1e20 here, our inverse up to 6e-4."""
+    """(I + A)^-1 is solved, not summed: a Neumann series has errors of 1e20 here."""
     torch.manual_seed(0)
     k = torch.nn.functional.normalize(torch.randn(1, 1, 2, 16), dim=-1).expand(1, 128, 2, 16).contiguous()
     q, v, beta = torch.randn(1, 64, 2, 16), torch.randn(1, 128, 2, 16), torch.full((1, 128, 2), 2.0)

@@ -1,4 +1,4 @@
-"""A pytest plugin: Triton's interpreter without two things that take more than half of its time and change nothing.
+"""A pytest plugin: Triton's interpreter without two things that take much of its time and change nothing.
 
 It (3.6 to 3.9) patches all of `triton.language` at every call of a device function, although the launch around it has
 done so; and it computes whether integers overflow, to assert it in its debug mode alone, which is off.
