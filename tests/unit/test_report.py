@@ -48,6 +48,9 @@ def run(tmp_path_factory):
     samples = [{"step": step, "prompt": EVIL, "mode": mode, "text": f"{EVIL} at {step}"}
                for step in range(5, 105, 5) for mode in ("greedy", "sampled")]  # fmt: skip
     (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples) + '{"step": 1}\n')
+    for number, content in (("001", {"command": f"sbatch {EVIL}"}), ("002", [])):
+        (run / f"launch/{number}").mkdir(parents=True)
+        (run / f"launch/{number}/env.json").write_text(json.dumps(content))
     (run / "eval/lm_harness/x").mkdir(parents=True)
     measured = {"beyond_training": {"training": {"loss": 3.25}, "beyond": {"loss": 3.5}}, "data": {"name": EVIL}}
     (run / "eval/length_extrapolation.json").write_text(json.dumps({"results": [measured, 3]}))
@@ -72,7 +75,7 @@ def test_everything_is_there(page):
     for said in ("20 of 20", "3.0000", "2.0000, 10", "50.0%", "40 s", "optimizer.name", "AdamW", "validation.freq",
                  "SIGUSR1 at step 10", "failures: 1", "loss spike", "3.2500", "3.5000", "piqa", "0.6250", "0.0100",
                  "eval/state_tracking.json cannot be read", "picture.png", "where a launch went on", "data identity",
-                 "step 5, greedy", "step 100, sampled", "at 100", "not here"):  # fmt: skip
+                 "step 5, greedy", "step 100, sampled", "at 100", "not here", "launch/001", "sbatch <"):  # fmt: skip
         assert said in text, said
     assert "step 10, greedy" not in text and "link.png" not in text and page.count("data:image/png") == 1
 
