@@ -47,7 +47,7 @@ def test_random_kills(toy, tmp_path, case):
         assert learned(run) == learned(unbroken)
         assert_same_weights(weights(run, 400), weights(unbroken, 400))
         assert_no_work_lost(run)
-    print(f"{case}: {kills} kills in {runs} runs")
+        print(f"{case}: {kills} kills in {runs} runs", flush=True)
 
 
 def assert_no_work_lost(run) -> None:
