@@ -168,9 +168,13 @@ def serve() -> None:
 
 def _import_everything() -> None:
     """What a run imports, and, as that may take more seconds than all else it does here, what it compiles with."""
+    import torch
+
     from torchtitan_deltaproduct.config.stand_ins import stand_ins
     from torchtitan_deltaproduct.titan import device, run  # noqa: F401
 
+    if torch.version.cuda:
+        return
     with stand_ins():
         device.install("cpu")
         from torchtitan_deltaproduct.titan import trainer  # noqa: F401
