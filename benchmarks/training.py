@@ -7,9 +7,10 @@
     python -m benchmarks.training --device cpu --householders 1     a toy of ours, to see that this script runs
 
 Shapes are those of train_configs/fineweb/deltaproduct_{size}_n{n}_4k.toml. Every row is a job of its own, one after the
-other: FSDP2 on one rank or `--ranks`, bfloat16 with float32 gradients, random tokens, our clipping and AdamW for both,
-no data loading. `ours` is our model with our `parallelize`, compiled, and keeps all activations; `ours-lean` is the
-same with activation_checkpoint.selective_ac_option = "products". `fla` is GatedDeltaProductForCausalLM in eager mode
+other: on one GPU without sharding (`titan.lowered`), on several with FSDP2, bfloat16 with float32 gradients, random
+tokens, our clipping and AdamW for both, no data loading. `ours` is our model with our `parallelize`, compiled, and
+keeps all activations; `ours-graph` is the same with its forward and backward in one CUDA graph, `ours-lean` with
+activation_checkpoint.selective_ac_option = "products". `fla` is GatedDeltaProductForCausalLM in eager mode
 with its fused cross-entropy, `fla-linear` with its fused linear cross-entropy, `fla-compiled` is `fla`, its layers
 compiled. Steps are timed by events on the device, and the median is taken after those that compile and tune. Tokens/s
 are of one GPU. A row that fails, or that the time no longer allows, says why. Milliseconds of a step by kind of kernel
@@ -33,7 +34,7 @@ from rich.table import Table
 from benchmarks.tables import columns
 
 SIZES = ("392M", "805M")
-MODELS = ("ours", "ours-lean", "fla", "fla-linear", "fla-compiled")
+MODELS = ("ours", "ours-graph", "ours-lean", "fla", "fla-linear", "fla-compiled")
 WARM_UP = 4
 """Steps that are not counted: they compile, tune, and make the optimizer's state."""
 KINDS = {
@@ -114,19 +115,31 @@ def our_model(config, architecture, device: str, dims):
     return model
 
 
-def step_of(model, loss_of_step: Callable) -> Callable:
+def step_of(model, weights, loss_of_step: Callable, graph: bool = False) -> Callable:
     """A function that does a step, with our clipping and AdamW, and returns its loss."""
     from torchtitan_deltaproduct.optimizers import AdamW, clip_gradients
+    from torchtitan_deltaproduct.titan.captured import CapturedStep
 
     optimizer = AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
 
-    def step():
+    def forward_backward():
         loss = loss_of_step()
         loss.backward()
+        weights.collect()
+        return loss.detach()
+
+    captured = CapturedStep(forward_backward, model.parameters()) if graph else None
+
+    def step():
+        if captured:
+            captured.zero_gradients()
+        else:
+            optimizer.zero_grad()
+        with weights:
+            loss = (captured or forward_backward)()
         clip_gradients(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+        return loss
 
     return step
 
@@ -134,6 +147,7 @@ def step_of(model, loss_of_step: Callable) -> Callable:
 def fla_model(which: str, architecture, device: str, tokens) -> tuple:
     """(model, a function that returns the loss of a step); which: of `MODELS`."""
     import torch
+    import torch.distributed as dist
     from fla.models import GatedDeltaProductConfig, GatedDeltaProductForCausalLM
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -145,10 +159,11 @@ def fla_model(which: str, architecture, device: str, tokens) -> tuple:
     if which == "fla-compiled":
         for layer in model.model.layers:
             layer.compile()
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for layer in model.model.layers:
-        fully_shard(layer, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mp_policy=policy)
+    if dist.get_world_size() > 1:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for layer in model.model.layers:
+            fully_shard(layer, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(model, mp_policy=policy)
     # It shifts the labels itself.
     return model, lambda: model(input_ids=tokens, labels=tokens).loss
 
@@ -162,6 +177,8 @@ def measure(variant: Variant) -> dict:
     from torchtitan_deltaproduct.config import load_config
     from torchtitan_deltaproduct.models import counts
     from torchtitan_deltaproduct.titan import device
+    from torchtitan_deltaproduct.titan.lowered import LoweredWeights
+    from torchtitan_deltaproduct.titan.parallelize import lowered_weights
     from torchtitan_deltaproduct.titan.spec import ModelArgs
 
     cuda, alone = variant.device == "cuda", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -179,9 +196,15 @@ def measure(variant: Variant) -> dict:
         ranks, labels = variant.ranks, tokens.roll(-1, 1)
         dims = ParallelDims(dp_replicate=1, dp_shard=ranks, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=ranks)
         model = our_model(config, args.architecture, variant.device, dims)
-        step = step_of(model, lambda: model(tokens, labels=labels) / labels.numel())
+        weights = lowered_weights(model, config)
+
+        def loss_of_step():
+            return model(tokens, labels=labels) / labels.numel()
+
     else:
-        step = step_of(*fla_model(variant.model, args.architecture, variant.device, tokens))
+        model, loss_of_step = fla_model(variant.model, args.architecture, variant.device, tokens)
+        weights = LoweredWeights(model, torch.float32 if variant.ranks > 1 else torch.bfloat16)
+    step = step_of(model, weights, loss_of_step, variant.model == "ours-graph")
     wait = torch.cuda.synchronize if cuda else lambda: None
     start = time.perf_counter()
     for i in range(WARM_UP):

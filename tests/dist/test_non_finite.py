@@ -78,7 +78,7 @@ def test_a_checkpoint_before_the_first_update_is_gone_on_from(toy, tmp_path, mon
 
     class Poisoned(trainer.Trainer):
         def forward_backward_step(self, **given):
-            given["global_valid_tokens"] *= float("nan") if self.step <= 2 else 1
+            given["global_valid_tokens"] = given["global_valid_tokens"] * (float("nan") if self.step <= 2 else 1)
             return super().forward_backward_step(**given)
 
     monkeypatch.setattr(trainer, "Trainer", Poisoned)

@@ -31,7 +31,7 @@ def run(toy, tmp_path_factory):
 
 def test_it_runs_on_our_kernels_and_learns(run):
     log = toys.log_of(run)
-    assert "runs on backend triton" in log and "device: cuda" in log
+    assert "runs on backend triton" in log and "device: cuda" in log and "a micro-batch: one CUDA graph" in log
     losses = [r["loss"] for r in toys.records(run) if "loss" in r]
     assert losses[-1] < losses[0] - 0.2 and last_stop(read_events(run))["reason"] == "finished"
 
@@ -57,6 +57,18 @@ def test_killed_and_restarted(toy, run, tmp_path, mode, monkeypatch):
     assert toys.learned(killed) == toys.learned(run)
     # Where Inductor keeps which of several variants of a kernel was fastest.
     assert [*tmp_path.rglob("*.py")] and not [*tmp_path.rglob("*.best_config")]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_graph_has_the_bits_of_kernels_launched_one_by_one(toy, tmp_path, precision):
+    """Accumulated, with documents, a gate, a tied head and validation between; Muon's update of what it left."""
+    options = (*MODEL, "--compile.enable", "--training.mixed_precision_param", precision, "--model.use_forget_gate",
+               "--model.tie_word_embeddings", "--optimizer.name", "Muon")  # fmt: skip
+    runs = {choice: tmp_path / choice for choice in ("always", "never")}
+    for choice, folder in runs.items():
+        toys.launch(toy, folder, *options, "--compile.cuda_graph", choice)
+    assert toys.learned(runs["always"]) == toys.learned(runs["never"])
+    toys.assert_same_weights(toys.weights(runs["always"], 8), toys.weights(runs["never"], 8))
 
 
 def test_runs_that_compile_at_the_same_time_agree(toy, tmp_path, monkeypatch):

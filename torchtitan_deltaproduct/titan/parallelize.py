@@ -3,7 +3,8 @@
 The order is torchtitan's: checkpoint each block, compile each block, then shard. Data parallelism always goes through
 `fully_shard`: FSDP on a 1-D mesh, HSDP on a 2-D mesh, DDP as HSDP with shards of one rank. So every layout has one
 mixed-precision policy and one gradient reduction, a plain sum: the trainer divides the loss by the global number of
-tokens, and a mean over ranks (DDP's and FSDP's default) would divide a second time.
+tokens, and a mean over ranks (DDP's and FSDP's default) would divide a second time. One process shards nothing, and
+has the same precision of `LoweredWeights`.
 
 Context parallelism changes no weight and no module: blocks are told who has the other parts of a sequence, and weights
 are sharded over those ranks, too. Tensor and pipeline parallelism have their place between the steps of `parallelize`.
@@ -27,6 +28,7 @@ from ..config.job import JobConfig
 from ..memory import reshard_after_forward
 from ..ops import SAVE_FOR_SELECTIVE_AC, SequenceRanks
 from ..torch_internals import checkpointed, force_compiler_settings, start_compile_workers
+from .lowered import LoweredWeights
 from .stopping import deaf_children
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,19 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobCo
         shard(model, mesh, job_config)
     logger.info("data parallelism: %s", reason)
     return model
+
+
+def lowered_weights(model: nn.Module, job_config: JobConfig) -> LoweredWeights:
+    """What gives `model`, its weights on the device, its compute dtype in a step; FSDP does so itself."""
+    training = job_config.training
+    sharded = isinstance(model, FSDPModule)
+    dtype = TORCH_DTYPE_MAP[training.dtype if sharded else training.mixed_precision_param]
+    return LoweredWeights(model, dtype, kept=decays(model))
+
+
+def decays(model: nn.Module) -> list[nn.Module]:
+    """A_log and dt_bias of all layers: computed in float32 whatever the precision of the rest."""
+    return [block.mixer.decay for block in model.layers.values() if model.args.use_forget_gate]
 
 
 def keep_products(model: nn.Module, options: ActivationCheckpoint) -> None:
@@ -128,9 +143,8 @@ def set_up_compiler() -> None:
 
 
 def data_parallel_mesh(parallel_dims: ParallelDims, job_config: JobConfig) -> tuple[DeviceMesh | None, str]:
-    """The mesh to shard over, and the reason; no mesh for one process in full precision."""
+    """The mesh to shard over, and the reason; no mesh for one process."""
     replicate, fsdp = parallel_dims.dp_replicate, parallel_dims.dp_shard * parallel_dims.cp
-    param_dtype = job_config.training.mixed_precision_param
     if fsdp > 1 and replicate > 1:
         return parallel_dims.get_mesh(["dp_replicate", "fsdp"]), f"HSDP, {replicate} replicas of {fsdp} shards"
     if fsdp > 1:
@@ -139,9 +153,9 @@ def data_parallel_mesh(parallel_dims: ParallelDims, job_config: JobConfig) -> tu
     if replicate > 1:
         mesh = init_device_mesh(utils.device_type, (replicate, 1), mesh_dim_names=("dp_replicate", "fsdp"))
         return mesh, f"DDP over {replicate} ranks (HSDP with shards of one rank)"
-    if param_dtype != job_config.training.dtype or job_config.training.enable_cpu_offload:
+    if job_config.training.enable_cpu_offload:
         mesh = init_device_mesh(utils.device_type, (1,), mesh_dim_names=("fsdp",))
-        return mesh, f"none; FSDP2 on one rank for {param_dtype} mixed precision"
+        return mesh, "none; FSDP2 on one rank, for the sake of offloading"
     return None, "none, one process"
 
 
@@ -163,11 +177,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     reshard, reason = reshard_after_forward(job_config, mesh.size(mesh.ndim - 1), parameters, card)
     logger.info("gathered weights: %s for the backward pass (%s)", "gathered again" if reshard else "kept", reason)
-    # A_log and dt_bias are computed in float32 whatever the precision of the rest: one group for those of all layers.
-    decays = [block.mixer.decay for block in model.layers.values() if model.args.use_forget_gate]
-    if decays:
+    if in_float32 := decays(model):
         full = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-        fully_shard(decays, **(options | {"mp_policy": full}), reshard_after_forward=False)
+        fully_shard(in_float32, **(options | {"mp_policy": full}), reshard_after_forward=False)
     blocks = list(model.layers.values())
     for block in blocks:
         fully_shard(block, **options, reshard_after_forward=reshard)

@@ -28,18 +28,20 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule
 from torchtitan import train as stock
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools import utils
 from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enable_profiling
 
 from .. import events
 from ..agreement import from_rank_0
 from ..config.job import JobConfig
-from ..errors import NonFiniteError
+from ..errors import ConfigError, NonFiniteError
 from ..models.init import left_undrawn
 from ..optimizers import clip_gradients, local
+from .captured import CapturedStep, obstacle
 from .checkpointer import CheckpointManager
 from .describe import describe, resumed
 from .feed import Feed, to_device, to_host
-from .parallelize import sequence_ranks, sum_over_ranks
+from .parallelize import lowered_weights, sequence_ranks, sum_over_ranks
 from .patches import without_checkpoints_and_autocast
 from .rendezvous import own_store
 from .spec import register
@@ -73,6 +75,8 @@ class Trainer(stock.Trainer):
         self.drawn = draw
         dims, guard = self.parallel_dims, job_config.guard
         self.run_folder = Path(job_config.job.dump_folder)
+        self.weights = lowered_weights(self.model_parts[0], job_config)
+        self.captured = self.capture_steps()
         self.feed = Feed(self.dataloader, self.gradient_accumulation_steps, self.device, sequence_ranks(dims))
         self.checkpointer = CheckpointManager(
             self.feed, self.model_parts, self.optimizers, self.lr_schedulers, states={"train_state": self},
@@ -211,7 +215,8 @@ class Trainer(stock.Trainer):
         due = self.job_config.validation.enable and self.validator.should_validate(self.step)
         if not due or self.validated_step == self.step:
             return None
-        stop = self.validator.validate(self.model_parts, self.step)
+        with self.weights:
+            stop = self.validator.validate(self.model_parts, self.step)
         if not stop:
             self.validated_step = self.step
             if self.saves:
@@ -238,13 +243,18 @@ class Trainer(stock.Trainer):
 
     def train_step(self, feed: Feed) -> str | None:
         """One optimizer step over one global batch; returns why to stop after it, the same on all ranks."""
-        self.optimizers.zero_grad()
+        step = self.captured or self.forward_backward_step
+        if self.captured is None:
+            self.optimizers.zero_grad()
+        else:
+            self.captured.zero_gradients()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         microbatches, tokens = self.next_global_batch(feed)
         loss = torch.zeros(1, dtype=torch.float64, device=self.device)
-        for i, (inputs, labels) in enumerate(microbatches):
-            reduce_gradients(self.model_parts, i == len(microbatches) - 1)
-            loss += self.forward_backward_step(input_dict=inputs, labels=labels, global_valid_tokens=tokens)
+        with self.weights:
+            for i, (inputs, labels) in enumerate(microbatches):
+                reduce_gradients(self.model_parts, i == len(microbatches) - 1)
+                loss += step(input_dict=inputs, labels=labels, global_valid_tokens=tokens)
         parameters = [p for model in self.model_parts for p in model.parameters()]
         grad_norm = clip_gradients(parameters, self.job_config.training.max_norm).to(self.device)
         ahead = self.read_ahead(feed)
@@ -288,16 +298,37 @@ class Trainer(stock.Trainer):
                 events.append(self.run_folder, "loss_spike", step=self.step, loss=loss, samples=[first, last])
 
     def forward_backward_step(
-        self, *, input_dict: dict, labels: torch.Tensor, global_valid_tokens: float
+        self, *, input_dict: dict, labels: torch.Tensor, global_valid_tokens: torch.Tensor
     ) -> torch.Tensor:
-        """The loss of a micro-batch over the tokens of its global batch, [] on the device; adds to the gradients."""
+        """Adds to the gradients what a micro-batch contributes.
+
+        Args:
+            input_dict: of the model, on the device.
+            labels: [B, T].
+            global_valid_tokens: [] float32 on the device.
+
+        Returns:
+            The loss of the micro-batch over the tokens of its global batch, [] on the device.
+        """
         inputs = {name: tensor for name, tensor in input_dict.items() if name != "input"}
         loss = self.model_parts[0](input_dict["input"], **inputs, labels=labels) / global_valid_tokens
         loss.backward()
+        self.weights.collect()
         return loss.detach()
 
-    def next_global_batch(self, feed: Feed) -> tuple[list, float]:
-        """This rank's micro-batches, and the number of valid tokens in the whole global batch (at least 1)."""
+    def capture_steps(self) -> CapturedStep | None:
+        """What launches a micro-batch as one CUDA graph, where it can and is to."""
+        card = utils.device_module.get_device_properties(utils.device_module.current_device()).total_memory
+        reason = obstacle(self.job_config, self.device, dist.get_world_size(), card)
+        if reason and self.job_config.compile.cuda_graph == "always":
+            raise ConfigError(f'[compile] cuda_graph = "always": {reason}; use "auto"')
+        if self.device.type == "cuda":
+            logger.info("a micro-batch: %s", f"launched kernel by kernel ({reason})" if reason else "one CUDA graph")
+        return None if reason else CapturedStep(self.forward_backward_step, self.model_parts[0].parameters())
+
+    def next_global_batch(self, feed: Feed) -> tuple[list, torch.Tensor]:
+        """This rank's micro-batches, and the number of valid tokens in the whole global batch (at least 1): [] float32
+        on the device, since a graph would keep a number of the host's for ever."""
         microbatches = feed.take()
         self.metrics_processor.ntokens_since_last_log += sum(labels.numel() for _, labels in microbatches)
         if self.tokens_ahead is None:
@@ -306,7 +337,7 @@ class Trainer(stock.Trainer):
             self.metrics_processor.data_loading_times.append(feed.seconds)
         else:
             tokens = [self.tokens_ahead]
-        return microbatches, max(1.0, tokens[0])
+        return microbatches, to_device(torch.tensor(max(1.0, tokens[0])), self.device)
 
     def read_ahead(self, feed: Feed) -> int:
         """Reads the next step's batch if there is to be one; returns its labels on this rank."""
