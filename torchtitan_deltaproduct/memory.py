@@ -270,6 +270,8 @@ def _gathered_weights(config: JobConfig, world_size: int, parts: Mapping[str, in
     if world_size == 1 and activation_width(config) == _FLOAT32:
         return 0
     total = sum(parts.values())
+    if world_size == 1 and not config.training.enable_cpu_offload:
+        return total
     if not reshard_after_forward(config, shard_degree(config, world_size), total)[0]:
         return total
     around = parts["embedding"] + parts["head"]

@@ -58,7 +58,7 @@ def test_setting_a_refused_option_is_an_error_and_its_default_is_not(key, proble
 
 
 SETTINGS = {
-    "one rank in bfloat16, sharded": "--training.mixed_precision_param=bfloat16 --debug.deterministic "
+    "in bfloat16": "--training.mixed_precision_param=bfloat16 --debug.deterministic "
     "--validation.prompts=def",
     "checkpointed": "--optimizer.name=Muon --lr_scheduler.schedule=wsd --activation_checkpoint.mode=selective "
     "--model.intermediate_size=none --checkpoint.last_save_model_only",
@@ -77,7 +77,9 @@ SETTINGS = {
 PROFILER = "save_traces_folder profile_freq profiler_active profiler_warmup save_memory_snapshot_folder"
 ELSEWHERE = {"job.config_file": "torchtitan_deltaproduct.config.load"}
 ELSEWHERE |= {f"profiling.{name}": "torchtitan.tools.profiling" for name in PROFILER.split()}
-"""Who reads the options that such a run does not come to: the profiler needs CUDA."""
+SHARDING = "training.mixed_precision_reduce parallelism.fsdp_reshard_after_forward"
+ELSEWHERE |= dict.fromkeys(SHARDING.split(), "torchtitan_deltaproduct.titan.parallelize")
+"""Who reads the options that such a run does not come to: the profiler needs CUDA, sharding a second rank."""
 BYSTANDERS = ("dataclasses", "copy", "torchtitan_deltaproduct.options", "torchtitan_deltaproduct.config.snapshots")
 """Modules that look at every option alike."""
 
