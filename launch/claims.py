@@ -264,7 +264,7 @@ def expectations(file: Path, entries: Any, settings: set[str]) -> list[Expectati
 
 
 def verdict(claim: Claim, results: Results) -> Verdict:
-    """What came of a claim, in words; runs that are not as expected are named even where most are."""
+    """What came of a claim, in words; the runs that are not as expected are named where an expectation is missed."""
     summary, lines, holds = results.summary, [], True
     if not summary.results:
         return Verdict("not run yet", [])
@@ -278,9 +278,10 @@ def verdict(claim: Claim, results: Results) -> Verdict:
             )
         for setting in one.settings:
             judged = [(run, one.holds(run, summary)) for run in summary.of(setting)]
-            good, bad = ([run for run, fits in judged if fits is answer] for answer in (True, False))
-            holds &= len(bad) < len(good) if one.seeds == "most" else bool(good) and not bad
-            if bad:
+            good, bad = ([run for run, right in judged if right is answer] for answer in (True, False))
+            fits = len(bad) < len(good) if one.seeds == "most" else bool(good) and not bad
+            holds &= fits
+            if bad and not fits:
                 lines.append(
                     f"{claim.label(setting)}: {one}; not in {', '.join(_seed(run, one.metric) for run in bad)}"
                 )

@@ -242,6 +242,7 @@ def saved_by_processes(rank: int, argv: list[str]) -> None:
     assert signalled
 
 
+@pytest.mark.slow
 def test_saves_by_other_processes(toy, tmp_path):
     """As `async_with_pinned_mem` has it; the processes do not die of the cluster's signals."""
     run = tmp_path / "run"
@@ -381,6 +382,7 @@ def test_noise_in_the_files_of_a_run_does_not_end_it(toy, unbroken, tmp_path, na
     assert_same_weights(weights(run, 8), weights(unbroken, 8))
 
 
+@pytest.mark.slow
 def test_a_hanging_rank(toy, tmp_path):
     """Rank 1 never ends step 5: both write their stacks and exit, torchrun starts both again."""
     run = tmp_path / "run"

@@ -117,6 +117,6 @@ def check(rank: int, ranks: int) -> None:
         same_muon(mesh)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_same_as_torch(ranks):
     run_distributed(check, ranks, (ranks,))

@@ -1,5 +1,7 @@
 """Samples while training on two ranks that share weights and sequences."""
 
+import pytest
+
 from tests import toy as toys
 from tests.dist.test_resume import continue_on
 from tests.processes import run_distributed
@@ -10,6 +12,7 @@ SPREAD = ("--training.steps", "4", "--parallelism.context_parallel_degree", "2",
           "--parallelism.fsdp_reshard_after_forward", "always", "--activation_checkpoint.mode", "full")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_ranks_with_every_wrapper(toy, tmp_path):
     """Context parallelism over FSDP2, checkpointed and compiled blocks: as an evaluation of the checkpoint says."""
     plain, run = tmp_path / "plain", tmp_path / "run"

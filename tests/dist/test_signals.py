@@ -102,8 +102,8 @@ def stop_and_go_on(toy, run, unbroken, moment, number, *, target="rank 0", ranks
     ("startup", signal.SIGTERM, (), False, 0),
     ("step", signal.SIGINT, (), True, 5),
     ("save", signal.SIGUSR1, ASYNC, False, 5),
-    ("validation", signal.SIGUSR1, (), True, 4),
-    ("last step", signal.SIGTERM, (), False, 8),
+    pytest.param("validation", signal.SIGUSR1, (), True, 4, marks=pytest.mark.slow),
+    pytest.param("last step", signal.SIGTERM, (), False, 8, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_one_process(toy, tmp_path, unbroken, moment, number, options, twice, step):
     stop = stop_and_go_on(toy, tmp_path / "run", unbroken, moment, number, options=options, twice=twice)

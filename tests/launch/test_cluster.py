@@ -103,6 +103,7 @@ def test_two_nodes_requeued_after_a_signal(submit, unbroken):
     assert_same_weights(weights(training.run, 8), weights(unbroken, 8))
 
 
+@pytest.mark.slow
 def test_cancelled_by_its_user(submit):
     """It saves and ends for good; meanwhile no second job gets into the run."""
     training = submit(nodes=1)

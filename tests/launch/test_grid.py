@@ -125,6 +125,7 @@ def test_trains_evaluates_tells_and_reuses(toml, capsys):
         grid.main([str(toml), "--model.head_dim", "4"])
 
 
+@pytest.mark.slow
 def test_a_run_of_another_schedule_is_not_gone_on_from(toml):
     """A try-out of few steps has decayed; of the same rates it is the beginning of the longer run."""
     constant = ("--only", "num_householder-1", "--lr_scheduler.warmup_steps", "0", "--lr_scheduler.decay_ratio")

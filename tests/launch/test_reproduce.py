@@ -71,7 +71,7 @@ def judged(claim, solving, others) -> claims.Verdict:
 
 @pytest.mark.parametrize(("solving", "others", "word", "line"), [
     ((1.0,), (0.3,), "as expected", ""),
-    ((1.0, 1.0, 0.5), (0.3,), "as expected", "solved at least 1 in more than half of the seeds; not in seed 2"),
+    ((1.0, 1.0, 0.5), (0.3,), "as expected", ""),
     ((1.0, 0.5), (0.3,), "not as expected", "n_h = 2, [-1, 1]: solved at least 1 in more than half of the seeds; not"),
     ((1.0,), (0.3, 0.75), "not as expected", "tested length below 0.7 in all seeds; not in seed 1 (0.7500)"),
     ((), (), "not run yet", ""),
@@ -264,6 +264,7 @@ def test_a_misspelled_metric_is_no_failed_expectation(toy_claim):
         judged(claim, (1.0,), (0.3,))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_is_evaluated_where_it_ends(toy_claim, capsys):
     """Its evaluation is planned while its newest checkpoint is one of the middle."""
     assert reproduce.main(["toy", "--training.steps", "1", "--lr_scheduler.total_steps", "2"]) == 1

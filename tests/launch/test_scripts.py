@@ -82,6 +82,7 @@ def test_layout():
     assert 1 <= threads(10_000) == 1 and threads(1) <= 8
 
 
+@pytest.mark.slow
 def test_local_stops_and_goes_on(toy, tmp_path, unbroken):
     """Two ranks; SIGUSR1 to the script itself, which is torchrun by then; the same command again."""
     run = tmp_path / "run"
@@ -107,6 +108,7 @@ def hosts(tmp_path):
     return {"PATH": path, "NPROC": "1", "RDZV_ENDPOINT": f"127.0.0.1:{free_port()}"}
 
 
+@pytest.mark.slow
 def test_two_nodes_over_ssh(toy, tmp_path, hosts, unbroken):
     """A real rendezvous of two nodes, with values that a shell would take apart."""
     run = tmp_path / "a run"

@@ -15,7 +15,11 @@ from torchtitan_deltaproduct.checkpoint.load import load_model
 from torchtitan_deltaproduct.errors import CheckpointError, ConfigError
 from torchtitan_deltaproduct.models.hf_names import to_hf as under_fla_names
 
-fla_on_cpu = pytest.importorskip("tests.unit.checkpoint.fla_on_cpu")
+
+@pytest.fixture(scope="module")
+def fla_on_cpu():
+    """Loaded when it is needed: it takes seconds, which every worker would spend to collect the tests."""
+    return pytest.importorskip("tests.unit.checkpoint.fla_on_cpu")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def write(folder, model, args=None):
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_fla_gives_our_logits(name, n, tmp_path, monkeypatch):
+def test_fla_gives_our_logits(name, n, tmp_path, monkeypatch, fla_on_cpu):
     from transformers import AutoModelForCausalLM
 
     model = small_model(torch.float32, **SETTINGS[name], num_householder=n)

@@ -58,8 +58,7 @@ def test_setting_a_refused_option_is_an_error_and_its_default_is_not(key, proble
 
 
 SETTINGS = {
-    "in bfloat16": "--training.mixed_precision_param=bfloat16 --debug.deterministic "
-    "--validation.prompts=def",
+    "in bfloat16": "--training.mixed_precision_param=bfloat16 --debug.deterministic --validation.prompts=def",
     "checkpointed": "--optimizer.name=Muon --lr_scheduler.schedule=wsd --activation_checkpoint.mode=selective "
     "--model.intermediate_size=none --checkpoint.last_save_model_only",
     "compiled": "--compile.enable --compile.backend=eager --activation_checkpoint.mode=memory_budget "

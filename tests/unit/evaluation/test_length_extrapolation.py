@@ -429,6 +429,7 @@ def test_results_on_other_data_are_not_overwritten(run, data, tmp_path, no_pictu
     assert [entry["data"]["wanted"]["data"] for entry in entries(tmp_path / "out")] == sets
 
 
+@pytest.mark.slow
 def test_names_in_a_locale_that_cannot_write_them(run, tmp_path):
     """In a process of its own, for Python takes its locale when it starts."""
     (tmp_path / "日本").mkdir()

@@ -135,5 +135,6 @@ def test_backends_that_have_none():
         gated_delta_product(**args, num_householder=1, ranks=ranks)
 
 
+@pytest.mark.slow
 def test_our_kernels():
     run_interpreted("tests/unit/ops/interpreted_shards.py")

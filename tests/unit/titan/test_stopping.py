@@ -81,6 +81,7 @@ assert pool.process.poll() is None
 """
 
 
+@pytest.mark.slow
 def test_compile_workers_outlive_a_signal(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
