@@ -245,9 +245,9 @@ def test_changed_settings(toy, tmp_path, caplog):
     train(toy, run, "--optimizer.lr", "0.001", "--optimizer.weight_decay", "0.5", "--metrics.log_freq", "2")
     rates = [r["lr"] for r in records(run) if "lr" in r]
     assert rates[3] > 0.005 and rates[4] < 0.001
-    saved = weights(run, 8)
-    assert saved["optimizer.param_groups.layers.0.mixer.q_proj.weight.weight_decay"] == 0.5
-    assert saved["optimizer.param_groups.norm.weight.weight_decay"] == 0.0
+    # Nor are settings saved with each parameter: moments, and the step they are of.
+    names = {name.rpartition(".")[2] for name in weights(run, 8) if name.startswith("optimizer.")}
+    assert names == {"exp_avg", "exp_avg_sq", "step"}
     assert json.loads((run / "checkpoint/step-8/config.json").read_text())["config"]["optimizer"]["lr"] == 0.001
 
 

@@ -91,14 +91,13 @@ class GroupedOptimizers(OptimizersContainer):
                 continue
             optimizer.step()
 
+    def state_dict(self) -> dict:
+        """The moments and steps by parameter. Settings, a dozen small objects for each, come from the config."""
+        return {name: value for name, value in super().state_dict().items() if not name.startswith("param_groups.")}
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores the moments; the settings of the groups stay those of the config."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        super().load_state_dict(state_dict)
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        for group, values in zip(groups, settings, strict=True):
-            group.update(values)
+        super().load_state_dict(super().state_dict() | state_dict)
 
 
 class Schedules(LRSchedulersContainer):
