@@ -129,6 +129,7 @@ def test_out_of_time(submit):
     assert "walltime: until " in training.printed() and "(SLURM_JOB_END_TIME)" in training.printed()
 
 
+@pytest.mark.slow
 def test_refused_settings_are_not_requeued(submit):
     training = submit("--data.paths", "nowhere", nodes=1)
     training.cluster.wait_for(training.job, "FAILED", Restarts="0")

@@ -62,7 +62,11 @@ def test_the_commands_are_found():
             "to_hf", "from_hf", "state_tracking", "status", "compare", "report", "ls", "verify"} <= names  # fmt: skip
 
 
-@pytest.mark.parametrize("words", RUN, ids=lambda words: " ".join(words[2:])[:60])
+# lm_eval takes twenty seconds to import; tests/unit/evaluation/test_lm_harness.py calls it, too.
+CASES = [pytest.param(w, marks=pytest.mark.slow) if w[2].endswith("lm_harness") else w for w in RUN]
+
+
+@pytest.mark.parametrize("words", CASES, ids=lambda words: " ".join(words[2:])[:60])
 def test_it_runs(here, hub, words):
     module = words[2].rpartition(".")[2]
     if module == "prepare":
