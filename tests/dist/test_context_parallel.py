@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tests.dist.test_equivalence import TRACED
 from tests.processes import run_distributed
 from tests.toy import arguments, assert_close, kill, launch, learned, log_of, records, train, wait_for
 from torchtitan_deltaproduct.config import load_config
@@ -170,7 +171,7 @@ def reference(toy, tmp_path_factory):
 
 def test_training_on_two_ranks(toy, reference, tmp_path):
     """Tokens, losses and validation of one rank: plain, and with all else that a run has."""
-    options = {"plain": PLAIN, "rich": (*PLAIN, *RICH, *OP_AC, "--compile.enable")}
+    options = {"plain": PLAIN, "rich": (*PLAIN, *RICH, *OP_AC, *TRACED)}
     run_distributed(
         train_all, 2, ([arguments(toy, tmp_path / name, (*more, *cp(2))) for name, more in options.items()],)
     )

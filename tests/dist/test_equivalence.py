@@ -8,6 +8,8 @@ from tests.processes import run_distributed
 from tests.toy import arguments, assert_close, learned, records, train
 from torchtitan_deltaproduct.config import load_config
 
+# Compiled but for Inductor's code, for which gcc takes half a minute: "compile" and "fsdp-compile-op-ac" have it.
+TRACED = ["--compile.enable", "--compile.backend", "aot_eager"]
 TWO_RANKS = {
     "fsdp": [],
     "ddp": ["--parallelism.data_parallel_replicate_degree", "2"],
@@ -22,17 +24,12 @@ ONE_RANK = {
     "compile": ["--compile.enable"],
     "layer-ac": ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "2"],
     "op-ac": ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"],
-    "compile-products-ac": [
-        "--compile.enable",
-        "--activation_checkpoint.mode",
-        "selective",
-        "--activation_checkpoint.selective_ac_option",
-        "products",
-    ],
+    "compile-products-ac": [*TRACED, "--activation_checkpoint.mode", "selective",
+                            "--activation_checkpoint.selective_ac_option", "products"],
     "full-ac": ["--activation_checkpoint.mode", "full"],
-    "memory-budget": ["--compile.enable", "--activation_checkpoint.mode", "memory_budget"],
+    "memory-budget": [*TRACED, "--activation_checkpoint.mode", "memory_budget"],
     "workers": ["--data.num_workers", "2"],
-}
+}  # fmt: skip
 # Gates, untied head, documents: what the plain toy does not have.
 RICH = ["--model.use_forget_gate", "--model.use_output_gate", "--model.no-tie_word_embeddings",
         "--data.reset_state_at_documents", "--model.num_householder", "3"]  # fmt: skip
@@ -69,7 +66,7 @@ def test_one_rank(toy, reference, tmp_path, name):
 def test_two_ranks(toy, reference, tmp_path):
     plain = {name: tmp_path / name for name in TWO_RANKS}
     commands = [arguments(toy, run, ("--checkpoint.no-enable", *TWO_RANKS[name])) for name, run in plain.items()]
-    rich = {"rich": [], "rich-reshard": TWO_RANKS["fsdp-reshard"], "rich-compile": ["--compile.enable"]}
+    rich = {"rich": [], "rich-reshard": TWO_RANKS["fsdp-reshard"], "rich-compile": TRACED}
     for name, options in rich.items():
         commands.append(arguments(toy, tmp_path / name, ("--checkpoint.no-enable", *RICH, *options)))
     run_distributed(train_all, 2, (commands,))
