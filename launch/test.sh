@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the project with its test dependencies and lm-eval, and runs the suite (a quarter of an hour on two slow cores).
+# Installs the project with its test dependencies and lm-eval, and runs the suite (eleven minutes on two slow cores).
 #
 #   bash launch/test.sh [pytest arguments]        e.g.  bash launch/test.sh tests/unit -k order
 #   bash launch/test.sh -m slow                   the long checks

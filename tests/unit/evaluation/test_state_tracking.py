@@ -311,3 +311,9 @@ def test_labels_tell_settings_apart_in_few_words():
     assert (one.differs, one.short) == ("step 4900", "step 4900") and one.label == "n_h = 2, [-1, 1], step 4900"
     (one,) = by_setting([run(4900, "Muon", 0.5)])
     assert (one.differs, one.label) == ("", "n_h = 2, [-1, 1]")
+
+
+def test_values_that_need_no_name():
+    settings = {"data.curriculum_start": 0, "training.steps": 7840, "optimizer.lr": 0.1}
+    assert results._told(settings, list(settings)) == ["whole words", "7,840 steps", "lr 0.1"]
+    assert results._told(settings | {"data.curriculum_start": 4}, ["data.curriculum_start"]) == ["words from 4 tokens"]

@@ -9,8 +9,10 @@ answer each, it is the accuracy of rows no longer than in training, and of longe
 (accuracy - chance) / (1 - chance), as in Grazzi et al. 2025.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -33,7 +35,12 @@ TRAINED = ("model", "data", "training", "optimizer", "lr_scheduler")
 ALIKE = (OTHER_ROUNDING, SPEED_AND_MEMORY)
 """What a change of an option means that makes no other setting, beside a harmless one."""
 SEEDS = ("data.seed", "debug.seed")
-WORDS = {"optimizer.name": "{value}", "training.steps": "{value:,} steps", "training.mixed_precision_param": "{value}"}
+WORDS: dict[str, Callable[[Any], str]] = {
+    "optimizer.name": str,
+    "training.steps": "{:,} steps".format,
+    "training.mixed_precision_param": str,
+    "data.curriculum_start": lambda start: f"words from {start} tokens" if start else "whole words",
+}
 """How values are told that need no name."""
 
 
@@ -294,7 +301,7 @@ def by_setting(results: list[RunResult]) -> list[Setting]:
 
 def _told(own: dict, keys: list[str]) -> list[str]:
     """`7,840 steps`, `Muon`, `decay_ratio 0.3`: some of the values of a setting."""
-    return [WORDS.get(key, "{name} {value}").format(name=key.split(".")[1], value=own[key]) for key in keys]
+    return [WORDS[key](own[key]) if key in WORDS else f"{key.split('.')[1]} {own[key]}" for key in keys]
 
 
 def read_settings(paths: list[Path]) -> list[Setting]:
