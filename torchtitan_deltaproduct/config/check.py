@@ -265,6 +265,10 @@ RULES: list[tuple[str, Judge]] = [
     _needs_cuda("profiling.enable_profiling", True, "torchtitan's profiler"),
     _needs_cuda("profiling.enable_memory_snapshot", True, "a memory snapshot"),
     _needs_cuda("checkpoint.async_mode", "async_with_pinned_mem", "pinned memory"),
+    _needs_cuda("compile.cuda_graph", "always", "a CUDA graph"),
+    ("compile.cuda_graph activation_checkpoint.mode",
+     lambda c, e: c.compile.cuda_graph == "always" and c.activation_checkpoint.mode in ("selective", "full")
+     and 'no graph is made of a step with activation checkpointing: use "auto", or mode = "none"'),
     ("profiling.profile_freq profiling.profiler_warmup profiling.profiler_active", _profile_cycle),
     ("activation_checkpoint.mode compile.enable compile.components",
      lambda c, e: c.activation_checkpoint.mode == "memory_budget"

@@ -77,6 +77,10 @@ CONTRADICTIONS = [
     ("[training]\nglobal_batch_size = 12\n", "must be a multiple of local_batch_size = 8"),
     ('[activation_checkpoint]\nmode = "memory_budget"\n', "needs [compile] enable = true"),
     ("[compile]\nenable = true\ncomponents = []\n", "nothing to compile"),
+    (
+        '[compile]\ncuda_graph = "always"\n[activation_checkpoint]\nmode = "full"\n',
+        "no graph is made of a step with activation checkpointing",
+    ),
     ("[validation]\nenable = true\n", "nothing to validate on"),
     ("[debug]\ndeterministic_warn_only = true\n", "does nothing without deterministic = true"),
     ('[checkpoint]\nexport_dtype = "bfloat16"\n', "does nothing without last_save_model_only = true"),
@@ -134,6 +138,7 @@ ON_A_CPU = Environment(world_size=1, cuda=False)
         ("[profiling]\nenable_profiling = true\n", "torchtitan's profiler needs CUDA"),
         ("[profiling]\nenable_memory_snapshot = true\n", "a memory snapshot needs CUDA"),
         ('[checkpoint]\nasync_mode = "async_with_pinned_mem"\n', "pinned memory needs CUDA"),
+        ('[activation_checkpoint]\nmode = "none"\n[compile]\ncuda_graph = "always"\n', "a CUDA graph needs CUDA, and there is none"),
         ('[model]\nop_backend = "fla"\n', "fla runs on CUDA only"),
         ('[model]\nop_backend = "triton"\n', "triton runs on CUDA only"),
     ],

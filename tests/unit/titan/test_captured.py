@@ -79,7 +79,7 @@ CONFIG = "train_configs/state_tracking/S5_n4.toml"
         ([], "cuda", 1, "as set"),
         (["--compile.cuda_graph=auto"], "cpu", 1, "device is cpu"),
         (["--compile.cuda_graph=auto"], "cuda", 2, "several ranks"),
-        (["--compile.cuda_graph=always", "--activation_checkpoint.mode=full"], "cuda", 1, "activation checkpointing"),
+        (["--compile.cuda_graph=auto", "--activation_checkpoint.mode=full"], "cuda", 1, "activation checkpointing"),
         (["--compile.cuda_graph=always", "--model.op_backend=fla"], "cuda", 1, "fla chooses kernels while it runs"),
         (["--compile.cuda_graph=auto", "--compile.no-enable"], "cuda", 1, "nothing is compiled"),
         (["--compile.cuda_graph=always", "--compile.no-enable"], "cuda", 1, None),
