@@ -138,7 +138,10 @@ ON_A_CPU = Environment(world_size=1, cuda=False)
         ("[profiling]\nenable_profiling = true\n", "torchtitan's profiler needs CUDA"),
         ("[profiling]\nenable_memory_snapshot = true\n", "a memory snapshot needs CUDA"),
         ('[checkpoint]\nasync_mode = "async_with_pinned_mem"\n', "pinned memory needs CUDA"),
-        ('[activation_checkpoint]\nmode = "none"\n[compile]\ncuda_graph = "always"\n', "a CUDA graph needs CUDA, and there is none"),
+        (
+            '[activation_checkpoint]\nmode = "none"\n[compile]\ncuda_graph = "always"\n',
+            "a CUDA graph needs CUDA, and there is none",
+        ),
         ('[model]\nop_backend = "fla"\n', "fla runs on CUDA only"),
         ('[model]\nop_backend = "triton"\n', "triton runs on CUDA only"),
     ],
