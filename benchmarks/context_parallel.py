@@ -53,7 +53,7 @@ def train(options: argparse.Namespace, length: int, over_ranks: bool) -> dict[st
     from torchtitan_deltaproduct.config import load_config
     from torchtitan_deltaproduct.models import counts
     from torchtitan_deltaproduct.titan.feed import own_part
-    from torchtitan_deltaproduct.titan.parallelize import sequence_ranks
+    from torchtitan_deltaproduct.titan.parallelize import lowered_weights, sequence_ranks
     from torchtitan_deltaproduct.titan.spec import ModelArgs
 
     cuda, world, rank = options.device == "cuda", dist.get_world_size(), dist.get_rank()
@@ -69,7 +69,7 @@ def train(options: argparse.Namespace, length: int, over_ranks: bool) -> dict[st
     tokens = torch.randint(args.architecture.vocab_size, (1, length), generator=random)
     inputs, labels = own_part(({"input": tokens}, tokens.roll(-1, 1)), sequence_ranks(dims))
     tokens, labels = inputs["input"].to(options.device), labels.to(options.device)
-    step = step_of(model, lambda: model(tokens, labels=labels) / (own * world))
+    step = step_of(model, lowered_weights(model, config), lambda: model(tokens, labels=labels) / (own * world))
     seconds = []
     for i in range(WARM_UP + options.steps):
         if cuda and i == WARM_UP:

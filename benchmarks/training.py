@@ -131,10 +131,7 @@ def step_of(model, weights, loss_of_step: Callable, graph: bool = False) -> Call
     captured = CapturedStep(forward_backward, model.parameters()) if graph else None
 
     def step():
-        if captured:
-            captured.zero_gradients()
-        else:
-            optimizer.zero_grad()
+        (captured or optimizer).zero_grad()
         with weights:
             loss = (captured or forward_backward)()
         clip_gradients(model.parameters(), 1.0)

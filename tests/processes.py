@@ -174,8 +174,8 @@ def serve() -> None:
 
 
 def _end(program: Callable[[], None]) -> NoReturn:
-    """Runs a program, and ends this process as Python would, but that it takes nothing apart: a second of what was
-    imported before, in every process."""
+    """Runs a program, and ends this process as Python would, but that it takes nothing apart: what was imported
+    before is much, and there are hundreds of processes."""
     code: object = 0
     try:
         program()

@@ -8,7 +8,7 @@ from tests.processes import run_distributed
 from tests.toy import arguments, assert_close, learned, records, train
 from torchtitan_deltaproduct.config import load_config
 
-# Compiled but for Inductor's code, for which gcc takes half a minute: "compile" and "fsdp-compile-op-ac" have it.
+# Compiled but for Inductor's code, with which gcc takes long: "compile" and "fsdp-compile-op-ac" have it.
 TRACED = ["--compile.enable", "--compile.backend", "aot_eager"]
 TWO_RANKS = {
     "fsdp": [],

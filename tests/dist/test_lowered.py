@@ -6,20 +6,26 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tests.processes import run_distributed
-from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
+from torchtitan_deltaproduct.config import JobConfig, load_config
+from torchtitan_deltaproduct.models import DeltaProductLM
 from torchtitan_deltaproduct.optimizers import local
+from torchtitan_deltaproduct.titan import device
 from torchtitan_deltaproduct.titan.lowered import LoweredWeights
+from torchtitan_deltaproduct.titan.parallelize import lowered_weights, shard
 
-SHAPE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16}
+TOML = "train_configs/state_tracking/S5_n4.toml"
+SMALL = ("hidden_size=32", "num_heads=2", "head_dim=16", "num_hidden_layers=2", "num_householder=2", "vocab_size=50")
+RICH = ("use_forget_gate=true", "use_output_gate=true", "tie_word_embeddings=true")
 
 
-def model_of(**options) -> DeltaProductLM:
-    model = DeltaProductLM(DeltaProductArgs(**SHAPE, num_householder=2, intermediate_size=48, **options))
+def built(*options: str) -> tuple[DeltaProductLM, JobConfig]:
+    words = [f"--model.{option}" for option in (*SMALL, *options)]
+    config = load_config(["--job.config_file", TOML, "--training.mixed_precision_param=bfloat16", *words])
+    model = DeltaProductLM(config.model)
     model.init_weights()
-    return model
+    return model, config
 
 
 def backward(model: nn.Module, micro_batch: int) -> torch.Tensor:
@@ -30,19 +36,13 @@ def backward(model: nn.Module, micro_batch: int) -> torch.Tensor:
 
 
 def same_as_fsdp(rank: int) -> None:
-    for options in ({}, {"use_forget_gate": True, "use_output_gate": True, "tie_word_embeddings": True}):
-        ours = model_of(**options)
+    device.install("cpu")
+    for options in ((), RICH):
+        ours, config = built(*options)
         theirs = copy.deepcopy(ours)
-        decays = [block.mixer.decay for block in ours.layers.values()] if options else []
-        mesh = init_device_mesh("cpu", (1,))
-        full = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
-        lowered = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        if options:
-            fully_shard([block.mixer.decay for block in theirs.layers.values()], mesh=mesh, mp_policy=full)
-        for block in theirs.layers.values():
-            fully_shard(block, mesh=mesh, mp_policy=lowered)
-        fully_shard(theirs, mesh=mesh, mp_policy=lowered)
-        weights = LoweredWeights(ours, torch.bfloat16, kept=decays)
+        shard(theirs, init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",)), config)
+        weights = lowered_weights(ours, config)
+        assert not lowered_weights(theirs, config)._copies
         for step in range(2):
             for micro_batch in range(2):
                 theirs.set_requires_gradient_sync(micro_batch == 1)
@@ -63,10 +63,9 @@ def test_as_fsdp_on_one_rank():
 
 def test_the_weights_are_there_again():
     """Also after an error; what is kept stays itself, and nobody else's gradients are touched."""
-    model = model_of(use_forget_gate=True)
-    decays = [block.mixer.decay for block in model.layers.values()]
+    model, config = built(*RICH)
     before = dict(model.named_parameters())
-    weights = LoweredWeights(model, torch.bfloat16, kept=decays)
+    weights = lowered_weights(model, config)
     with pytest.raises(ZeroDivisionError), weights:
         within = dict(model.named_parameters())
         kept = {name for name, weight in within.items() if weight is before[name]}
@@ -79,7 +78,7 @@ def test_the_weights_are_there_again():
 
 
 def test_nothing_to_lower():
-    model = model_of()
+    model, _ = built()
     with LoweredWeights(model, torch.float32) as weights:
         backward(model, 0)
         gradients = [weight.grad for weight in model.parameters()]

@@ -31,17 +31,20 @@ def run(toy, tmp_path_factory):
 
 def test_it_runs_on_our_kernels_and_learns(run):
     log = toys.log_of(run)
-    assert "runs on backend triton" in log and "device: cuda" in log and "a micro-batch: one CUDA graph" in log
+    assert "runs on backend triton" in log and "device: cuda" in log and "kernel by kernel (as set)" in log
     losses = [r["loss"] for r in toys.records(run) if "loss" in r]
     assert losses[-1] < losses[0] - 0.2 and last_stop(read_events(run))["reason"] == "finished"
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async", "async_with_pinned_mem"])
-def test_killed_and_restarted(toy, run, tmp_path, mode, monkeypatch):
+@pytest.mark.parametrize(("mode", "graph"), [
+    ("disabled", "never"), ("async", "never"), ("async_with_pinned_mem", "never"), ("async_with_pinned_mem", "always"),
+])  # fmt: skip
+def test_killed_and_restarted(toy, run, tmp_path, mode, graph, monkeypatch):
     """As on another node, where nothing is compiled yet."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    killed, options = tmp_path / "run", (*MODEL, "--compile.enable", "--checkpoint.async_mode", mode)
+    killed, options = tmp_path / "run", (*MODEL, "--compile.enable", "--checkpoint.async_mode", mode,
+                                          "--compile.cuda_graph", graph)  # fmt: skip
     process = toys.launch(toy, killed, *options, wait=False)
     toys.wait_for(killed, "step 5/8", 300)
     toys.kill(process)

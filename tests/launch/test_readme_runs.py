@@ -62,7 +62,7 @@ def test_the_commands_are_found():
             "to_hf", "from_hf", "state_tracking", "status", "compare", "report", "ls", "verify"} <= names  # fmt: skip
 
 
-# lm_eval takes twenty seconds to import; tests/unit/evaluation/test_lm_harness.py calls it, too.
+# lm_eval is slow to import; tests/unit/evaluation/test_lm_harness.py calls it, too.
 CASES = [pytest.param(w, marks=pytest.mark.slow) if w[2].endswith("lm_harness") else w for w in RUN]
 
 

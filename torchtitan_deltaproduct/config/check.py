@@ -209,6 +209,19 @@ def _run_folder(c: JobConfig, e: Environment) -> str | None:
     return f"{lowest} is no folder, so there cannot be one" if e.files and not lowest.is_dir() else None
 
 
+def graph_obstacle(c: JobConfig, e: Environment) -> str | None:
+    """Why a micro-batch cannot be one CUDA graph, by what is known of the machine."""
+    if e.cuda is False:
+        return "there is no CUDA"
+    if (e.world_size or 1) > 1:
+        return f"there are {e.world_size} ranks"
+    if c.activation_checkpoint.mode in ("selective", "full"):
+        return f'activation_checkpoint.mode is "{c.activation_checkpoint.mode}"'
+    if c.training.enable_cpu_offload:
+        return "weights are offloaded"
+    return "fla chooses kernels while it runs" if c.model.op_backend == "fla" else None
+
+
 def _needs_cuda(key: str, setting: Any, what: str) -> tuple[str, Judge]:
     text = f"{what} needs CUDA, and there is none"
     return key, lambda c, e: e.cuda is False and value_of(c, key) == setting and text
@@ -265,10 +278,9 @@ RULES: list[tuple[str, Judge]] = [
     _needs_cuda("profiling.enable_profiling", True, "torchtitan's profiler"),
     _needs_cuda("profiling.enable_memory_snapshot", True, "a memory snapshot"),
     _needs_cuda("checkpoint.async_mode", "async_with_pinned_mem", "pinned memory"),
-    _needs_cuda("compile.cuda_graph", "always", "a CUDA graph"),
-    ("compile.cuda_graph activation_checkpoint.mode",
-     lambda c, e: c.compile.cuda_graph == "always" and c.activation_checkpoint.mode in ("selective", "full")
-     and 'no graph is made of a step with activation checkpointing: use "auto", or mode = "none"'),
+    ("compile.cuda_graph activation_checkpoint.mode model.op_backend training.enable_cpu_offload",
+     lambda c, e: c.compile.cuda_graph == "always" and (reason := graph_obstacle(c, e))
+     and f'no CUDA graph can be made: {reason}; use "auto", which makes one where it can'),
     ("profiling.profile_freq profiling.profiler_warmup profiling.profiler_active", _profile_cycle),
     ("activation_checkpoint.mode compile.enable compile.components",
      lambda c, e: c.activation_checkpoint.mode == "memory_budget"

@@ -1,7 +1,7 @@
 """Forward and backward of a micro-batch as one CUDA graph: the host launches it whole instead of kernel by kernel.
 
     step = CapturedStep(function, model.parameters())    # function(x=x, labels=labels) -> loss, adds to the gradients
-    step.zero_gradients()                                # once a step; they keep their place in memory
+    step.zero_grad()                                     # once a step; gradients keep their place in memory
     loss = step(x=x, labels=labels)                      # captured at the first call; the loss is valid until the next
 
 A small model's kernels take microseconds, and the host, which needs longer to launch each, is what its training waits
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ..config.check import Environment, graph_obstacle
 from ..config.job import JobConfig
 from ..memory import rank_memory
 from ..models import counts
@@ -38,7 +39,7 @@ class CapturedStep:
         self._gradients = [torch.zeros_like(p) for p in self._parameters]
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def zero_gradients(self) -> None:
+    def zero_grad(self) -> None:
         torch._foreach_zero_(self._gradients)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
@@ -60,7 +61,7 @@ class CapturedStep:
             for _ in range(2):
                 self._function(**self._given)
         torch.cuda.current_stream().wait_stream(stream)
-        self.zero_gradients()
+        self.zero_grad()
         self._graph = torch.cuda.CUDAGraph()
         # Other threads (a checkpoint's, NCCL's watchdog) may do what a capturing one may not.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
@@ -76,18 +77,9 @@ def obstacle(config: JobConfig, device: torch.device, world_size: int, card: int
     wanted = config.compile.cuda_graph
     if wanted == "never":
         return "as set"
-    if device.type != "cuda":
-        return f"device is {device.type}"
-    if world_size > 1:
-        return "several ranks"
-    if config.activation_checkpoint.mode not in ("none", "memory_budget"):
-        return "activation checkpointing"
-    if config.training.enable_cpu_offload:
-        return "weights are offloaded"
-    if config.model.op_backend == "fla":
-        return "fla chooses kernels while it runs"
-    if wanted == "always":
-        return None
+    reason = graph_obstacle(config, Environment(world_size, device.type == "cuda"))
+    if reason or wanted == "always":
+        return reason
     if not config.compile.enable:
         return "nothing is compiled"
     memory = rank_memory(config, 1, counts.parameters_by_part(config.model))

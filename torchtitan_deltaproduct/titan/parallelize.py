@@ -156,7 +156,8 @@ def data_parallel_mesh(parallel_dims: ParallelDims, job_config: JobConfig) -> tu
     if job_config.training.enable_cpu_offload:
         mesh = init_device_mesh(utils.device_type, (1,), mesh_dim_names=("fsdp",))
         return mesh, "none; FSDP2 on one rank, for the sake of offloading"
-    return None, "none, one process"
+    idle = job_config.parallelism.fsdp_reshard_after_forward != "default"
+    return None, "none, one process" + "; there is nothing for fsdp_reshard_after_forward to do" * idle
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, job_config: JobConfig) -> None:

@@ -34,7 +34,7 @@ from torchtitan.tools.profiling import maybe_enable_memory_snapshot, maybe_enabl
 from .. import events
 from ..agreement import from_rank_0
 from ..config.job import JobConfig
-from ..errors import ConfigError, NonFiniteError
+from ..errors import NonFiniteError
 from ..models.init import left_undrawn
 from ..optimizers import clip_gradients, local
 from .captured import CapturedStep, obstacle
@@ -244,10 +244,7 @@ class Trainer(stock.Trainer):
     def train_step(self, feed: Feed) -> str | None:
         """One optimizer step over one global batch; returns why to stop after it, the same on all ranks."""
         step = self.captured or self.forward_backward_step
-        if self.captured is None:
-            self.optimizers.zero_grad()
-        else:
-            self.captured.zero_gradients()
+        (self.captured or self.optimizers).zero_grad()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         microbatches, tokens = self.next_global_batch(feed)
         loss = torch.zeros(1, dtype=torch.float64, device=self.device)
@@ -320,8 +317,6 @@ class Trainer(stock.Trainer):
         """What launches a micro-batch as one CUDA graph, where it can and is to."""
         card = utils.device_module.get_device_properties(utils.device_module.current_device()).total_memory
         reason = obstacle(self.job_config, self.device, dist.get_world_size(), card)
-        if reason and self.job_config.compile.cuda_graph == "always":
-            raise ConfigError(f'[compile] cuda_graph = "always": {reason}; use "auto"')
         if self.device.type == "cuda":
             logger.info("a micro-batch: %s", f"launched kernel by kernel ({reason})" if reason else "one CUDA graph")
         return None if reason else CapturedStep(self.forward_backward_step, self.model_parts[0].parameters())

@@ -18,7 +18,7 @@ from torchtitan_deltaproduct.models.hf_names import to_hf as under_fla_names
 
 @pytest.fixture(scope="module")
 def fla_on_cpu():
-    """Loaded when it is needed: it takes seconds, which every worker would spend to collect the tests."""
+    """Loaded when it is needed: every worker would import it to collect the tests."""
     return pytest.importorskip("tests.unit.checkpoint.fla_on_cpu")
 
 

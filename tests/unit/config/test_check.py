@@ -79,7 +79,7 @@ CONTRADICTIONS = [
     ("[compile]\nenable = true\ncomponents = []\n", "nothing to compile"),
     (
         '[compile]\ncuda_graph = "always"\n[activation_checkpoint]\nmode = "full"\n',
-        "no graph is made of a step with activation checkpointing",
+        'no CUDA graph can be made: activation_checkpoint.mode is "full"; use "auto", which makes one where it can',
     ),
     ("[validation]\nenable = true\n", "nothing to validate on"),
     ("[debug]\ndeterministic_warn_only = true\n", "does nothing without deterministic = true"),
@@ -140,7 +140,7 @@ ON_A_CPU = Environment(world_size=1, cuda=False)
         ('[checkpoint]\nasync_mode = "async_with_pinned_mem"\n', "pinned memory needs CUDA"),
         (
             '[activation_checkpoint]\nmode = "none"\n[compile]\ncuda_graph = "always"\n',
-            "a CUDA graph needs CUDA, and there is none",
+            "no CUDA graph can be made: there is no CUDA",
         ),
         ('[model]\nop_backend = "fla"\n', "fla runs on CUDA only"),
         ('[model]\nop_backend = "triton"\n', "triton runs on CUDA only"),

@@ -76,8 +76,7 @@ SETTINGS = {
 PROFILER = "save_traces_folder profile_freq profiler_active profiler_warmup save_memory_snapshot_folder"
 ELSEWHERE = {"job.config_file": "torchtitan_deltaproduct.config.load"}
 ELSEWHERE |= {f"profiling.{name}": "torchtitan.tools.profiling" for name in PROFILER.split()}
-SHARDING = "training.mixed_precision_reduce parallelism.fsdp_reshard_after_forward"
-ELSEWHERE |= dict.fromkeys(SHARDING.split(), "torchtitan_deltaproduct.titan.parallelize")
+ELSEWHERE["training.mixed_precision_reduce"] = "torchtitan_deltaproduct.titan.parallelize"
 """Who reads the options that such a run does not come to: the profiler needs CUDA, sharding a second rank."""
 BYSTANDERS = ("dataclasses", "copy", "torchtitan_deltaproduct.options", "torchtitan_deltaproduct.config.snapshots")
 """Modules that look at every option alike."""

@@ -30,7 +30,7 @@ def stand_in(monkeypatch):
         assert capture_error_mode == "thread_local"
         yield
         # What is captured has not been done yet.
-        there.step.zero_gradients()
+        there.step.zero_grad()
 
     names = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Graph, "graph": graph,
              "stream": lambda stream: contextlib.nullcontext()}  # fmt: skip
@@ -56,7 +56,7 @@ def test_steps_are_those_of_the_function(stand_in):
     stand_in.step = step
     places = set()
     for i in range(3):
-        step.zero_gradients()
+        step.zero_grad()
         reference.zero_grad()
         for _ in range(2):
             given = {"inputs": {"x": torch.randn(4, 3), "y": torch.randn(4, 2)}, "scale": torch.tensor(0.5 + i)}
@@ -77,10 +77,11 @@ CONFIG = "train_configs/state_tracking/S5_n4.toml"
     [
         (["--compile.cuda_graph=auto"], "cuda", 1, None),
         ([], "cuda", 1, "as set"),
-        (["--compile.cuda_graph=auto"], "cpu", 1, "device is cpu"),
-        (["--compile.cuda_graph=auto"], "cuda", 2, "several ranks"),
-        (["--compile.cuda_graph=auto", "--activation_checkpoint.mode=full"], "cuda", 1, "activation checkpointing"),
-        (["--compile.cuda_graph=always", "--model.op_backend=fla"], "cuda", 1, "fla chooses kernels while it runs"),
+        (["--compile.cuda_graph=auto"], "cpu", 1, "there is no CUDA"),
+        (["--compile.cuda_graph=auto"], "cuda", 2, "there are 2 ranks"),
+        (["--compile.cuda_graph=auto", "--activation_checkpoint.mode=full"], "cuda", 1,
+         'activation_checkpoint.mode is "full"'),
+        (["--compile.cuda_graph=auto", "--model.op_backend=fla"], "cuda", 1, "fla chooses kernels while it runs"),
         (["--compile.cuda_graph=auto", "--compile.no-enable"], "cuda", 1, "nothing is compiled"),
         (["--compile.cuda_graph=always", "--compile.no-enable"], "cuda", 1, None),
         (["--compile.cuda_graph=auto", "--training.local_batch_size=65536", "--training.global_batch_size=65536"],
