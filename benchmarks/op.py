@@ -7,7 +7,7 @@
     python -m benchmarks.op --device cpu --tokens 4096 --heads 8 --head-dim 128 --gated
     python -m benchmarks.op --device cpu --sweep          chunk rows R and segment sizes
 
-On a GPU both are given queries and keys of unit length, in bfloat16 if not said otherwise, K = V = 128. Medians of CUDA
+On a GPU both are given queries and keys of unit length, in bfloat16 if not said otherwise. Medians of CUDA
 events: forward, and forward + backward, as Python calls them, and forward + backward captured in a CUDA graph, which
 leaves out the time the host needs to launch (short sequences wait for it, compiled training does not). fla is called
 directly. Errors are the worst of o and all gradients against float64, ||x - ref|| / ||ref||, over 512
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-householder", type=int, default=2, help="n")
     parser.add_argument("--batch", type=int, default=1, help="B")
     parser.add_argument("--heads", type=int, default=4, help="H")
-    parser.add_argument("--head-dim", type=int, default=64, help="K and V")
+    parser.add_argument("--head-dim", type=int, help="K and V (128; on a CPU 64)")
     parser.add_argument("--gated", action="store_true", help="with a decay")
     dtypes = ("float32", "float64", "bfloat16")
     parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -52,7 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--sweep", action="store_true", help="time chunk for several R and segment sizes instead")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.head_dim = args.head_dim or (64 if args.device == "cpu" else 128)
+    return args
 
 
 def inputs(args: argparse.Namespace) -> list[torch.Tensor | None]:
@@ -135,21 +137,23 @@ def beside_fla(args: argparse.Namespace) -> Table:
     end = time.monotonic() + 60 * args.minutes
     times = (name for what in ("fwd", "fwd+bwd", "graph") for name in (f"{peer} {what}", "ours", "ratio"))
     table = Table(*columns("B x T x H", "n", "gate", *times, f"error {peer}", "ours"))
-    table.title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}: ms, K = V = 128, {args.dtype}"
+    table.title = (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: ms, K = V = {args.head_dim}, {args.dtype}"
+    )
     shapes = [tuple(int(x) for x in shape.split("x")) for shape in args.shapes]
     cases = [(s, n, gate) for s in shapes for gate in args.gates for n in args.householders]
     for number, (shape, n, gate) in enumerate(cases):
         if time.monotonic() > end:
             table.caption = f"{len(cases) - number} rows left out: the time was over (--minutes)"
             break
-        tensors = unit_inputs(*shape, n, gate == "gated", args.dtype)
+        tensors = unit_inputs(*shape, n, gate == "gated", args.head_dim, args.dtype)
         row = {name: times_of(op, tensors, n) for name, op in (("peer", peer_op), ("ours", our_op))}
         cells = []
         for theirs, ours in zip(row["peer"], row["ours"], strict=True):
             both = isinstance(theirs, float) and isinstance(ours, float)
             cells += [f"{x:.3f}" if isinstance(x, float) else x for x in (theirs, ours)]
             cells.append(f"{theirs / ours:.2f}x" if both else "-")
-        small = unit_inputs(1, 512, shape[2], n, gate == "gated", args.dtype)
+        small = unit_inputs(1, 512, shape[2], n, gate == "gated", args.head_dim, args.dtype)
         cells += [worst_error(peer_op, small, n), worst_error(our_op, small, n)]
         table.add_row("x".join(map(str, shape)), str(n), gate, *cells)
         print(shape, n, gate, *cells, flush=True)
@@ -157,12 +161,12 @@ def beside_fla(args: argparse.Namespace) -> Table:
     return table
 
 
-def unit_inputs(batch: int, length: int, heads: int, n: int, gated: bool, dtype: str) -> list[Tensor | None]:
+def unit_inputs(batch: int, length: int, heads: int, n: int, gated: bool, dim: int, dtype: str) -> list[Tensor | None]:
     """q, k, v, g, beta, with gradients."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(rows: int) -> Tensor:
-        return torch.randn(batch, rows, heads, 128, device="cuda", generator=generator)
+        return torch.randn(batch, rows, heads, dim, device="cuda", generator=generator)
 
     q, k = (F.normalize(normal(rows), dim=-1).to(getattr(torch, dtype)) for rows in (length, length * n))
     beta = 2 * torch.rand(batch, length * n, heads, device="cuda", generator=generator)

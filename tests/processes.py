@@ -70,11 +70,11 @@ def start(
 ) -> Process | subprocess.Popen:
     """Starts `python WORDS` ("-m", a module, its arguments) in a session of its own, its output appended to `log`.
 
-    With `ranks` it runs on each of so many, as under torchrun. Beside a GPU nothing is forked: its libraries have
-    threads.
+    With `ranks` it runs on each of so many, as under torchrun. A torch built for CUDA is not forked: its libraries have
+    threads, with a GPU and without.
     """
     assert words[0] == "-m"
-    if torch.cuda.is_available():
+    if torch.version.cuda:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
         with open(log, "a", encoding="utf-8") as output:
             return subprocess.Popen(
@@ -198,14 +198,9 @@ def _end(program: Callable[[], None]) -> NoReturn:
 
 def _import_everything() -> None:
     """What a run imports, and, as that may take more seconds than all else it does here, what it compiles with."""
-    import torch
-
     from torchtitan_deltaproduct.config.stand_ins import stand_ins
     from torchtitan_deltaproduct.titan import device, run  # noqa: F401
 
-    if torch.version.cuda:
-        # What compiles starts threads there.
-        return
     with stand_ins():
         device.install("cpu")
         from torchtitan_deltaproduct.titan import trainer  # noqa: F401

@@ -74,6 +74,20 @@ def test_a_graph_has_the_bits_of_kernels_launched_one_by_one(toy, tmp_path, prec
     toys.assert_same_weights(toys.weights(runs["always"], 8), toys.weights(runs["never"], 8))
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_words_of_a_group_are_learned_to_the_same_bits(tmp_path, precision):
+    """Of few symbols: their embedding's gradient is a sum over thousands of tokens."""
+    options = ("--training.steps", "150", "--lr_scheduler.total_steps", "4900", "--metrics.log_freq", "1",
+               "--training.mixed_precision_param", precision, "--validation.no-enable",
+               "--checkpoint.no-enable")  # fmt: skip
+    runs = {f"{graph}{i}": graph for graph in ("never", "always") for i in range(2)}
+    for name, graph in runs.items():
+        config = toys.REPO / "train_configs/state_tracking/S5_n4.toml"
+        toys.launch(config, tmp_path / name, *options, "--compile.cuda_graph", graph)
+    first, *others = (toys.learned(tmp_path / name) for name in runs)
+    assert all(other == first for other in others)
+
+
 def test_runs_that_compile_at_the_same_time_agree(toy, tmp_path, monkeypatch):
     """Each with empty caches and on a GPU that others keep busy, where a choice by timing is a matter of luck."""
     runs = [tmp_path / str(i) for i in range(6)]

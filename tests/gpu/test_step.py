@@ -1,7 +1,4 @@
-"""The loss and the step on a CUDA device: python -m pytest -m gpu tests/gpu/test_step.py
-
-test_a_step_has_the_same_bits_whatever_memory_held was not run yet.
-"""
+"""The loss and the step on a CUDA device: python -m pytest -m gpu tests/gpu/test_step.py"""
 
 import math
 
@@ -11,6 +8,7 @@ import torch.nn.functional as F
 
 from tests import toy as toys
 from torchtitan_deltaproduct.models import DeltaProductArgs, DeltaProductLM
+from torchtitan_deltaproduct.models.embedding import Embedding
 from torchtitan_deltaproduct.models.loss import linear_cross_entropy, peak_bytes
 from torchtitan_deltaproduct.titan.parallelize import set_up_compiler
 
@@ -46,6 +44,22 @@ def test_loss_and_gradients(backend):
     assert math.isclose(loss.item(), exact.item(), rel_tol=1e-4)
     for found, true in ((x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
         assert (found.float() - true).norm() / true.norm() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [6, 60, 1000, 32_000])
+def test_the_gradient_of_an_embedding_has_the_same_bits(vocab, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    # As words of a language are: a few of them make most of a text.
+    tokens = (vocab * torch.rand(512, 128, device="cuda", generator=generator) ** 4).long()
+    x = torch.randn(512, 128, 128, device="cuda", generator=generator, dtype=dtype)
+    embedding = Embedding(vocab, 128, device="cuda", dtype=dtype)
+    gradients = [torch.autograd.grad(embedding(tokens), embedding.weight, x)[0] for _ in range(20)]
+    assert all(torch.equal(gradients[0], gradient) for gradient in gradients)
+    exact = torch.zeros(vocab, 128, device="cuda", dtype=torch.float64).index_add_(
+        0, tokens.flatten(), x.double().view(-1, 128)
+    )
+    assert (gradients[0] - exact).norm() / exact.norm() < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
 @pytest.mark.parametrize("backend", [None, "inductor"])

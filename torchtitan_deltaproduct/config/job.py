@@ -295,7 +295,7 @@ class Comm(titan.Comm):
 class Compile(titan.Compile):
     backend: str = option("inductor", OTHER_ROUNDING, NOT_EMPTY)
     """Backend of torch.compile."""
-    cuda_graph: Literal["auto", "always", "never"] = option("never", SPEED, aliases="cudagraph cudagraphs cuda_graphs")
+    cuda_graph: Literal["auto", "always", "never"] = option("auto", SPEED, aliases="cudagraph cudagraphs cuda_graphs")
     """Whether forward and backward of a micro-batch are launched as one CUDA graph: on one GPU, without activation
     checkpointing. `auto`: where the model is compiled and its activations take little of the memory, so that the host
     would be slower than the device."""

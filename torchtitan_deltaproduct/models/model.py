@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..ops import SequenceRanks
 from .args import DeltaProductArgs
 from .block import Block
+from .embedding import Embedding
 from .init import init_parameters
 from .loss import linear_cross_entropy
 
@@ -53,7 +54,7 @@ class DeltaProductLM(nn.Module):
         self.args = args
         self.seed = seed
         self.loss_backend: str | None = None
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.tok_embeddings = Embedding(args.vocab_size, args.hidden_size)
         self.layers = nn.ModuleDict({str(i): Block(args) for i in range(args.num_hidden_layers)})
         self.norm = nn.RMSNorm(args.hidden_size, args.norm_eps)
         tied = args.tie_word_embeddings

@@ -173,12 +173,11 @@ def resolve_backend(
         chosen, reason = backend, "asked for by name"
     elif device_type != "cuda":
         chosen, reason = "chunk", f"device is {device_type}"
+    elif dtypes[0] == "float32" and not triton_backend.measured_here():
+        chosen, reason = "chunk", "triton was not timed in float32 on this kind of GPU"
     else:
         chosen, reason = "chunk", ""
         names = ("triton", "fla") if triton_backend.measured_here() else ("fla", "triton")
-        if dtypes[0] == "float32":
-            # Correct in IEEE products, but never timed beside chunk.
-            names, reason = ("fla",), "triton was not timed in float32"
         for name in names:
             obstacle = obstacles[name]()
             if obstacle is None:

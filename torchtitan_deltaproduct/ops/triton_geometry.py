@@ -84,8 +84,9 @@ def launches(geometry: Geometry, dtype: torch.dtype, capability: int) -> dict[st
     """
     columns, keys, solve = min(64, geometry.V), min(64, geometry.K), Launch(0, 1, 1)
     if dtype == torch.float32:
-        one = Launch(min(32, geometry.V), 4, 1)
-        return {"prepare": one, "solve": solve, "forward": one, "backward": one, "local": Launch(keys, 8, 1)}
+        # Split in three, operands take three times the registers: wider tiles spill.
+        narrow = Launch(16, 4, 1)
+        return {"prepare": narrow, "solve": solve, "forward": narrow, "backward": narrow, "local": Launch(16, 8, 1)}
     stages = 3 if capability // 10 in (9, 10) else 2 if capability == 80 else 1
     if capability < 90:
         scan = Launch(min(32, geometry.V), 4, stages)

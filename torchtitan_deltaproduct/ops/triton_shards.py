@@ -113,8 +113,8 @@ def response(
         prepared, factors, maps: of `affine_map`.
     """
     (batch, _, heads, dim), dim_v, (programs, cut, _, _) = q.shape, do.shape[3], maps.shape
-    geometry, precision = geometry_of(q, k, dim_v, gated, packed), backend._precision(k.dtype)
+    geometry = geometry_of(q, k, dim_v, gated, packed)
     own = backend.responses_of(geometry, do, q, k, prepared, factors, cut, scale)
     arriving, whole = torch.empty_like(own), own.new_empty(programs, geometry.V, geometry.K)
-    backend._combine(geometry, maps, own, None, arriving, whole, cut, reverse=True, precision=precision)
+    backend._combine(geometry, maps, own, None, arriving, whole, cut, reverse=True)
     return backend._unpadded_state(whole, (batch, heads, dim, dim_v)), own

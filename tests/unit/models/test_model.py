@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan_deltaproduct.models import Block
+from torchtitan_deltaproduct.models.embedding import Embedding
 from torchtitan_deltaproduct.models.hf_names import to_hf
 from torchtitan_deltaproduct.models.model import document_positions
 
@@ -124,3 +127,36 @@ def test_ten_layers_share_one_compilation():
     for starts in (None, torch.rand(2, 16) < 0.1, torch.rand(2, 16) < 0.5):
         model(tokens, starts).sum().backward()
     assert counter.frame_count == 2, "one graph without documents and one with"
+
+
+class Calls(TorchDispatchMode):
+    """Whether torch was asked for deterministic kernels in each call of an operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        flags = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+        self.seen[function.overloadpacket.__name__] = flags
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_gradient_of_the_embedding_is_a_deterministic_kernel_s(before):
+    """A CPU's always is; on a GPU tests/gpu/test_step.py compares bits."""
+    torch.manual_seed(0)
+    ours, tokens = Embedding(7, 4), torch.randint(7, (3, 50))
+    theirs = nn.Embedding.from_pretrained(ours.weight.detach(), freeze=False)
+    x = torch.randn(3, 50, 4)
+    torch.use_deterministic_algorithms(before)
+    try:
+        with Calls() as calls:
+            (ours(tokens) * x).sum().backward()
+        assert calls.seen["embedding_dense_backward"] == (True, False)
+        assert calls.seen["mul"] == (before, True)
+        assert torch.are_deterministic_algorithms_enabled() is before
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (theirs(tokens) * x).sum().backward()
+    assert torch.equal(ours.weight.grad, theirs.weight.grad)
