@@ -173,8 +173,8 @@ def resolve_backend(
         chosen, reason = backend, "asked for by name"
     elif device_type != "cuda":
         chosen, reason = "chunk", f"device is {device_type}"
-    elif dtypes[0] == "float32" and not triton_backend.measured_here():
-        chosen, reason = "chunk", "triton was not timed in float32 on this kind of GPU"
+    elif dtypes[0] == "float32" and (slow := triton_backend.slow_in_float32(max(head_dim, head_v_dim))):
+        chosen, reason = "chunk", slow
     else:
         chosen, reason = "chunk", ""
         names = ("triton", "fla") if triton_backend.measured_here() else ("fla", "triton")

@@ -56,6 +56,13 @@ def measured_here() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
+def slow_in_float32(head_dim: int) -> str | None:
+    """Why `chunk` is to run float32 of heads of this size, in one line; None if our kernels are known to be faster."""
+    if not measured_here():
+        return "triton was not timed in float32 on this kind of GPU"
+    return None if head_dim <= 64 else f"in float32 triton is not faster with heads of {head_dim}"
+
+
 @lru_cache(maxsize=1)
 def _missing() -> str | None:
     """What this machine lacks; None if nothing."""
@@ -82,11 +89,6 @@ def _kernels() -> SimpleNamespace:
         backward=scan.backward_kernel,
         local=local.local_kernel,
     )
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of products: of float32 three of tf32 each, which keep 21 of its 23 bits."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def _padded(x: Tensor, size: int) -> Tensor:
@@ -198,7 +200,7 @@ def prepare(
     geometry: Geometry, q: Tensor, k: Tensor, g: Tensor | None, beta: Tensor, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`prepared` [B*H, chunks, geometry.prepared] and `factors` [B*H, chunks, geometry.factors, ROWS] of all chunks."""
-    (batch, length, heads, _), precision = q.shape, _precision(k.dtype)
+    (batch, length, heads, _), precision = q.shape, geometry.products(k.dtype)
     programs, chunks = batch * heads, -(-length // geometry.tokens)
     config, kernels = launches(geometry, k.dtype, _capability(k.device)), _kernels()
     prepared = k.new_empty(programs, chunks, geometry.prepared)
@@ -233,7 +235,7 @@ def segment_maps(
     launch(
         _kernels().forward, ((geometry.V + geometry.K) // columns * programs, cut),
         q, k, v, prepared, factors, None, None, None, maps, 1.0, length, chunks, -(-chunks // cut), heads,
-        **geometry.constants(), PREC=_precision(k.dtype), DECAY=geometry.decay, **c.options(),
+        **geometry.constants(), PREC=geometry.products(k.dtype), DECAY=geometry.decay, **c.options(),
         BV=columns, SAVE=False, MODE=1, HAS_IN=False, HAS_OUT=True,
     )  # fmt: skip
     return maps
@@ -258,7 +260,7 @@ def scan(
     The sequence is scanned in as many segments as there are maps, in one go if there are none.
     """
     (batch, length, heads, dim), dim_v, (programs, chunks, _) = q.shape, v.shape[3], prepared.shape
-    precision, c = _precision(k.dtype), launches(geometry, k.dtype, _capability(k.device))["forward"]
+    precision, c = geometry.products(k.dtype), launches(geometry, k.dtype, _capability(k.device))["forward"]
     q, k, v = _padded(q, geometry.K), _padded(k, geometry.K), _padded(v, geometry.V)
     o = torch.empty(batch, length, heads, geometry.V, dtype=v.dtype, device=v.device)
     states = prepared.new_empty(programs, chunks, geometry.states) if save else None
@@ -290,7 +292,7 @@ def responses_of(
     launch(
         _kernels().backward, (geometry.V // c.columns * programs, cut),
         q, k, prepared, factors, do, None, None, None, responses, scale, length, chunks, -(-chunks // cut), heads,
-        **geometry.constants(), PREC=_precision(k.dtype), DECAY=geometry.decay, BV=c.columns, **c.options(),
+        **geometry.constants(), PREC=geometry.products(k.dtype), DECAY=geometry.decay, BV=c.columns, **c.options(),
         MODE=1, HAS_IN=False, HAS_OUT=True,
     )  # fmt: skip
     return responses
@@ -323,7 +325,7 @@ def backward(
     prepared, factors, maps, *states = saved
     (batch, length, heads, dim), dim_v, (programs, chunks, _) = q.shape, do.shape[3], prepared.shape
     geometry = geometry_of(q, k, dim_v, g is not None, positions is not None)
-    config, precision, kernels = launches(geometry, k.dtype, _capability(k.device)), _precision(k.dtype), _kernels()
+    config, kernels = launches(geometry, k.dtype, _capability(k.device)), _kernels()
     if not states:
         options = {"scale": scale, "final": False, "save": True}
         states = [scan(geometry, q, k, v, initial_state, prepared, factors, maps, **options)[2]]
@@ -341,7 +343,7 @@ def backward(
             responses = responses_of(geometry, do, q, k, prepared, factors, cut, scale)
         first, arriving = arriving, torch.empty_like(responses)
         _combine(geometry, maps, responses, first, arriving, leaving, cut, reverse=True)
-    constants, c = geometry.constants() | {"PREC": precision}, config["backward"]
+    constants, c = geometry.constants() | {"PREC": geometry.products(k.dtype)}, config["backward"]
     launch(
         kernels.backward, (geometry.V // c.columns * programs, cut),
         q, k, prepared, factors, do, dv, dstates, arriving, last, scale, length, chunks, -(-chunks // cut), heads,

@@ -71,6 +71,14 @@ class Geometry:
         """Numbers that the scan leaves of a chunk for the backward: D, and the state before."""
         return self.V * (ROWS + self.K)
 
+    def products(self, dtype: torch.dtype) -> str:
+        """How products are made: as tf32, which holds 16-bit numbers exactly, and of float32 as three products of tf32
+        each, which keep 21 of its 23 bits.
+
+        In IEEE arithmetic where a chunk has 16 tokens: there three products read outside of memory (Triton 3.6, H200).
+        """
+        return "tf32" if dtype != torch.float32 else "tf32x3" if self.padded_tokens > 16 else "ieee"
+
     def constants(self) -> dict[str, int]:
         sizes = {"K": self.K, "V": self.V, "N": self.n, "C": self.tokens, "CP": self.padded_tokens, "R": ROWS}
         return sizes | {"WIDTH": self.prepared}
@@ -84,9 +92,12 @@ def launches(geometry: Geometry, dtype: torch.dtype, capability: int) -> dict[st
     """
     columns, keys, solve = min(64, geometry.V), min(64, geometry.K), Launch(0, 1, 1)
     if dtype == torch.float32:
+        if geometry.products(dtype) == "ieee":
+            one = Launch(min(32, geometry.V), 4, 1)
+            return {"prepare": one, "solve": solve, "forward": one, "backward": one, "local": Launch(keys, 8, 1)}
         # Split in three, operands take three times the registers: wider tiles spill.
         narrow = Launch(16, 4, 1)
-        return {"prepare": narrow, "solve": solve, "forward": narrow, "backward": narrow, "local": Launch(16, 8, 1)}
+        return dict.fromkeys(("prepare", "forward", "backward", "local"), narrow) | {"solve": solve}
     stages = 3 if capability // 10 in (9, 10) else 2 if capability == 80 else 1
     if capability < 90:
         scan = Launch(min(32, geometry.V), 4, stages)
