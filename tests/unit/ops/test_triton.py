@@ -88,6 +88,22 @@ def test_shipped_configurations_compile(geometry, capability):
             assert "tt.dot " not in compiled.ttgir, f"{name}: a product left the wgmma road"
 
 
+@pytest.mark.parametrize("geometry", [Geometry(2, 32, 32, False, False), Geometry(1, 64, 64, True, True),
+                                      Geometry(4, 32, 32, True, False)])  # fmt: skip
+def test_shipped_configurations_of_float32_compile(geometry):
+    """Tensor cores do the products where they are split in three, and the scans keep their tiles in registers."""
+    split = geometry.products(torch.float32) == "tf32x3"
+    assert split == (geometry.n < 4)
+    for kernel, args, options in shipped(geometry, torch.float32, 90):
+        compiled = compile_launch(kernel, 90, *args, **options)
+        name = kernel.fn.__name__
+        print(name, compiled.registers, compiled.spills, compiled.shared)
+        assert compiled.shared <= 227 * 1024, (name, compiled.shared)
+        if split:
+            assert any("MMA" in opcode for opcode in compiled.opcodes), name
+            assert compiled.spills <= (1500 if name == "local_kernel" else 100), (name, compiled.spills)
+
+
 @pytest.mark.parametrize("n", range(1, 9))
 def test_geometry(n):
     geometry = Geometry(n, 128, 64, False, False)
