@@ -88,8 +88,10 @@ def test_shipped_configurations_compile(geometry, capability):
             assert "tt.dot " not in compiled.ttgir, f"{name}: a product left the wgmma road"
 
 
-@pytest.mark.parametrize("geometry", [Geometry(2, 32, 32, False, False), Geometry(1, 64, 64, True, True),
-                                      Geometry(4, 32, 32, True, False)])  # fmt: skip
+@pytest.mark.parametrize("geometry", [
+    Geometry(2, 32, 32, False, False), pytest.param(Geometry(1, 64, 64, True, True), marks=pytest.mark.slow),
+    pytest.param(Geometry(4, 32, 32, True, False), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_shipped_configurations_of_float32_compile(geometry):
     """Tensor cores do the products where they are split in three, and the scans keep their tiles in registers."""
     split = geometry.products(torch.float32) == "tf32x3"
