@@ -59,7 +59,7 @@ CLAIMS, RESULTS, PAGE, README = (
 TEXTS = ("title", "expectation", "source", "budget")
 OF_CLAIM = dict.fromkeys(TEXTS, (str, "a text")) | {
     "gpus": (int, "a whole number"), "readme": (list, "a list of sentences"),
-    "columns": (list, "a list of names of metrics")}  # fmt: skip
+    "columns": (list, "a list of names of metrics"), "drawn": (list, "a list of settings")}  # fmt: skip
 OF_EXPECTATION = {
     "settings": (list, "a list of settings"), "metric": (str, "the name of a number"),
     "at_least": (int | float, "a number"), "below": (int | float, "a number"), "under": (str, "a setting"),
@@ -123,14 +123,16 @@ class Claim:
     readme: list[str]
     expect: list[Expectation]
     columns: list[str]
+    drawn: list[str]
+    """The settings whose curves are in the picture; none: all."""
 
     @property
     def settings(self) -> list[str]:
         return list(dict.fromkeys(run.setting for run in self.grid.runs))
 
     def label(self, setting: str) -> str:
-        """`n_h = 2, [-1, 1]`, with group, steps, optimizer and `whole words` (no curriculum) where settings differ in
-        them; the setting's name where that does not tell them apart."""
+        """`n_h = 2, [-1, 1]`, with group, steps, optimizer, `whole words` (no curriculum) and the dtype that was asked
+        for if settings differ in them; the setting's name where that does not tell them apart."""
         parts = {
             run.setting: (
                 run.config.data.group,
@@ -139,6 +141,7 @@ class Claim:
                 f"{run.config.training.steps:,} steps",
                 run.config.optimizer.name,
                 "" if run.config.data.curriculum_steps else "whole words",
+                run.config.training.mixed_precision_param.replace("auto", ""),
             )
             for run in self.grid.runs
         }
@@ -213,7 +216,8 @@ def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overri
     refuse_wrong(f"{file}: [claim]", table, OF_CLAIM, TEXTS)
     texts = [" ".join(table[name].split()) for name in TEXTS]
     expect = expectations(file, grid.tree.get("expect", []), settings)
-    lists = table.get("readme", []), expect, table.get("columns", [])
+    lists = table.get("readme", []), expect, table.get("columns", []), table.get("drawn", [])
+    refuse_unknown(f"{file}: [claim]: drawn", lists[-1], settings)
     if not expect and not any(job.eval in DRAWN for job in grid.evaluations):
         raise ConfigError(f"{file}: nothing to draw: it needs an [[expect]], or a table of {' or '.join(DRAWN)}")
     claim = Claim(file.stem, grid, *texts, table.get("gpus", 0), *lists)
@@ -245,6 +249,12 @@ def refuse_wrong(where: str, table: Any, kinds: dict[str, tuple[Any, str]], need
         raise ConfigError(f"{where}: it needs {' and '.join(missing)}")
 
 
+def refuse_unknown(where: str, names: list[str], settings: set[str]) -> None:
+    for name in names:
+        if name not in settings:
+            raise ConfigError(f"{where}: no setting {toml(name)}; there are: {', '.join(sorted(settings))}")
+
+
 def expectations(file: Path, entries: Any, settings: set[str]) -> list[Expectation]:
     """The tables [[expect]] of a claim; ConfigError says what is wrong with one."""
     if not isinstance(entries, list):
@@ -257,9 +267,7 @@ def expectations(file: Path, entries: Any, settings: set[str]) -> list[Expectati
             raise ConfigError(f"{where}: expected one of at_least, below and under, found {found}")
         if entry.get("seeds", "all") not in ("all", "most"):
             raise ConfigError(f'{where}: seeds = {toml(entry["seeds"])}: expected "all" or "most"')
-        for name in [*entry["settings"], *([entry["under"]] if "under" in entry else [])]:
-            if name not in settings:
-                raise ConfigError(f"{where}: no setting {toml(name)}; there are: {', '.join(sorted(settings))}")
+        refuse_unknown(where, [*entry["settings"], *([entry["under"]] if "under" in entry else [])], settings)
     return [Expectation(**entry) for entry in entries]
 
 
@@ -370,7 +378,9 @@ def together(claim: Claim, recorded: Results, new: Results) -> Results:
 def draw(claim: Claim, results: Results, path: Path) -> None:
     """The picture of a claim: its curves, or its first expected metric, a dot a run."""
     if results.curves:
-        accuracy_figure(results.curves, path)
+        shown = {f"/{setting}/seed-" for setting in claim.drawn or claim.settings}
+        curves = [run for setting in results.curves for run in setting.runs if any(name in run.label for name in shown)]
+        accuracy_figure(by_setting(curves), path)
         return
     if results.losses:
         first = results.losses[0]

@@ -117,8 +117,23 @@ def test_labels_say_what_settings_differ_in(toy_claim):
     )
     labels = [read_claim(toy_claim).label(name) for name in ("n1", "n2")]
     assert labels == ["n_h = 2, [-1, 1]", "n_h = 2, [-1, 1], whole words"]
+    low = n2.replace("}", ', "training.mixed_precision_param" = "float32" }')
+    toy_claim.write_text(content.replace(n1, low))
+    labels = [read_claim(toy_claim).label(name) for name in ("n1", "n2")]
+    assert labels == ["n_h = 2, [-1, 1], float32", "n_h = 2, [-1, 1]"]
     toy_claim.write_text(content.replace(n1, n2.replace("}", ', "optimizer.lr" = 1e-4 }')))
     assert [read_claim(toy_claim).label(name) for name in ("n1", "n2")] == ["n1", "n2"]
+
+
+def test_a_picture_has_the_settings_that_are_to_be_drawn(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(claims, "accuracy_figure", lambda settings, path: drawn.extend(settings))
+    (claim,) = claims.read_claims(["A5"])
+    results = claims.results_of(claim)
+    claims.draw(claim, results, Path("A5.png"))
+    settings = {run.label.split("/")[-2] for setting in drawn for run in setting.runs}
+    recorded = {result.setting for result in results.summary.results}
+    assert settings == recorded & set(claim.drawn) and settings < recorded
 
 
 def test_a_setting_without_runs_is_no_success(toy_claim):
@@ -138,6 +153,7 @@ def test_a_setting_without_runs_is_no_success(toy_claim):
     ("[claim]", "[[claim]]", r"\[claim\]: expected a table"),
     ('metric = "solved"', "metric = true", "metric = true: expected the name of a number"),
     ('settings = ["n1"]', 'settings = ["n3"]', r"\[\[expect\]\] number 1: no setting \"n3\"; there are: n1, n2"),
+    ('"nobody"', '"nobody"\ndrawn = ["n3"]', r"\[claim\]: drawn: no setting \"n3\"; there are: n1, n2"),
     ("below = 0.7", "", "expected one of at_least, below and under, found none"),
     ("below = 0.7", "bellow = 0.7", r"number 1: bellow: no such key; nearest: 'below'"),
     ("below = 0.7", 'below = "x"', 'number 1: below = "x": expected a number'),
