@@ -47,6 +47,26 @@ def constant_result(function: Callable) -> Callable:
 
 
 @contextlib.contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Within it torch takes kernels that are deterministic, where it has a choice.
+
+    `torch.use_deterministic_algorithms` would also load the compiler, change its settings, and fill fresh memory.
+    """
+    set_mode, memory = part(torch._C, "_set_deterministic_algorithms"), torch.utils.deterministic
+    before, only_warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    filled, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False
+    set_mode(True, warn_only=True)
+    try:
+        yield
+    finally:
+        set_mode(before, warn_only=only_warns)
+        memory.fill_uninitialized_memory = filled
+
+
+@contextlib.contextmanager
 def process_group_in(store: dist.Store, rank: int, world_size: int) -> Iterator[None]:
     """Within it, `torch.distributed.init_process_group` takes this store, whoever calls it."""
     original = part(dist, "init_process_group")

@@ -7,12 +7,11 @@ From torch 2.11 on, a GPU adds up the gradients of a vocabulary of few symbols, 
 in an order of its own in each run. Its other kernel, the one of before, sorts the tokens first.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..torch_internals import deterministic_kernels
 
 
 class Embedding(nn.Embedding):
@@ -33,20 +32,5 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         (tokens,) = ctx.saved_tensors
-        with _deterministic():
+        with deterministic_kernels():
             return torch.ops.aten.embedding_dense_backward(gradient, tokens, ctx.rows, -1, False), None
-
-
-@contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """Within it torch takes kernels that are deterministic, where it has a choice."""
-    flags = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = flags.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    flags.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        flags.fill_uninitialized_memory = filled
