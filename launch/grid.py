@@ -234,6 +234,7 @@ def read_grid(
     for key, kind, form in FORMS:
         if key in tree and (type(tree[key]) is not kind or (key == "seeds" and not are_seeds(tree[key]))):
             reader.wrong((key,), f"{key}: expected {form}")
+    reader.refuse()
     if tree.get("ranks", 1) < 1:
         reader.wrong(("ranks",), f"ranks = {tree['ranks']}: must be at least 1")
     if tree.get("device", "auto") not in ("auto", "cpu"):
@@ -258,7 +259,8 @@ def read_grid(
             ]
             words += ["--data.seed", str(seed), "--debug.seed", str(seed)]
             for key, value in values.items():
-                words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+                # A date, which no option takes, is a text that none takes either.
+                words += [f"--{key}", value if isinstance(value, str) else json.dumps(value, default=str)]
             try:
                 config = load_config([*words, *overrides], environment or Environment(ranks))
                 runs.append(Run(setting, seed, [*words, *overrides], config, ranks))

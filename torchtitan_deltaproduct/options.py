@@ -12,8 +12,9 @@ Ranges, refusals, the comparison on resume, the nearest names, `--help` and docs
 """
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Literal
 
@@ -25,6 +26,14 @@ class Range:
     allows: Callable[[Any], bool]
     text: str
     """Completes a sentence that begins with the value: "must be at least 1"."""
+    highest: float = math.inf
+    """A number above it is a slip that would fail far from here."""
+
+    def refusal(self, value: Any) -> str | None:
+        """What is wrong with a value, or None."""
+        if not self.allows(value):
+            return self.text
+        return f"must be at most {self.highest:,}" if self.highest < math.inf and value > self.highest else None
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ BELOW_ONE = Range(lambda value: 0 <= value < 1, "must be at least 0 and below 1"
 NOT_EMPTY = Range(lambda value: bool(value.strip()), "must not be empty")
 NO_BLANKS = Range(lambda value: all(item.strip() for item in value), "must not hold an empty name")
 SEED = within(0, 2**63 - 1)
-COUNT = at_least(1)
-COUNT_OR_ZERO = at_least(0)
+COUNT = replace(at_least(1), highest=2**31 - 1)
+COUNT_OR_ZERO = replace(at_least(0), highest=2**31 - 1)
 
 OTHER_MODEL = breaking("another model", from_the_start=True)

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
+from ..models import counts
 from ..ops.triton_geometry import ROWS
 from ..options import value_of
 from .job import GENERATED, GROUP_WORD, LANGUAGE, PREPARED, STREAMING, JobConfig
@@ -67,8 +68,8 @@ def check(
             continue
         if record.refused:
             reason = f"{record.refused.reason}; {record.refused.instead}"
-        elif value is not None and record.allowed and not record.allowed.allows(value):
-            reason = f"{record.allowed.text}{quoted(option.summary)}"
+        elif value is not None and record.allowed and (wrong := record.allowed.refusal(value)):
+            reason = f"{wrong}{quoted(option.summary)}"
         if reason:
             source = sources.get(key, Source())
             problems.append(Problem(f"{source.label(key, value)}: {reason}", source))
@@ -185,9 +186,26 @@ def _cut(key: str) -> tuple[str, Judge]:
     return f"{key} parallelism.context_parallel_degree", judge
 
 
-def _repeated_paths(c: JobConfig, e: Environment) -> str | None:
-    repeated = {path for path in c.data.paths if c.data.paths.count(path) > 1}
-    return f"{show(min(repeated))} is listed twice; give it a larger weight instead" if repeated else None
+def _repeated(key: str, instead: str) -> tuple[str, Judge]:
+    def judge(c: JobConfig, e: Environment) -> str | None:
+        paths = value_of(c, key)
+        repeated = {path for path in paths if paths.count(path) > 1}
+        return f"{show(min(repeated))} is listed twice; {instead}" if repeated else None
+
+    return key, judge
+
+
+def _backend(c: JobConfig, e: Environment) -> str | None:
+    if not c.compile.enable or c.compile.backend == "inductor":
+        return None
+    # Slow to import.
+    from torch._dynamo import list_backends
+
+    known = list_backends(exclude_tags=())
+    if c.compile.backend in known:
+        return None
+    near = nearest(c.compile.backend, known)
+    return "torch has no such backend; " + (f"nearest: {near!r}" if near else f"it has {', '.join(known)}")
 
 
 def _profile_cycle(c: JobConfig, e: Environment) -> str | None:
@@ -222,12 +240,19 @@ def graph_obstacle(c: JobConfig, e: Environment) -> str | None:
     return "fla chooses kernels while it runs" if c.model.op_backend == "fla" else None
 
 
+MAX_PARAMETERS = 10**13
+
+
 def _needs_cuda(key: str, setting: Any, what: str) -> tuple[str, Judge]:
     text = f"{what} needs CUDA, and there is none"
     return key, lambda c, e: e.cuda is False and value_of(c, key) == setting and text
 
 
 RULES: list[tuple[str, Judge]] = [
+    ("model.hidden_size model.vocab_size model.num_hidden_layers model.num_heads model.head_dim model.expand_v "
+     "model.num_householder model.intermediate_size model.conv_size",
+     lambda c, e: (numbers := counts.total_parameters(c.model)) > MAX_PARAMETERS
+     and f"makes a model of {numbers:.1e} parameters, of {MAX_PARAMETERS:.0e} at most: a size with digits too many?"),
     ("model.expand_v model.head_dim", lambda c, e: not c.model.has_whole_values
      and f"head_dim * expand_v must be a whole number of at least 1, not {c.model.head_dim * c.model.expand_v:g}"),
     ("model.op_backend", lambda c, e: c.model.op_backend in ("triton", "fla") and e.cuda is False
@@ -251,7 +276,8 @@ RULES: list[tuple[str, Judge]] = [
     ("validation.lengths data.max_length", _tested_lengths),
     ("data.weights data.paths", lambda c, e: c.data.weights and len(c.data.weights) != len(c.data.paths)
      and f"{len(c.data.weights)} weights for {len(c.data.paths)} paths; give one for each, or none"),
-    ("data.paths", _repeated_paths),
+    _repeated("data.paths", "give it a larger weight instead"),
+    _repeated("validation.paths", "its windows would count twice"),
     ("validation.enable validation.paths data.kind", lambda c, e: GENERATED.holds(c) and c.validation.paths
      and "generated data is validated on generated samples"),
     ("validation.enable validation.paths data.kind",
@@ -267,7 +293,7 @@ RULES: list[tuple[str, Judge]] = [
     ("lr_scheduler.total_steps training.steps",
      lambda c, e: c.lr_scheduler.total_steps is not None and c.lr_scheduler.total_steps < c.training.steps
      and f"the learning rate would leave its schedule after step {c.lr_scheduler.total_steps}; must cover the run"),
-    ("training.global_batch_size training.local_batch_size", _global_batch),
+    ("training.global_batch_size training.local_batch_size parallelism.context_parallel_degree", _global_batch),
     ("parallelism.data_parallel_replicate_degree parallelism.data_parallel_shard_degree "
      "parallelism.context_parallel_degree", _degrees),
     *map(_cut, ("training.seq_len", "validation.seq_len", "validation.lengths")),
@@ -286,6 +312,7 @@ RULES: list[tuple[str, Judge]] = [
      lambda c, e: c.activation_checkpoint.mode == "memory_budget"
      and not (c.compile.enable and "model" in c.compile.components)
      and 'needs [compile] enable = true with "model" among the components; or use "selective"'),
+    ("compile.backend compile.enable", _backend),
     ("compile.components", lambda c, e: c.compile.enable and not c.compile.components
      and "nothing to compile: components is empty"),
     ("checkpoint.keep_every checkpoint.interval", lambda c, e: c.checkpoint.keep_every % c.checkpoint.interval

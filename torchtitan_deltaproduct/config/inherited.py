@@ -7,6 +7,7 @@ No option is parsed and ignored: a key of torchtitan's job config has its record
     # 'use parallelism.data_parallel_shard_degree (FSDP2)'
 """
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from ..options import (
@@ -110,7 +111,7 @@ HONOURED: dict[str, Option] = {key: option for keys, option in {
     "compile.enable": record(OTHER_ROUNDING, aliases="torch_compile use_compile compile"),
     "compile.components": record(OTHER_ROUNDING, only("model", "loss")),
     "comm.init_timeout_seconds": record(TIMEOUTS, COUNT),
-    "comm.trace_buf_size": record(TIMEOUTS, COUNT_OR_ZERO),
+    "comm.trace_buf_size": record(TIMEOUTS, replace(COUNT_OR_ZERO, highest=1_000_000)),
     "comm.save_traces_folder comm.save_traces_file_prefix": record(TIMEOUTS),
     "validation.enable": record(harmless("how often to validate")),
     "validation.freq": record(

@@ -8,6 +8,7 @@ on what a text means. Parse with `tomllib` first; on a text it refuses, the scan
     {('training',): 1, ('training', 'steps'): 2}
 """
 
+import json
 import os
 import re
 import tomllib
@@ -141,7 +142,11 @@ def read_toml(file: os.PathLike, expected: str) -> tuple[dict[str, Any], dict[Pa
     """The content of a TOML, and the line of each of its keys; raises ConfigError, which names what was expected."""
     try:
         text = read_text(file)
-        return tomllib.loads(text), locate(text)
+        content, lines = tomllib.loads(text), locate(text)
+        # What it may name, a file or a text for another program, cannot hold one.
+        if "\\u0000" in json.dumps(content, default=str):
+            raise ConfigError(f"{file}: a text holds a NUL character (\\u0000), which no path or name can")
+        return content, lines
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; expected {expected}") from None
     except UnicodeDecodeError as error:

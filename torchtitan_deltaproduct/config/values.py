@@ -140,6 +140,8 @@ def _conform_float(value: Any) -> float:
 
 def _conform_str(value: Any) -> str:
     if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("must not hold a NUL character")
         return value
     remedy = f'; write "{value}"' if isinstance(value, int | float) and not isinstance(value, bool) else ""
     raise ValueError(f"expected a string{remedy}")

@@ -113,9 +113,14 @@ class RunLock:
                 lost = error.errno in (errno.ENOENT, errno.ESTALE)
                 # Otherwise the file server does not answer: it may again, and others hear nothing from it either.
             if lost and not self.released.is_set():
-                who = describe(read(next(iter(sorted(self.folder.glob("*.json"))), self.path)))
-                print(f"error: {self.run} was taken over by {who}: this launch was taken for dead, and ends",
-                      file=sys.stderr, flush=True)  # fmt: skip
+                others = sorted(self.folder.glob("*.json"))
+                if others:
+                    what = f"was taken over by {describe(read(others[0]))}: this launch was taken for dead"
+                else:
+                    what = (
+                        "is no longer what this launch began: its folder was moved or deleted, or its owner's file was"
+                    )
+                print(f"error: {self.run} {what}, and ends", file=sys.stderr, flush=True)
                 os._exit(EXIT_TAKEN_OVER)
 
 

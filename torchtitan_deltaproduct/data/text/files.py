@@ -78,7 +78,10 @@ def list_files(inputs: Iterable[str | Path], written: Iterable[str] = ()) -> lis
         elif given.is_dir():
             below = _files_below(given, above)
         else:
-            raise DataError(f"There is no file or folder {given}.\nCheck the path.")
+            wrong = (
+                f"{given} is neither a file nor a folder" if given.exists() else f"There is no file or folder {given}"
+            )
+            raise DataError(f"{wrong}.\nCheck the path.")
         if not below:
             raise DataError(f"The folder {given} has no files in it.\nCheck the path.")
         files += below

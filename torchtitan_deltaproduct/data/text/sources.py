@@ -55,8 +55,7 @@ def plan_units(inputs: Iterable[str | Path], field: str, unit_bytes: int, writte
         if texts and (kind != "text" or gathered >= unit_bytes):
             units.append(Unit("text", tuple(texts), 0, -1, gathered, ""))
             texts, gathered = [], 0
-        if kind == "csv":
-            csv_columns(name, field)
+        if kind == "csv" and csv_columns(name, field):
             units.append(Unit("csv", (name,), 0, -1, size, field))
         elif kind == "json" and (packing or begins_as_list(file)):
             units.append(Unit("list" if begins_as_list(file) else "json", (name,), 0, -1, size, field))
@@ -176,14 +175,14 @@ def _csv_rows(file: BinaryIO):
 
 
 def csv_columns(name: str, field: str) -> list[str]:
-    """The header of a CSV file; DataError if it has none, or not one column `field`."""
+    """The header of a CSV file, [] of an empty one; DataError if it does not read, or has not one column `field`."""
     try:
         with open_unpacked(name) as file:
             columns = next(_csv_rows(file), [])
         "".join(columns).encode()
     except (*READ_ERRORS, csv.Error, UnicodeEncodeError) as error:
         raise DataError(f"{name} cannot be read as CSV ({error}).\nRemove it or copy it again.") from None
-    if field not in columns:
+    if columns and field not in columns:
         raise DataError(no_field(name, field, columns))
     if columns.count(field) > 1:
         raise DataError(f"{name} has {columns.count(field)} columns {field!r}: which one is not known.")

@@ -115,6 +115,9 @@ def read_sweep(file: Path) -> Sweep:
     """Reads and checks a sweep's TOML, such as eval/example_sweep.toml; ConfigError: all that is wrong with it."""
     tree, lines = read_toml(file, "a sweep, such as eval/example_sweep.toml")
     reader = TableReader(file, lines, ("out", "models", "data"))
+    if not isinstance(tree.get("out", ""), str):
+        reader.wrong(("out",), "out: expected the path of a folder")
+        reader.refuse()
     out = Path(os.path.expanduser(tree.get("out") or file.with_suffix("")))
     jobs = reader.jobs(tree, reader.models(tree.get("models")), out)
     if not any(name in tree for name in evals()):
