@@ -56,13 +56,6 @@ def measured_here() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def slow_in_float32(head_dim: int) -> str | None:
-    """Why `chunk` is to run float32 of heads of this size, in one line; None if our kernels are known to be faster."""
-    if not measured_here():
-        return "triton was not timed in float32 on this kind of GPU"
-    return None if head_dim <= 64 else f"in float32 triton is not faster with heads of {head_dim}"
-
-
 @lru_cache(maxsize=1)
 def _missing() -> str | None:
     """What this machine lacks; None if nothing."""
