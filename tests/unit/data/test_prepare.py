@@ -338,7 +338,6 @@ def test_rows_before_the_damage_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"", "has no column 'text'; it has: .\nName one with --text-field"),
     (b"n,body\n1,x\n", "has no column 'text'; it has: n, body.\nName one with --text-field"),
     (b"text,text\n1,x\n", "has 2 columns 'text'"),
     ("text\nx\n".encode("utf-16"), "cannot be read as CSV"),
@@ -347,6 +346,19 @@ def test_csv_files_that_cannot_be_used(tmp_path, tokenizer, content, message):
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(DataError, match=message):
         prepare(Settings(str(tmp_path / "out"), tokenizer, [str(tmp_path / "a.csv")]))
+
+
+def test_a_csv_without_a_line_is_empty_like_a_text_without_a_letter(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"")
+    (tmp_path / "b.csv").write_bytes(b"text\nhere\n")
+    (unit,) = plan_units([tmp_path], "text", 1 << 20)
+    assert [document.text for document in read_unit(unit)] == ["here"]
+
+
+def test_neither_file_nor_folder(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe is neither a file nor a folder"):
+        plan_units([tmp_path / "pipe"], "text", 1 << 20)
 
 
 def test_other_datasets_are_not_overwritten(tmp_path, tokenizer):

@@ -140,6 +140,7 @@ def test_as_an_array(toml, monkeypatch, capsys):
     ("[effective_rank]", "[lm_harness]", r"expected tasks ="),
     ("[effective_rank]", "[state_tracking]\ndata = []", "this eval reads none"),
     ("[models]", "[models", "not valid TOML"),
+    ('out = "', "out = 5 #", "out: expected the path of a folder"),
 ])  # fmt: skip
 def test_wrong_sweeps(toml, old, new, printed):
     toml.write_text(toml.read_text().replace(old, new))

@@ -129,20 +129,26 @@ with RunLock({str(tmp_path)!r}):
     assert sum("is in use by another launch" in err for _, err in ended) == 3
 
 
-def test_an_owner_that_was_replaced_ends(tmp_path):
+@pytest.mark.parametrize("what", ["replaced", "moved"])
+def test_an_owner_that_was_replaced_or_moved_ends(tmp_path, what):
+    run = tmp_path / "run"
     code = f"""
 import time
 from torchtitan_deltaproduct.titan import lock
 lock.BEAT = 0.1
-with lock.RunLock({str(tmp_path)!r}):
+with lock.RunLock({str(run)!r}):
     print("mine", flush=True)
     time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "mine\n"
-    (tmp_path / "owner/2.json").write_text(json.dumps(identity() | {"host": "n9"}), encoding="utf-8")
+    if what == "moved":
+        run.rename(tmp_path / "elsewhere")
+    else:
+        (run / "owner/2.json").write_text(json.dumps(identity() | {"host": "n9"}), encoding="utf-8")
     assert process.wait(timeout=20) == lock.EXIT_TAKEN_OVER
-    assert "taken over by process" in process.stderr.read()
+    said = process.stderr.read()
+    assert ("taken over by process" if what == "replaced" else "its folder was moved or deleted") in said
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])
