@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from torchtitan_deltaproduct.config import Environment
+from torchtitan_deltaproduct.config import Environment, load_config
 from torchtitan_deltaproduct.config.check import RULES
 from torchtitan_deltaproduct.config.schema import schema, supported_keys
 from torchtitan_deltaproduct.errors import ConfigError
@@ -57,6 +57,38 @@ def test_every_number_has_a_range():
 
 def test_rules_name_existing_keys():
     assert {key for keys, _ in RULES for key in keys.split()} <= set(schema())
+
+
+class Read:
+    """A config, or a table of one, that notes which options are read of it."""
+
+    def __init__(self, value, seen, prefix=""):
+        self._value, self._seen, self._prefix = value, seen, prefix
+
+    def __getattr__(self, name):
+        key, of_class = self._prefix + name, getattr(type(self._value), name, None)
+        if key in schema():
+            self._seen.add(key)
+        elif isinstance(of_class, property):
+            return of_class.fget(self)
+        elif callable(of_class):
+            return of_class.__get__(self)
+        value = getattr(self._value, name)
+        return value if self._prefix else Read(value, self._seen, f"{name}.")
+
+
+@pytest.mark.parametrize(
+    "file", ["state_tracking/S5_n4", "fineweb/deltaproduct_392M_n3_4k", "state_tracking/parity_n1_01"]
+)
+def test_rules_name_the_options_with_a_range_that_they_read(file):
+    """A rule is not asked where one of its options is out of range; of others it meets any number."""
+    harmless = {"lr_scheduler.min_lr_factor", "model.num_householder", "model.conv_size"}
+    config = load_config([f"train_configs/{file}.toml"], Environment())
+    for keys, judge in RULES:
+        seen = set()
+        for world_size in (None, 8):
+            judge(Read(config, seen), Environment(world_size))
+        assert {key for key in seen if schema()[key].record.allowed} <= {*keys.split(), *harmless}
 
 
 CONTRADICTIONS = [
