@@ -113,6 +113,7 @@ def test_geometry(n):
     assert geometry.padded_tokens >= max(16, geometry.tokens)
     config = launches(geometry, torch.bfloat16, 90)
     assert geometry.V % config["forward"].columns == 0
+    assert geometry.products(torch.float32) == ("tf32x3" if n < 4 else "ieee")
 
 
 def test_segments_fill_the_device_once():
