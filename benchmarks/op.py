@@ -53,9 +53,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--sweep", action="store_true", help="time chunk for several R and segment sizes instead")
     args = parser.parse_args()
-    table = ("householders", "gates", "shapes", "minutes")
-    if args.device == "cpu" and (unread := [name for name in table if getattr(args, name) != parser.get_default(name)]):
-        parser.error(f"--{unread[0]} is of the table on a GPU; on a CPU there are --tokens, --heads, --num-householder")
+    of_cpu, of_gpu = (
+        ("tokens", "num_householder", "batch", "heads", "gated"),
+        ("householders", "gates", "shapes", "minutes"),
+    )
+    for name in of_gpu if args.device == "cpu" or args.sweep else of_cpu:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(
+                f"--{name.replace('_', '-')} is not read {'on a CPU' if name in of_gpu else 'for the GPU table'}"
+            )
     args.head_dim = args.head_dim or (64 if args.device == "cpu" else 128)
     return args
 

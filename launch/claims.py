@@ -216,8 +216,9 @@ def read_claim(file: Path, seeds: list[int] | None = None, out: str = "", overri
     refuse_wrong(f"{file}: [claim]", table, OF_CLAIM, TEXTS)
     texts = [" ".join(table[name].split()) for name in TEXTS]
     expect = expectations(file, grid.tree.get("expect", []), settings)
-    lists = table.get("readme", []), expect, table.get("columns", []), table.get("drawn", [])
-    refuse_unknown(f"{file}: [claim]: drawn", lists[-1], settings)
+    drawn = table.get("drawn", [])
+    refuse_unknown(f"{file}: [claim]: drawn", drawn, settings)
+    lists = table.get("readme", []), expect, table.get("columns", []), drawn
     if not expect and not any(job.eval in DRAWN for job in grid.evaluations):
         raise ConfigError(f"{file}: nothing to draw: it needs an [[expect]], or a table of {' or '.join(DRAWN)}")
     claim = Claim(file.stem, grid, *texts, table.get("gpus", 0), *lists)

@@ -198,8 +198,8 @@ def _repeated(key: str, instead: str) -> tuple[str, Judge]:
 def _backend(c: JobConfig, e: Environment) -> str | None:
     if not c.compile.enable or c.compile.backend == "inductor":
         return None
-    # Slow to import.
-    from torch._dynamo import list_backends
+    # Loads the compiler, which is slow.
+    from torch.compiler import list_backends
 
     known = list_backends(exclude_tags=())
     if c.compile.backend in known:
@@ -241,6 +241,7 @@ def graph_obstacle(c: JobConfig, e: Environment) -> str | None:
 
 
 MAX_PARAMETERS = 10**13
+"""Of a model; more is a slip in a size, and would end in an allocator's error."""
 
 
 def _needs_cuda(key: str, setting: Any, what: str) -> tuple[str, Judge]:

@@ -8,7 +8,6 @@ on what a text means. Parse with `tomllib` first; on a text it refuses, the scan
     {('training',): 1, ('training', 'steps'): 2}
 """
 
-import json
 import os
 import re
 import tomllib
@@ -144,7 +143,7 @@ def read_toml(file: os.PathLike, expected: str) -> tuple[dict[str, Any], dict[Pa
         text = read_text(file)
         content, lines = tomllib.loads(text), locate(text)
         # What it may name, a file or a text for another program, cannot hold one.
-        if "\\u0000" in json.dumps(content, default=str):
+        if _holds_nul(content):
             raise ConfigError(f"{file}: a text holds a NUL character (\\u0000), which no path or name can")
         return content, lines
     except OSError as error:
@@ -153,3 +152,10 @@ def read_toml(file: os.PathLike, expected: str) -> tuple[dict[str, Any], dict[Pa
         raise ConfigError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start:,}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
+
+
+def _holds_nul(value: Any) -> bool:
+    """Whether a text somewhere in tables and lists does."""
+    if isinstance(value, dict):
+        return any(map(_holds_nul, (*value, *value.values())))
+    return any(map(_holds_nul, value)) if isinstance(value, list) else isinstance(value, str) and "\0" in value

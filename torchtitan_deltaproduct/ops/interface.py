@@ -174,9 +174,9 @@ def resolve_backend(
     elif device_type != "cuda":
         chosen, reason = "chunk", f"device is {device_type}"
     elif dtypes[0] == "float32":
-        # On an H200 triton has errors of 1e-6 and is 2.7 to 4 times as fast with heads of 64 and 32; but runs on words
-        # that used it stayed on their plateau, and whether because of it is not known.
-        chosen, reason = "chunk", "float32; triton is faster, and was not tried in training enough"
+        # Ours are faster with heads of up to 64 (benchmarks.op --dtype float32); but runs on words of A5 that used them
+        # stayed on their plateau, and whether because of them is not known.
+        chosen, reason = "chunk", "float32 tensors, in which training on triton is not verified"
     else:
         chosen, reason = "chunk", ""
         names = ("triton", "fla") if triton_backend.measured_here() else ("fla", "triton")

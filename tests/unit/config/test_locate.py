@@ -5,7 +5,8 @@ import tomllib
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchtitan_deltaproduct.config.locate import locate
+from torchtitan_deltaproduct.config.locate import locate, read_toml
+from torchtitan_deltaproduct.errors import ConfigError
 
 TRICKY = """# [not.a.table]
 title = "a # no comment [x]"   # a comment
@@ -221,3 +222,13 @@ def test_agrees_with_tomllib_and_the_emitter(document):
     tree = tomllib.loads(text)
     assert set(locate(text)) == set(paths_of(tree))
     assert locate(text) == lines
+
+
+def test_a_text_with_a_nul_is_refused_and_one_that_only_writes_about_it_is_not(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text("a = 'back\\u0000slash'\n")
+    assert read_toml(file, "a TOML")[0] == {"a": "back\\u0000slash"}
+    for text in ('a = "\\u0000"', '[t]\nb = [["x", "\\u0000"]]', '"\\u0000" = 1'):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="holds a NUL character"):
+            read_toml(file, "a TOML")
