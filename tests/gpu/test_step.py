@@ -1,5 +1,6 @@
 """The loss and the step on a CUDA device: python -m pytest -m gpu tests/gpu/test_step.py"""
 
+import dataclasses
 import math
 
 import pytest
@@ -150,3 +151,30 @@ def test_a_step_has_the_same_bits_whatever_memory_held(n, gated, device="cuda"):
         fill_free_memory(device, value)
         again = gradients(model, device)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("conv", [False, True])
+def test_gradients_of_a_compiled_model_are_those_of_the_definition(conv, gated, dtype):
+    """Of every parameter, beside the same model in float64, not compiled, its operator in PyTorch."""
+    set_up_compiler()
+    args = DeltaProductArgs(
+        vocab_size=320, hidden_size=128, num_heads=2, head_dim=64, num_hidden_layers=2, num_householder=2,
+        allow_neg_eigval=True, use_forget_gate=gated, use_short_conv=conv,
+    )  # fmt: skip
+    model = DeltaProductLM(args)
+    model.init_weights()
+    # What 16 bits hold exactly, so that both have the same weights.
+    state = {name: x.bfloat16().double() if x.is_floating_point() else x for name, x in model.state_dict().items()}
+    exact = DeltaProductLM(dataclasses.replace(args, op_backend="chunk")).double()
+    exact.load_state_dict(state)
+    model.load_state_dict(state)
+    model, exact = model.to("cuda", dtype), exact.cuda()
+    for name, block in model.layers.items():
+        model.layers.register_module(name, torch.compile(block, fullgraph=True))
+    model.loss_backend = "inductor"
+    limit = 1e-4 if dtype == torch.float32 else 1e-1
+    names = ["loss", *(name for name, _ in exact.named_parameters())]
+    for name, ours, true in zip(names, gradients(model, "cuda"), gradients(exact, "cuda"), strict=True):
+        assert (ours - true).norm() < limit * true.norm(), name

@@ -173,10 +173,8 @@ def resolve_backend(
         chosen, reason = backend, "asked for by name"
     elif device_type != "cuda":
         chosen, reason = "chunk", f"device is {device_type}"
-    elif dtypes[0] == "float32":
-        # Ours are faster with heads of up to 64 (benchmarks.op --dtype float32); but runs on words of A5 that used them
-        # stayed on their plateau, and whether because of them is not known.
-        chosen, reason = "chunk", "float32 tensors, in which training on triton is not verified"
+    elif dtypes[0] == "float32" and (slow := triton_backend.slow_in_float32(head_dim, head_v_dim, num_householder)):
+        chosen, reason = "chunk", f"float32 tensors, {slow}"
     else:
         chosen, reason = "chunk", ""
         names = ("triton", "fla") if triton_backend.measured_here() else ("fla", "triton")

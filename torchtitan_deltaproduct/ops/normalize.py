@@ -59,7 +59,11 @@ def contractive_beta(k: Tensor, beta: Tensor) -> Tensor:
 
 
 class _RoundedUnit(torch.autograd.Function):
-    """x -> (y = x / |x| rounded to x's dtype, |x / |x||^2 / |y|^2): saves no float32 copy."""
+    """x, of 16 bits -> (y = x / |x| rounded to x's dtype, |x / |x||^2 / |y|^2): saves no float32 copy.
+
+    Not for float32: under torch.compile, torch 2.11 drops the gradient of a Function whose output went through a cast
+    that changes nothing.
+    """
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,11 +91,13 @@ def normalise(q: Tensor, k: Tensor, beta: Tensor, use_qk_l2norm: bool) -> tuple[
 
     The kernels multiply 16-bit keys, whose |k|^2 is off by up to 0.4 %: at beta = 2 the transition would
     expand. With beta' = beta |k exact|^2 / |k rounded|^2 it is again I - beta u u^T for a unit u. The ratio
-    is a constant for autograd: it differs from 1 by rounding only, whose derivative is noise. Plain PyTorch,
-    outside the op, so that Inductor fuses it.
+    is a constant for autograd: it differs from 1 by rounding only, whose derivative is noise. In float32 there is
+    nothing to scale. Plain PyTorch, outside the op, so that Inductor fuses it.
     """
     if not use_qk_l2norm:
         return q, k, contractive_beta(k, beta)
+    if q.dtype == compute_dtype(q):
+        return l2norm(q), l2norm(k), beta
     q, _, _ = _RoundedUnit.apply(q)
     k, ratio, _ = _RoundedUnit.apply(k)
     return q, k, beta.float() * ratio

@@ -56,6 +56,17 @@ def measured_here() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
+def slow_in_float32(head_dim: int, head_v_dim: int, num_householder: int) -> str | None:
+    """Why float32 is left to chunk; None where ours are faster (`benchmarks.op --dtype float32`)."""
+    if not measured_here():
+        return "in which our kernels were never timed on this device"
+    if max(head_dim, head_v_dim) > 64:
+        return "in which our kernels are no faster for heads of more than 64"
+    if Geometry(num_householder, 64, 64, gated=False, packed=False).products(torch.float32) == "ieee":
+        return f"in which our kernels are slow for num_householder = {num_householder}"
+    return None
+
+
 @lru_cache(maxsize=1)
 def _missing() -> str | None:
     """What this machine lacks; None if nothing."""

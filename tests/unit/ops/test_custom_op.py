@@ -108,8 +108,9 @@ def test_auto_choice_by_machine(monkeypatch):
     assert choose("triton", "cuda", full, False, 128, 64, 8) == "triton"
     monkeypatch.setattr(triton_backend, "measured_here", lambda: True)
     assert choose("auto", "cuda", low, True, 128, 128, 2) == "triton"
-    assert choose("auto", "cuda", full, False, 64, 64, 2) == "chunk"
-    assert choose("triton", "cuda", full, False, 128, 64, 8) == "triton"
+    assert choose("auto", "cuda", full, False, 64, 64, 3) == "triton"
+    assert choose("auto", "cuda", full, False, 128, 64, 2) == "chunk"
+    assert choose("auto", "cuda", full, False, 64, 64, 4) == "chunk"
     assert choose("auto", "cuda", low, False, 256, 256, 2) == "fla"
     assert choose("auto", "cuda", low, False, 128, 128, 9) == "fla"
     assert choose("auto", "cuda", low, False, 128, 128, 9, packed_states=True) == "chunk"
