@@ -85,6 +85,24 @@ def test_gradient_of_the_normalisation_outside_the_op():
     torch.testing.assert_close(ours.double(), theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_normalisation_is_traced(dtype):
+    """torch 2.11 drops that of an autograd.Function whose output went through a cast that changes nothing."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 16, 2, 8).to(dtype)
+    beta, weights = torch.rand(1, 16, 2), torch.randn(2, 1, 16, 2, 8)
+
+    def loss(q, k):
+        unit_q, unit_k, scaled = normalise(q, k, beta, True)
+        return (unit_q * weights[0]).sum() + (unit_k * weights[1]).sum() + scaled.sum()
+
+    inputs = q.requires_grad_(), k.requires_grad_()
+    eager = torch.autograd.grad(loss(*inputs), inputs)
+    traced = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(*inputs), inputs)
+    assert all(x.abs().sum() > 0 for x in eager)
+    torch.testing.assert_close(traced, eager)
+
+
 @pytest.mark.parametrize("backend", ["chunk", "recurrent"])
 def test_autocast_lowers_nothing(backend):
     args = make(40, 2, dtype=torch.float32)
