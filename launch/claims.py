@@ -131,8 +131,9 @@ class Claim:
         return list(dict.fromkeys(run.setting for run in self.grid.runs))
 
     def label(self, setting: str) -> str:
-        """`n_h = 2, [-1, 1]`, with group, steps, rows of a batch, optimizer, `whole words` (no curriculum) and the dtype
-        that was asked for if settings differ in them; the setting's name where that does not tell them apart."""
+        """`n_h = 2, [-1, 1]`, with group, steps, rows of a batch, optimizer, `whole words` (no curriculum) and the
+        dtype that was asked for if settings differ in them; the name of the setting where those do not tell them
+        apart."""
         parts = {
             run.setting: (
                 run.config.data.group,
