@@ -109,6 +109,9 @@ class Expectation:
         return f"{self.metric} {limit} in {'more than half of the' if self.seeds == 'most' else 'all'} seeds"
 
 
+BATCH = "--training.global_batch_size"
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim, by the name of its TOML."""
@@ -131,19 +134,18 @@ class Claim:
         return list(dict.fromkeys(run.setting for run in self.grid.runs))
 
     def label(self, setting: str) -> str:
-        """`n_h = 2, [-1, 1]`, with group, steps, rows of a batch, optimizer, `whole words` (no curriculum) and the
-        dtype that was asked for if settings differ in them; the name of the setting where those do not tell them
-        apart."""
+        """`n_h = 2, [-1, 1]`, with group, steps, optimizer, `whole words` (no curriculum), and the dtype and the batch
+        that were asked for if settings differ in them; the setting's name where that does not tell them apart."""
         parts = {
             run.setting: (
                 run.config.data.group,
                 f"n_h = {run.config.model.num_householder}",
                 "[-1, 1]" if run.config.model.allow_neg_eigval else "[0, 1]",
                 f"{run.config.training.steps:,} steps",
-                f"{run.config.training.global_batch_size} a batch",
                 run.config.optimizer.name,
                 "" if run.config.data.curriculum_steps else "whole words",
                 run.config.training.mixed_precision_param.replace("auto", ""),
+                f"{run.config.training.global_batch_size} a batch" if BATCH in run.words else "",
             )
             for run in self.grid.runs
         }
