@@ -33,9 +33,21 @@ def compiled(capability: int, width: int, head_dim: int | None, documents: bool,
     return forward, backward
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("width", "head_dim"), [(2, 128), (4, None), (4, 64), (4, 128), (8, 128)])
-@pytest.mark.parametrize(("documents", "halo"), [(False, False), (True, False), (True, True)])
+# As training uses them; the others, seven seconds each where nothing is cached, with -m slow.
+USUAL = ((90, 4, None, True, False), (90, 4, 128, True, False), (90, 4, 128, True, True), (80, 4, 128, True, False),
+         (90, 8, 128, True, True))  # fmt: skip
+ALL = [
+    (capability, width, head_dim, documents, halo)
+    for capability in (80, 90)
+    for width, head_dim in ((2, 128), (4, None), (4, 64), (4, 128), (8, 128))
+    for documents, halo in ((False, False), (True, False), (True, True))
+]
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "head_dim", "documents", "halo"),
+    [pytest.param(*case, marks=() if case in USUAL else pytest.mark.slow) for case in ALL],
+)
 def test_compiled_without_spills(capability, width, head_dim, documents, halo):
     forward, backward = compiled(capability, width, head_dim, documents, halo)
     assert forward.spills == backward.spills == 0
