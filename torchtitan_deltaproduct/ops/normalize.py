@@ -97,7 +97,7 @@ def normalise(q: Tensor, k: Tensor, beta: Tensor, use_qk_l2norm: bool) -> tuple[
     if not use_qk_l2norm:
         return q, k, contractive_beta(k, beta)
     if q.dtype == compute_dtype(q):
-        return l2norm(q), l2norm(k), beta
+        return l2norm(q), l2norm(k), beta.to(q.dtype)
     q, _, _ = _RoundedUnit.apply(q)
     k, ratio, _ = _RoundedUnit.apply(k)
     return q, k, beta.float() * ratio
