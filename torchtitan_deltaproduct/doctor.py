@@ -148,23 +148,20 @@ def operator_error(device: str, dtype: "torch.dtype", compiled: bool) -> float:
     from .ops import gated_delta_product, recurrent_gated_delta_product
 
     generator, n = torch.Generator().manual_seed(0), 2
-    tensors = [torch.randn(1, 130 * m, 2, 64, generator=generator, dtype=torch.float64) for m in (1, n, n, 1)]
-    *qkv, weight = tensors
+    shapes = [(1, 130 * rows, 2, 64) for rows in (1, n, n, 1)]
+    *qkv, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     beta = 2 * torch.rand(1, 130 * n, 2, generator=generator, dtype=torch.float64)
 
-    def of(function: Callable, kind: torch.dtype, where: str) -> list[torch.Tensor]:
+    def of(operator: Callable, kind: torch.dtype, where: str) -> list[torch.Tensor]:
+        def output(q, k, v, beta):
+            return operator(q, k, v, None, beta, n, use_qk_l2norm=True)[0]
+
         inputs = [x.to(where, kind, copy=True).requires_grad_() for x in qkv]
-        o = function(*inputs, beta.to(where))
+        o = (torch.compile(output, fullgraph=True) if compiled and kind == dtype else output)(*inputs, beta.to(where))
         (o * weight.to(where, o.dtype)).sum().backward()
         return [x.detach().cpu().double() for x in (o, *(x.grad for x in inputs))]
 
-    def ours(q, k, v, beta):
-        return gated_delta_product(q, k, v, None, beta, n, use_qk_l2norm=True)[0]
-
-    def definition(q, k, v, beta):
-        return recurrent_gated_delta_product(q, k, v, None, beta, n, use_qk_l2norm=True)[0]
-
-    results = of(torch.compile(ours) if compiled else ours, dtype, device), of(definition, torch.float64, "cpu")
+    results = of(gated_delta_product, dtype, device), of(recurrent_gated_delta_product, torch.float64, "cpu")
     return max(float((found - true).norm() / true.norm()) for found, true in zip(*results, strict=True))
 
 

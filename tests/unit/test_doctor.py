@@ -58,7 +58,7 @@ def test_wrong_gradients_of_a_compiled_operator_are_found(monkeypatch):
     """As torch 2.11 made them in float32 of a function whose output went through a cast that changes nothing."""
     import torch
 
-    def without_gradients(function):
+    def without_gradients(function, **_options):
         return lambda q, k, v, beta: function(q.detach(), k, v, beta) + 0 * q.sum()
 
     assert doctor.compiler().status == doctor.GOOD

@@ -61,9 +61,9 @@ def slow_in_float32(head_dim: int, head_v_dim: int, num_householder: int) -> str
     if not measured_here():
         return "in which our kernels were never timed on this device"
     if max(head_dim, head_v_dim) > 64:
-        return "in which our kernels are no faster for heads of more than 64"
+        return "in which our kernels are not faster for heads of more than 64"
     if Geometry(num_householder, 64, 64, gated=False, packed=False).products(torch.float32) == "ieee":
-        return f"in which our kernels are slow for num_householder = {num_householder}"
+        return f"in which our kernels are not known to be faster for num_householder = {num_householder}"
     return None
 
 
